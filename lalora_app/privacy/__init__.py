@@ -1,0 +1,1 @@
+"""The privacy boundary: per-example gradients, clip, noise, accounting, ledger and policy."""
