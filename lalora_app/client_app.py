@@ -1,0 +1,182 @@
+"""The ClientApp: one message in, one reply out. It owns the refusal and sanitises every error."""
+
+import logging
+import math
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from flwr.app import Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from lalora_app import backbone, residents, trainer, wire
+from lalora_app.adapter import Adapter, select
+from lalora_app.config import Config, ConfigError, parse
+from lalora_app.data import DataError, Encoded, Examples, check_client, encode, partition
+from lalora_app.data import private_file as read_private_file
+from lalora_app.methods import lookup
+from lalora_app.privacy import randomness
+from lalora_app.privacy.accounting import Release, epsilon
+from lalora_app.privacy.ledger import BudgetError, Ledger, Limit, Reservation, noise_for
+from lalora_app.privacy.policy import read_policy, state_folder
+
+app = ClientApp()
+_log = logging.getLogger("flwr")
+
+
+@dataclass(frozen=True)
+class LocalData:
+    """A client's examples, its name, and the name under which the ledger knows the dataset."""
+
+    client: str
+    dataset: str
+    examples: Examples
+
+
+def _simulated(config: Config, index: int, clients: int) -> LocalData:
+    data = config.data
+    deal = f"alpha={data.dirichlet_alpha} test={data.test_fraction} seed={config.seed}"
+    return LocalData(
+        client=f"partition-{index:06d}",
+        dataset=f"simulated {data.name} {deal} {index}/{clients}",
+        examples=partition(data, config.seed, clients)[index],
+    )
+
+
+def _local_data(config: Config, context: Context) -> LocalData:
+    """Find this node's data: its own file, or its part of a simulated deal (Flower Hub's rule)."""
+    node = context.node_config
+    if "data-path" in node:
+        path = str(node["data-path"])
+        dataset = str(node.get("dataset-id", f"file {Path(path).expanduser().resolve()}"))
+        name = str(node.get("name", f"node-{context.node_id}"))
+        return LocalData(name, dataset, read_private_file(path, config.data))
+    if "partition-id" in node and "num-partitions" in node:
+        return _simulated(config, int(node["partition-id"]), int(node["num-partitions"]))
+    raise ConfigError("node config must have data-path, or partition-id and num-partitions")
+
+
+def _checked_data(config: Config, context: Context) -> LocalData:
+    local = _local_data(config, context)
+    batch_size, delta = config.train.batch_size, config.privacy.delta
+    check_client(len(local.examples), batch_size=batch_size, delta=delta)
+    return local
+
+
+def _streams(config: Config, local: LocalData, attempt: int) -> trainer.Streams:
+    if config.privacy.noise == "secure":
+        return trainer.Streams(randomness.secure(), randomness.secure())
+    seed, who = config.seed, local.client
+    return trainer.Streams(
+        randomness.seeded(seed, "sampling", who, attempt),
+        randomness.seeded(seed, "noise", who, attempt),
+    )
+
+
+def _reserve(
+    config: Config, local: LocalData, context: Context, request: wire.TrainRequest
+) -> Reservation:
+    """Fix the noise, ask the limits, and commit the round's releases to the ledger."""
+    privacy, steps = config.privacy, config.train.local_steps
+    ledger = Ledger(state_folder(context.node_config) / "ledger.sqlite")
+    policy = read_policy(context.node_config, privacy.delta, config.data.public_size)
+    limit = Limit(privacy.epsilon, privacy.delta)
+    q = config.train.batch_size / len(local.examples)
+    past = ledger.releases(local.dataset, request.run)
+    left = max(request.steps_left, steps)
+    noise_multiplier = noise_for(past, limit, sampling_rate=q, steps=left)
+    return ledger.reserve(
+        local.dataset,
+        request.run,
+        request.round,
+        Release(q, noise_multiplier, steps),
+        planned=left,
+        run_limit=limit,
+        node_limit=policy.limit,
+    )
+
+
+def _spent(config: Config, local: LocalData, context: Context, run: str) -> float:
+    ledger = Ledger(state_folder(context.node_config) / "ledger.sqlite")
+    spent = epsilon(ledger.releases(local.dataset, run), config.privacy.delta)
+    return spent if math.isinf(spent) else math.ceil(spent * 100) / 100
+
+
+def _hello(message: Message, context: Context) -> RecordDict:
+    return wire.Hello(_checked_data(parse(context.run_config), context).client).record()
+
+
+def _train(message: Message, context: Context) -> RecordDict:
+    config = parse(context.run_config)
+    method = lookup(config.method, config.train.local_steps)
+    request = wire.parse_request(message.content)
+    local = _checked_data(config, context)
+    policy = read_policy(context.node_config, config.privacy.delta, config.data.public_size)
+    # Everything that can fail for a reason of ours fails before the ledger is written.
+    model, like = backbone.build(config)
+    start = wire.from_record(message.content.array_records[wire.ARRAYS], like)
+    encoded = encode(local.examples, model.tokenizer, config.model.max_length)
+    folder = state_folder(context.node_config)
+    resident = residents.resident_file(folder, local.dataset, request.run)
+    start = residents.substitute(resident, start, request.versions)
+
+    reservation = _reserve(config, local, context, request)
+    result = trainer.run_round(
+        model,
+        encoded,
+        start,
+        method=method,
+        t=request.round,
+        train=config.train,
+        clip_norm=config.privacy.clip_norm,
+        reservation=reservation,
+        streams=_streams(config, local, request.attempt),
+    )
+    waiting = method.resident(request.round, config.train.local_steps)
+    last = request.steps_left <= config.train.local_steps
+    residents.keep(resident, result, frozenset() if last else waiting, request.versions)
+    return wire.TrainReply(
+        upload=select(result, method.syncs(request.round)),
+        round=request.round,
+        epsilon=_spent(config, local, context, request.run),
+        num_examples=len(local.examples) if policy.public_size else None,
+    ).record()
+
+
+def _refusal_key(error: Exception) -> str:
+    match error:
+        case BudgetError():
+            return "budget"
+        case DataError():
+            return error.key
+        case ConfigError():
+            return "config"
+        case wire.WireError():
+            return "request"
+    return "internal"
+
+
+def _answer(
+    message: Message, context: Context, handle: Callable[[Message, Context], RecordDict]
+) -> Message:
+    """Reply with what ``handle`` returns, or with a fixed sentence: exception texts stay here."""
+    try:
+        content = handle(message, context)
+    except Exception as error:  # whatever it is, its text may hold private data
+        _log.error("LaLoRA client: %s: %s", type(error).__name__, error)
+        _log.debug("%s", traceback.format_exc())
+        content = wire.refusal(_refusal_key(error))
+    return Message(content, reply_to=message)
+
+
+@app.query()
+def query(message: Message, context: Context) -> Message:
+    """Say this client's name, after checking that its data can take part. Spends nothing."""
+    return _answer(message, context, _hello)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train one round under the client's own ledger and policy, or refuse."""
+    return _answer(message, context, _train)

@@ -1,0 +1,96 @@
+"""The adapter as PEFT saves it, with a model card that states the privacy."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from peft import PeftModel
+
+from lalora_app.adapter import Adapter
+from lalora_app.backbone import Backbone, public_name
+from lalora_app.config import Config
+
+ADJACENCY = (
+    "one example of one client replaced by an empty record (zero-out); clients' data sets are "
+    "disjoint and their sizes are known"
+)
+ACCOUNTANT = "Opacus PRV accountant, Poisson-subsampled Gaussian, composed over all rounds"
+
+_CARD = """\
+---
+base_model: {base}
+library_name: peft
+tags: [lora, federated-learning, differential-privacy, flower]
+---
+# {method} adapter for {base}
+
+Trained by LaLoRA in {rounds} federated rounds on `{data}`.
+{privacy}
+
+Test split: accuracy {accuracy:.4f}, balanced accuracy {balanced:.4f}.
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForSequenceClassification
+
+base = AutoModelForSequenceClassification.from_pretrained("{base}", num_labels={labels})
+model = PeftModel.from_pretrained(base, "path/to/this/folder")
+```
+"""
+
+_PRIVATE = """
+| privacy | |
+|---|---|
+| ε | {epsilon:.2f} (the largest of all clients) |
+| δ | {delta:g} |
+| unit | {adjacency} |
+| accountant | {accountant} |
+
+Only tensors that were clipped per example and noised left the clients. Not covered: the choice
+of hyper-parameters, and floating-point effects of the noise."""
+
+_NOT_PRIVATE = """
+**Not private**: {reason}."""
+
+
+def privacy_sentence(config: Config, epsilon: float) -> str:
+    """Return what the model card says about privacy."""
+    if config.privacy.private:
+        delta = config.privacy.delta
+        return _PRIVATE.format(
+            epsilon=epsilon, delta=delta, adjacency=ADJACENCY, accountant=ACCOUNTANT
+        )
+    seeded = config.privacy.noise == "seeded"
+    return _NOT_PRIVATE.format(
+        reason="the noise was drawn from a known seed" if seeded else "trained with ε = inf"
+    )
+
+
+def export(
+    backbone: Backbone, adapter: Adapter, folder: Path, config: Config, row: Mapping[str, Any]
+) -> None:
+    """Save ``adapter`` so that ``PeftModel.from_pretrained(base, folder)`` loads it.
+
+    Args:
+        backbone: of the run; its adapter is overwritten.
+        adapter: the final global adapter, head included.
+        folder: made if missing.
+        config: of the run.
+        row: the last line of the history.
+    """
+    backbone.load(adapter)
+    model = cast(PeftModel, backbone.model)
+    base = public_name(config.model.name)
+    model.peft_config["default"].base_model_name_or_path = base
+    model.save_pretrained(str(folder))
+    card = _CARD.format(
+        base=base,
+        method=config.method,
+        rounds=row["round"],
+        data=config.data.name,
+        privacy=privacy_sentence(config, row["epsilon_max"]),
+        accuracy=row["accuracy"],
+        balanced=row["balanced_accuracy"],
+        labels=config.data.num_labels,
+    )
+    (folder / "README.md").write_text(card, encoding="utf-8")

@@ -1,0 +1,138 @@
+"""What a run leaves: config, history, privacy report, checkpoints, summary. Written atomically."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from lalora_app.adapter import ServerState
+from lalora_app.config import Config, ConfigError, Scalar, flatten, full_path
+
+_KEPT_CHECKPOINTS = 2
+
+
+def _toml_value(value: Scalar) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False)
+    return repr(value)  # of a float or an int: also TOML, inf included
+
+
+def to_toml(config: Config) -> str:
+    """Return the complete run config as TOML that ``flwr run . -c`` takes."""
+    return "".join(f"{key} = {_toml_value(value)}\n" for key, value in flatten(config).items())
+
+
+def _write(path: Path, text: str) -> None:
+    new = path.with_suffix(path.suffix + ".tmp")
+    with new.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    new.replace(path)
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder of one run; its name is the run's name in every ledger."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        """The run's name."""
+        return self.path.name
+
+    @property
+    def adapter(self) -> Path:
+        """Where the PEFT adapter goes."""
+        return self.path / "adapter"
+
+    def write_json(self, name: str, value: Mapping[str, Any]) -> None:
+        """Write one JSON file; infinities become the string "inf"."""
+        clean = {k: _jsonable(v) for k, v in value.items()}
+        _write(self.path / name, json.dumps(clean, indent=2, ensure_ascii=False) + "\n")
+
+    def write_config(self, config: Config) -> None:
+        """Write the complete config."""
+        _write(self.path / "config.toml", to_toml(config))
+
+    def history(self) -> list[dict[str, Any]]:
+        """Return the rows written so far, one an attempt."""
+        path = self.path / "history.jsonl"
+        lines = path.read_text("utf-8").splitlines() if path.exists() else []
+        return [json.loads(line) for line in lines]
+
+    def write_history(self, rows: list[dict[str, Any]]) -> None:
+        """Replace the history."""
+        lines = [json.dumps({k: _jsonable(v) for k, v in row.items()}) + "\n" for row in rows]
+        _write(self.path / "history.jsonl", "".join(lines))
+
+    def checkpoint(self, state: ServerState) -> None:
+        """Write the state after an attempt; keep the last few."""
+        folder = self.path / "checkpoints"
+        folder.mkdir(exist_ok=True)
+        numbers = {"round": state.round, "attempts": state.attempts, "versions": state.versions}
+        path = folder / f"attempt-{state.attempts:05d}.safetensors"
+        new = path.with_suffix(".tmp")
+        save_file(state.adapter, new, metadata={"state": json.dumps(numbers)})
+        new.replace(path)
+        for old in sorted(folder.glob("attempt-*.safetensors"))[:-_KEPT_CHECKPOINTS]:
+            old.unlink()
+
+    def latest(self) -> ServerState:
+        """Return the newest checkpoint.
+
+        Raises:
+            ConfigError: if there is none.
+        """
+        found = sorted((self.path / "checkpoints").glob("attempt-*.safetensors"))
+        if not found:
+            raise ConfigError(f'resume-from="{self.path}" must hold a checkpoint')
+        with safe_open(found[-1], framework="numpy") as file:
+            numbers = json.loads(file.metadata()["state"])
+            adapter = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        return ServerState(adapter, numbers["round"], numbers["versions"], numbers["attempts"])
+
+
+def _jsonable(value: Any) -> Any:
+    return "inf" if isinstance(value, float) and math.isinf(value) else value
+
+
+def new_folder(config: Config, name: str) -> RunFolder:
+    """Make the folder of a new run.
+
+    Raises:
+        ConfigError: if the output folder cannot be written.
+    """
+    path = full_path(config.output) / name
+    try:
+        path.mkdir(parents=True)
+        _write(path / "config.toml", to_toml(config))
+    except OSError as error:
+        reason = error.strerror
+        raise ConfigError(f'output="{config.output}" must be writable: {reason}') from error
+    return RunFolder(path)
+
+
+def old_folder(config: Config, raw: Mapping[str, object]) -> RunFolder:
+    """Return the folder named by ``resume-from``, whose config must be the run's own.
+
+    Args:
+        config: of the resuming run.
+        raw: flat keys and values of the folder's config.toml.
+
+    Raises:
+        ConfigError: if a key other than ``resume-from`` and ``output`` differs.
+    """
+    for key, value in flatten(config).items():
+        if key not in ("resume-from", "output") and raw.get(key) != value:
+            raise ConfigError(f"{key}={value!r} must be {raw.get(key)!r}, as in resume-from")
+    return RunFolder(full_path(config.resume_from))

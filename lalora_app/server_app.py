@@ -1,0 +1,261 @@
+"""The ServerApp: config -> global adapter -> Strategy -> results. Every check before any client."""
+
+import logging
+import secrets
+import time
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import datetime
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid, ServerApp
+
+from lalora_app import backbone as backbones
+from lalora_app import cohorts, wire
+from lalora_app.adapter import ServerState
+from lalora_app.backbone import Backbone
+from lalora_app.config import Config, ConfigError, full_path, parse
+from lalora_app.data import Encoded, encode, split
+from lalora_app.export import ACCOUNTANT, ADJACENCY, export
+from lalora_app.methods import lookup
+from lalora_app.results import RunFolder, new_folder, old_folder
+from lalora_app.strategy import Clients, LocalAlternation
+
+app = ServerApp()
+_log = logging.getLogger("flwr")
+_EVAL_BATCH = 64
+_POLL = 1.0  # seconds between looks at the list of nodes
+_SETTLE = 3.0  # seconds that the list must stay the same
+
+
+def _wait_for_nodes(grid: Grid, config: Config) -> list[int]:
+    """Return the connected nodes once there are ``min-clients`` and no more come.
+
+    Raises:
+        ConfigError: if there are too few after ``node-timeout`` seconds.
+    """
+    deadline = time.monotonic() + config.node_timeout
+    seen: set[int] = set()
+    since = time.monotonic()
+    while True:
+        now, nodes = time.monotonic(), set(grid.get_node_ids())
+        since = since if nodes == seen else now
+        seen = nodes
+        if len(nodes) >= config.min_clients and now - since >= _SETTLE:
+            return sorted(nodes)
+        if now > deadline:
+            raise ConfigError(
+                f"min-clients={config.min_clients} must be at most the number of SuperNodes, "
+                f"which is {len(nodes)} after node-timeout={config.node_timeout} s"
+            )
+        time.sleep(_POLL)
+
+
+def _ask_names(grid: Grid, config: Config, nodes: list[int]) -> dict[str, int]:
+    """Query every node for its stable name; no budget is spent, and every refusal is told."""
+    empty = RecordDict({wire.CONFIG: ConfigRecord()})
+    queries = [Message(empty, dst_node_id=node, message_type="query") for node in nodes]
+    names: dict[str, int] = {}
+    refusals = []
+    for reply in grid.send_and_receive(queries, timeout=config.round_timeout):
+        try:
+            names[wire.parse_hello(reply).client] = reply.metadata.src_node_id
+        except wire.WireError as error:
+            refusals.append(str(error))
+    for reason in sorted(set(refusals)):
+        _log.error("%d of %d clients: %s", refusals.count(reason), len(nodes), reason)
+    if refusals or len(names) < config.min_clients:
+        raise ConfigError(
+            f"{len(names)} of {len(nodes)} clients can take part, and min-clients="
+            f"{config.min_clients} and every connected client must: "
+            + ("; ".join(sorted(set(refusals))) or "two clients have the same name")
+        )
+    return names
+
+
+def _find_clients(grid: Grid, config: Config) -> Clients:
+    names = _ask_names(grid, config, _wait_for_nodes(grid, config))
+    per_round = max(1, round(config.fraction_train * len(names)))
+    if config.min_replies > per_round:
+        raise ConfigError(
+            f"min-replies={config.min_replies} must be at most the {per_round} clients of a round"
+        )
+    plan = cohorts.plan(len(names), per_round, config.num_server_rounds, config.seed)
+    return Clients(nodes=[names[name] for name in sorted(names)], cohorts=plan)
+
+
+def _run_name(config: Config) -> str:
+    stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
+    return f"{config.method}-{stamp}-{secrets.token_hex(3)}"
+
+
+def _open_folder(config: Config, start: ServerState) -> tuple[RunFolder, ServerState]:
+    if config.resume_from == "none":
+        return new_folder(config, _run_name(config)), start
+    saved = full_path(config.resume_from) / "config.toml"
+    if not saved.is_file():
+        raise ConfigError(f'resume-from="{config.resume_from}" must be the folder of a run')
+    folder = old_folder(config, _flat(tomllib.loads(saved.read_text("utf-8"))))
+    return folder, folder.latest()
+
+
+def _flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+@dataclass
+class Progress:
+    """Evaluates after every round, prints one line, and writes history and checkpoint."""
+
+    config: Config
+    folder: RunFolder
+    strategy: LocalAlternation
+    model: Backbone
+    test: Encoded
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+
+    def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        """Flower's ``evaluate_fn``: round 0 is the start."""
+        attempts = self.strategy.attempts
+        if attempts and not attempts[-1].aggregated and self.rows:  # the adapter is the same
+            scores = {k: self.rows[-1][k] for k in ("accuracy", "balanced_accuracy")}
+        else:
+            self.model.load(self.strategy.state.adapter)
+            batches = self.test.batches(_EVAL_BATCH)
+            scores = self.model.evaluate(batches, self.config.data.num_labels)
+        if server_round > 0:
+            self._record({"attempt": self.strategy.state.attempts, **asdict(attempts[-1])}, scores)
+        return MetricRecord(dict(scores))
+
+    def _record(self, attempt: dict[str, Any], scores: dict[str, float]) -> None:
+        elapsed = time.monotonic() - self.started
+        self.rows.append({**attempt, **scores, "elapsed": elapsed})
+        self.folder.write_history(self.rows)
+        self.folder.checkpoint(self.strategy.state)
+        total, done = self.config.num_server_rounds, attempt["attempt"]
+        left = elapsed / len(self.strategy.attempts) * (total - done)
+        _log.info(
+            "LaLoRA round %d/%d  phase %s  %s  accuracy %.4f  balanced %.4f  epsilon <= %.2f  "
+            "%.1f s  ETA %d:%02d",
+            *(done, total, attempt["phase"]),
+            "aggregated" if attempt["aggregated"] else "FAILED: too few valid replies",
+            *(scores["accuracy"], scores["balanced_accuracy"], attempt["epsilon_max"]),
+            *(attempt["seconds"], int(left) // 60, int(left) % 60),
+        )
+
+
+def _mean_bytes(rows: list[dict[str, Any]], key: str) -> float:
+    used = [row[key] for row in rows if row["aggregated"]]
+    mean = sum(used) / len(used)
+    return int(mean) if mean == int(mean) else mean
+
+
+def _summary(config: Config, rows: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    last = rows[-1]
+    failed = sum(not row["aggregated"] for row in rows)
+    return {
+        "method": config.method,
+        "rounds": sum(row["aggregated"] for row in rows),
+        "accuracy": last["accuracy"],
+        "balanced_accuracy": last["balanced_accuracy"],
+        "epsilon_max": last["epsilon_max"],
+        "delta": config.privacy.delta,
+        "upload_bytes_per_round": _mean_bytes(rows, "upload_bytes"),
+        "download_bytes_per_round": _mean_bytes(rows, "download_bytes"),
+        "seconds": round(seconds, 1),
+        "status": "completed" if failed == 0 else f"completed, {failed} rounds failed",
+    }
+
+
+def _privacy_report(config: Config, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "private": config.privacy.private,
+        "epsilon_max": rows[-1]["epsilon_max"],
+        "epsilon_promised": config.privacy.epsilon,
+        "delta": config.privacy.delta,
+        "unit": ADJACENCY,
+        "sampling": "Poisson, at each client's own rate: expected batch size over its examples",
+        "mechanism": f"Gaussian noise on the sum of gradients clipped to {config.privacy.clip_norm}",
+        "accountant": ACCOUNTANT,
+        "noise": config.privacy.noise,
+        "participation": "balanced; no amplification by client sampling is claimed",
+        "composition": "all rounds of this run; other runs on the same data: lalora ledger show",
+        "not_covered": "hyper-parameter tuning, floating-point noise, timing side channels",
+    }
+
+
+def _warn_if_not_private(config: Config) -> None:
+    if config.privacy.noise == "seeded":
+        _log.warning('privacy.noise="seeded": this run is repeatable and NOT private')
+    elif not config.privacy.private:
+        _log.warning("privacy.epsilon=inf: this run is NOT private")
+
+
+def _finish(progress: Progress, seconds: float) -> None:
+    config, folder, rows = progress.config, progress.folder, progress.rows
+    if not any(row["aggregated"] for row in rows):
+        reasons = sorted({reason for row in rows for reason in row["dropped"]})
+        folder.write_json("summary.json", {"method": config.method, "status": "failed"})
+        raise RuntimeError(f"no round was aggregated: {'; '.join(reasons)}")
+    summary = _summary(config, rows, seconds)
+    export(progress.model, progress.strategy.state.adapter, folder.adapter, config, rows[-1])
+    folder.write_json("privacy.json", _privacy_report(config, rows))
+    folder.write_json("summary.json", summary)
+    _log.info("")
+    _log.info("LaLoRA results    %s", folder.path)
+    _log.info(
+        "LaLoRA accuracy   %.4f (balanced %.4f)", summary["accuracy"], summary["balanced_accuracy"]
+    )
+    _log.info(
+        "LaLoRA privacy    largest client epsilon %.2f at delta %g%s",
+        *(summary["epsilon_max"], summary["delta"]),
+        "" if config.privacy.private else "  (NOT private, see privacy.json)",
+    )
+    _log.info(
+        "LaLoRA bytes      %s up, %s down, a client and round",
+        *(f"{summary[f'{way}_bytes_per_round']:,}" for way in ("upload", "download")),
+    )
+
+
+def run(grid: Grid, config: Config) -> None:
+    """Run one federation from start (or checkpoint) to results.
+
+    Raises:
+        ConfigError: before any client trains, if the run cannot be what its config says.
+    """
+    began = time.monotonic()
+    method = lookup(config.method, config.train.local_steps)
+    _warn_if_not_private(config)
+    model, start = backbones.build(config)
+    test = encode(split(config.data)[1], model.tokenizer, config.model.max_length)
+    sizes = sum(array.size for array in start.values())
+    _log.info("LaLoRA model: %d target layers, %d trainable parameters", model.targets, sizes)
+    clients = _find_clients(grid, config)
+    folder, state = _open_folder(config, ServerState(start))
+    strategy = LocalAlternation(config, method, folder.name, clients, state)
+    rows = [row for row in folder.history() if row["attempt"] <= state.attempts]
+    progress = Progress(config, folder, strategy, model, test, rows)
+    strategy.start(
+        grid=grid,
+        initial_arrays=wire.to_record(state.adapter),
+        num_rounds=config.num_server_rounds - state.attempts,
+        timeout=config.round_timeout,
+        evaluate_fn=progress,
+    )
+    _finish(progress, time.monotonic() - began)
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Flower's entry point."""
+    try:
+        run(grid, parse(context.run_config))
+    except ConfigError as error:
+        _log.error("LaLoRA: %s", error)
+        raise

@@ -1,0 +1,200 @@
+"""The one Strategy: asks the cohort, judges each reply on its own, aggregates, moves the phase."""
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from lalora_app import wire
+from lalora_app.adapter import ServerState, num_bytes, select
+from lalora_app.config import Config
+from lalora_app.methods import Method
+from lalora_app.wire import TrainReply, WireError
+
+_log = logging.getLogger("flwr")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What came of one round that was asked for.
+
+    Attributes:
+        round: t that was asked for.
+        phase: the factors that travelled, such as "B".
+        aggregated: whether the arrays and the phase moved on.
+        replies: valid replies.
+        dropped: one reason a reply that was not used; no values of a client.
+        upload_bytes: tensors of one client's reply, mean over the replies.
+        download_bytes: tensors of one client's request.
+        epsilon_max: the largest ε spent so far in this run, over all clients heard from.
+        seconds: from the request to the aggregate.
+    """
+
+    round: int
+    phase: str
+    aggregated: bool
+    replies: int
+    dropped: tuple[str, ...]
+    upload_bytes: int
+    download_bytes: int
+    epsilon_max: float
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Clients:
+    """The clients of a run and the cohorts planned for them.
+
+    Attributes:
+        nodes: node id by index; the order is by the clients' own names.
+        cohorts: indices into ``nodes``, one tuple an attempt.
+    """
+
+    nodes: Sequence[int]
+    cohorts: Sequence[tuple[int, ...]]
+
+    def rounds_left(self, client: int, attempt: int) -> int:
+        """Return how many of the attempts from ``attempt`` (from 1) on ask this client."""
+        return sum(client in cohort for cohort in self.cohorts[attempt - 1 :])
+
+
+@dataclass
+class LocalAlternation(Strategy):
+    """Runs any method of METHODS: no branch here depends on which.
+
+    Args:
+        config: the run.
+        method: its entry of METHODS.
+        run: its name in the clients' ledgers.
+        clients: nodes and cohorts.
+        state: where to start: a fresh adapter, or a checkpoint's.
+    """
+
+    config: Config
+    method: Method
+    run: str
+    clients: Clients
+    state: ServerState
+    attempts: list[Attempt] = field(default_factory=list)
+    epsilons: dict[int, float] = field(default_factory=dict)
+    _asked_at: float = 0.0
+
+    def summary(self) -> None:
+        """Log what the run is."""
+        train, privacy = self.config.train, self.config.privacy
+        _log.info(
+            "LaLoRA %s: %s, %d clients, %d steps of %d expected examples, epsilon %s, delta %s",
+            self.run,
+            self.config.method,
+            len(self.clients.nodes),
+            train.local_steps,
+            train.batch_size,
+            privacy.epsilon,
+            privacy.delta,
+        )
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask the attempt's cohort for round t; Flower's own round number plays no part."""
+        self._asked_at = time.monotonic()
+        attempt = self.state.attempts + 1
+        steps = self.config.train.local_steps
+        for client in self.clients.cohorts[attempt - 1]:
+            request = wire.TrainRequest(
+                run=self.run,
+                round=self.state.round + 1,
+                attempt=attempt,
+                steps_left=steps * self.clients.rounds_left(client, attempt),
+                versions=self.state.versions,
+            )
+            content = {wire.ARRAYS: wire.to_record(self.state.adapter)}
+            yield Message(
+                RecordDict({**content, wire.CONFIG: request.record()}),
+                dst_node_id=self.clients.nodes[client],
+                message_type="train",
+                group_id=str(attempt),
+            )
+
+    def _judge(self, replies: Iterable[Message]) -> tuple[dict[int, TrainReply], list[str]]:
+        t = self.state.round + 1
+        expected = select(self.state.adapter, self.method.syncs(t))
+        accepted: dict[int, TrainReply] = {}
+        dropped: list[str] = []
+        for message in replies:
+            node = message.metadata.src_node_id
+            try:
+                accepted[node] = wire.parse_reply(message, expected, t)
+            except WireError as error:
+                dropped.append(str(error))
+        return accepted, dropped
+
+    def _weights(self, replies: Sequence[TrainReply]) -> list[float]:
+        if self.config.weighting == "uniform":
+            return [1.0] * len(replies)
+        return [float(reply.num_examples or 0) for reply in replies]
+
+    def _without_size(self, accepted: dict[int, TrainReply], dropped: list[str]) -> None:
+        """Under weighting by public size, drop replies whose client keeps its size."""
+        if self.config.weighting == "public-size":
+            for node in [n for n, reply in accepted.items() if reply.num_examples is None]:
+                del accepted[node]
+                dropped.append('weighting="public-size", and the client keeps its size')
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Aggregate the valid replies if there are ``min-replies``; else nothing moves.
+
+        A bad reply is dropped and reported; it never ends the run. The phase advances by
+        successful aggregations only.
+        """
+        accepted, dropped = self._judge(replies)
+        self._without_size(accepted, dropped)
+        t, synced = self.state.round + 1, self.method.syncs(self.state.round + 1)
+        asked = len(self.clients.cohorts[self.state.attempts])
+        if missing := asked - len(accepted) - len(dropped):
+            dropped.append(f"{missing} did not answer in time")
+        good = list(accepted.values())
+        enough = len(good) >= self.config.min_replies
+        for node, reply in accepted.items():
+            self.epsilons[node] = max(reply.epsilon, self.epsilons.get(node, 0.0))
+        uploads = [reply.upload for reply in good]
+        download = num_bytes(self.state.adapter)
+        if enough:
+            merged = self.method.aggregate(self.state.adapter, self._weights(good), uploads)
+            self.state = self.state.advanced(merged, synced)
+        else:
+            self.state = self.state.failed()
+        sizes = [num_bytes(upload) for upload in uploads]
+        attempt = Attempt(
+            round=t,
+            phase="+".join(sorted(synced)),
+            aggregated=enough,
+            replies=len(good),
+            dropped=tuple(dropped),
+            upload_bytes=sum(sizes) // max(len(sizes), 1),
+            download_bytes=download,
+            epsilon_max=max(self.epsilons.values(), default=0.0),
+            seconds=time.monotonic() - self._asked_at,
+        )
+        self.attempts.append(attempt)
+        for reason in dropped:
+            _log.warning("round %d: a reply was dropped: %s", t, reason)
+        return (wire.to_record(self.state.adapter), None) if enough else (None, None)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask nobody: a client's own accuracy would be a release of its own."""
+        return []
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Nothing was asked."""
+        return None

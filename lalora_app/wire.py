@@ -1,0 +1,220 @@
+"""What crosses the wire: record names, requests, replies, and the judgement of both."""
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from lalora_app.adapter import Adapter
+from lalora_app.schedule import Factor
+
+ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+# All that a client ever says about a failure: fixed sentences, no values, no exception text.
+REFUSALS = {
+    "budget": "a privacy limit of the client would be exceeded",
+    "config": "the run config or the node config breaks a law; see the client's log",
+    "data": "a client must have at least one example",
+    "data-path": "data-path must be an existing .jsonl, .csv or .parquet file",
+    "data.name": "the dataset must be there, and hold at least one example",
+    "data.text-column": "the text column must exist and have a text in every row",
+    "data.label-column": "the label column must exist",
+    "data.num-labels": "every label must be an integer from 0 to data.num-labels - 1",
+    "data.test-fraction": "data.test-fraction must leave both sides an example",
+    "train.batch-size": "train.batch-size must be at most the client's number of examples",
+    "privacy.delta": "privacy.delta must be below 1/n, n the client's number of examples",
+    "request": "the request does not fit the client's model or run config",
+    "internal": "the client failed; see the client's log",
+}
+
+
+class WireError(ValueError):
+    """A message that cannot be used; the text says why, and holds no private value."""
+
+
+@lru_cache(maxsize=1)
+def code_hash() -> str:
+    """Return a SHA-256 over this package's source: both sides must run the same code."""
+    folder = Path(__file__).parent
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def to_record(adapter: Mapping[str, np.ndarray]) -> ArrayRecord:
+    """Pack an adapter: one float32 array a tensor, under PEFT's names."""
+    return ArrayRecord({name: Array(np.ascontiguousarray(a)) for name, a in adapter.items()})
+
+
+def _array(name: str, array: Array, like: np.ndarray) -> np.ndarray:
+    if tuple(array.shape) != like.shape or array.dtype != str(like.dtype):
+        raise WireError(
+            f"{name} is {array.dtype}{tuple(array.shape)}, and must be {like.dtype}{like.shape}"
+        )
+    try:
+        values = array.numpy()
+    except (TypeError, ValueError, OSError, EOFError) as error:
+        raise WireError(f"{name} cannot be read") from error
+    # The header is the sender's word; the numbers are judged themselves.
+    if values.shape != like.shape or values.dtype != like.dtype or not np.isfinite(values).all():
+        raise WireError(f"{name} must hold finite {like.dtype}{like.shape}")
+    return values
+
+
+def from_record(record: ArrayRecord, like: Mapping[str, np.ndarray]) -> Adapter:
+    """Unpack an adapter that must have the names, shapes and type of ``like``, and be finite.
+
+    Raises:
+        WireError: naming the first tensor that does not fit.
+    """
+    for name in sorted(set(record) ^ set(like)):
+        raise WireError(f"{name} is {'unexpected' if name in record else 'missing'}")
+    return {name: _array(name, record[name], array) for name, array in like.items()}
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """One round's order to one client.
+
+    Attributes:
+        run: name of the run, stable over resumes; the ledger groups by it.
+        round: t, from 1, by successful aggregations; sets the phase.
+        attempt: rounds asked so far, this one included; sets the random streams of seeded runs.
+        steps_left: local steps planned for this client from now to the end of the run.
+        versions: how often each factor has been aggregated.
+    """
+
+    run: str
+    round: int
+    attempt: int
+    steps_left: int
+    versions: Mapping[Factor, int]
+
+    def record(self) -> ConfigRecord:
+        """Pack the order."""
+        numbers = {"round": self.round, "attempt": self.attempt, "steps-left": self.steps_left}
+        versions = {f"version-{factor}": count for factor, count in self.versions.items()}
+        return ConfigRecord({"run": self.run, **numbers, **versions})
+
+
+def _count(record: ConfigRecord, key: str, smallest: int) -> int:
+    value = record.get(key)
+    if type(value) is not int or value < smallest:
+        raise WireError(f"{key}={value!r} must be an integer of at least {smallest}")
+    return value
+
+
+def parse_request(content: RecordDict) -> TrainRequest:
+    """Read a server's order; nothing of it is trusted.
+
+    Raises:
+        WireError: if a key is missing, mistyped or out of range.
+    """
+    record = content.config_records.get(CONFIG, ConfigRecord())
+    run = record.get("run")
+    if not isinstance(run, str) or not _RUN_NAME.fullmatch(run):
+        raise WireError(f"run={run!r} must be a plain name")
+    return TrainRequest(
+        run=run,
+        round=_count(record, "round", 1),
+        attempt=_count(record, "attempt", 1),
+        steps_left=_count(record, "steps-left", 1),
+        versions={"A": _count(record, "version-A", 0), "B": _count(record, "version-B", 0)},
+    )
+
+
+def refusal(key: str) -> RecordDict:
+    """Pack a refusal: a key of :data:`REFUSALS`, and nothing else."""
+    return RecordDict({CONFIG: ConfigRecord({"refusal": key if key in REFUSALS else "internal"})})
+
+
+@dataclass(frozen=True)
+class Hello:
+    """What a client says of itself before a run: a stable name, and nothing of its data."""
+
+    client: str
+
+    def record(self) -> RecordDict:
+        """Pack the reply to a query."""
+        return RecordDict({CONFIG: ConfigRecord({"client": self.client, "code": code_hash()})})
+
+
+@dataclass(frozen=True)
+class TrainReply:
+    """What a round sends up: the synced tensors, and the accounting of this run.
+
+    Attributes:
+        upload: synced factors and head.
+        round: of the request.
+        epsilon: spent by this client in this run, rounded up to 0.01.
+        num_examples: only where the client has declared its size public.
+    """
+
+    upload: Adapter
+    round: int
+    epsilon: float
+    num_examples: int | None = None
+
+    def record(self) -> RecordDict:
+        """Pack the reply."""
+        sizes = {} if self.num_examples is None else {"num-examples": self.num_examples}
+        metrics = MetricRecord({"round": self.round, "epsilon": self.epsilon, **sizes})
+        config = ConfigRecord({"code": code_hash()})
+        return RecordDict({ARRAYS: to_record(self.upload), METRICS: metrics, CONFIG: config})
+
+
+def _accepted(reply: Message) -> RecordDict:
+    """Return the content of a reply that carries neither an error nor a refusal."""
+    if reply.has_error():
+        raise WireError(f"error {reply.error.code} from the network or the client's process")
+    config = reply.content.config_records.get(CONFIG, ConfigRecord())
+    if "refusal" in config:
+        sentence = REFUSALS.get(str(config["refusal"]), REFUSALS["internal"])
+        raise WireError(f"refused: {sentence}")
+    if config.get("code") != code_hash():
+        raise WireError("the client runs other code than the server")
+    return reply.content
+
+
+def parse_hello(reply: Message) -> Hello:
+    """Read a client's reply to the query.
+
+    Raises:
+        WireError: if it refuses, failed, or runs other code.
+    """
+    client = _accepted(reply).config_records[CONFIG].get("client")
+    if not isinstance(client, str) or not client:
+        raise WireError("client must be a name")
+    return Hello(client)
+
+
+def parse_reply(reply: Message, expected: Mapping[str, np.ndarray], t: int) -> TrainReply:
+    """Judge one client's reply on its own.
+
+    Args:
+        reply: as Flower delivers it.
+        expected: the tensors that round ``t`` syncs, for names, shapes and type.
+        t: the round that was asked for.
+
+    Raises:
+        WireError: saying what is wrong with it; the caller drops it and goes on.
+    """
+    content = _accepted(reply)
+    metrics = content.metric_records.get(METRICS, MetricRecord())
+    if metrics.get("round") != t:
+        raise WireError(f"round={metrics.get('round')!r} must be {t}: a stale reply")
+    spent = metrics.get("epsilon")
+    if not isinstance(spent, int | float) or not spent >= 0:
+        raise WireError(f"epsilon={spent!r} must be a number of at least 0")
+    size = metrics.get("num-examples")
+    if size is not None and (type(size) is not int or size < 1):
+        raise WireError(f"num-examples={size!r} must be a positive integer")
+    upload = from_record(content.array_records.get(ARRAYS, ArrayRecord()), expected)
+    return TrainReply(upload, t, float(spent), size)
