@@ -2,7 +2,6 @@
 
 import hashlib
 import importlib.util
-import logging
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -125,11 +124,11 @@ def public_name(name: str) -> str:
 
 def _load_base(model: Model, num_labels: int) -> tuple[nn.Module, Any]:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    from transformers.utils import logging
 
     where = source(model.name)
-    quiet = logging.getLogger("transformers.modeling_utils")
-    level = quiet.level
-    quiet.setLevel(logging.ERROR)  # a fresh head is what we want, not worth a report
+    logging.set_verbosity_error()  # a fresh head is what we want, not worth a report
+    logging.disable_progress_bar()
     try:
         base = AutoModelForSequenceClassification.from_pretrained(
             where, num_labels=num_labels, dtype=torch.float32
@@ -138,8 +137,6 @@ def _load_base(model: Model, num_labels: int) -> tuple[nn.Module, Any]:
     except (OSError, ValueError) as error:
         first_line = str(error).splitlines()[0]
         raise ConfigError(f'model.name="{model.name}" cannot be loaded: {first_line}') from error
-    finally:
-        quiet.setLevel(level)
 
 
 def _target_sizes(base: nn.Module, lora: Lora) -> list[int]:

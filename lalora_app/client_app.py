@@ -11,9 +11,9 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from lalora_app import backbone, residents, trainer, wire
-from lalora_app.adapter import Adapter, select
+from lalora_app.adapter import select
 from lalora_app.config import Config, ConfigError, parse
-from lalora_app.data import DataError, Encoded, Examples, check_client, encode, partition
+from lalora_app.data import DataError, Examples, check_client, encode, partition
 from lalora_app.data import private_file as read_private_file
 from lalora_app.methods import lookup
 from lalora_app.privacy import randomness

@@ -5,27 +5,24 @@ import secrets
 import time
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
 from datetime import datetime
 from typing import Any
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
 from lalora_app import backbone as backbones
 from lalora_app import cohorts, wire
 from lalora_app.adapter import ServerState
-from lalora_app.backbone import Backbone
 from lalora_app.config import Config, ConfigError, full_path, parse
-from lalora_app.data import Encoded, encode, split
-from lalora_app.export import ACCOUNTANT, ADJACENCY, export
+from lalora_app.data import encode, split
 from lalora_app.methods import lookup
 from lalora_app.results import RunFolder, new_folder, old_folder
+from lalora_app.runlog import Progress, finish
 from lalora_app.strategy import Clients, LocalAlternation
 
 app = ServerApp()
 _log = logging.getLogger("flwr")
-_EVAL_BATCH = 64
 _POLL = 1.0  # seconds between looks at the list of nodes
 _SETTLE = 3.0  # seconds that the list must stay the same
 
@@ -104,90 +101,10 @@ def _open_folder(config: Config, start: ServerState) -> tuple[RunFolder, ServerS
 def _flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in tables.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-@dataclass
-class Progress:
-    """Evaluates after every round, prints one line, and writes history and checkpoint."""
-
-    config: Config
-    folder: RunFolder
-    strategy: LocalAlternation
-    model: Backbone
-    test: Encoded
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    started: float = field(default_factory=time.monotonic)
-
-    def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        """Flower's ``evaluate_fn``: round 0 is the start."""
-        attempts = self.strategy.attempts
-        if attempts and not attempts[-1].aggregated and self.rows:  # the adapter is the same
-            scores = {k: self.rows[-1][k] for k in ("accuracy", "balanced_accuracy")}
-        else:
-            self.model.load(self.strategy.state.adapter)
-            batches = self.test.batches(_EVAL_BATCH)
-            scores = self.model.evaluate(batches, self.config.data.num_labels)
-        if server_round > 0:
-            self._record({"attempt": self.strategy.state.attempts, **asdict(attempts[-1])}, scores)
-        return MetricRecord(dict(scores))
-
-    def _record(self, attempt: dict[str, Any], scores: dict[str, float]) -> None:
-        elapsed = time.monotonic() - self.started
-        self.rows.append({**attempt, **scores, "elapsed": elapsed})
-        self.folder.write_history(self.rows)
-        self.folder.checkpoint(self.strategy.state)
-        total, done = self.config.num_server_rounds, attempt["attempt"]
-        left = elapsed / len(self.strategy.attempts) * (total - done)
-        _log.info(
-            "LaLoRA round %d/%d  phase %s  %s  accuracy %.4f  balanced %.4f  epsilon <= %.2f  "
-            "%.1f s  ETA %d:%02d",
-            *(done, total, attempt["phase"]),
-            "aggregated" if attempt["aggregated"] else "FAILED: too few valid replies",
-            *(scores["accuracy"], scores["balanced_accuracy"], attempt["epsilon_max"]),
-            *(attempt["seconds"], int(left) // 60, int(left) % 60),
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
         )
-
-
-def _mean_bytes(rows: list[dict[str, Any]], key: str) -> float:
-    used = [row[key] for row in rows if row["aggregated"]]
-    mean = sum(used) / len(used)
-    return int(mean) if mean == int(mean) else mean
-
-
-def _summary(config: Config, rows: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
-    last = rows[-1]
-    failed = sum(not row["aggregated"] for row in rows)
-    return {
-        "method": config.method,
-        "rounds": sum(row["aggregated"] for row in rows),
-        "accuracy": last["accuracy"],
-        "balanced_accuracy": last["balanced_accuracy"],
-        "epsilon_max": last["epsilon_max"],
-        "delta": config.privacy.delta,
-        "upload_bytes_per_round": _mean_bytes(rows, "upload_bytes"),
-        "download_bytes_per_round": _mean_bytes(rows, "download_bytes"),
-        "seconds": round(seconds, 1),
-        "status": "completed" if failed == 0 else f"completed, {failed} rounds failed",
-    }
-
-
-def _privacy_report(config: Config, rows: list[dict[str, Any]]) -> dict[str, Any]:
-    return {
-        "private": config.privacy.private,
-        "epsilon_max": rows[-1]["epsilon_max"],
-        "epsilon_promised": config.privacy.epsilon,
-        "delta": config.privacy.delta,
-        "unit": ADJACENCY,
-        "sampling": "Poisson, at each client's own rate: expected batch size over its examples",
-        "mechanism": f"Gaussian noise on the sum of gradients clipped to {config.privacy.clip_norm}",
-        "accountant": ACCOUNTANT,
-        "noise": config.privacy.noise,
-        "participation": "balanced; no amplification by client sampling is claimed",
-        "composition": "all rounds of this run; other runs on the same data: lalora ledger show",
-        "not_covered": "hyper-parameter tuning, floating-point noise, timing side channels",
-    }
+    return flat
 
 
 def _warn_if_not_private(config: Config) -> None:
@@ -195,32 +112,6 @@ def _warn_if_not_private(config: Config) -> None:
         _log.warning('privacy.noise="seeded": this run is repeatable and NOT private')
     elif not config.privacy.private:
         _log.warning("privacy.epsilon=inf: this run is NOT private")
-
-
-def _finish(progress: Progress, seconds: float) -> None:
-    config, folder, rows = progress.config, progress.folder, progress.rows
-    if not any(row["aggregated"] for row in rows):
-        reasons = sorted({reason for row in rows for reason in row["dropped"]})
-        folder.write_json("summary.json", {"method": config.method, "status": "failed"})
-        raise RuntimeError(f"no round was aggregated: {'; '.join(reasons)}")
-    summary = _summary(config, rows, seconds)
-    export(progress.model, progress.strategy.state.adapter, folder.adapter, config, rows[-1])
-    folder.write_json("privacy.json", _privacy_report(config, rows))
-    folder.write_json("summary.json", summary)
-    _log.info("")
-    _log.info("LaLoRA results    %s", folder.path)
-    _log.info(
-        "LaLoRA accuracy   %.4f (balanced %.4f)", summary["accuracy"], summary["balanced_accuracy"]
-    )
-    _log.info(
-        "LaLoRA privacy    largest client epsilon %.2f at delta %g%s",
-        *(summary["epsilon_max"], summary["delta"]),
-        "" if config.privacy.private else "  (NOT private, see privacy.json)",
-    )
-    _log.info(
-        "LaLoRA bytes      %s up, %s down, a client and round",
-        *(f"{summary[f'{way}_bytes_per_round']:,}" for way in ("upload", "download")),
-    )
 
 
 def run(grid: Grid, config: Config) -> None:
@@ -236,8 +127,8 @@ def run(grid: Grid, config: Config) -> None:
     test = encode(split(config.data)[1], model.tokenizer, config.model.max_length)
     sizes = sum(array.size for array in start.values())
     _log.info("LaLoRA model: %d target layers, %d trainable parameters", model.targets, sizes)
-    clients = _find_clients(grid, config)
     folder, state = _open_folder(config, ServerState(start))
+    clients = _find_clients(grid, config)
     strategy = LocalAlternation(config, method, folder.name, clients, state)
     rows = [row for row in folder.history() if row["attempt"] <= state.attempts]
     progress = Progress(config, folder, strategy, model, test, rows)
@@ -248,7 +139,7 @@ def run(grid: Grid, config: Config) -> None:
         timeout=config.round_timeout,
         evaluate_fn=progress,
     )
-    _finish(progress, time.monotonic() - began)
+    finish(progress, time.monotonic() - began)
 
 
 @app.main()

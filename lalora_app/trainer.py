@@ -94,9 +94,7 @@ def private_gradient(
     return add_noise(sums, noise_std=noise_std, expected_batch=expected, rng=streams.noise)
 
 
-def apply(
-    backbone: Backbone, optimizer: torch.optim.Optimizer, gradients: NoisedGrads
-) -> None:
+def apply(backbone: Backbone, optimizer: torch.optim.Optimizer, gradients: NoisedGrads) -> None:
     """Take one optimiser step on the tensors that have a gradient, and on no other."""
     for name, parameter in backbone.engine.parameters.items():
         parameter.grad = gradients.get(name)

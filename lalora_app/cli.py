@@ -1,0 +1,117 @@
+"""The command ``lalora``: run with an honest exit code, list methods, read and verify ledgers."""
+
+import argparse
+import math
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from lalora_app.config import ConfigError
+from lalora_app.privacy.accounting import epsilon, second_epsilon
+from lalora_app.privacy.ledger import Entry, Ledger
+from lalora_app.privacy.policy import state_folder
+
+_AGREEMENT = 0.01  # relative; both accountants bound the same number from above
+_SLACK = 0.004  # absolute: the first accountant's own additive error
+
+
+def _open_ledger(path: Path | None) -> Ledger:
+    file = path or state_folder({}) / "ledger.sqlite"
+    if not file.is_file():
+        raise ConfigError(f"ledger={file} must be an existing ledger")
+    return Ledger(file)
+
+
+def _groups(entries: Sequence[Entry]) -> dict[tuple[str, str], list[Entry]]:
+    groups: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries:
+        for run in (entry.run, "all runs"):
+            groups.setdefault((entry.dataset, run), []).append(entry)
+    return groups
+
+
+def _show(args: argparse.Namespace) -> int:
+    ledger = _open_ledger(args.path)
+    entries = ledger.entries(args.dataset)
+    print(f"{ledger.path}: {len(entries)} lines, delta {args.delta:g}")
+    for (dataset, run), group in sorted(_groups(entries).items()):
+        spent = epsilon([entry.release for entry in group], args.delta)
+        steps = sum(entry.release.count for entry in group)
+        print(f"{dataset}  |  {run}  |  {steps} releases  |  epsilon {spent:.3f}")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    ledger = _open_ledger(args.path)
+    wrong = 0
+    for (dataset, run), group in sorted(_groups(ledger.entries(args.dataset)).items()):
+        releases = [entry.release for entry in group]
+        first, second = epsilon(releases, args.delta), second_epsilon(releases, args.delta)
+        tolerance = _AGREEMENT * second + _SLACK
+        agree = first == second or abs(first - second) <= tolerance
+        wrong += not agree
+        verdict = "agree" if agree else "DISAGREE"
+        print(f"{dataset}  |  {run}  |  PRV {first:.4f}  PLD {second:.4f}  {verdict}")
+        if args.max_epsilon < first:
+            wrong += 1
+            print(f"    above max-epsilon {args.max_epsilon}")
+    return 1 if wrong else 0
+
+
+def _methods(args: argparse.Namespace) -> int:
+    from lalora_app.methods import METHODS
+
+    for name, method in METHODS.items():
+        rounds = ["+".join(sorted(method.syncs(t))) for t in (1, 2)]
+        steps = ["+".join(sorted(method.trains(1, k))) for k in (0, 1)]
+        print(
+            f"{name:24s} steps {steps[0]:3s} {steps[1]:3s}  sends {rounds[0]:3s} {rounds[1]:3s}",
+            end="",
+        )
+        print(f"  {method.postprocess.__name__:9s} {method.paper}")
+    return 0
+
+
+def _run(args: argparse.Namespace) -> int:
+    from lalora_app.launcher import launch
+
+    return launch(args.app, args.run_config, nodes=args.nodes)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lalora", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    run = commands.add_parser("run", help="flwr run in simulation; fails when the run fails")
+    run.add_argument("app", nargs="?", type=Path, default=Path(), help="folder of the app")
+    run.add_argument("-c", "--run-config", action="append", default=[], metavar="KEY=VALUE")
+    run.add_argument("--nodes", type=int, default=4, help="simulated clients (default 4)")
+    run.set_defaults(act=_run)
+
+    methods = commands.add_parser("methods", help="list METHODS")
+    methods.set_defaults(act=_methods)
+
+    ledger = commands.add_parser("ledger", help="what has been released about each dataset")
+    actions = ledger.add_subparsers(required=True, metavar="ACTION")
+    for name, act in (("show", _show), ("verify", _verify)):
+        action = actions.add_parser(name)
+        action.add_argument("--path", type=Path, help="the SQLite file (default: this machine's)")
+        action.add_argument("--dataset", help="only this dataset")
+        action.add_argument("--delta", type=float, default=1e-5)
+        action.add_argument("--max-epsilon", type=float, default=math.inf)
+        action.set_defaults(act=act)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line; returns its exit code."""
+    args = _parser().parse_args(argv)
+    try:
+        return int(args.act(args))
+    except ConfigError as error:
+        print(f"lalora: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

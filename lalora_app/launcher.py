@@ -1,0 +1,153 @@
+"""``flwr run`` in simulation as it should be: neutral folder, own SuperLink, true exit code.
+
+``flwr run`` returns 0 for failed runs, leaves a SuperLink behind whose first working directory
+shadows the app's code, and installs the app's dependencies anew for every run. This module sets
+what has to be set, asks for the run's real status, and stops the SuperLink that it started.
+"""
+
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lalora_app.config import ConfigError, parse
+from lalora_app.methods import lookup
+
+_FINISHED = "finished:completed"
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def _environment(home: Path) -> dict[str, str]:
+    return os.environ | {
+        "FLWR_HOME": str(home),
+        "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(_free_port()),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "RAY_DEDUP_LOGS": "0",
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+    }
+
+
+def _flat(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat
+
+
+def _check_early(app: Path, overrides: Sequence[str]) -> None:
+    """Parse the run config here, so that a bad key costs a line and not a started simulation."""
+    project = app / "pyproject.toml"
+    if not project.is_file():
+        raise ConfigError(f"app={app} must be a folder with the app's pyproject.toml")
+    values = _flat(tomllib.loads(project.read_text("utf-8"))["tool"]["flwr"]["app"]["config"])
+    for text in overrides:
+        source = Path(text).read_text("utf-8") if text.endswith(".toml") else _lines(text)
+        try:
+            values |= _flat(tomllib.loads(source))
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"-c {text!r} must be TOML, strings in quotes: {error}") from error
+    config = parse(values)
+    lookup(config.method, config.train.local_steps)
+
+
+def _lines(text: str) -> str:
+    """Turn Flower's space-separated pairs into TOML lines."""
+    pairs = re.findall(r"""(\S+?)\s*=\s*("[^"]*"|'[^']*'|\S+)""", text)
+    return "\n".join(f"{key} = {value}" for key, value in pairs)
+
+
+def _flwr(arguments: Sequence[str], env: dict[str, str], cwd: Path) -> str:
+    """Run a flwr command that prints JSON and return its output."""
+    command = [sys.executable, "-m", "flwr.cli.app", *arguments]
+    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise ConfigError("flwr: " + (done.stdout + done.stderr).strip())
+    return done.stdout
+
+
+def _status(run_id: str, env: dict[str, str], cwd: Path) -> tuple[str, str]:
+    answer = _flwr(["list", "--run-id", run_id, "--format", "json"], env, cwd)
+    entry = json.loads(answer[answer.index("{") :])["runs"][0]
+    return str(entry["status"]), str(entry.get("details", ""))
+
+
+def _stop_superlink(home: Path) -> None:
+    """Stop every process that this launch left behind: those with its FLWR_HOME."""
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            started_here = f"FLWR_HOME={home}".encode() in (process / "environ").read_bytes()
+        except OSError:
+            continue
+        if started_here and int(process.name) != os.getpid():
+            os.kill(int(process.name), signal.SIGTERM)
+
+
+def _follow(run_id: str, env: dict[str, str], cwd: Path) -> tuple[str, str]:
+    """Show the run's log until it ends; return its status and details."""
+    subprocess.run(
+        [sys.executable, "-m", "flwr.cli.app", "log", run_id, "--stream"],
+        env=env,
+        cwd=cwd,
+        check=False,
+    )
+    status, details = _status(run_id, env, cwd)
+    while not status.startswith("finished"):
+        time.sleep(1)
+        status, details = _status(run_id, env, cwd)
+    return status, details
+
+
+def launch(app: Path, overrides: Sequence[str], *, nodes: int) -> int:
+    """Run the app in simulation and return 0 only if the run completed.
+
+    Args:
+        app: folder with the app's pyproject.toml.
+        overrides: values of ``flwr run -c``: key=value pairs, or one TOML file.
+        nodes: simulated clients.
+
+    Raises:
+        ConfigError: for a bad config, before anything is started.
+    """
+    _check_early(app, overrides)
+    home = Path(tempfile.mkdtemp(prefix="lalora-"))
+    env = _environment(home)
+    config = [
+        part
+        for text in overrides
+        for part in ("-c", str(Path(text).resolve()) if text.endswith(".toml") else text)
+    ]
+    federation = f"num-supernodes={nodes} client-resources-num-cpus=1"
+    arguments = ["run", str(app.resolve()), "--format", "json", "--federation-config", federation]
+    try:
+        answer = _flwr([*arguments, *config], env, home)
+        found = re.search(r'"run-id": "?(\d+)', answer)
+        if found is None:
+            raise ConfigError(f"flwr run: no run id in {answer!r}")
+        status, details = _follow(found.group(1), env, home)
+    finally:
+        _stop_superlink(home)
+        shutil.rmtree(home, ignore_errors=True)
+    if status != _FINISHED:
+        print(f"lalora: the run {status}: {details}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,0 +1,131 @@
+"""The run's log on the server: evaluation, progress lines, history, summary, privacy report."""
+
+import logging
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from flwr.app import ArrayRecord, MetricRecord
+
+from lalora_app.backbone import Backbone
+from lalora_app.config import Config
+from lalora_app.data import Encoded
+from lalora_app.export import ACCOUNTANT, ADJACENCY, export
+from lalora_app.results import RunFolder
+from lalora_app.strategy import LocalAlternation
+
+_log = logging.getLogger("flwr")
+_EVAL_BATCH = 64
+
+
+@dataclass
+class Progress:
+    """Evaluates after every round, prints one line, and writes history and checkpoint."""
+
+    config: Config
+    folder: RunFolder
+    strategy: LocalAlternation
+    model: Backbone
+    test: Encoded
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    started: float = field(default_factory=time.monotonic)
+
+    def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
+        """Flower's ``evaluate_fn``: round 0 is the start."""
+        attempts = self.strategy.attempts
+        if attempts and not attempts[-1].aggregated and self.rows:  # the adapter is the same
+            scores = {k: self.rows[-1][k] for k in ("accuracy", "balanced_accuracy")}
+        else:
+            self.model.load(self.strategy.state.adapter)
+            batches = self.test.batches(_EVAL_BATCH)
+            scores = self.model.evaluate(batches, self.config.data.num_labels)
+        if server_round > 0:
+            self._record({"attempt": self.strategy.state.attempts, **asdict(attempts[-1])}, scores)
+        return MetricRecord(dict(scores))
+
+    def _record(self, attempt: dict[str, Any], scores: dict[str, float]) -> None:
+        elapsed = time.monotonic() - self.started
+        self.rows.append({**attempt, **scores, "elapsed": elapsed})
+        self.folder.write_history(self.rows)
+        self.folder.checkpoint(self.strategy.state)
+        total, done = self.config.num_server_rounds, attempt["attempt"]
+        left = elapsed / len(self.strategy.attempts) * (total - done)
+        _log.info(
+            "LaLoRA round %d/%d  phase %s  %s  accuracy %.4f  balanced %.4f  epsilon <= %.2f  "
+            "%.1f s  ETA %d:%02d",
+            *(done, total, attempt["phase"]),
+            "aggregated" if attempt["aggregated"] else "FAILED: too few valid replies",
+            *(scores["accuracy"], scores["balanced_accuracy"], attempt["epsilon_max"]),
+            *(attempt["seconds"], int(left) // 60, int(left) % 60),
+        )
+
+
+def _mean_bytes(rows: list[dict[str, Any]], key: str) -> float:
+    used = [row[key] for row in rows if row["aggregated"]]
+    mean = sum(used) / len(used)
+    return int(mean) if mean == int(mean) else mean
+
+
+def _summary(config: Config, rows: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    last = rows[-1]
+    failed = sum(not row["aggregated"] for row in rows)
+    return {
+        "method": config.method,
+        "rounds": sum(row["aggregated"] for row in rows),
+        "accuracy": last["accuracy"],
+        "balanced_accuracy": last["balanced_accuracy"],
+        "epsilon_max": last["epsilon_max"],
+        "delta": config.privacy.delta,
+        "upload_bytes_per_round": _mean_bytes(rows, "upload_bytes"),
+        "download_bytes_per_round": _mean_bytes(rows, "download_bytes"),
+        "seconds": round(seconds, 1),
+        "status": "completed" if failed == 0 else f"completed, {failed} rounds failed",
+    }
+
+
+def _privacy_report(config: Config, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "private": config.privacy.private,
+        "epsilon_max": rows[-1]["epsilon_max"],
+        "epsilon_promised": config.privacy.epsilon,
+        "delta": config.privacy.delta,
+        "unit": ADJACENCY,
+        "sampling": "Poisson, at each client's own rate: expected batch size over its examples",
+        "mechanism": f"Gaussian, on sums of gradients clipped to {config.privacy.clip_norm}",
+        "accountant": ACCOUNTANT,
+        "noise": config.privacy.noise,
+        "participation": "balanced; no amplification by client sampling is claimed",
+        "composition": "all rounds of this run; other runs on the same data: lalora ledger show",
+        "not_covered": "hyper-parameter tuning, floating-point noise, timing side channels",
+    }
+
+
+def finish(progress: Progress, seconds: float) -> None:
+    """Write adapter, privacy report and summary, and print the result lines last.
+
+    Raises:
+        RuntimeError: if no round was aggregated.
+    """
+    config, folder, rows = progress.config, progress.folder, progress.rows
+    if not any(row["aggregated"] for row in rows):
+        reasons = sorted({reason for row in rows for reason in row["dropped"]})
+        folder.write_json("summary.json", {"method": config.method, "status": "failed"})
+        raise RuntimeError(f"no round was aggregated: {'; '.join(reasons)}")
+    summary = _summary(config, rows, seconds)
+    export(progress.model, progress.strategy.state.adapter, folder.adapter, config, rows[-1])
+    folder.write_json("privacy.json", _privacy_report(config, rows))
+    folder.write_json("summary.json", summary)
+    _log.info("")
+    _log.info("LaLoRA results    %s", folder.path)
+    _log.info(
+        "LaLoRA accuracy   %.4f (balanced %.4f)", summary["accuracy"], summary["balanced_accuracy"]
+    )
+    _log.info(
+        "LaLoRA privacy    largest client epsilon %.2f at delta %g%s",
+        *(summary["epsilon_max"], summary["delta"]),
+        "" if config.privacy.private else "  (NOT private, see privacy.json)",
+    )
+    _log.info(
+        "LaLoRA bytes      %s up, %s down, a client and round",
+        *(f"{summary[f'{way}_bytes_per_round']:,}" for way in ("upload", "download")),
+    )
