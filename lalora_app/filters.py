@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from lalora_app.adapter import kind
+from lalora_app.adapter import Kind, kind
 from lalora_app.privacy.types import NoisedGrads
 
 TAPS = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
@@ -40,6 +40,16 @@ def smooth(rows: Tensor) -> Tensor:
     return total
 
 
+def _smooth_as(which: Kind, grad: Tensor) -> Tensor:
+    match which:
+        case "A":
+            return smooth(grad)
+        case "B":
+            return smooth(grad.T).T
+        case "head":
+            return grad
+
+
 def binomial(grads: NoisedGrads) -> NoisedGrads:
     """Smooth every factor along its long axis (arXiv:2602.19926, gradient filter); not the head.
 
@@ -47,8 +57,7 @@ def binomial(grads: NoisedGrads) -> NoisedGrads:
 
     Privacy: a fixed linear map of noised gradients; no extra cost.
     """
-    filters = {"A": smooth, "B": lambda grad: smooth(grad.T).T, "head": lambda grad: grad}
-    return NoisedGrads({name: filters[kind(name)](grad) for name, grad in grads.items()})
+    return NoisedGrads({name: _smooth_as(kind(name), grad) for name, grad in grads.items()})
 
 
 def scaled(grads: NoisedGrads) -> NoisedGrads:

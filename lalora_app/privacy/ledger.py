@@ -163,7 +163,7 @@ def _read(db: sqlite3.Connection, dataset: str | None, run: str | None) -> list[
         "WHERE (?1 IS NULL OR dataset = ?1) AND (?2 IS NULL OR run = ?2) ORDER BY id",
         (dataset, run),
     )
-    return [Entry(*row[:4], Release(*row[4:])) for row in rows]
+    return [Entry(t, d, r, n, Release(q, z, c)) for t, d, r, n, q, z, c in rows]
 
 
 def _check(past: list[Release], plan: Release, limit: Limit, whose: str) -> None:

@@ -80,7 +80,7 @@ class PerExampleEngine:
                 self._add(weight, torch.bmm(rows.transpose(1, 2), self._regrouped(x)))
 
         def forward(layer: nn.Linear, x: Tensor) -> Tensor:
-            return _Linear.apply(x, layer.weight, layer.bias, record)  # type: ignore[no-any-return, no-untyped-call]
+            return _Linear.apply(x, layer.weight, layer.bias, record)  # type: ignore[no-any-return]
 
         layer.forward = MethodType(forward, layer)  # type: ignore[method-assign]
 
@@ -112,7 +112,7 @@ class PerExampleEngine:
             LayoutError: if an active parameter took no part, or rows do not regroup.
         """
         self._grads, self._examples = {}, examples
-        losses().sum().backward()
+        torch.autograd.backward(losses().sum())
         active = [name for name, p in self.parameters.items() if p.requires_grad]
         for name in active:
             if name not in self._grads:
