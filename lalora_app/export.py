@@ -82,7 +82,8 @@ def export(
     model = cast(PeftModel, backbone.model)
     base = public_name(config.model.name)
     model.peft_config["default"].base_model_name_or_path = base
-    model.save_pretrained(str(folder))
+    # Embeddings are frozen; "auto" would look for the base model on the hub.
+    model.save_pretrained(str(folder), save_embedding_layers=False)
     card = _CARD.format(
         base=base,
         method=config.method,

@@ -23,6 +23,7 @@ from typing import Any
 from lalora_app.config import ConfigError, parse
 from lalora_app.methods import lookup
 
+_FLWR = str(Path(sys.executable).parent / "flwr")
 _FINISHED = "finished:completed"
 
 
@@ -78,11 +79,20 @@ def _lines(text: str) -> str:
 
 def _flwr(arguments: Sequence[str], env: dict[str, str], cwd: Path) -> str:
     """Run a flwr command that prints JSON and return its output."""
-    command = [sys.executable, "-m", "flwr.cli.app", *arguments]
-    done = subprocess.run(command, env=env, cwd=cwd, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [_FLWR, *arguments], env=env, cwd=cwd, capture_output=True, text=True, check=False
+    )
     if done.returncode != 0:
         raise ConfigError("flwr: " + (done.stdout + done.stderr).strip())
     return done.stdout
+
+
+def _run_id(answer: str) -> str:
+    reply = json.loads(answer[answer.index("{") :])
+    if not reply.get("success"):
+        lines = [line for line in str(reply.get("error-message")).splitlines() if line.strip()]
+        raise ConfigError(f"flwr run: {lines[-1]}")
+    return str(reply["run-id"])
 
 
 def _status(run_id: str, env: dict[str, str], cwd: Path) -> tuple[str, str]:
@@ -105,7 +115,7 @@ def _stop_superlink(home: Path) -> None:
 def _follow(run_id: str, env: dict[str, str], cwd: Path) -> tuple[str, str]:
     """Show the run's log until it ends; return its status and details."""
     subprocess.run(
-        [sys.executable, "-m", "flwr.cli.app", "log", run_id, "--stream"],
+        [_FLWR, "log", run_id, "--stream"],
         env=env,
         cwd=cwd,
         check=False,
@@ -140,10 +150,7 @@ def launch(app: Path, overrides: Sequence[str], *, nodes: int) -> int:
     arguments = ["run", str(app.resolve()), "--format", "json", "--federation-config", federation]
     try:
         answer = _flwr([*arguments, *config], env, home)
-        found = re.search(r'"run-id": "?(\d+)', answer)
-        if found is None:
-            raise ConfigError(f"flwr run: no run id in {answer!r}")
-        status, details = _follow(found.group(1), env, home)
+        status, details = _follow(_run_id(answer), env, home)
     finally:
         _stop_superlink(home)
         shutil.rmtree(home, ignore_errors=True)

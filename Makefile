@@ -1,0 +1,42 @@
+# Two commands: make run, make test. Everything they need is installed into .venv first.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+ARGS ?=
+
+.PHONY: run test fast lint types mutants study help
+help:
+	@echo "make run    the default federation, ARGS='-c method=\"rolora\"' for another one"
+	@echo "make test   lint, types, every test    make fast   the quick tests only"
+
+$(VENV)/.run: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet -e '.[demo]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	$(BIN)/pip install --quiet -e '.[demo,dev]'
+	@touch $@
+
+run: $(VENV)/.run
+	$(BIN)/lalora run . $(ARGS)
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/mypy
+
+fast: $(VENV)/.dev
+	$(BIN)/pytest -m "not slow"
+
+test: lint types
+	$(BIN)/pytest
+
+mutants: $(VENV)/.dev
+	$(BIN)/python scripts/mutants.py
+
+study: $(VENV)/.run
+	$(BIN)/python scripts/study.py

@@ -1,0 +1,146 @@
+"""The direction of imports and the size of modules and functions, read from the source itself."""
+
+import ast
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+PACKAGE = ROOT / "lalora_app"
+USES_FLWR = {"wire", "strategy", "client_app", "server_app", "runlog"}
+SHELL = USES_FLWR | {"cli", "launcher"}
+TORCH_ROOMS = {
+    "trainer",
+    "backbone",
+    "data",
+    "privacy.per_example",
+    "privacy.mechanism",
+    "export",
+}
+CORE = {
+    "schedule",
+    "adapter",
+    "aggregate",
+    "aggregate.mean",
+    "filters",
+    "methods",
+    "config",
+    "privacy.types",
+    "privacy.accounting",
+    "privacy.ledger",
+    "privacy.policy",
+    "privacy.randomness",
+    "cohorts",
+    "residents",
+}
+
+
+def module_name(path: Path, package: Path) -> str:
+    parts = path.relative_to(package).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def sources(package: Path) -> dict[str, ast.Module]:
+    paths = sorted(package.rglob("*.py"))
+    return {module_name(path, package): ast.parse(path.read_text("utf-8")) for path in paths}
+
+
+def at_module_level(node: ast.AST):
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            yield child
+            yield from at_module_level(child)
+
+
+def imported(nodes) -> set[str]:
+    names: set[str] = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            names |= {f"{node.module}.{alias.name}" for alias in node.names} | {node.module}
+    return names
+
+
+def internal(names: set[str], known: set[str], package: str = "lalora_app") -> set[str]:
+    local = {name.removeprefix(f"{package}.") for name in names if name.startswith(f"{package}.")}
+    return local & known
+
+
+def import_graph(trees: dict[str, ast.Module], *, lazy: bool) -> dict[str, set[str]]:
+    nodes = ast.walk if lazy else at_module_level
+    return {name: internal(imported(nodes(tree)), set(trees)) for name, tree in trees.items()}
+
+
+def reachable(graph: dict[str, set[str]], start: str) -> set[str]:
+    seen: set[str] = set()
+    waiting = [start]
+    while waiting:
+        for name in graph[waiting.pop()] - seen:
+            seen.add(name)
+            waiting.append(name)
+    return seen
+
+
+TREES = sources(PACKAGE)
+ALL_IMPORTS = import_graph(TREES, lazy=True)
+
+
+def test_every_named_module_exists():
+    assert USES_FLWR | SHELL | TORCH_ROOMS | CORE <= set(TREES)
+
+
+def test_only_the_shell_imports_flwr():
+    importers = {
+        name
+        for name, tree in TREES.items()
+        if any(found.split(".")[0] == "flwr" for found in imported(ast.walk(tree)))
+    }
+    assert importers == USES_FLWR
+
+
+@pytest.mark.parametrize("module", sorted(CORE))
+def test_core_reaches_no_torch_room_and_no_shell(module):
+    assert not reachable(ALL_IMPORTS, module) & (TORCH_ROOMS | SHELL)
+
+
+@pytest.mark.parametrize("module", sorted(TORCH_ROOMS))
+def test_torch_rooms_reach_no_shell(module):
+    assert not reachable(ALL_IMPORTS, module) & SHELL
+
+
+def test_no_module_takes_part_in_an_import_cycle():
+    graph = import_graph(TREES, lazy=False)
+    assert [name for name in graph if name in reachable(graph, name)] == []
+
+
+def test_a_planted_cycle_and_a_lazy_import_are_told_apart(tmp_path):
+    (tmp_path / "a.py").write_text("from lalora_app.b import x\n")
+    (tmp_path / "b.py").write_text("if True:\n    import lalora_app.a\n")
+    (tmp_path / "c.py").write_text("def f():\n    from lalora_app import a\n")
+    trees = sources(tmp_path)
+    eager, lazy = import_graph(trees, lazy=False), import_graph(trees, lazy=True)
+    assert reachable(eager, "a") == {"a", "b"}
+    assert (eager["c"], lazy["c"]) == (set(), {"a"})
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: p.name)
+def test_modules_stay_below_300_lines_and_functions_within_60(path):
+    text = path.read_text("utf-8")
+    assert len(text.splitlines()) < 300
+    functions = (ast.FunctionDef, ast.AsyncFunctionDef)
+    long = [
+        node.name
+        for node in ast.walk(ast.parse(text))
+        if isinstance(node, functions) and node.end_lineno - node.lineno >= 60
+    ]
+    assert long == []
+
+
+def test_shell_modules_import_each_other_in_one_order():
+    # wire -> strategy -> runlog -> server_app: each may use those before it, none after it.
+    order = ["wire", "strategy", "runlog", "server_app"]
+    for lower, upper in pairwise(order):
+        assert upper not in reachable(ALL_IMPORTS, lower)
