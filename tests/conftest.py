@@ -78,6 +78,7 @@ def tiny(tiny_model, tiny_data, tmp_path, monkeypatch):
     def build(**changes) -> Config:
         base = {
             "model.name": tiny_model,
+            "model.pooling": "model",
             "model.max-length": 12,
             "data.name": tiny_data,
             "data.dirichlet-alpha": 1e9,

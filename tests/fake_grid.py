@@ -27,7 +27,7 @@ RAISED = 2  # Flower's error code of a ClientApp that raised
 SERVER = 1  # node id of the SuperLink
 
 # (attempt, partition, reply) -> what arrives; attempt 0: the query before the run. May raise.
-Fault = Callable[[int, int, Message], Message | None | list[Message]]
+Fault = Callable[[int, int, Message], Message | list[Message] | None]
 
 
 def identify() -> None:

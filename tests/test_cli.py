@@ -1,0 +1,282 @@
+"""The command line: what it prints, its exit codes, and bad input before anything is started."""
+
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from conftest import ROOT
+from lalora_app import cli, launcher
+from lalora_app.config import ConfigError
+from lalora_app.methods import METHODS
+from lalora_app.privacy import accounting
+from lalora_app.privacy.accounting import Release
+from lalora_app.privacy.ledger import Ledger, Limit
+
+NO_LIMIT = Limit(float("inf"), 1e-5)
+RELEASE = Release(0.05, 2.0, 4)
+
+
+def booked(ledger, dataset, run, round_, release=RELEASE):
+    ledger.reserve(
+        *(dataset, run, round_, release),
+        planned=release.count,
+        run_limit=NO_LIMIT,
+        node_limit=NO_LIMIT,
+    )
+
+
+@pytest.fixture
+def ledger(tmp_path, monkeypatch):
+    """Three lines: two rounds of one run and one of another, on one dataset."""
+    monkeypatch.setenv("LALORA_HOME", str(tmp_path))
+    book = Ledger(tmp_path / "ledger.sqlite")
+    booked(book, "mail", "run-1", 1)
+    booked(book, "mail", "run-1", 2)
+    booked(book, "mail", "run-2", 1)
+    return book
+
+
+# --- ledger -----------------------------------------------------------------------------------
+
+
+def test_show_composes_each_run_and_all_of_them(ledger, capsys):
+    assert cli.main(["ledger", "show"]) == 0
+    head, *lines = capsys.readouterr().out.splitlines()
+    assert head == f"{ledger.path}: 3 lines, delta 1e-05"
+    cells = [[cell.strip() for cell in line.split("|")] for line in lines]
+    assert [row[:3] for row in cells] == [
+        ["mail", "all runs", "12 releases"],
+        ["mail", "run-1", "8 releases"],
+        ["mail", "run-2", "4 releases"],
+    ]
+    for row, count in zip(cells, (12, 8, 4), strict=True):
+        spent = accounting.epsilon([Release(0.05, 2.0, count)], 1e-5)
+        assert row[3] == f"epsilon {spent:.3f}"
+    assert 0 < float(cells[2][3].split()[1]) < float(cells[0][3].split()[1])
+
+
+def test_show_can_be_asked_for_a_file_and_a_dataset(ledger, tmp_path, capsys):
+    booked(ledger, "other", "run-1", 1)
+    assert cli.main(["ledger", "show", "--dataset", "other"]) == 0
+    out = capsys.readouterr().out
+    assert "other" in out
+    assert "mail" not in out
+    elsewhere = Ledger(tmp_path / "elsewhere.sqlite")
+    assert cli.main(["ledger", "show", "--path", str(elsewhere.path)]) == 0
+    assert capsys.readouterr().out == f"{elsewhere.path}: 0 lines, delta 1e-05\n"
+
+
+def test_a_release_without_noise_is_an_infinite_epsilon(ledger, capsys):
+    booked(ledger, "open", "run-3", 1, Release(0.05, 0.0, 4))
+    assert cli.main(["ledger", "show", "--dataset", "open"]) == 0
+    assert "epsilon inf" in capsys.readouterr().out
+    assert cli.main(["ledger", "verify", "--dataset", "open"]) == 0
+    assert cli.main(["ledger", "verify", "--dataset", "open", "--max-epsilon", "8"]) == 1
+
+
+def test_two_accountants_agree_about_a_ledger(ledger, capsys):
+    assert cli.main(["ledger", "verify"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    for line in lines:
+        assert line.endswith("agree")
+        assert "DISAGREE" not in line
+        words = line.split()
+        prv, pld = (float(words[words.index(name) + 1]) for name in ("PRV", "PLD"))
+        assert prv == pytest.approx(pld, rel=0.01, abs=0.004)
+
+
+@pytest.mark.parametrize("factor", [0.9, 1.2])
+def test_verify_fails_when_the_accountants_disagree(ledger, capsys, monkeypatch, factor):
+    honest = cli.second_epsilon
+    monkeypatch.setattr(cli, "second_epsilon", lambda *args: factor * honest(*args))
+    assert cli.main(["ledger", "verify", "--dataset", "mail"]) == 1
+    assert capsys.readouterr().out.count("DISAGREE") == 3
+
+
+def test_verify_fails_above_a_maximal_epsilon(ledger, capsys):
+    whole = accounting.epsilon([Release(0.05, 2.0, 12)], 1e-5)
+    assert cli.main(["ledger", "verify", "--max-epsilon", str(whole * 1.001)]) == 0
+    assert "above" not in capsys.readouterr().out
+    assert cli.main(["ledger", "verify", "--max-epsilon", str(whole * 0.999)]) == 1
+    out = capsys.readouterr().out
+    assert out.count("above max-epsilon") == 1  # the runs alone are below it
+
+
+def test_a_missing_ledger_is_one_line_and_is_not_made(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("LALORA_HOME", str(tmp_path / "home"))
+    path = tmp_path / "home" / "ledger.sqlite"
+    for action in ("show", "verify"):
+        assert cli.main(["ledger", action]) == 2
+        captured = capsys.readouterr()
+        assert captured.err == f"lalora: ledger={path} must be an existing ledger\n"
+        assert captured.out == ""
+    assert not path.parent.exists()
+
+
+@pytest.mark.xfail(
+    strict=True, reason="BUG: cli lets sqlite3.DatabaseError through for a file that is no ledger"
+)
+def test_a_file_that_is_no_ledger_is_one_line(tmp_path, capsys):
+    path = tmp_path / "notes.txt"
+    path.write_text("no database " * 100, "utf-8")
+    assert cli.main(["ledger", "show", "--path", str(path)]) == 2
+    assert len(capsys.readouterr().err.splitlines()) == 1
+
+
+@pytest.mark.xfail(strict=True, reason="BUG: cli does not check --delta and --max-epsilon")
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--delta", "0"), ("--delta", "2"), ("--delta", "nan"), ("--max-epsilon", "nan")],
+)
+def test_a_bad_number_is_told(ledger, capsys, option, value):
+    try:
+        code = cli.main(["ledger", "verify", option, value])
+    except SystemExit as stop:  # argparse's own way
+        code = stop.code
+    assert code == 2
+    assert option in capsys.readouterr().err
+
+
+@pytest.mark.xfail(strict=True, reason="DOUBT: ledger show takes --max-epsilon and ignores it")
+def test_show_does_not_take_an_option_that_it_ignores(ledger):
+    with pytest.raises(SystemExit):
+        cli.main(["ledger", "show", "--max-epsilon", "0.001"])
+
+
+# --- methods ----------------------------------------------------------------------------------
+
+
+def test_methods_lists_every_method(capsys):
+    assert cli.main(["methods"]) == 0
+    lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
+    assert set(lines) == set(METHODS)
+    for name, line in lines.items():
+        assert METHODS[name].paper in line
+    assert lines["la-lora"].split()[1:8] == ["steps", "B", "A", "sends", "B", "A", "binomial"]
+    assert lines["dp-lora"].split()[1:8] == [
+        "steps",
+        "A+B",
+        "A+B",
+        "sends",
+        "A+B",
+        "A+B",
+        "identity",
+    ]
+
+
+def test_methods_needs_no_heavy_import():
+    code = "import sys, lalora_app.cli; print(sorted({'torch', 'flwr', 'ray'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_a_command_is_needed(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([])
+    assert stop.value.code == 2
+    assert "COMMAND" in capsys.readouterr().err
+
+
+# --- run --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("pairs", "lines"),
+    [
+        ("seed=1", ["seed = 1"]),
+        ("seed=1 lora.rank=4", ["seed = 1", "lora.rank = 4"]),
+        ('method="rolora" seed=2', ['method = "rolora"', "seed = 2"]),
+        ("method='rolora'", ["method = 'rolora'"]),
+        ('data.name="/a b/c=d.csv" seed=1', ['data.name = "/a b/c=d.csv"', "seed = 1"]),
+        ("seed = 1", ["seed = 1"]),
+        ("privacy.epsilon=inf data.public-size=true", None),
+        ("privacy.delta=1e-6", ["privacy.delta = 1e-6"]),
+        ('lora.targets=""', ['lora.targets = ""']),
+        ("", []),
+    ],
+)
+def test_pairs_become_toml_lines(pairs, lines):
+    expected = ["privacy.epsilon = inf", "data.public-size = true"] if lines is None else lines
+    assert launcher._lines(pairs).splitlines() == expected
+
+
+@pytest.fixture
+def nothing_starts(monkeypatch):
+    """Fail at any attempt to start a process or to open a port."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("something was started")
+
+    monkeypatch.setattr(subprocess, "run", refuse)
+    monkeypatch.setattr(subprocess, "Popen", refuse)
+    monkeypatch.setattr(socket, "socket", refuse)
+
+
+BAD = {
+    "unknown key": ("lora.rnk=4", ["lora.rnk=4", '"lora.rank"']),
+    "unknown method": ('method="la-lara"', ['method="la-lara"', '"la-lora"']),
+    "mistyped": ('lora.rank="4"', ["lora.rank='4'", "int"]),
+    "boolean for a number": ("seed=true", ["seed=True", "int"]),
+    "zero epsilon": ("privacy.epsilon=0", ["privacy.epsilon=0.0", "greater than 0"]),
+    "NaN epsilon": ("privacy.epsilon=nan", ["privacy.epsilon=nan", "greater than 0"]),
+    "delta of 1": ("privacy.delta=1.0", ["privacy.delta=1.0", "(0, 1)"]),
+    "clip without bound": ("privacy.clip-norm=inf", ["privacy.clip-norm=inf", "privacy.epsilon=3.0"]),
+    "momentum of adamw": ("train.momentum=0.9", ["train.momentum=0.9", "adamw"]),
+    "too few steps": ('method="la-lora-full" train.local-steps=1', ["train.local-steps=1"]),
+    "relative output": ('output="here"', ["output='here'", "absolute"]),
+    "no quotes": ("method=rolora", ["method=rolora", "quotes"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", list(BAD))
+def test_a_bad_override_is_one_line_before_anything_starts(case, nothing_starts, capsys):
+    override, words = BAD[case]
+    with pytest.raises(ConfigError) as caught:
+        launcher._check_early(ROOT, [override])
+    message = str(caught.value)
+    assert all(word in message for word in words)
+    assert "\n" not in message
+    assert cli.main(["run", str(ROOT), "-c", override]) == 2
+    assert capsys.readouterr().err == f"lalora: {message}\n"
+
+
+def test_good_overrides_pass(nothing_starts, tmp_path):
+    preset = tmp_path / "preset.toml"
+    preset.write_text('method = "rolora"\n[lora]\nrank = 4\n', "utf-8")
+    launcher._check_early(ROOT, [])
+    launcher._check_early(ROOT, ['method="dp-lora" privacy.epsilon=inf', "seed=3"])
+    launcher._check_early(ROOT, [str(preset)])
+
+
+def test_a_later_override_wins(nothing_starts, tmp_path):
+    preset = tmp_path / "preset.toml"
+    preset.write_text("[lora]\nrank = 0\n", "utf-8")
+    with pytest.raises(ConfigError, match="lora.rank=0"):
+        launcher._check_early(ROOT, ["lora.rank=4", str(preset)])
+    launcher._check_early(ROOT, [str(preset), "lora.rank=4"])
+
+
+def test_a_folder_without_an_app_is_one_line(nothing_starts, tmp_path, capsys):
+    assert cli.main(["run", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err == f"lalora: app={tmp_path} must be a folder with the app's pyproject.toml\n"
+
+
+@pytest.mark.xfail(
+    strict=True, reason="BUG: launcher reads a preset that is not there: FileNotFoundError"
+)
+def test_a_missing_preset_is_one_line(nothing_starts, tmp_path):
+    with pytest.raises(ConfigError, match=r"missing\.toml"):
+        launcher._check_early(ROOT, [str(tmp_path / "missing.toml")])
+
+
+@pytest.mark.xfail(
+    strict=True, reason="BUG: launcher._lines drops whatever is not key=value without a word"
+)
+@pytest.mark.parametrize("text", ["lora.rank", "seed 3", "seed=3 and more", "=3"])
+def test_text_that_is_no_pair_is_told(nothing_starts, text):
+    with pytest.raises(ConfigError, match="-c"):
+        launcher._check_early(ROOT, [text])

@@ -1,0 +1,244 @@
+"""The run config: defaults, presets, and one honest line for every value that cannot be."""
+
+import math
+import tomllib
+
+import pytest
+
+from conftest import ROOT, defaults, flat, make_config
+from lalora_app.config import ConfigError, flatten, parse
+from lalora_app.methods import METHODS, lookup
+from lalora_app.results import to_toml
+
+INF, NAN = math.inf, math.nan
+PRESETS = sorted((ROOT / "configs").rglob("*.toml"))
+
+OUT_OF_RANGE = [
+    ("method", ""),
+    ("num-server-rounds", 0),
+    ("fraction-train", 0.0),
+    ("fraction-train", 1.5),
+    ("fraction-train", NAN),
+    ("min-clients", 0),
+    ("min-replies", 0),
+    ("round-timeout", 0.0),
+    ("round-timeout", INF),
+    ("node-timeout", -1.0),
+    ("weighting", "size"),
+    ("seed", -1),
+    ("output", "results"),
+    ("output", "./results"),
+    ("output", ""),
+    ("resume-from", "some-run"),
+    ("model.name", " "),
+    ("model.max-length", 0),
+    ("model.device", "gpu"),
+    ("model.dtype", "float16"),
+    ("lora.rank", 0),
+    ("lora.rank", -8),
+    ("lora.alpha", 0.0),
+    ("lora.alpha", INF),
+    ("lora.targets", ""),
+    ("data.name", ""),
+    ("data.text-column", ""),
+    ("data.label-column", ""),
+    ("data.num-labels", 1),
+    ("data.test-fraction", 0.0),
+    ("data.test-fraction", 1.0),
+    ("data.dirichlet-alpha", 0.0),
+    ("data.dirichlet-alpha", NAN),
+    ("privacy.epsilon", 0.0),
+    ("privacy.epsilon", -1.0),
+    ("privacy.epsilon", NAN),
+    ("privacy.delta", 0.0),
+    ("privacy.delta", 1.0),
+    ("privacy.delta", NAN),
+    ("privacy.clip-norm", 0.0),
+    ("privacy.clip-norm", NAN),
+    ("privacy.noise", "none"),
+    ("train.local-steps", 0),
+    ("train.batch-size", 0),
+    ("train.micro-batch", 0),
+    ("train.optimizer", "adam"),
+    ("train.lr-a", NAN),
+    ("train.lr-b", INF),
+    ("train.lr-head", 0.0),
+    ("train.lr-decay", 0.0),
+    ("train.lr-decay", 1.01),
+    ("train.momentum", 1.0),
+    ("train.momentum", -0.1),
+    ("train.weight-decay", -0.1),
+    ("train.weight-decay", INF),
+]
+MISTYPED = [
+    ("privacy.epsilon", "3"),
+    ("privacy.epsilon", True),
+    ("lora.rank", True),
+    ("lora.rank", 8.0),
+    ("lora.rank", "8"),
+    ("seed", False),
+    ("data.public-size", 1),
+    ("data.public-size", "false"),
+    ("method", 7),
+    ("output", None),
+]
+AT_THE_EDGE = [
+    ("fraction-train", 1.0),
+    ("seed", 0),
+    ("resume-from", "~/runs/one"),
+    ("data.dirichlet-alpha", INF),
+    ("privacy.epsilon", INF),
+    ("train.lr-decay", 1.0),
+    ("train.momentum", 0.0),
+    ("train.weight-decay", 0.0),
+    ("output", "/results"),
+]
+
+
+def complaint(changes: dict[str, object], drop: str | None = None) -> str:
+    values = defaults() | changes
+    values.pop(drop or "", None)
+    with pytest.raises(ConfigError) as caught:
+        parse(values)
+    return str(caught.value)
+
+
+def test_defaults_parse_and_come_back_unchanged():
+    assert flatten(parse(defaults())) == defaults()
+
+
+def test_defaults_are_private_and_their_method_has_what_it_needs():
+    config = make_config()
+    assert config.privacy.private
+    assert lookup(config.method, config.train.local_steps) is METHODS[config.method]
+
+
+@pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+def test_presets_parse_over_the_defaults_and_say_nothing_twice(preset):
+    changes = flat(tomllib.loads(preset.read_text("utf-8")))
+    config = make_config(**changes)
+    lookup(config.method, config.train.local_steps)
+    assert {key: value for key, value in changes.items() if defaults()[key] == value} == {}
+
+
+@pytest.mark.parametrize(("key", "value"), OUT_OF_RANGE)
+def test_a_value_out_of_range_is_named_in_one_line(key, value):
+    message = complaint({key: value})
+    assert message.startswith(f"{key}={value!r} must ")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(("key", "value"), MISTYPED)
+def test_a_value_of_the_wrong_type_is_named_in_one_line(key, value):
+    message = complaint({key: value})
+    assert message.startswith(f"{key}={value!r} must be of type ")
+    assert message.endswith(f"not {type(value).__name__}")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize(("key", "value"), AT_THE_EDGE)
+def test_values_at_the_edge_of_a_law_are_taken(key, value):
+    assert flatten(make_config(**{key: value}))[key] == value
+
+
+def test_every_key_has_a_default_and_a_law_that_some_value_breaks():
+    lawless = {"data.public-size"}  # a bool: only its type can be wrong
+    assert {key for key, _ in OUT_OF_RANGE} == set(defaults()) - lawless
+
+
+def test_an_integer_is_taken_for_a_float_and_becomes_one():
+    value = make_config(**{"privacy.epsilon": 3}).privacy.epsilon
+    assert value == 3
+    assert type(value) is float
+
+
+@pytest.mark.parametrize(
+    ("typo", "nearest"),
+    [
+        ("privacy.epsillon", "privacy.epsilon"),
+        ("train.localsteps", "train.local-steps"),
+        ("num-rounds", "num-server-rounds"),
+        ("lora.r", "lora.rank"),
+    ],
+)
+def test_an_unknown_key_is_named_with_the_nearest_one(typo, nearest):
+    message = complaint({typo: 1})
+    assert message == f'{typo}=1 is no key of a run; did you mean "{nearest}"?'
+
+
+@pytest.mark.parametrize("key", sorted(defaults()))
+def test_a_missing_key_is_named(key):
+    message = complaint({}, drop=key)
+    assert message.startswith(f"{key} is missing")
+    assert "\n" not in message
+
+
+@pytest.mark.parametrize("epsilon", [0.5, 1000.0])
+def test_no_clipping_is_possible_only_without_privacy(epsilon):
+    message = complaint({"privacy.clip-norm": INF, "privacy.epsilon": epsilon})
+    assert "privacy.clip-norm=inf" in message
+    assert f"privacy.epsilon={epsilon}" in message
+    assert "\n" not in message
+    config = make_config(**{"privacy.clip-norm": INF, "privacy.epsilon": INF})
+    assert not config.privacy.private
+
+
+def test_seeded_noise_is_not_private():
+    assert not make_config(**{"privacy.noise": "seeded"}).privacy.private
+
+
+def test_momentum_belongs_to_sgd():
+    message = complaint({"train.momentum": 0.9, "train.optimizer": "adamw"})
+    assert "train.momentum=0.9" in message
+    assert "adamw" in message
+    assert "\n" not in message
+    assert make_config(**{"train.momentum": 0.9, "train.optimizer": "sgd"}).train.momentum == 0.9
+
+
+@pytest.mark.parametrize(
+    ("typo", "nearest"),
+    [("la-lra", "la-lora"), ("RoLoRA", "rolora"), ("ffa", "ffa-lora"), ("dplora", "dp-lora")],
+)
+def test_an_unknown_method_is_named_with_the_nearest_one(typo, nearest):
+    with pytest.raises(ConfigError) as caught:
+        lookup(typo, 2)
+    message = str(caught.value)
+    assert f'method="{typo}"' in message
+    assert message.endswith(f'did you mean "{nearest}"?')
+    assert "\n" not in message
+
+
+def test_methods_that_send_a_factor_they_would_not_train_are_refused():
+    refused = set()
+    for name in METHODS:
+        try:
+            assert lookup(name, 1) is METHODS[name]
+        except ConfigError as error:
+            refused.add(name)
+            assert "train.local-steps=1" in str(error)
+            assert name in str(error)
+            assert "\n" not in str(error)
+    assert refused == {name for name in METHODS if name.startswith("la-lora")}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_two_local_steps_are_enough_for_every_method(name):
+    assert lookup(name, 2) is METHODS[name]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"privacy.epsilon": INF, "privacy.clip-norm": INF, "data.dirichlet-alpha": INF},
+        {"privacy.delta": 1e-12, "train.lr-a": 1e20, "train.weight-decay": 5e-324},
+        {"data.name": '/tmp/"quoted"\\ and\ttabbed é☃.csv', "data.public-size": True},
+    ],
+    ids=["defaults", "inf", "extreme floats", "odd text"],
+)
+def test_the_written_config_reads_back_with_every_value_and_type(changes):
+    config = make_config(**changes)
+    read = flat(tomllib.loads(to_toml(config)))
+    assert parse(read) == config
+    assert read == defaults() | changes
+    assert {k: type(v) for k, v in read.items()} == {k: type(v) for k, v in defaults().items()}
