@@ -7,8 +7,9 @@ from typing import Any, cast
 from peft import PeftModel
 
 from lalora_app.adapter import Adapter
-from lalora_app.backbone import Backbone, auto_class, public_name
+from lalora_app.backbone import Backbone
 from lalora_app.config import Config
+from lalora_app.pretrained import auto_class, public_name
 
 ADJACENCY = (
     "one example of one client replaced by an empty record (zero-out); clients' data sets are "

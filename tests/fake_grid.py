@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.serde import (
     context_from_proto,
@@ -22,6 +23,8 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from lalora_app import client_app
 from lalora_app.config import Config, flatten
+
+torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other are slow
 
 RAISED = 2  # Flower's error code of a ClientApp that raised
 SERVER = 1  # node id of the SuperLink
@@ -64,7 +67,7 @@ class FakeGrid(Grid):
     """N SuperNodes in this process, with random ids and replies in random order.
 
     Args:
-        config: of the run; every node gets it as its flat run config.
+        config: of the run, checked or flat; every node gets it flat.
         nodes: their number, or one node config each (partition-id and num-partitions are added
             unless there is a data-path).
         fault: sees every reply on its way back.
@@ -73,13 +76,14 @@ class FakeGrid(Grid):
 
     def __init__(
         self,
-        config: Config,
+        config: Config | Mapping[str, Any],
         nodes: int | Sequence[Mapping[str, Any]] = 2,
         *,
         fault: Fault | None = None,
         before: Callable[[int], None] = lambda attempt: None,
     ):
         identify()
+        flat = flatten(config) if isinstance(config, Config) else dict(config)
         extras = [{}] * nodes if isinstance(nodes, int) else list(nodes)
         self.fault = fault or (lambda attempt, partition, reply: reply)
         self.before = before
@@ -97,7 +101,7 @@ class FakeGrid(Grid):
                 node_id=node,
                 node_config=node_config,
                 state=RecordDict(),
-                run_config=flatten(config),
+                run_config=dict(flat),
             )
             self.contexts[node] = context_from_proto(context_to_proto(context))
             self.partitions[node] = index
