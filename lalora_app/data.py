@@ -3,7 +3,7 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from importlib import resources
@@ -69,7 +69,11 @@ class Encoded:
 
     def batches(self, size: int) -> Iterator[Batch]:
         """Yield every example once, by length, so that little is padded."""
-        order = sorted(range(len(self)), key=lambda i: len(self.tokens[i]))
+        yield from self.micro_batches(range(len(self)), size)
+
+    def micro_batches(self, indices: Iterable[int], size: int) -> Iterator[Batch]:
+        """Yield the given examples in parts of at most ``size``, by length."""
+        order = sorted(indices, key=lambda i: len(self.tokens[i]))
         for start in range(0, len(order), size):
             yield self.batch(order[start : start + size])
 

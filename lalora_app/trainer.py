@@ -1,7 +1,7 @@
 """One client's round: private steps on the active factors, in the order of the schedule."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -42,20 +42,14 @@ def make_optimizer(backbone: Backbone, train: Train, t: int) -> torch.optim.Opti
     return torch.optim.AdamW(groups, weight_decay=train.weight_decay)
 
 
-def _chunks(indices: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    for start in range(0, len(indices), size):
-        yield indices[start : start + size]
-
-
 def _summed(
     backbone: Backbone, data: Encoded, indices: np.ndarray, clip_norm: float, micro_batch: int
 ) -> dict[str, Tensor]:
     """Return the clipped sum over a batch of any size: zeros if it is empty."""
     parameters = backbone.engine.parameters.items()
     sums = {name: torch.zeros_like(p) for name, p in parameters if p.requires_grad}
-    for chunk in _chunks(indices, micro_batch):
-        batch = data.batch(chunk)
-        grads = backbone.engine.gradients(lambda b=batch: backbone.losses(b), len(chunk))  # type: ignore[misc]
+    for batch in data.micro_batches(indices, micro_batch):
+        grads = backbone.engine.gradients(partial(backbone.losses, batch), len(batch.labels))
         for name, total in clipped_sum(grads, clip_norm).items():
             sums[name] += total
     return sums

@@ -46,12 +46,17 @@ def test_without_sampling_epsilon_is_that_of_the_analytic_gaussian(noise_multipl
     assert found == pytest.approx(exact, abs=0.01)
 
 
-@at_rate_one
-@pytest.mark.xfail(strict=True, reason="opacus' PRV saturates at log(float max), about 706.8")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.xfail(
+    raises=AssertionError,
+    strict=True,
+    reason="opacus' PRV saturates at log(float max), about 706.8",
+)
 def test_an_absurd_epsilon_is_not_reported_too_small():
-    exact = gaussian_epsilon(0.02, 1, DELTA)
-    assert exact > 1000
-    assert epsilon([Release(1.0, 0.02, 1)], DELTA) >= exact
+    q, z = 0.05, 0.025
+    # The event x > 1/z alone: P ≥ q/2 with the example, Φ(-1/z) without it.
+    at_least = math.log(q / 2 - DELTA) - norm.logcdf(-1 / z)
+    assert epsilon([Release(q, z, 1)], DELTA) >= at_least
 
 
 @pytest.mark.parametrize(
@@ -59,9 +64,9 @@ def test_an_absurd_epsilon_is_not_reported_too_small():
     [
         [Release(0.05, 1.0, 60)],
         [Release(0.3, 3.0, 12)],
-        [Release(0.05, 1.0, 30), Release(0.05, 2.0, 10), Release(0.2, 4.0, 5)],
+        [Release(0.1, 1.5, 5), Release(0.2, 4.0, 5)],
     ],
-    ids=["one run", "high rate", "three runs"],
+    ids=["one run", "high rate", "two runs"],
 )
 def test_two_accountants_that_share_no_code_agree(releases):
     first, second = epsilon(releases, DELTA), second_epsilon(releases, DELTA)
@@ -73,7 +78,7 @@ def test_two_accountants_that_share_no_code_agree(releases):
     z=st.floats(1.5, 4.0),
     count=st.integers(1, 10),
 )
-@settings(max_examples=5, deadline=None, derandomize=True)
+@settings(max_examples=2, deadline=None, derandomize=True)
 def test_epsilon_grows_with_count_and_rate_and_falls_with_noise_and_delta(q, z, count):
     base = epsilon([Release(q, z, count)], DELTA)
     assert epsilon([Release(q, z, 3 * count)], DELTA) > base
@@ -104,19 +109,20 @@ def test_the_ends_of_the_scale():
         assert account([Release(0.1, 1.0, 5), Release(0.1, 0.0, 1)], DELTA) == math.inf
 
 
-@pytest.mark.parametrize(("target", "q", "steps"), [(3.0, 0.05, 60), (0.5, 0.1, 5)])
-def test_calibrated_noise_spends_almost_all_of_its_target_and_never_more(target, q, steps):
-    z = calibrate(target, DELTA, sampling_rate=q, steps=steps)
-    spent = epsilon([Release(q, z, steps)], DELTA)
-    assert 0.98 * target <= spent <= target
+def test_calibrated_noise_spends_almost_all_of_its_target_and_never_more():
+    z = calibrate(3.0, DELTA, sampling_rate=0.05, steps=60)
+    spent = epsilon([Release(0.05, z, 60)], DELTA)
+    assert 0.98 * 3 <= spent <= 3
 
 
+@at_rate_one
 def test_calibration_counts_what_is_spent_already():
-    past = [Release(0.1, 1.5, 6)]
-    z = calibrate(1.5, DELTA, sampling_rate=0.1, steps=6, past=past)
-    spent = epsilon([*past, Release(0.1, z, 6)], DELTA)
-    assert 0.98 * 1.5 <= spent <= 1.5
-    assert z > calibrate(1.5, DELTA, sampling_rate=0.1, steps=6)
+    past = [Release(1.0, 5.0, 6)]
+    z = calibrate(4.0, DELTA, sampling_rate=1.0, steps=6, past=past)
+    # Gaussians of sensitivity 1 and noise z compose to one of noise (Σ n/z²)^-1/2.
+    together = (6 / 5.0**2 + 6 / z**2) ** -0.5
+    assert 0.98 * 4 <= gaussian_epsilon(together, 1, DELTA) <= 4
+    assert gaussian_epsilon(z, 6, DELTA) < 0.9 * 4  # the new releases alone
 
 
 def test_an_infinite_target_needs_no_noise_whatever_the_past():
@@ -124,7 +130,10 @@ def test_an_infinite_target_needs_no_noise_whatever_the_past():
     assert calibrate(math.inf, DELTA, sampling_rate=0.05, steps=60, past=past) == 0
 
 
+@at_rate_one
 @pytest.mark.parametrize("z", [0.0, 1.5])
 def test_nothing_left_to_spend_is_said_and_not_calibrated_around(z):
+    past = [Release(1.0, z, 1)]
+    assert epsilon(past, DELTA) > 1
     with pytest.raises(ValueError, match=r"leave nothing of epsilon=1\.0"):
-        calibrate(1.0, DELTA, sampling_rate=0.2, steps=1, past=[Release(0.2, z, 4)])
+        calibrate(1.0, DELTA, sampling_rate=1.0, steps=1, past=past)
