@@ -12,9 +12,24 @@ from lalora_app.config import Config, parse
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
-WORDS = (
-    "[PAD] [UNK] [CLS] [SEP] [MASK] free prize call now hello dear friend see you later ok".split()
-)
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "free",
+    "prize",
+    "call",
+    "now",
+    "hello",
+    "dear",
+    "friend",
+    "see",
+    "you",
+    "later",
+    "ok",
+]
 
 
 def flat(tables, prefix=""):

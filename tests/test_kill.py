@@ -1,0 +1,116 @@
+"""kill -9 of a client between reservation and reply: the ledger never says less than was drawn."""
+
+import os
+import random
+import signal
+import sqlite3
+import time
+from pathlib import Path
+
+import pytest
+
+from fake_grid import FakeGrid, identify
+from lalora_app import backbone, cli, trainer
+from lalora_app.adapter import ServerState
+from lalora_app.data import partition
+from lalora_app.privacy.accounting import epsilon, second_epsilon
+from lalora_app.privacy.ledger import Ledger, Limit, noise_for
+from lalora_app.strategy import Clients, LocalAlternation
+
+KILLS = 20
+ROUNDS = 40
+DELTA = 1e-5
+
+
+def _mark_every_draw(side: Path):
+    """Let the mechanism append a line to ``side``, on disk, whenever noise has been drawn."""
+    add_noise = trainer.add_noise
+
+    def marked(*args, **kwargs):
+        noised = add_noise(*args, **kwargs)
+        with side.open("a") as file:
+            file.write("drawn\n")
+            file.flush()
+            os.fsync(file.fileno())
+        return noised
+
+    trainer.add_noise = marked
+
+
+def _client(config, side: Path, run: str):
+    """Answer train messages until killed."""
+    _mark_every_draw(side)
+    grid = FakeGrid(config, 1)
+    _, start = backbone.build(config)
+    node = next(iter(grid.contexts))
+    clients = Clients([node], [(0,)] * ROUNDS)
+    strategy = LocalAlternation(config, _method(config), run, clients, ServerState(start))
+    for _ in range(ROUNDS):
+        requests = strategy.configure_train(0, None, None, grid)
+        strategy.aggregate_train(0, grid.send_and_receive(requests))
+
+
+def _method(config):
+    from lalora_app.methods import lookup
+
+    return lookup(config.method, config.train.local_steps)
+
+
+def _counted(ledger: Path) -> int:
+    if not ledger.exists():
+        return 0
+    db = sqlite3.connect(ledger)
+    try:
+        assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        return db.execute("SELECT coalesce(sum(count), 0) FROM releases").fetchone()[0]
+    finally:
+        db.close()
+
+
+def _calibrate_once(config):
+    """Fill the accountant's cache before the fork: all runs calibrate alike."""
+    size = len(partition(config.data, config.seed, 1)[0])
+    rate, steps = config.train.batch_size / size, ROUNDS * config.train.local_steps
+    noise_for([], Limit(config.privacy.epsilon, DELTA), sampling_rate=rate, steps=steps)
+
+
+@pytest.mark.slow
+def test_the_ledger_never_under_reports_when_the_client_is_killed(tiny, tmp_path):
+    identify()
+    config = tiny(**{"num-server-rounds": ROUNDS, "train.local-steps": 2, "min-replies": 1})
+    backbone.build(config)  # before the fork: children start at once
+    _calibrate_once(config)
+    ledger, side = tmp_path / "home" / "ledger.sqlite", tmp_path / "drawn"
+    side.touch()
+    chance = random.Random(0)
+    killed_between = 0
+    for kill in range(KILLS):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                _client(config, side, f"run-{kill}")
+            finally:
+                os._exit(0)
+        before = _counted(ledger)
+        deadline = time.monotonic() + 60
+        while _counted(ledger) == before and time.monotonic() < deadline:
+            time.sleep(0.005)  # its first reservation: from here on the kill can come between
+        time.sleep(chance.uniform(0, 0.1))
+        os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        assert os.WIFSIGNALED(status)  # it was still at work
+        drawn, counted = len(side.read_text().splitlines()), _counted(ledger)
+        assert counted >= drawn
+        killed_between += counted > drawn
+    assert killed_between > 0  # some kills did fall between reservation and reply
+    _verify(ledger)
+
+
+def _verify(path: Path):
+    """Both accountants agree on every run and on the whole to 1 %, and so does the command."""
+    entries = Ledger(path).entries()
+    for run in {entry.run for entry in entries} | {None}:
+        releases = [e.release for e in entries if run in (None, e.run)]
+        first, second = epsilon(releases, DELTA), second_epsilon(releases, DELTA)
+        assert first == pytest.approx(second, rel=0.01, abs=0.004)
+    assert cli.main(["ledger", "verify", "--path", str(path)]) == 0

@@ -1,0 +1,174 @@
+"""Each mutant breaks the privacy in one line of a copy of the package; its tests must turn red."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+FAILED = 1  # pytest's exit code when tests ran and failed; others mean that it did not run
+
+
+@dataclass(frozen=True)
+class Mutant:
+    file: str
+    old: str
+    new: str
+    tests: str
+
+
+MUTANTS = {
+    "batch-mean clip": Mutant(
+        "privacy/mechanism.py",
+        "    scales = clip_scales(grads, clip_norm)\n",
+        "    mean = {n: g.mean(0, keepdim=True).expand_as(g) for n, g in grads.items()}\n"
+        "    scales = clip_scales(PerExampleGrads(mean), clip_norm)\n",
+        "tests/test_mechanism.py",
+    ),
+    "per-tensor clip": Mutant(
+        "privacy/mechanism.py",
+        "    norms = torch.stack(squares).sum(0).sqrt()\n",
+        "    norms = torch.stack(squares).max(0).values.sqrt()\n",
+        "tests/test_mechanism.py",
+    ),
+    "per-window clip": Mutant(
+        "privacy/per_example.py",
+        "        return wide.reshape(self._examples, -1, x.shape[-1])\n",
+        "        return wide.reshape(x.shape[0], -1, x.shape[-1])\n",
+        "tests/test_per_example.py",
+    ),
+    "noise skipped": Mutant(
+        "privacy/mechanism.py",
+        "(total + noise_std * noise.to(total))",
+        "(total + 0 * noise.to(total))",
+        "tests/test_mechanism.py",
+    ),
+    "noise scaled by 2/3": Mutant(
+        "privacy/mechanism.py",
+        "(total + noise_std * noise.to(total))",
+        "(total + 2 / 3 * noise_std * noise.to(total))",
+        "tests/test_mechanism.py",
+    ),
+    "noise without the clip norm": Mutant(
+        "trainer.py",
+        "noise_std = z * clip_norm if z > 0 else 0.0",
+        "noise_std = z",
+        "tests/test_mechanism.py",
+    ),
+    "realised batch size": Mutant(
+        "trainer.py",
+        "    expected = q * len(data)\n",
+        "    expected = max(len(indices), 1)\n",
+        "tests/test_mechanism.py",
+    ),
+    "a step not counted": Mutant(
+        "client_app.py",
+        "        Release(q, noise_multiplier, steps),\n",
+        "        Release(q, noise_multiplier, steps - 1),\n",
+        "tests/test_app.py",
+    ),
+    "a step not counted, and the guard gone": Mutant(
+        "privacy/ledger.py",
+        "            numbers = (release.sampling_rate, release.noise_multiplier, release.count)\n",
+        "            count = max(release.count - 1, 1)\n"
+        "            numbers = (release.sampling_rate, release.noise_multiplier, count)\n",
+        "tests/test_app.py",
+    ),
+    "more steps than reserved": Mutant(
+        "privacy/ledger.py",
+        "        if self._left == 0:\n",
+        "        if False:\n",
+        "tests/test_mechanism.py",
+    ),
+    "ledger written after training": Mutant(
+        "client_app.py",
+        "    reservation = _reserve(config, local, context, request)\n    result = trainer.run_round(\n",
+        "    fields = (config.train.batch_size / len(encoded), 1.0, config.train.local_steps)\n"
+        "    reservation = Reservation(Release(*fields))\n"
+        "    result = _late(lambda: _reserve(config, local, context, request), trainer.run_round)(\n",
+        "tests/test_kill.py",
+    ),
+    "ledger not committed": Mutant(
+        "privacy/ledger.py",
+        '            db.execute("COMMIT")\n',
+        "            _OPEN.append(db)  # committed when the process ends, if it ends well\n",
+        "tests/test_ledger.py",
+    ),
+    "shuffled batches": Mutant(
+        "privacy/mechanism.py",
+        "    return np.flatnonzero(rng.random(size) < rate)\n",
+        "    return np.sort(rng.permutation(size)[: round(rate * size)])\n",
+        "tests/test_mechanism.py",
+    ),
+    "empty batches skipped": Mutant(
+        "trainer.py",
+        "    sums = _summed(backbone, data, indices, clip_norm, micro_batch)\n",
+        "    sums = _summed(backbone, data, indices, clip_norm, micro_batch)\n"
+        "    if not len(indices):\n"
+        "        return NoisedGrads(sums)\n",
+        "tests/test_mechanism.py",
+    ),
+    "non-finite examples scaled": Mutant(
+        "privacy/mechanism.py",
+        "        finite = torch.where(kept[:, None], rows, torch.zeros_like(rows))\n",
+        "        finite = rows\n",
+        "tests/test_mechanism.py",
+    ),
+    "train loss in the reply": Mutant(
+        "wire.py",
+        '        metrics = MetricRecord({"round": self.round, "epsilon": self.epsilon, **sizes})\n',
+        '        metrics = MetricRecord({"round": self.round, "epsilon": self.epsilon, "loss": 0.5})\n',
+        "tests/test_app.py",
+    ),
+    "exception text in the reply": Mutant(
+        "client_app.py",
+        "        content = wire.refusal(_refusal_key(error))\n",
+        "        content = RecordDict({wire.CONFIG: wire.ConfigRecord({'refusal': str(error)})})\n",
+        "tests/test_app.py",
+    ),
+    "resting factor steps": Mutant(
+        "trainer.py",
+        "        parameter.grad = gradients.get(name)\n",
+        "        parameter.grad = gradients.get(name, torch.zeros_like(parameter))\n",
+        "tests/test_app.py",
+    ),
+}
+HELPERS = {
+    "privacy/ledger.py": "\n\n_OPEN: list[sqlite3.Connection] = []\n",
+    "client_app.py": """
+
+def _late(reserve, run):
+    def both(*args, **kwargs):
+        result = run(*args, **kwargs)
+        reserve()
+        return result
+
+    return both
+""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", MUTANTS)
+def test_a_mutant_turns_its_tests_red(name, tmp_path):
+    mutant = MUTANTS[name]
+    for folder in ("lalora_app", "tests", "configs"):
+        shutil.copytree(ROOT / folder, tmp_path / folder)
+    shutil.copy(ROOT / "pyproject.toml", tmp_path)
+    path = tmp_path / "lalora_app" / mutant.file
+    source = path.read_text("utf-8")
+    assert source.count(mutant.old) == 1
+    path.write_text(source.replace(mutant.old, mutant.new) + HELPERS.get(mutant.file, ""), "utf-8")
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", mutant.tests],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == FAILED, done.stdout + done.stderr
