@@ -32,7 +32,7 @@ from lalora_app.privacy.types import NoisedGrads
 from lalora_app.results import RunFolder
 
 INF = float("inf")
-TRAIN_SIZE, RATE, EPSILON, DELTA = 360, 1 / 15, 1.0, 1e-5
+TRAIN_SIZE, RATE, EPSILON, DELTA = 360, 1 / 15, 0.3, 1e-5
 
 pytestmark = pytest.mark.filterwarnings("ignore:Optimal order is the largest alpha")  # Opacus
 
