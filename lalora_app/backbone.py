@@ -1,5 +1,6 @@
 """The frozen backbone with its LoRA layers: found, checked, built once a process, evaluated."""
 
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -115,9 +116,27 @@ def _dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if (auto if name == "auto" else name) == "bfloat16" else torch.float32
 
 
-def _build(model: Model, lora: Lora, num_labels: int, seed: int) -> Backbone:
+def _with_adapters(base: nn.Module, lora: Lora, task: str) -> nn.Module:
+    """Return the PEFT model, in eval mode for good.
+
+    The frozen backbone trains no statistics and drops nothing: the noise of the private step
+    regularises more than dropout would.
+    """
     from peft import LoraConfig, get_peft_model
 
+    settings = LoraConfig(
+        task_type=task,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=[target.strip() for target in lora.targets.split(",")],
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own names
+        adapted: nn.Module = get_peft_model(base, settings).eval()
+    return adapted
+
+
+def _build(model: Model, lora: Lora, num_labels: int, seed: int) -> Backbone:
     device = _device(model.device)
     # A (Kaiming) and the head are drawn here: from the run's seed, never from data.
     with torch.random.fork_rng():
@@ -128,21 +147,13 @@ def _build(model: Model, lora: Lora, num_labels: int, seed: int) -> Backbone:
             raise ConfigError(
                 f"lora.rank={lora.rank} must be at most {min(sizes)}, the smallest target layer"
             )
-        settings = LoraConfig(
-            task_type="TOKEN_CLS" if model.pooling == "mean" else "SEQ_CLS",
-            r=lora.rank,
-            lora_alpha=lora.alpha,
-            target_modules=[target.strip() for target in lora.targets.split(",")],
-        )
-        # In eval mode for good: the frozen backbone trains no statistics and drops nothing, and
-        # the noise regularises more than dropout would.
-        peft_model = get_peft_model(base, settings).to(device).eval()
-    trainable = {wire_name(n): p for n, p in peft_model.named_parameters() if p.requires_grad}
-    engine = PerExampleEngine(peft_model, trainable)
+        task = "TOKEN_CLS" if model.pooling == "mean" else "SEQ_CLS"
+        adapted = _with_adapters(base, lora, task).to(device)
+    trainable = {wire_name(n): p for n, p in adapted.named_parameters() if p.requires_grad}
     return Backbone(
-        model=peft_model,
+        model=adapted,
         tokenizer=tokenizer,
-        engine=engine,
+        engine=PerExampleEngine(adapted, trainable),
         device=device,
         dtype=_dtype(model.dtype, device),
         pooling=model.pooling,

@@ -109,7 +109,6 @@ def finish(progress: Progress, seconds: float) -> None:
     config, folder, rows = progress.config, progress.folder, progress.rows
     if not any(row["aggregated"] for row in rows):
         reasons = sorted({reason for row in rows for reason in row["dropped"]})
-        folder.write_json("summary.json", {"method": config.method, "status": "failed"})
         raise RuntimeError(f"no round was aggregated: {'; '.join(reasons)}")
     summary = _summary(config, rows, seconds)
     export(progress.model, progress.strategy.state.adapter, folder.adapter, config, rows[-1])

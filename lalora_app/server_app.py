@@ -16,7 +16,7 @@ from lalora_app import cohorts, wire
 from lalora_app.adapter import ServerState
 from lalora_app.config import Config, ConfigError, full_path, parse
 from lalora_app.data import encode, split
-from lalora_app.methods import lookup
+from lalora_app.methods import Method, lookup
 from lalora_app.results import RunFolder, new_folder, old_folder
 from lalora_app.runlog import Progress, finish
 from lalora_app.strategy import Clients, LocalAlternation
@@ -114,20 +114,14 @@ def _warn_if_not_private(config: Config) -> None:
         _log.warning("privacy.epsilon=inf: this run is NOT private")
 
 
-def run(grid: Grid, config: Config) -> None:
-    """Run one federation from start (or checkpoint) to results.
-
-    Raises:
-        ConfigError: before any client trains, if the run cannot be what its config says.
-    """
+def _train(
+    grid: Grid, config: Config, method: Method, folder: RunFolder, state: ServerState
+) -> None:
     began = time.monotonic()
-    method = lookup(config.method, config.train.local_steps)
-    _warn_if_not_private(config)
     model, start = backbones.build(config)
     test = encode(split(config.data)[1], model.tokenizer, config.model.max_length)
     sizes = sum(array.size for array in start.values())
     _log.info("LaLoRA model: %d target layers, %d trainable parameters", model.targets, sizes)
-    folder, state = _open_folder(config, ServerState(start))
     clients = _find_clients(grid, config)
     strategy = LocalAlternation(config, method, folder.name, clients, state)
     rows = [row for row in folder.history() if row["attempt"] <= state.attempts]
@@ -140,6 +134,24 @@ def run(grid: Grid, config: Config) -> None:
         evaluate_fn=progress,
     )
     finish(progress, time.monotonic() - began)
+
+
+def run(grid: Grid, config: Config) -> None:
+    """Run one federation from start (or checkpoint) to results.
+
+    Raises:
+        ConfigError: before any client trains, if the run cannot be what its config says.
+    """
+    method = lookup(config.method, config.train.local_steps)
+    _warn_if_not_private(config)
+    split(config.data)
+    _, start = backbones.build(config)
+    folder, state = _open_folder(config, ServerState(start))
+    try:
+        _train(grid, config, method, folder, state)
+    except Exception as error:
+        folder.write_json("summary.json", {"method": config.method, "status": f"failed: {error}"})
+        raise
 
 
 @app.main()

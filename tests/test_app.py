@@ -45,8 +45,22 @@ def quick(monkeypatch):
 
 
 def sized(clients: int = 2, **changes):
-    """The keys that make every client's sampling rate 1/15, and a private run of three rounds."""
+    """The keys that make every client's sampling rate 1/15, and a private run of three rounds.
+
+    AdamW moves every tensor by about its learning rate, however small the gradients are.
+    """
     return {
+        "method": "la-lora",
+        "min-clients": 2,
+        "min-replies": 2,
+        "privacy.delta": DELTA,
+        "privacy.clip-norm": 1.0,
+        "privacy.noise": "secure",
+        "train.optimizer": "adamw",
+        "train.momentum": 0.0,
+        "train.lr-a": 1e-3,
+        "train.lr-b": 2e-3,
+        "train.lr-head": 1e-2,
         "data.dirichlet-alpha": INF,
         "data.test-fraction": 0.11,
         "privacy.epsilon": EPSILON,
@@ -161,7 +175,6 @@ def finished(request, tmp_path_factory, tiny_model, tiny_data):
     """Every method, three rounds of two steps, two clients."""
     folder = tmp_path_factory.mktemp("contract")
     config = make_config(
-        method=request.param,
         **{
             "model.name": tiny_model,
             "model.pooling": "model",
@@ -172,7 +185,7 @@ def finished(request, tmp_path_factory, tiny_model, tiny_data):
             "train.local-steps": 2,
             "output": str(folder / "out"),
         }
-        | sized(),
+        | sized(method=request.param),
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LALORA_HOME", str(folder / "home"))
@@ -311,7 +324,7 @@ def test_nothing_waits_on_the_clients_after_the_last_round(finished):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"train.optimizer": "adamw", "train.weight-decay": 0.1},
+        {"train.optimizer": "adamw", "train.momentum": 0.0, "train.weight-decay": 0.1},
         {"train.optimizer": "sgd", "train.momentum": 0.9, "train.weight-decay": 0.1},
     ],
 )
@@ -399,6 +412,8 @@ def test_one_client_without_noise_is_plain_central_training(tiny, method, steps)
             "train.batch-size": TRAIN_SIZE,
             "train.micro-batch": 100,
             "train.optimizer": "sgd",
+            "train.momentum": 0.0,
+            "train.weight-decay": 0.0,
             "train.lr-a": rates["A"],
             "train.lr-b": rates["B"],
             "train.lr-head": rates["head"],
@@ -440,11 +455,10 @@ def test_peft_loads_the_adapter_and_scores_the_same(tiny, pooling):
     from peft import PeftModel
 
     config = tiny(
-        method="dp-lora",
-        **open_run()
+        **open_run(method="dp-lora")
         | {
             "model.pooling": pooling,
-            "train.local-steps": 6,
+            "train.local-steps": 4,
             "train.batch-size": 60,
             "train.lr-b": 0.05,
             "train.lr-head": 0.1,
@@ -485,7 +499,7 @@ def rounds_of(done: Run, rounds, partition):
 
 
 def test_la_lora_goes_on_from_its_own_resident_factor(tiny, rounds):
-    done = run(tiny(method="la-lora", **open_run()))
+    done = run(tiny(**open_run()))
     first, second, third = rounds_of(done, rounds, 1)
     server = arrays(second[0].request)
     own_a, server_a = of_kind(first[1].result, "A"), of_kind(server, "A")
@@ -501,7 +515,7 @@ def test_la_lora_goes_on_from_its_own_resident_factor(tiny, rounds):
 
 
 def test_a_resident_factor_that_was_aggregated_meanwhile_is_dropped(tiny, rounds):
-    config = tiny(method="la-lora", **open_run(4) | {"fraction-train": 0.5, "seed": 1})
+    config = tiny(**open_run(4) | {"fraction-train": 0.5, "seed": 1})
     done = run(config, 4)
     third = done.grid.trained(3)
     returning = {e.partition for e in third} & {e.partition for e in done.grid.trained(1)}
@@ -530,7 +544,7 @@ def test_a_lost_resident_factor_means_the_servers_copy(tiny, rounds, harm):
         return reply
 
     # Client 0 must be the only one with a file at the time of the fault.
-    config = tiny(method="la-lora", **open_run())
+    config = tiny(**open_run())
     grid = FakeGrid(config, 2, fault=fault)
     ordered_first(grid, partition=0)
     server_app.run(grid, config)
@@ -625,7 +639,6 @@ def cohorts(grid: FakeGrid):
 
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tiny, tmp_path, monkeypatch):
     changes = {
-        "method": "la-lora",
         "privacy.noise": "seeded",
         "num-server-rounds": 4,
         "fraction-train": 0.5,  # of 4 clients: everyone takes part twice, with 3 steps
@@ -653,7 +666,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tiny, tmp_path, mon
 
 
 def test_a_repeated_round_costs_more_noise_and_not_more_epsilon(tiny, tmp_path, monkeypatch):
-    config = fresh(tiny, tmp_path, monkeypatch, "run", method="la-lora")
+    config = fresh(tiny, tmp_path, monkeypatch, "run")
     first, later = interrupted(config, 2, fault=crash_after_training(2, clients=2))
     second = run(later)
     assert second.json("summary.json")["status"] == "completed"
@@ -674,7 +687,7 @@ def test_a_repeated_round_costs_more_noise_and_not_more_epsilon(tiny, tmp_path, 
     "try has overwritten the client's file, so the resident A of round 1 is lost in round 2",
 )
 def test_a_repeated_round_starts_where_its_first_try_did(tiny, rounds):
-    config = tiny(method="la-lora", **open_run() | {"privacy.noise": "seeded"})
+    config = tiny(**open_run() | {"privacy.noise": "seeded"})
     _, later = interrupted(config, 2, fault=crash_after_training(2, clients=2))
     run(later)
     tries = [r for r in rounds if r.t == 2]
@@ -692,6 +705,7 @@ def test_a_repeated_round_starts_where_its_first_try_did(tiny, rounds):
         ("method", "rolora"),
         ("privacy.epsilon", 2.0),
         ("privacy.noise", "seeded"),
+        ("weighting", "public-size"),
         ("num-server-rounds", 9),
         ("train.lr-a", 1e-4),
     ],
@@ -717,7 +731,7 @@ def test_a_run_is_not_resumed_with_another_config(tiny, key, value):
     "client that has not answered since: here the report says 0.0",
 )
 def test_epsilon_max_survives_a_resume(tiny):
-    config = tiny(method="la-lora", **sized())
+    config = tiny(**sized())
     first, later = interrupted(config, 2, before=crash_before(3))
     spent = first.rows[-1]["epsilon_max"]
     assert spent > 0
@@ -731,7 +745,7 @@ def test_epsilon_max_survives_a_resume(tiny):
     "or dropped are spent too, and privacy.json then reports less than the ledgers",
 )
 def test_epsilon_max_covers_lost_replies(tiny):
-    config = tiny(method="la-lora", **sized())
+    config = tiny(**sized())
     done = run(config, 2, fault=lambda attempt, partition, reply: reply if attempt < 3 else None)
     books = by_dataset(ledger_entries())
     spent = max(epsilon([entry.release for entry in book], DELTA) for book in books.values())
@@ -745,7 +759,7 @@ def test_a_failed_attempt_is_repeated_and_told(tiny):
     def fault(attempt, partition, reply):
         return None if attempt == 2 and partition == 1 else reply
 
-    done = run(tiny(method="la-lora", **open_run()), 2, fault=fault)
+    done = run(tiny(**open_run()), 2, fault=fault)
     assert [row["round"] for row in done.rows] == [1, 2, 2]
     assert [row["phase"] for row in done.rows] == ["B", "A", "A"]
     assert [row["aggregated"] for row in done.rows] == [True, False, True]
@@ -787,7 +801,7 @@ def contents(message):
 @pytest.mark.parametrize("public", [False, True])
 def test_nothing_but_the_allowed_keys_leaves_a_client(tiny, public):
     nodes = [{}, {"max-epsilon": EPSILON}, {}]  # without its delta: refused
-    config = tiny(method="la-lora", **sized(3) | {"data.public-size": public})
+    config = tiny(**sized(3) | {"data.public-size": public})
     done = run(config, nodes)
     sizes = {"num-examples"} if public else set()
     seen = Counter()

