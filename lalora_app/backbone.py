@@ -103,6 +103,15 @@ def wire_name(parameter: str) -> str:
     return parameter.replace(".modules_to_save.default", "").replace(".default", "")
 
 
+def _check_length(model: Model, base: Any, tokenizer: Any) -> None:
+    positions = getattr(base.config, "max_position_embeddings", tokenizer.model_max_length)
+    longest = min(positions, tokenizer.model_max_length)
+    if model.max_length > longest:
+        raise ConfigError(
+            f"model.max-length={model.max_length} must be at most {longest}, the model's longest"
+        )
+
+
 def _device(name: str) -> torch.device:
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -142,6 +151,7 @@ def _build(model: Model, lora: Lora, num_labels: int, seed: int) -> Backbone:
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         base, tokenizer = load_base(model, num_labels)
+        _check_length(model, base, tokenizer)
         sizes = _target_sizes(base, lora)
         if lora.rank > min(sizes):
             raise ConfigError(
@@ -171,7 +181,12 @@ def _check(backbone: Backbone) -> None:
         torch.ones(shape, dtype=torch.long),
         torch.arange(_CHECK_EXAMPLES) % 2,
     )
-    check_layout(backbone.engine, lambda: backbone.losses(batch), _CHECK_EXAMPLES)
+
+    def losses(rows: list[int]) -> Tensor:
+        part = Batch(batch.inputs[rows], batch.mask[rows], batch.labels[rows])
+        return backbone.losses(part)
+
+    check_layout(backbone.engine, losses, _CHECK_EXAMPLES)
 
 
 @lru_cache(maxsize=1)

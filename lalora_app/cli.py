@@ -2,12 +2,13 @@
 
 import argparse
 import math
+import sqlite3
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from lalora_app.config import ConfigError
-from lalora_app.privacy.accounting import epsilon, second_epsilon
+from lalora_app.privacy.accounting import PRV_TRUSTED, epsilon, second_epsilon
 from lalora_app.privacy.ledger import Entry, Ledger
 from lalora_app.privacy.policy import state_folder
 
@@ -19,7 +20,22 @@ def _open_ledger(path: Path | None) -> Ledger:
     file = path or state_folder({}) / "ledger.sqlite"
     if not file.is_file():
         raise ConfigError(f"ledger={file} must be an existing ledger")
-    return Ledger(file)
+    try:
+        return Ledger(file)
+    except sqlite3.DatabaseError as error:
+        raise ConfigError(f"ledger={file} must be a ledger: {error}") from error
+
+
+def _delta(text: str) -> float:
+    if not 0 < (value := float(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be in (0, 1)")
+    return value
+
+
+def _limit(text: str) -> float:
+    if not (value := float(text)) > 0:
+        raise argparse.ArgumentTypeError(f"{text} must be greater than 0")
+    return value
 
 
 def _groups(entries: Sequence[Entry]) -> dict[tuple[str, str], list[Entry]]:
@@ -48,7 +64,8 @@ def _verify(args: argparse.Namespace) -> int:
         releases = [entry.release for entry in group]
         first, second = epsilon(releases, args.delta), second_epsilon(releases, args.delta)
         tolerance = _AGREEMENT * second + _SLACK
-        agree = first == second or abs(first - second) <= tolerance
+        absurd = min(first, second) > PRV_TRUSTED  # beyond any promise; not compared
+        agree = absurd or abs(first - second) <= tolerance
         wrong += not agree
         verdict = "agree" if agree else "DISAGREE"
         print(f"{dataset}  |  {run}  |  PRV {first:.4f}  PLD {second:.4f}  {verdict}")
@@ -97,9 +114,9 @@ def _parser() -> argparse.ArgumentParser:
         action = actions.add_parser(name)
         action.add_argument("--path", type=Path, help="the SQLite file (default: this machine's)")
         action.add_argument("--dataset", help="only this dataset")
-        action.add_argument("--delta", type=float, default=1e-5)
-        action.add_argument("--max-epsilon", type=float, default=math.inf)
+        action.add_argument("--delta", type=_delta, default=1e-5)
         action.set_defaults(act=act)
+    action.add_argument("--max-epsilon", type=_limit, default=math.inf, help="fail above it")
     return parser
 
 

@@ -119,7 +119,7 @@ def _train(message: Message, context: Context) -> RecordDict:
     encoded = encode(local.examples, model.tokenizer, config.model.max_length)
     folder = state_folder(context.node_config)
     resident = residents.resident_file(folder, local.dataset, request.run)
-    start = residents.substitute(resident, start, request.versions)
+    start = residents.substitute(resident, start, request.versions, request.attempt)
 
     reservation = _reserve(config, local, context, request)
     result = trainer.run_round(
@@ -135,7 +135,8 @@ def _train(message: Message, context: Context) -> RecordDict:
     )
     waiting = method.resident(request.round, config.train.local_steps)
     last = request.steps_left <= config.train.local_steps
-    residents.keep(resident, result, frozenset() if last else waiting, request.versions)
+    waiting = frozenset() if last else waiting
+    residents.keep(resident, result, waiting, request.versions, request.attempt)
     return wire.TrainReply(
         upload=select(result, method.syncs(request.round)),
         round=request.round,

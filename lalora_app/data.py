@@ -89,8 +89,11 @@ def _read_file(key: str, path: Path) -> list[dict[str, Any]]:
     if path.suffix not in _FORMATS or not path.is_file():
         known = ", ".join(_FORMATS)
         raise DataError(key, f'="{path}" must be an existing file ending in one of {known}')
-    table = load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
-    return [dict(row) for row in table]
+    try:
+        table = load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
+        return [dict(row) for row in table]
+    except Exception as error:  # the readers raise many kinds; all mean the same here
+        raise DataError(key, f'="{path}" cannot be read as {path.suffix}') from error
 
 
 def _read_hub(key: str, name: str) -> list[dict[str, Any]]:

@@ -24,6 +24,7 @@ from lalora_app.config import ConfigError, parse
 from lalora_app.methods import lookup
 
 _FLWR = str(Path(sys.executable).parent / "flwr")
+_PAIR = r"""([^\s=]+)\s*=\s*("[^"]*"|'[^']*'|\S+)"""
 _FINISHED = "finished:completed"
 
 
@@ -62,9 +63,11 @@ def _check_early(app: Path, overrides: Sequence[str]) -> None:
         raise ConfigError(f"app={app} must be a folder with the app's pyproject.toml")
     values = _flat(tomllib.loads(project.read_text("utf-8"))["tool"]["flwr"]["app"]["config"])
     for text in overrides:
-        source = Path(text).read_text("utf-8") if text.endswith(".toml") else _lines(text)
         try:
+            source = Path(text).read_text("utf-8") if text.endswith(".toml") else _lines(text)
             values |= _flat(tomllib.loads(source))
+        except OSError as error:
+            raise ConfigError(f"-c {text} must be a readable file: {error.strerror}") from error
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"-c {text!r} must be TOML, strings in quotes: {error}") from error
     config = parse(values)
@@ -73,7 +76,9 @@ def _check_early(app: Path, overrides: Sequence[str]) -> None:
 
 def _lines(text: str) -> str:
     """Turn Flower's space-separated pairs into TOML lines."""
-    pairs = re.findall(r"""(\S+?)\s*=\s*("[^"]*"|'[^']*'|\S+)""", text)
+    pairs = re.findall(_PAIR, text)
+    if rest := re.sub(_PAIR, "", text).strip():
+        raise ConfigError(f"-c {text!r} must be key=value pairs, and {rest!r} is none")
     return "\n".join(f"{key} = {value}" for key, value in pairs)
 
 

@@ -22,35 +22,70 @@ def resident_file(folder: Path, dataset: str, run: str) -> Path:
     return folder / "resident" / f"{name}.safetensors"
 
 
-def keep(path: Path, adapter: Adapter, factors: Factors, versions: Mapping[Factor, int]) -> None:
-    """Replace the resident factors by those of ``adapter``, atomically; none: remove the file.
+def _previous(path: Path) -> Path:
+    return path.with_suffix(".previous.safetensors")
+
+
+def keep(
+    path: Path,
+    adapter: Adapter,
+    factors: Factors,
+    versions: Mapping[Factor, int],
+    attempt: int,
+) -> None:
+    """Keep the resident factors of ``adapter``, atomically; none: remove the client's files.
+
+    The ones before stay as well: a round that the server repeats starts where its first try did.
 
     Args:
         path: from :func:`resident_file`.
         adapter: the client's adapter at the end of a round.
         factors: those that the round trained and did not send.
         versions: the server's versions that the round started from.
+        attempt: the server's number of the attempt.
     """
     if not factors:
         path.unlink(missing_ok=True)
+        _previous(path).unlink(missing_ok=True)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: array for name, array in adapter.items() if kind(name) in factors}
     new = path.with_suffix(f".{os.getpid()}.tmp")
-    save_file(tensors, new, metadata={f: str(versions[f]) for f in factors})
+    metadata = {"attempt": str(attempt)} | {str(f): str(versions[f]) for f in factors}
+    save_file(tensors, new, metadata=metadata)
+    if _attempt_of(path) < attempt:
+        with contextlib.suppress(FileNotFoundError):
+            path.replace(_previous(path))
     new.replace(path)
 
 
-def substitute(path: Path, start: Adapter, versions: Mapping[Factor, int]) -> Adapter:
+def _attempt_of(path: Path) -> int:
+    """Return the attempt that a file was kept at; 0 if it cannot be read."""
+    with (
+        contextlib.suppress(SafetensorError, OSError, ValueError),
+        safe_open(path, framework="numpy") as file,
+    ):
+        return int((file.metadata() or {}).get("attempt", "0"))
+    return 0
+
+
+def _read(path: Path, versions: Mapping[Factor, int]) -> Adapter:
+    with (
+        contextlib.suppress(SafetensorError, OSError, ValueError),
+        safe_open(path, framework="numpy") as file,
+    ):
+        known = file.metadata() or {}
+        valid = {f for f, v in versions.items() if known.get(f) == str(v)}
+        return {n: file.get_tensor(n) for n in file.keys() if kind(n) in valid}  # noqa: SIM118
+    return {}
+
+
+def substitute(path: Path, start: Adapter, versions: Mapping[Factor, int], attempt: int) -> Adapter:
     """Return ``start`` with every resident factor that the server has not re-aggregated since.
 
-    A missing or damaged file, or another version or shape, means the server's copy.
+    A missing or damaged file, or another version or shape, means the server's copy. What was kept
+    by this attempt's own first try is passed over for what was there before it.
     """
-    with contextlib.suppress(SafetensorError, OSError, ValueError):
-        with safe_open(path, framework="numpy") as file:
-            known = file.metadata()
-            valid = {f for f, v in versions.items() if known.get(f) == str(v)}
-            kept = {n: file.get_tensor(n) for n in file.keys() if kind(n) in valid}  # noqa: SIM118
-        fitting = {n: a for n, a in kept.items() if n in start and a.shape == start[n].shape}
-        return start | fitting
-    return dict(start)
+    newest = path if _attempt_of(path) < attempt else _previous(path)
+    kept = _read(newest, versions)
+    return start | {n: a for n, a in kept.items() if n in start and a.shape == start[n].shape}

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,20 +107,28 @@ def _jsonable(value: Any) -> Any:
     return "inf" if isinstance(value, float) and math.isinf(value) else value
 
 
-def new_folder(config: Config, name: str) -> RunFolder:
-    """Make the folder of a new run.
+def check_writable(config: Config) -> None:
+    """Check that runs can be written to ``output``, and leave nothing there.
 
     Raises:
-        ConfigError: if the output folder cannot be written.
+        ConfigError: if they cannot.
     """
-    path = full_path(config.output) / name
     try:
-        path.mkdir(parents=True)
-        _write(path / "config.toml", to_toml(config))
+        folder = full_path(config.output)
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
     except OSError as error:
         reason = error.strerror
         raise ConfigError(f'output="{config.output}" must be writable: {reason}') from error
-    return RunFolder(path)
+
+
+def new_folder(config: Config, name: str) -> RunFolder:
+    """Make the folder of a new run, with its config."""
+    folder = RunFolder(full_path(config.output) / name)
+    folder.path.mkdir(parents=True)
+    folder.write_config(config)
+    return folder
 
 
 def old_folder(config: Config, raw: Mapping[str, object]) -> RunFolder:

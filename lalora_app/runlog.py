@@ -2,7 +2,7 @@
 
 import logging
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from flwr.app import ArrayRecord, MetricRecord
@@ -27,8 +27,8 @@ class Progress:
     strategy: LocalAlternation
     model: Backbone
     test: Encoded
-    rows: list[dict[str, Any]] = field(default_factory=list)
-    started: float = field(default_factory=time.monotonic)
+    rows: list[dict[str, Any]]
+    started: float
 
     def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
         """Flower's ``evaluate_fn``: round 0 is the start."""
@@ -100,7 +100,7 @@ def _privacy_report(config: Config, rows: list[dict[str, Any]]) -> dict[str, Any
     }
 
 
-def finish(progress: Progress, seconds: float) -> None:
+def finish(progress: Progress) -> None:
     """Write adapter, privacy report and summary, and print the result lines last.
 
     Raises:
@@ -110,7 +110,7 @@ def finish(progress: Progress, seconds: float) -> None:
     if not any(row["aggregated"] for row in rows):
         reasons = sorted({reason for row in rows for reason in row["dropped"]})
         raise RuntimeError(f"no round was aggregated: {'; '.join(reasons)}")
-    summary = _summary(config, rows, seconds)
+    summary = _summary(config, rows, time.monotonic() - progress.started)
     export(progress.model, progress.strategy.state.adapter, folder.adapter, config, rows[-1])
     folder.write_json("privacy.json", _privacy_report(config, rows))
     folder.write_json("summary.json", summary)

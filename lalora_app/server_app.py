@@ -14,10 +14,10 @@ from flwr.serverapp import Grid, ServerApp
 from lalora_app import backbone as backbones
 from lalora_app import cohorts, wire
 from lalora_app.adapter import ServerState
-from lalora_app.config import Config, ConfigError, full_path, parse
+from lalora_app.config import Config, ConfigError, flatten, full_path, parse
 from lalora_app.data import encode, split
-from lalora_app.methods import Method, lookup
-from lalora_app.results import RunFolder, new_folder, old_folder
+from lalora_app.methods import lookup
+from lalora_app.results import RunFolder, check_writable, new_folder, old_folder
 from lalora_app.runlog import Progress, finish
 from lalora_app.strategy import Clients, LocalAlternation
 
@@ -50,6 +50,12 @@ def _wait_for_nodes(grid: Grid, config: Config) -> list[int]:
         time.sleep(_POLL)
 
 
+def _refusal(error: wire.RefusedError, config: Config) -> str:
+    """Add the run's own value to a client's refusal, which names no value."""
+    values = flatten(config)
+    return f"{error.key}={values[error.key]!r} {error.law}" if error.key in values else str(error)
+
+
 def _ask_names(grid: Grid, config: Config, nodes: list[int]) -> dict[str, int]:
     """Query every node for its stable name; no budget is spent, and every refusal is told."""
     empty = RecordDict({wire.CONFIG: ConfigRecord()})
@@ -58,7 +64,12 @@ def _ask_names(grid: Grid, config: Config, nodes: list[int]) -> dict[str, int]:
     refusals = []
     for reply in grid.send_and_receive(queries, timeout=config.round_timeout):
         try:
-            names[wire.parse_hello(reply).client] = reply.metadata.src_node_id
+            name = wire.parse_hello(reply).client
+            if name in names:
+                raise wire.WireError(f"two clients have the same name {name}")
+            names[name] = reply.metadata.src_node_id
+        except wire.RefusedError as error:
+            refusals.append(_refusal(error, config))
         except wire.WireError as error:
             refusals.append(str(error))
     for reason in sorted(set(refusals)):
@@ -67,7 +78,7 @@ def _ask_names(grid: Grid, config: Config, nodes: list[int]) -> dict[str, int]:
         raise ConfigError(
             f"{len(names)} of {len(nodes)} clients can take part, and min-clients="
             f"{config.min_clients} and every connected client must: "
-            + ("; ".join(sorted(set(refusals))) or "two clients have the same name")
+            + ("; ".join(sorted(set(refusals))) or "the others did not answer")
         )
     return names
 
@@ -88,9 +99,7 @@ def _run_name(config: Config) -> str:
     return f"{config.method}-{stamp}-{secrets.token_hex(3)}"
 
 
-def _open_folder(config: Config, start: ServerState) -> tuple[RunFolder, ServerState]:
-    if config.resume_from == "none":
-        return new_folder(config, _run_name(config)), start
+def _resumed(config: Config) -> tuple[RunFolder, ServerState]:
     saved = full_path(config.resume_from) / "config.toml"
     if not saved.is_file():
         raise ConfigError(f'resume-from="{config.resume_from}" must be the folder of a run')
@@ -114,18 +123,8 @@ def _warn_if_not_private(config: Config) -> None:
         _log.warning("privacy.epsilon=inf: this run is NOT private")
 
 
-def _train(
-    grid: Grid, config: Config, method: Method, folder: RunFolder, state: ServerState
-) -> None:
-    began = time.monotonic()
-    model, start = backbones.build(config)
-    test = encode(split(config.data)[1], model.tokenizer, config.model.max_length)
-    sizes = sum(array.size for array in start.values())
-    _log.info("LaLoRA model: %d target layers, %d trainable parameters", model.targets, sizes)
-    clients = _find_clients(grid, config)
-    strategy = LocalAlternation(config, method, folder.name, clients, state)
-    rows = [row for row in folder.history() if row["attempt"] <= state.attempts]
-    progress = Progress(config, folder, strategy, model, test, rows)
+def _train(grid: Grid, strategy: LocalAlternation, progress: Progress) -> None:
+    config, state = strategy.config, strategy.state
     strategy.start(
         grid=grid,
         initial_arrays=wire.to_record(state.adapter),
@@ -133,7 +132,7 @@ def _train(
         timeout=config.round_timeout,
         evaluate_fn=progress,
     )
-    finish(progress, time.monotonic() - began)
+    finish(progress)
 
 
 def run(grid: Grid, config: Config) -> None:
@@ -142,13 +141,24 @@ def run(grid: Grid, config: Config) -> None:
     Raises:
         ConfigError: before any client trains, if the run cannot be what its config says.
     """
+    began = time.monotonic()
     method = lookup(config.method, config.train.local_steps)
     _warn_if_not_private(config)
-    split(config.data)
-    _, start = backbones.build(config)
-    folder, state = _open_folder(config, ServerState(start))
+    check_writable(config)
+    model, start = backbones.build(config)
+    test = encode(split(config.data)[1], model.tokenizer, config.model.max_length)
+    resumed = None if config.resume_from == "none" else _resumed(config)
+    sizes = sum(array.size for array in start.values())
+    _log.info("LaLoRA model: %d target layers, %d trainable parameters", model.targets, sizes)
+    clients = _find_clients(grid, config)
+
+    folder, state = resumed or (new_folder(config, _run_name(config)), ServerState(start))
+    rows = [row for row in folder.history() if row["attempt"] <= state.attempts]
+    spent = float(rows[-1]["epsilon_max"]) if rows else 0.0
+    strategy = LocalAlternation(config, method, folder.name, clients, state, spent)
+    progress = Progress(config, folder, strategy, model, test, rows, began)
     try:
-        _train(grid, config, method, folder, state)
+        _train(grid, strategy, progress)
     except Exception as error:
         folder.write_json("summary.json", {"method": config.method, "status": f"failed: {error}"})
         raise

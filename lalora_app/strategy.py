@@ -30,7 +30,7 @@ class Attempt:
         dropped: one reason a reply that was not used; no values of a client.
         upload_bytes: tensors of one client's reply, mean over the replies.
         download_bytes: tensors of one client's request.
-        epsilon_max: the largest ε spent so far in this run, over all clients heard from.
+        epsilon_max: the largest ε that any client can have spent so far in this run.
         seconds: from the request to the aggregate.
     """
 
@@ -72,6 +72,7 @@ class LocalAlternation(Strategy):
         run: its name in the clients' ledgers.
         clients: nodes and cohorts.
         state: where to start: a fresh adapter, or a checkpoint's.
+        epsilon_before: the largest ε spent in this run before a resume.
     """
 
     config: Config
@@ -79,6 +80,7 @@ class LocalAlternation(Strategy):
     run: str
     clients: Clients
     state: ServerState
+    epsilon_before: float = 0.0
     attempts: list[Attempt] = field(default_factory=list)
     epsilons: dict[int, float] = field(default_factory=dict)
     _asked_at: float = 0.0
@@ -120,18 +122,31 @@ class LocalAlternation(Strategy):
                 group_id=str(attempt),
             )
 
+    def _asked(self) -> list[int]:
+        """Return the nodes of the attempt under way, in the order of the clients' names."""
+        return [self.clients.nodes[i] for i in self.clients.cohorts[self.state.attempts]]
+
     def _judge(self, replies: Iterable[Message]) -> tuple[dict[int, TrainReply], list[str]]:
-        t = self.state.round + 1
+        """Return the valid replies by node, in the clients' order, and why others are not."""
+        t, asked = self.state.round + 1, self._asked()
         expected = select(self.state.adapter, self.method.syncs(t))
         accepted: dict[int, TrainReply] = {}
         dropped: list[str] = []
+        answered = set()
         for message in replies:
             node = message.metadata.src_node_id
+            answered.add(message.metadata.reply_to_message_id)
             try:
-                accepted[node] = wire.parse_reply(message, expected, t)
+                reply = wire.parse_reply(message, expected, t)
+                if node not in asked:
+                    raise WireError("the reply of a node that was not asked")
+                accepted[node] = reply
             except WireError as error:
                 dropped.append(str(error))
-        return accepted, dropped
+        if (missing := len(asked) - len(answered)) > 0:
+            dropped.append(f"{missing} did not answer in time")
+        # In one order, whatever the order of arrival: sums round alike.
+        return {node: accepted[node] for node in asked if node in accepted}, dropped
 
     def _weights(self, replies: Sequence[TrainReply]) -> list[float]:
         if self.config.weighting == "uniform":
@@ -145,6 +160,12 @@ class LocalAlternation(Strategy):
                 del accepted[node]
                 dropped.append('weighting="public-size", and the client keeps its size')
 
+    def _account(self, accepted: dict[int, TrainReply]) -> None:
+        """Note what each client has spent; one whose reply is lost may have spent its promise."""
+        for node in self._asked():
+            reply = accepted.get(node)
+            self.epsilons[node] = reply.epsilon if reply else self.config.privacy.epsilon
+
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
@@ -154,15 +175,11 @@ class LocalAlternation(Strategy):
         successful aggregations only.
         """
         accepted, dropped = self._judge(replies)
+        self._account(accepted)
         self._without_size(accepted, dropped)
         t, synced = self.state.round + 1, self.method.syncs(self.state.round + 1)
-        asked = len(self.clients.cohorts[self.state.attempts])
-        if missing := asked - len(accepted) - len(dropped):
-            dropped.append(f"{missing} did not answer in time")
         good = list(accepted.values())
         enough = len(good) >= self.config.min_replies
-        for node, reply in accepted.items():
-            self.epsilons[node] = max(reply.epsilon, self.epsilons.get(node, 0.0))
         uploads = [reply.upload for reply in good]
         download = num_bytes(self.state.adapter)
         if enough:
@@ -179,7 +196,7 @@ class LocalAlternation(Strategy):
             dropped=tuple(dropped),
             upload_bytes=sum(sizes) // max(len(sizes), 1),
             download_bytes=download,
-            epsilon_max=max(self.epsilons.values(), default=0.0),
+            epsilon_max=max([self.epsilon_before, *self.epsilons.values()]),
             seconds=time.monotonic() - self._asked_at,
         )
         self.attempts.append(attempt)

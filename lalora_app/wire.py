@@ -60,8 +60,10 @@ def _array(name: str, array: Array, like: np.ndarray) -> np.ndarray:
         )
     try:
         values = array.numpy()
-    except (TypeError, ValueError, OSError, EOFError) as error:
+    except Exception as error:  # crafted bytes make numpy raise almost anything
         raise WireError(f"{name} cannot be read") from error
+    if not isinstance(values, np.ndarray):
+        raise WireError(f"{name} must be one array")
     # The header is the sender's word; the numbers are judged themselves.
     if values.shape != like.shape or values.dtype != like.dtype or not np.isfinite(values).all():
         raise WireError(f"{name} must hold finite {like.dtype}{like.shape}")
@@ -77,6 +79,15 @@ def from_record(record: ArrayRecord, like: Mapping[str, np.ndarray]) -> Adapter:
     for name in sorted(set(record) ^ set(like)):
         raise WireError(f"{name} is {'unexpected' if name in record else 'missing'}")
     return {name: _array(name, record[name], array) for name, array in like.items()}
+
+
+class RefusedError(WireError):
+    """A client refuses; ``key`` is one of :data:`REFUSALS`."""
+
+    def __init__(self, key: str):
+        self.key = key if key in REFUSALS else "internal"
+        self.law = REFUSALS[self.key].removeprefix(self.key + " ")
+        super().__init__(f"refused: {REFUSALS[self.key]}")
 
 
 @dataclass(frozen=True)
@@ -176,8 +187,7 @@ def _accepted(reply: Message) -> RecordDict:
         raise WireError(f"error {reply.error.code} from the network or the client's process")
     config = reply.content.config_records.get(CONFIG, ConfigRecord())
     if "refusal" in config:
-        sentence = REFUSALS.get(str(config["refusal"]), REFUSALS["internal"])
-        raise WireError(f"refused: {sentence}")
+        raise RefusedError(str(config["refusal"]))
     if config.get("code") != code_hash():
         raise WireError("the client runs other code than the server")
     return reply.content

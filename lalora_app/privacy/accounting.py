@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 EPSILON_ERROR = 0.003  # additive; both accountants then agree to 1 % from ε = 0.3 upwards
+PRV_TRUSTED = 500.0  # above, its floating-point numbers saturate; RDP is looser and safe there
 RELATIVE_TOLERANCE = 1e-3  # of the calibrated noise multiplier, always on the private side
 
 
@@ -38,11 +39,17 @@ def _grouped(releases: Sequence[Release]) -> tuple[tuple[float, float, int], ...
 
 @lru_cache(maxsize=4096)
 def _prv(groups: tuple[tuple[float, float, int], ...], delta: float) -> float:
-    from opacus.accountants import PRVAccountant  # 3 s to import: only where it is needed
+    # 3 s to import: only where it is needed
+    from opacus.accountants import PRVAccountant, RDPAccountant
 
     accountant = PRVAccountant()
     accountant.history = [(z, q, n) for q, z, n in groups]
-    return float(accountant.get_epsilon(delta=delta, eps_error=EPSILON_ERROR))
+    found = float(accountant.get_epsilon(delta=delta, eps_error=EPSILON_ERROR))
+    if found < PRV_TRUSTED:
+        return found
+    loose = RDPAccountant()
+    loose.history = accountant.history
+    return float(loose.get_epsilon(delta=delta))
 
 
 def epsilon(releases: Sequence[Release], delta: float) -> float:

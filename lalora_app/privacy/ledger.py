@@ -141,7 +141,8 @@ class Ledger:
         Raises:
             BudgetError: if a limit would be exceeded; nothing is written then.
         """
-        plan = Release(release.sampling_rate, release.noise_multiplier, planned)
+        count = max(planned, release.count)
+        plan = Release(release.sampling_rate, release.noise_multiplier, count)
         with self._exclusive() as db:
             for limit, scope in ((run_limit, run), (node_limit, None)):
                 past = [entry.release for entry in _read(db, dataset, scope)]

@@ -121,37 +121,56 @@ class PerExampleEngine:
         return PerExampleGrads(taken)
 
 
-def check_layout(engine: PerExampleEngine, losses: Callable[[], Tensor], examples: int) -> None:
+Losses = Callable[[list[int]], Tensor]
+
+
+def check_layout(engine: PerExampleEngine, losses: Losses, examples: int) -> None:
     """Prove that rows are grouped by example and that no layer mixes examples (traps K, L).
 
-    The loss of one example alone is differentiated; every other example's row must be exactly 0
-    in every parameter. Factors at 0 hide their partner's gradient, so they are filled with random
-    numbers for the check and restored. Run it on public or random inputs only.
+    The loss of one example of a batch is differentiated: every other example's row must be exactly
+    0 in every parameter. And an example's loss must be the same alone and in the batch, which
+    also sees what is mixed below the trained layers. Factors at 0 hide their partner's gradient,
+    so they are filled with random numbers for the check and restored. Run it on public or random
+    inputs only.
 
     Args:
         engine: with all parameters of interest made active here, and left so.
-        losses: the forward on ``examples`` fixed inputs.
-        examples: at least 2.
+        losses: indices of fixed inputs -> (indices,): the forward on just these.
+        examples: how many inputs there are, at least 2.
 
     Raises:
         LayoutError: names the first parameter that sees another example.
     """
+    rows = list(range(examples))
     engine.activate(frozenset(engine.parameters))
     kept = {name: p.detach().clone() for name, p in engine.parameters.items()}
     try:
         for parameter in engine.parameters.values():
             nn.init.normal_(parameter, std=0.1)
         for example in range(examples):
-            grads = engine.gradients(partial(_one_loss, losses, example), examples)
+            grads = engine.gradients(partial(_one_loss, losses, rows, example), examples)
             _only_row(grads, example)
+        _same_alone(losses, rows)
     finally:
         with torch.no_grad():
             for name, parameter in engine.parameters.items():
                 parameter.copy_(kept[name])
 
 
-def _one_loss(losses: Callable[[], Tensor], example: int) -> Tensor:
-    return losses()[example]
+def _one_loss(losses: Losses, rows: list[int], example: int) -> Tensor:
+    return losses(rows)[example]
+
+
+@torch.no_grad()
+def _same_alone(losses: Losses, rows: list[int]) -> None:
+    together = losses(rows)
+    alone = torch.cat([losses([row]) for row in rows])
+    tolerance = 1e-2 if together.dtype == torch.bfloat16 else 1e-3  # rounding moves far less
+    if not torch.allclose(together, alone, rtol=tolerance, atol=tolerance):
+        raise LayoutError(
+            "an example's loss depends on the others in its batch: a layer mixes examples, such as "
+            "BatchNorm"
+        )
 
 
 def _only_row(grads: PerExampleGrads, example: int) -> None:

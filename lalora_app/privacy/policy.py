@@ -39,7 +39,8 @@ def read_policy(node_config: Mapping[str, object], run_delta: float, public: boo
         public: what the run config declares for simulated clients; a node's own word wins.
 
     Raises:
-        ConfigError: if a limit is not a number greater than 0, or comes without its δ.
+        ConfigError: if a limit is not a number greater than 0 or comes without its δ, or if
+            public-size is no boolean.
     """
     limit = _number(node_config, "max-epsilon", math.inf)
     delta = _number(node_config, "delta", run_delta)
@@ -49,7 +50,10 @@ def read_policy(node_config: Mapping[str, object], run_delta: float, public: boo
         raise ConfigError(f"node config delta={delta} must be in (0, 1)")
     if math.isfinite(limit) and "delta" not in node_config:
         raise ConfigError(f"node config max-epsilon={limit} needs a delta beside it")
-    return Policy(Limit(limit, delta), bool(node_config.get("public-size", public)))
+    declared = node_config.get("public-size", public)
+    if not isinstance(declared, bool):
+        raise ConfigError(f"node config public-size={declared!r} must be true or false")
+    return Policy(Limit(limit, delta), declared)
 
 
 def state_folder(node_config: Mapping[str, object]) -> Path:
