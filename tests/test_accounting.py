@@ -47,11 +47,6 @@ def test_without_sampling_epsilon_is_that_of_the_analytic_gaussian(noise_multipl
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
-@pytest.mark.xfail(
-    raises=AssertionError,
-    strict=True,
-    reason="opacus' PRV saturates at log(float max), about 706.8",
-)
 def test_an_absurd_epsilon_is_not_reported_too_small():
     q, z = 0.05, 0.025
     # The event x > 1/z alone: P ≥ q/2 with the example, Φ(-1/z) without it.
@@ -130,10 +125,8 @@ def test_an_infinite_target_needs_no_noise_whatever_the_past():
     assert calibrate(math.inf, DELTA, sampling_rate=0.05, steps=60, past=past) == 0
 
 
-@at_rate_one
-@pytest.mark.parametrize("z", [0.0, 1.5])
-def test_nothing_left_to_spend_is_said_and_not_calibrated_around(z):
-    past = [Release(1.0, z, 1)]
-    assert epsilon(past, DELTA) > 1
+def test_nothing_left_to_spend_is_said_and_not_calibrated_around():
+    past = [Release(0.1, 0.0, 1)]
+    assert epsilon(past, DELTA) == math.inf
     with pytest.raises(ValueError, match=r"leave nothing of epsilon=1\.0"):
-        calibrate(1.0, DELTA, sampling_rate=1.0, steps=1, past=past)
+        calibrate(1.0, DELTA, sampling_rate=0.1, steps=1, past=past)

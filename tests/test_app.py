@@ -538,28 +538,17 @@ def damage(path: Path):
 @pytest.mark.parametrize("harm", [lose, damage])
 def test_a_lost_resident_factor_means_the_servers_copy(tiny, rounds, harm):
     def fault(attempt, partition, reply):
-        if attempt == 1 and partition == 0:
+        if attempt == 1 and partition == 0:  # asked first: no other file is there yet
             (path,) = (client_app.state_folder({}) / "resident").iterdir()
             harm(path)
         return reply
 
-    # Client 0 must be the only one with a file at the time of the fault.
-    config = tiny(**open_run())
-    grid = FakeGrid(config, 2, fault=fault)
-    ordered_first(grid, partition=0)
-    server_app.run(grid, config)
-    done = Run(config, grid, run_folder(config))
+    done = run(tiny(**open_run()), fault=fault)
     (_, first), (request, second), _ = rounds_of(done, rounds, 0)
     assert not same_bits(of_kind(first.result, "A"), of_kind(arrays(request.request), "A"))
     assert same_bits(second.start, arrays(request.request))
     (_, first), (request, second), _ = rounds_of(done, rounds, 1)  # the other one kept its own
     assert same_bits(of_kind(second.start, "A"), of_kind(first.result, "A"))
-
-
-def ordered_first(grid: FakeGrid, partition: int) -> None:
-    """Clients are asked by name, and partition 0 comes first by name; make sure of it."""
-    names = sorted(f"partition-{index:06d}" for index in grid.partitions.values())
-    assert names.index(f"partition-{partition:06d}") == 0
 
 
 # --- random streams ---------------------------------------------------------------------------
@@ -681,11 +670,6 @@ def test_a_repeated_round_costs_more_noise_and_not_more_epsilon(tiny, tmp_path, 
     assert second.rows[-1]["epsilon_max"] <= EPSILON
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="DOUBT: a round repeated after a crash starts from other resident factors: the first "
-    "try has overwritten the client's file, so the resident A of round 1 is lost in round 2",
-)
 def test_a_repeated_round_starts_where_its_first_try_did(tiny, rounds):
     config = tiny(**open_run() | {"privacy.noise": "seeded"})
     _, later = interrupted(config, 2, fault=crash_after_training(2, clients=2))
@@ -725,11 +709,6 @@ def test_a_run_is_not_resumed_with_another_config(tiny, key, value):
     assert grid.trained() == []
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="BUG: LocalAlternation.epsilons starts empty on a resume, so epsilon_max forgets every "
-    "client that has not answered since: here the report says 0.0",
-)
 def test_epsilon_max_survives_a_resume(tiny):
     config = tiny(**sized())
     first, later = interrupted(config, 2, before=crash_before(3))
@@ -739,11 +718,6 @@ def test_epsilon_max_survives_a_resume(tiny):
     assert second.json("summary.json")["epsilon_max"] >= spent
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="BUG: epsilon_max is what the last replies said; the releases of a reply that was lost "
-    "or dropped are spent too, and privacy.json then reports less than the ledgers",
-)
 def test_epsilon_max_covers_lost_replies(tiny):
     config = tiny(**sized())
     done = run(config, 2, fault=lambda attempt, partition, reply: reply if attempt < 3 else None)
@@ -757,18 +731,20 @@ def test_epsilon_max_covers_lost_replies(tiny):
 
 def test_a_failed_attempt_is_repeated_and_told(tiny):
     def fault(attempt, partition, reply):
-        return None if attempt == 2 and partition == 1 else reply
+        return None if attempt in (2, 4) and partition == 1 else reply
 
-    done = run(tiny(**open_run()), 2, fault=fault)
-    assert [row["round"] for row in done.rows] == [1, 2, 2]
-    assert [row["phase"] for row in done.rows] == ["B", "A", "A"]
-    assert [row["aggregated"] for row in done.rows] == [True, False, True]
-    assert done.rows[1]["dropped"] == ["1 did not answer in time"]
-    assert done.rows[1]["accuracy"] == done.rows[0]["accuracy"]
-    before, after = (arrays(done.grid.trained(i)[0].request) for i in (2, 3))
+    done = run(tiny(**open_run() | {"num-server-rounds": 4}), 2, fault=fault)
+    assert [row["round"] for row in done.rows] == [1, 2, 2, 3]
+    assert [row["phase"] for row in done.rows] == ["B", "A", "A", "B"]
+    assert [row["aggregated"] for row in done.rows] == [True, False, True, False]
+    for failed in (1, 3):
+        assert done.rows[failed]["dropped"] == ["1 did not answer in time"]
+        assert done.rows[failed]["accuracy"] == done.rows[failed - 1]["accuracy"]
+    before, after, last = (arrays(done.grid.trained(i)[0].request) for i in (2, 3, 4))
     assert same_bits(before, after)
+    assert same_bits(done.adapter, last)  # and not what the last client to train left in memory
     summary = done.json("summary.json")
-    assert (summary["rounds"], summary["status"]) == (2, "completed, 1 rounds failed")
+    assert (summary["rounds"], summary["status"]) == (2, "completed, 2 rounds failed")
 
 
 def test_a_run_without_any_aggregate_fails_with_its_reasons(tiny):
@@ -776,10 +752,9 @@ def test_a_run_without_any_aggregate_fails_with_its_reasons(tiny):
     grid = FakeGrid(config, 2, fault=lambda attempt, _, reply: None if attempt else reply)
     with pytest.raises(RuntimeError, match="no round was aggregated: 2 did not answer in time"):
         server_app.run(grid, config)
-    assert Run(config, grid, run_folder(config)).json("summary.json") == {
-        "method": config.method,
-        "status": "failed",
-    }
+    summary = Run(config, grid, run_folder(config)).json("summary.json")
+    assert set(summary) == {"method", "status"}
+    assert summary["status"].startswith("failed")
 
 
 def test_two_runs_on_the_same_data_have_two_books(tiny):
@@ -835,7 +810,6 @@ def test_a_nodes_own_word_about_its_size_wins(tiny, public):
     assert sizes_told(done) == ({0, 2} if public else {0})
 
 
-@pytest.mark.xfail(strict=True, reason='BUG: policy takes the text public-size="false" for true')
 def test_a_size_is_public_by_a_boolean_only(tiny):
     config = tiny(**open_run(3) | {"num-server-rounds": 1})
     assert sizes_told(run(config, [{}, {"public-size": "false"}, {}])) == set()
@@ -898,7 +872,7 @@ def test_no_text_of_an_exception_leaves_a_client(tiny, monkeypatch, where, error
 
 def test_a_node_with_a_smaller_budget_refuses_and_the_others_go_on(tiny):
     nodes = [{}, {"max-epsilon": EPSILON / 2, "delta": DELTA}, {}]
-    done = run(tiny(**sized(3) | {"num-server-rounds": 2, "train.local-steps": 3}), nodes)
+    done = run(tiny(**sized(3) | {"num-server-rounds": 1, "train.local-steps": 6}), nodes)
     for exchange in done.grid.trained():
         refused = exchange.reply.content["config"].get("refusal")
         assert refused == ("budget" if exchange.partition == 1 else None)
@@ -1047,9 +1021,6 @@ def test_bad_input_is_one_line_before_any_training(case, refused):
     assert all(word in message for word in words), message
 
 
-@pytest.mark.xfail(
-    strict=True, reason="DOUBT: what a client refuses names the key, but not the run's own value"
-)
 @pytest.mark.parametrize(
     "changes", [{"privacy.delta": 0.25}, {"train.batch-size": 181}], ids=lambda c: next(iter(c))
 )
@@ -1094,11 +1065,6 @@ def test_unfit_nodes_are_told_before_any_training(refused):
     assert wire.REFUSALS["data-path"] in message
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="BUG: nobody compares model.max-length with the positions of the model: IndexError in "
-    "the first long text, on a client only after its releases are spent",
-)
 def test_a_max_length_beyond_the_model_is_one_line(refused, tmp_path):
     path = tmp_path / "long.jsonl"
     rows = [{"text": f"{'hello ' * 40} {i}", "label": i % 2} for i in range(60)]
@@ -1107,9 +1073,6 @@ def test_a_max_length_beyond_the_model_is_one_line(refused, tmp_path):
     assert "model.max-length=32" in message
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BUG: of two clients with one name the first is left out without a word"
-)
 def test_two_clients_with_one_name_are_told(refused, tmp_path):
     path = tmp_path / "own.jsonl"
     rows = [{"text": f"hello {i}", "label": i % 2} for i in range(60)]
@@ -1118,9 +1081,6 @@ def test_two_clients_with_one_name_are_told(refused, tmp_path):
     assert "same name" in refused({}, nodes=[twin, twin, {"data-path": str(path)}])
 
 
-@pytest.mark.xfail(
-    strict=True, reason="DOUBT: a run that the clients refuse leaves a folder with its config"
-)
 def test_a_refused_run_leaves_no_folder(refused, tmp_path):
     refused({"min-replies": 3})
     assert not list((tmp_path / "out").glob("*"))

@@ -116,9 +116,6 @@ def test_a_missing_ledger_is_one_line_and_is_not_made(tmp_path, monkeypatch, cap
     assert not path.parent.exists()
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BUG: cli lets sqlite3.DatabaseError through for a file that is no ledger"
-)
 def test_a_file_that_is_no_ledger_is_one_line(tmp_path, capsys):
     path = tmp_path / "notes.txt"
     path.write_text("no database " * 100, "utf-8")
@@ -126,7 +123,6 @@ def test_a_file_that_is_no_ledger_is_one_line(tmp_path, capsys):
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="BUG: cli does not check --delta and --max-epsilon")
 @pytest.mark.parametrize(
     ("option", "value"),
     [("--delta", "0"), ("--delta", "2"), ("--delta", "nan"), ("--max-epsilon", "nan")],
@@ -140,7 +136,6 @@ def test_a_bad_number_is_told(ledger, capsys, option, value):
     assert option in capsys.readouterr().err
 
 
-@pytest.mark.xfail(strict=True, reason="DOUBT: ledger show takes --max-epsilon and ignores it")
 def test_show_does_not_take_an_option_that_it_ignores(ledger):
     with pytest.raises(SystemExit):
         cli.main(["ledger", "show", "--max-epsilon", "0.001"])
@@ -271,17 +266,11 @@ def test_a_folder_without_an_app_is_one_line(nothing_starts, tmp_path, capsys):
     assert err == f"lalora: app={tmp_path} must be a folder with the app's pyproject.toml\n"
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BUG: launcher reads a preset that is not there: FileNotFoundError"
-)
 def test_a_missing_preset_is_one_line(nothing_starts, tmp_path):
     with pytest.raises(ConfigError, match=r"missing\.toml"):
         launcher._check_early(ROOT, [str(tmp_path / "missing.toml")])
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BUG: launcher._lines drops whatever is not key=value without a word"
-)
 @pytest.mark.parametrize("text", ["lora.rank", "seed 3", "seed=3 and more", "=3"])
 def test_text_that_is_no_pair_is_told(nothing_starts, text):
     with pytest.raises(ConfigError, match="-c"):

@@ -255,11 +255,6 @@ def test_an_unknown_ending_is_an_error(tmp_path):
         datasets.split(described(path))
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="BUG: data._read_file lets the exceptions of load_dataset through: StopIteration, "
-    "DatasetGenerationError, TypeError",
-)
 @pytest.mark.parametrize("content", ["", "{ no json\n", '{"text": "a", "label": 0}\n[1]\n'])
 def test_a_damaged_file_is_one_line_too(tmp_path, content):
     path = tmp_path / "damaged.jsonl"

@@ -14,6 +14,7 @@ SHELL = USES_FLWR | {"cli", "launcher"}
 TORCH_ROOMS = {
     "trainer",
     "backbone",
+    "pretrained",
     "data",
     "privacy.per_example",
     "privacy.mechanism",

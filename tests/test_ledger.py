@@ -137,7 +137,6 @@ def test_a_run_that_cannot_end_is_refused_at_its_first_round(ledger, whose):
     reserve(ledger, planned=plan - ROUND.count, **limit)
 
 
-@pytest.mark.xfail(reason="reserve checks the plan only", raises=pytest.fail.Exception, strict=True)
 def test_a_plan_smaller_than_the_release_does_not_get_past_a_limit(ledger):
     with pytest.raises(BudgetError):
         reserve(ledger, planned=1, node_limit=Limit(0.9 * epsilon_of(ROUND), DELTA))
@@ -237,7 +236,6 @@ def test_the_nodes_own_word_on_its_size_wins_over_the_runs():
     assert read_policy({"public-size": True}, 1e-6, public=False).public_size
 
 
-@pytest.mark.xfail(reason='bool("false") is True', raises=pytest.fail.Exception, strict=True)
 def test_a_size_policy_that_is_no_bool_is_refused_and_not_taken_for_yes():
     with pytest.raises(ConfigError):
         read_policy({"public-size": "false"}, 1e-6, public=False)

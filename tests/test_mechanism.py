@@ -26,6 +26,15 @@ SHAPES = {"q.lora_A.weight": (2, 5), "q.lora_B.weight": (4, 2), "classifier.bias
 EXAMPLES = 12
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors this small lose more to a second thread than they gain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def random_grads(seed: int, scales: list[float], dtype: torch.dtype) -> PerExampleGrads:
     """One gradient an example, of about the given sizes; the tensors differ in size too."""
     rng = np.random.default_rng(seed)

@@ -22,6 +22,15 @@ TOGGLED = [("B", 3), ("A", 2), ("B", 4), ("AB", 1), ("A", 4), ("AB", 3)]
 Losses = Callable[[nn.Module, list[int]], Tensor]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def one_thread():
+    """Tensors this small lose more to a second thread than they gain."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -49,7 +58,7 @@ def joint(tensors: list[Tensor]) -> float:
 
 
 def assert_equal(found: PerExampleGrads, expected: dict[str, Tensor], tolerance: float) -> None:
-    """Each example's joint gradient to ``tolerance``, and each tensor's part of it, however small."""
+    """Each example's joint gradient to ``tolerance``, and each tensor's part of it on its own."""
     assert {n: g.shape for n, g in found.items()} == {n: expected[n].shape for n in found}
     off = {name: grad.double() - expected[name] for name, grad in found.items()}
     for i in range(len(next(iter(off.values())))):
@@ -63,7 +72,7 @@ def assert_equal(found: PerExampleGrads, expected: dict[str, Tensor], tolerance:
 
 def assert_engine_is_right(model: nn.Module, losses: Losses, *, examples: int = 4) -> None:
     """Run every phase on changing batches, each against the loop."""
-    oracle = without_engine(model)
+    plain = loop_gradients(without_engine(model), losses, list(range(examples)))
     parameters = trained(model)
     engine = PerExampleEngine(model, parameters)
     for factors, size in TOGGLED:
@@ -72,7 +81,7 @@ def assert_engine_is_right(model: nn.Module, losses: Losses, *, examples: int = 
         indices = [(size + i) % examples for i in range(size)]
         found = engine.gradients(lambda i=indices: losses(model, i), size)
         assert set(found) == names
-        assert_equal(found, loop_gradients(oracle, losses, indices), TOLERANCE)
+        assert_equal(found, {name: plain[name][indices] for name in names}, TOLERANCE)
         assert all(p.grad is None for p in model.parameters())
 
 
@@ -98,10 +107,10 @@ def text_losses(data: Encoded, pooling: str) -> Losses:
     return losses
 
 
-def text_model(config) -> nn.Module:
+def text_model(config, std: float = 0.3) -> nn.Module:
     backbone, _ = build(config)
     backbone.engine.activate(frozenset(backbone.engine.parameters))
-    return randomise(without_engine(backbone.model))
+    return randomise(without_engine(backbone.model), std)
 
 
 @pytest.fixture
@@ -112,7 +121,7 @@ def bert(tiny):
         config = tiny(**{"model.pooling": pooling, "lora.targets": "query,value,dense"})
         backbone, _ = build(config)
         data = encode(split(config.data)[0], backbone.tokenizer, 12)
-        tokens = tuple(data.tokens[i][: 4 + 2 * i] for i in range(4))
+        tokens = tuple(data.tokens[i][: 2 + 2 * i] for i in range(4))
         assert len({len(row) for row in tokens}) == 4
         return text_model(config), text_losses(Encoded(tokens, (0, 1, 0, 1), data.pad), pooling)
 
@@ -188,7 +197,7 @@ def test_the_layout_check_passes_swin_and_leaves_its_parameters_alone(swin):
     before = {name: p.detach().clone() for name, p in trained(model).items()}
     engine = PerExampleEngine(model, trained(model))
     engine.activate(frozenset(list(before)[:1]))
-    check_layout(engine, lambda: losses(model, [0, 1, 2]), 3)
+    check_layout(engine, lambda rows: losses(model, rows), 3)
     assert set(trained(model)) == set(before)
     assert all(torch.equal(p, before[name]) for name, p in trained(model).items())
 
@@ -244,7 +253,7 @@ def test_the_real_minilm():
     assert len({len(row) for row in ids}) == 4
     data = Encoded(ids, (0, 0, 1, 0), backbone.tokenizer.pad_token_id)
     losses = text_losses(data, config.model.pooling)
-    assert_engine_is_right(text_model(config), losses)
+    assert_engine_is_right(text_model(config, std=0.03), losses)
 
 
 # Single properties, on small models.
@@ -337,20 +346,22 @@ def test_an_inactive_layer_keeps_no_activation():
     model, x = randomise(Small()), torch.randn(4, 5, 6, dtype=torch.float64)
     engine = PerExampleEngine(model, trained(model))
     kept: list[int] = []
+    entered: list[Tensor] = []  # the head's input, which no other function keeps
+    model.head.register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0]))
 
     def keep(tensor: Tensor) -> Tensor:
         kept.append(tensor.data_ptr())
         return tensor
 
-    def input_is_kept(names: set[str]) -> bool:
+    def head_input_is_kept(*names: str) -> bool:
         kept.clear()
         engine.activate(frozenset(names))
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            engine.gradients(lambda: model(x).square().sum(1), 4)
-        return x.data_ptr() in kept
+            assert set(engine.gradients(lambda: model(x).square().sum(1), 4)) == set(names)
+        return entered[-1].data_ptr() in kept
 
-    assert input_is_kept({"first.weight", "head.weight"})
-    assert not input_is_kept({"head.weight", "head.bias"})
+    assert head_input_is_kept("first.weight", "head.weight")
+    assert not head_input_is_kept("first.weight", "head.bias")
 
 
 def test_rows_that_do_not_divide_into_examples_are_refused():
@@ -385,7 +396,7 @@ def test_a_trained_layer_that_is_no_linear_is_refused_at_once(layer):
 def checked(model: nn.Module, *shape: int) -> None:
     losses = small_losses(*shape)
     engine = PerExampleEngine(model, trained(model))
-    check_layout(engine, lambda: losses(model, [0, 1, 2]), 3)
+    check_layout(engine, lambda rows: losses(model, rows), 3)
 
 
 @pytest.mark.parametrize("shape", [(), (4,), (4, 2)])
@@ -416,7 +427,6 @@ def test_the_layout_check_catches_batchnorm_and_names_a_layer_below_it():
     checked(model.eval(), 4)  # with fixed statistics nothing is mixed
 
 
-@pytest.mark.xfail(reason="it looks at gradients only", raises=pytest.fail.Exception, strict=True)
 def test_the_layout_check_catches_batchnorm_below_every_trained_layer():
     model = randomise(NormalisedFirst()).train()
     model.norm.requires_grad_(False)

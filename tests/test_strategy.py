@@ -330,9 +330,6 @@ def test_a_repeated_reply_counts_once():
     )
 
 
-@pytest.mark.xfail(
-    strict=True, reason='BUG: more bad replies than clients give "-1 did not answer in time"'
-)
 def test_a_good_and_a_bad_reply_of_one_client():
     strategy = make()
     requests = asked(strategy)
@@ -343,9 +340,6 @@ def test_a_good_and_a_bad_reply_of_one_client():
     assert all(words in reason for reason in strategy.attempts[-1].dropped)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="BUG: a reply of a node that the attempt did not ask is aggregated"
-)
 def test_a_reply_of_a_node_that_was_not_asked_does_not_count():
     strategy = make(cohorts=[(0, 1)] * 6)
     requests = asked(strategy)
@@ -360,11 +354,6 @@ def test_a_reply_of_a_node_that_was_not_asked_does_not_count():
     assert strategy.state.adapter[B].max() < 1e3
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="BUG: the mean runs in the order of arrival, which Flower leaves open, so that a seeded "
-    "run is not repeatable to the bit; sort the accepted replies by client",
-)
 def test_the_order_of_arrival_plays_no_part():
     results = []
     for order in ([0, 1, 2], [0, 2, 1]):

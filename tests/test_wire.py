@@ -17,11 +17,6 @@ from lalora_app.methods import METHODS
 from lalora_app.wire import Hello, TrainReply, TrainRequest, WireError
 
 A, B, HEAD = "m.lora_A.weight", "m.lora_B.weight", "classifier.bias"
-NUMPY_ERRORS = pytest.mark.xfail(
-    strict=True,
-    reason="BUG: wire._array lets other exceptions of np.load through than the three it names, and "
-    "takes an NpzFile for an array: one such reply ends the server's run in aggregate_train",
-)
 fuzz = settings(deadline=None, database=None, derandomize=True, max_examples=300)
 
 
@@ -149,7 +144,6 @@ def crafted_bytes():
     }
 
 
-@NUMPY_ERRORS
 @pytest.mark.parametrize("case", list(crafted_bytes()))
 def test_crafted_bytes_are_a_wire_error_too(case):
     with pytest.raises(WireError, match=r"m\.lora_A\.weight"):
@@ -172,7 +166,6 @@ def test_any_bytes_in_an_array_give_only_a_wire_error(data):
         wire.from_record(with_a(claiming_float32(data)), adapter())
 
 
-@NUMPY_ERRORS
 @fuzz
 @given(
     position=st.integers(0, 167),
