@@ -681,6 +681,28 @@ def test_a_repeated_round_starts_where_its_first_try_did(tiny, rounds):
         assert same_bits(before.start, after.start)
 
 
+READ_BACK = pytest.mark.xfail(
+    strict=True,
+    reason='BUG: RunFolder.history() hands back the text "inf" for an infinite epsilon, which '
+    "finish() cannot format",
+)
+
+
+@pytest.mark.parametrize("budget", [EPSILON, pytest.param(INF, marks=READ_BACK)])
+def test_a_finished_run_may_be_resumed_and_stays_what_it_is(tiny, budget):
+    config = tiny(**sized(**{"privacy.epsilon": budget}))
+    done = run(config)
+    before, summary = done.adapter, done.json("summary.json")
+    spent = len(ledger_entries())
+    again = parse(flatten(config) | {"resume-from": str(done.folder.path)})
+    grid = FakeGrid(again, 2)
+    server_app.run(grid, again)
+    assert grid.trained() == []
+    assert len(ledger_entries()) == spent
+    assert same_bits(done.adapter, before)
+    assert done.json("summary.json") | {"seconds": 0} == summary | {"seconds": 0}
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [
@@ -747,6 +769,19 @@ def test_a_failed_attempt_is_repeated_and_told(tiny):
     assert (summary["rounds"], summary["status"]) == (2, "completed, 2 rounds failed")
 
 
+@pytest.mark.xfail(
+    strict=True,
+    reason="DOUBT: the try that failed left its own resident factor only, so the next try of the "
+    "round starts from the server's A, and the clients' A of round 1 is lost",
+)
+def test_a_failed_attempt_costs_no_resident_factor(tiny, rounds):
+    config = tiny(**open_run())
+    run(config, 2, fault=lambda attempt, _, reply: None if attempt == 2 else reply)
+    (first, _), (again, _) = rounds[0:2], rounds[4:6]
+    assert (first.t, again.t) == (1, 2)
+    assert same_bits(of_kind(again.start, "A"), of_kind(first.result, "A"))
+
+
 def test_a_run_without_any_aggregate_fails_with_its_reasons(tiny):
     config = tiny(**open_run())
     grid = FakeGrid(config, 2, fault=lambda attempt, _, reply: None if attempt else reply)
@@ -799,8 +834,11 @@ def test_nothing_but_the_allowed_keys_leaves_a_client(tiny, public):
 
 
 def sizes_told(done: Run):
-    metrics = {e.partition: e.reply.content["metrics"] for e in done.grid.trained()}
-    return {partition for partition, record in metrics.items() if "num-examples" in record}
+    return {
+        exchange.partition
+        for exchange in done.grid.trained()
+        if any("num-examples" in record for record in exchange.reply.content.values())
+    }
 
 
 @pytest.mark.parametrize("public", [False, True])
