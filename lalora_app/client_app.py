@@ -104,7 +104,9 @@ def _spent(config: Config, local: LocalData, context: Context, run: str) -> floa
 
 
 def _hello(message: Message, context: Context) -> RecordDict:
-    return wire.Hello(_checked_data(parse(context.run_config), context).client).record()
+    config = parse(context.run_config)
+    read_policy(context.node_config, config.privacy.delta, config.data.public_size)
+    return wire.Hello(_checked_data(config, context).client).record()
 
 
 def _train(message: Message, context: Context) -> RecordDict:
@@ -115,7 +117,7 @@ def _train(message: Message, context: Context) -> RecordDict:
     policy = read_policy(context.node_config, config.privacy.delta, config.data.public_size)
     # Everything that can fail for a reason of ours fails before the ledger is written.
     model, like = backbone.build(config)
-    start = wire.from_record(message.content.array_records[wire.ARRAYS], like)
+    start = wire.adapter_of(message.content, like)
     encoded = encode(local.examples, model.tokenizer, config.model.max_length)
     folder = state_folder(context.node_config)
     resident = residents.resident_file(folder, local.dataset, request.run)

@@ -138,7 +138,7 @@ def _key(name: str, prefix: str) -> str:
 
 def _typed(key: str, value: object, wanted: type) -> Scalar:
     if wanted is float and type(value) is int:
-        return float(value)
+        return float(value) if abs(value) < 2**1023 else math.copysign(math.inf, value)
     if type(value) is not wanted:
         kind = type(value).__name__
         raise ConfigError(f"{key}={value!r} must be of type {wanted.__name__}, not {kind}")

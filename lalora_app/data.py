@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -89,9 +90,11 @@ def _read_file(key: str, path: Path) -> list[dict[str, Any]]:
     if path.suffix not in _FORMATS or not path.is_file():
         known = ", ".join(_FORMATS)
         raise DataError(key, f'="{path}" must be an existing file ending in one of {known}')
-    try:
-        table = load_dataset(_FORMATS[path.suffix], data_files=str(path), split="train")
-        return [dict(row) for row in table]
+    kind = _FORMATS[path.suffix]
+    try:  # the library's copy of private data goes with the folder
+        with tempfile.TemporaryDirectory() as cache:
+            table = load_dataset(kind, data_files=str(path), split="train", cache_dir=cache)
+            return [dict(row) for row in table]
     except Exception as error:  # the readers raise many kinds; all mean the same here
         raise DataError(key, f'="{path}" cannot be read as {path.suffix}') from error
 

@@ -1,6 +1,7 @@
 """METHODS: every federated-LoRA method as one value. Clip and noise belong to the run, not here."""
 
 import difflib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
@@ -74,8 +75,9 @@ def lookup(name: str, local_steps: int) -> Method:
     """
     if name not in METHODS:
         nearest = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.0)[0]
+        known = ", ".join(METHODS)
         raise ConfigError(
-            f'method="{name}" must be one of {", ".join(METHODS)}; did you mean "{nearest}"?'
+            f'method={json.dumps(name)} must be one of {known}; did you mean "{nearest}"?'
         )
     method = METHODS[name]
     for t in (1, 2):  # the longest period of any schedule

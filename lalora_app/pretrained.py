@@ -83,7 +83,10 @@ def load_base(model: Model, num_labels: int) -> tuple[nn.Module, Any]:
     logging.disable_progress_bar()
     try:
         base = kind.from_pretrained(where, num_labels=num_labels, dtype=torch.float32)
-        return base, transformers.AutoTokenizer.from_pretrained(where)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where)
     except (OSError, ValueError) as error:
         first_line = str(error).splitlines()[0]
         raise ConfigError(f'model.name="{model.name}" cannot be loaded: {first_line}') from error
+    if tokenizer.pad_token_id is None:
+        raise ConfigError(f'model.name="{model.name}" must have a tokenizer with a padding token')
+    return base, tokenizer

@@ -49,9 +49,12 @@ def keep(
         _previous(path).unlink(missing_ok=True)
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    tensors = {name: array for name, array in adapter.items() if kind(name) in factors}
+    # What this attempt sent stays too, as it started: if the attempt fails, its turn comes again.
+    tensors = _waiting(path, versions, attempt) | {
+        name: array for name, array in adapter.items() if kind(name) in factors
+    }
     new = path.with_suffix(f".{os.getpid()}.tmp")
-    metadata = {"attempt": str(attempt)} | {str(f): str(versions[f]) for f in factors}
+    metadata = {"attempt": str(attempt)} | {str(f): str(v) for f, v in versions.items()}
     save_file(tensors, new, metadata=metadata)
     if _attempt_of(path) < attempt:
         with contextlib.suppress(FileNotFoundError):
@@ -80,12 +83,17 @@ def _read(path: Path, versions: Mapping[Factor, int]) -> Adapter:
     return {}
 
 
+def _waiting(path: Path, versions: Mapping[Factor, int], attempt: int) -> Adapter:
+    """Return the valid factors that were kept before ``attempt``, the newest of each."""
+    before = _read(_previous(path), versions)
+    return before | _read(path, versions) if _attempt_of(path) < attempt else before
+
+
 def substitute(path: Path, start: Adapter, versions: Mapping[Factor, int], attempt: int) -> Adapter:
     """Return ``start`` with every resident factor that the server has not re-aggregated since.
 
     A missing or damaged file, or another version or shape, means the server's copy. What was kept
     by this attempt's own first try is passed over for what was there before it.
     """
-    newest = path if _attempt_of(path) < attempt else _previous(path)
-    kept = _read(newest, versions)
+    kept = _waiting(path, versions, attempt)
     return start | {n: a for n, a in kept.items() if n in start and a.shape == start[n].shape}

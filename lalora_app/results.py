@@ -69,7 +69,13 @@ class RunFolder:
         """Return the rows written so far, one an attempt."""
         path = self.path / "history.jsonl"
         lines = path.read_text("utf-8").splitlines() if path.exists() else []
-        return [json.loads(line) for line in lines]
+        rows = [json.loads(line) for line in lines]
+        return [{k: math.inf if v == "inf" else v for k, v in row.items()} for row in rows]
+
+    def num_clients(self) -> int | None:
+        """Return how many clients the run began with; None if it never got so far."""
+        path = self.path / "clients.json"
+        return int(json.loads(path.read_text("utf-8"))["clients"]) if path.is_file() else None
 
     def write_history(self, rows: list[dict[str, Any]]) -> None:
         """Replace the history."""

@@ -76,8 +76,8 @@ def _ask_names(grid: Grid, config: Config, nodes: list[int]) -> dict[str, int]:
         _log.error("%d of %d clients: %s", refusals.count(reason), len(nodes), reason)
     if refusals or len(names) < config.min_clients:
         raise ConfigError(
-            f"{len(names)} of {len(nodes)} clients can take part, and min-clients="
-            f"{config.min_clients} and every connected client must: "
+            f"{len(names)} of {len(nodes)} clients can take part; min-clients="
+            f"{config.min_clients} must, and none may refuse: "
             + ("; ".join(sorted(set(refusals))) or "the others did not answer")
         )
     return names
@@ -152,7 +152,13 @@ def run(grid: Grid, config: Config) -> None:
     _log.info("LaLoRA model: %d target layers, %d trainable parameters", model.targets, sizes)
     clients = _find_clients(grid, config)
 
+    if resumed and resumed[0].num_clients() != len(clients.nodes):
+        raise ConfigError(
+            f'resume-from="{config.resume_from}" must have {resumed[0].num_clients()} clients '
+            f"again, not {len(clients.nodes)}"
+        )
     folder, state = resumed or (new_folder(config, _run_name(config)), ServerState(start))
+    folder.write_json("clients.json", {"clients": len(clients.nodes)})
     rows = [row for row in folder.history() if row["attempt"] <= state.attempts]
     spent = float(rows[-1]["epsilon_max"]) if rows else 0.0
     strategy = LocalAlternation(config, method, folder.name, clients, state, spent)

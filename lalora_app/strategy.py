@@ -83,6 +83,7 @@ class LocalAlternation(Strategy):
     epsilon_before: float = 0.0
     attempts: list[Attempt] = field(default_factory=list)
     epsilons: dict[int, float] = field(default_factory=dict)
+    _reported: dict[int, float] = field(default_factory=dict)
     _asked_at: float = 0.0
 
     def summary(self) -> None:
@@ -162,9 +163,11 @@ class LocalAlternation(Strategy):
 
     def _account(self, accepted: dict[int, TrainReply]) -> None:
         """Note what each client has spent; one whose reply is lost may have spent its promise."""
+        promise = self.config.privacy.epsilon
+        for node, reply in accepted.items():
+            self._reported[node] = max(reply.epsilon, self._reported.get(node, 0.0))
         for node in self._asked():
-            reply = accepted.get(node)
-            self.epsilons[node] = reply.epsilon if reply else self.config.privacy.epsilon
+            self.epsilons[node] = self._reported[node] if node in accepted else promise
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

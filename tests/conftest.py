@@ -10,6 +10,8 @@ import torch
 
 from lalora_app.config import Config, parse
 
+torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other are slow
+
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
 WORDS = [

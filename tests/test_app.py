@@ -266,7 +266,7 @@ def test_reported_epsilons_are_the_ledgers(finished):
 def test_the_results_are_all_there(finished):
     folder = finished.folder
     assert {path.name for path in folder.path.iterdir()} == {
-        *("config.toml", "history.jsonl", "privacy.json", "summary.json"),
+        *("config.toml", "clients.json", "history.jsonl", "privacy.json", "summary.json"),
         *("checkpoints", "adapter"),
     }
     saved = tomllib.loads((folder.path / "config.toml").read_text("utf-8"))
@@ -681,14 +681,7 @@ def test_a_repeated_round_starts_where_its_first_try_did(tiny, rounds):
         assert same_bits(before.start, after.start)
 
 
-READ_BACK = pytest.mark.xfail(
-    strict=True,
-    reason='BUG: RunFolder.history() hands back the text "inf" for an infinite epsilon, which '
-    "finish() cannot format",
-)
-
-
-@pytest.mark.parametrize("budget", [EPSILON, pytest.param(INF, marks=READ_BACK)])
+@pytest.mark.parametrize("budget", [EPSILON, INF])
 def test_a_finished_run_may_be_resumed_and_stays_what_it_is(tiny, budget):
     config = tiny(**sized(**{"privacy.epsilon": budget}))
     done = run(config)
@@ -769,11 +762,6 @@ def test_a_failed_attempt_is_repeated_and_told(tiny):
     assert (summary["rounds"], summary["status"]) == (2, "completed, 2 rounds failed")
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="DOUBT: the try that failed left its own resident factor only, so the next try of the "
-    "round starts from the server's A, and the clients' A of round 1 is lost",
-)
 def test_a_failed_attempt_costs_no_resident_factor(tiny, rounds):
     config = tiny(**open_run())
     run(config, 2, fault=lambda attempt, _, reply: None if attempt == 2 else reply)
@@ -810,7 +798,7 @@ def contents(message):
 
 @pytest.mark.parametrize("public", [False, True])
 def test_nothing_but_the_allowed_keys_leaves_a_client(tiny, public):
-    nodes = [{}, {"max-epsilon": EPSILON}, {}]  # without its delta: refused
+    nodes = [{}, {"max-epsilon": EPSILON / 10, "delta": DELTA}, {}]  # too small: refused
     config = tiny(**sized(3) | {"data.public-size": public})
     done = run(config, nodes)
     sizes = {"num-examples"} if public else set()
@@ -850,7 +838,10 @@ def test_a_nodes_own_word_about_its_size_wins(tiny, public):
 
 def test_a_size_is_public_by_a_boolean_only(tiny):
     config = tiny(**open_run(3) | {"num-server-rounds": 1})
-    assert sizes_told(run(config, [{}, {"public-size": "false"}, {}])) == set()
+    grid = FakeGrid(config, [{}, {"public-size": "false"}, {}])
+    with pytest.raises(ConfigError, match="node config breaks a law"):
+        server_app.run(grid, config)
+    assert grid.trained() == []
 
 
 SECRET = "SECRET-7f3a"
@@ -946,14 +937,14 @@ BAD_POLICIES = [
 ]
 
 
-def test_a_node_config_that_breaks_a_law_spends_nothing(tiny):
+@pytest.mark.parametrize("policy", BAD_POLICIES)
+def test_a_node_config_that_breaks_a_law_is_told_before_any_training(tiny, policy):
     config = tiny(**open_run() | {"num-server-rounds": 1})
-    done = run(config, [*BAD_POLICIES, {}, {}])
-    for exchange in done.grid.trained():
-        refused = exchange.reply.content["config"].get("refusal")
-        assert refused == ("config" if exchange.partition < len(BAD_POLICIES) else None)
-    assert len(done.grid.trained()) == 9
-    assert len(by_dataset(ledger_entries())) == 2
+    grid = FakeGrid(config, [policy, {}, {}])
+    with pytest.raises(ConfigError, match="node config breaks a law"):
+        server_app.run(grid, config)
+    assert grid.trained() == []
+    assert ledger_entries() == []
 
 
 def test_real_clients_bring_their_own_files(tiny, tmp_path):

@@ -403,11 +403,6 @@ def test_epsilon_max_covers_those_who_rest():
     assert epsilon_after(strategy, (0.6, 0.7)) == 2.5
 
 
-@pytest.mark.xfail(
-    strict=True,
-    reason="DOUBT: a client that lost its ledger reports less than before, and _account forgets "
-    "what it had reported; keep the largest report of every client",
-)
 def test_a_client_never_spends_less_than_it_has_reported():
     strategy = make()
     assert epsilon_after(strategy, (0.5, 2.5, 1.0)) == 2.5

@@ -4,14 +4,19 @@ The books are kept with Opacus' PRV accountant (Gopi et al., arXiv:2106.02848), 
 that is tight to ``EPSILON_ERROR``; Google's PLD accountant is the independent second opinion.
 """
 
+import contextlib
 import math
+import warnings
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
+import numpy as np
+
 EPSILON_ERROR = 0.003  # additive; both accountants then agree to 1 % from ε = 0.3 upwards
 PRV_TRUSTED = 500.0  # above, its floating-point numbers saturate; RDP is looser and safe there
+LARGEST_NOISE = 2.0**12  # a noise multiplier beyond it trains nothing
 RELATIVE_TOLERANCE = 1e-3  # of the calibrated noise multiplier, always on the private side
 
 
@@ -38,18 +43,22 @@ def _grouped(releases: Sequence[Release]) -> tuple[tuple[float, float, int], ...
 
 
 @lru_cache(maxsize=4096)
-def _prv(groups: tuple[tuple[float, float, int], ...], delta: float) -> float:
+def _upper_bound(groups: tuple[tuple[float, float, int], ...], delta: float) -> float:
     # 3 s to import: only where it is needed
     from opacus.accountants import PRVAccountant, RDPAccountant
 
-    accountant = PRVAccountant()
-    accountant.history = [(z, q, n) for q, z, n in groups]
-    found = float(accountant.get_epsilon(delta=delta, eps_error=EPSILON_ERROR))
-    if found < PRV_TRUSTED:
-        return found
-    loose = RDPAccountant()
-    loose.history = accountant.history
-    return float(loose.get_epsilon(delta=delta))
+    history = [(z, q, n) for q, z, n in groups]
+    tight, loose = PRVAccountant(), RDPAccountant()
+    tight.history = loose.history = history
+    # Opacus warns of log(0) at q = 1, and of orders; both leave its bounds valid.
+    with warnings.catch_warnings(), np.errstate(divide="ignore"):
+        warnings.simplefilter("ignore")
+        # PRV gives up with a RuntimeError where ε is absurd.
+        with contextlib.suppress(RuntimeError):
+            found = float(tight.get_epsilon(delta=delta, eps_error=EPSILON_ERROR))
+            if found < PRV_TRUSTED:
+                return found
+        return float(loose.get_epsilon(delta=delta))
 
 
 def epsilon(releases: Sequence[Release], delta: float) -> float:
@@ -61,7 +70,7 @@ def epsilon(releases: Sequence[Release], delta: float) -> float:
     groups = _grouped(releases)
     if not groups:
         return 0.0
-    return math.inf if any(z == 0 for _, z, _ in groups) else _prv(groups, delta)
+    return math.inf if any(z == 0 for _, z, _ in groups) else _upper_bound(groups, delta)
 
 
 def second_epsilon(releases: Sequence[Release], delta: float) -> float:
@@ -92,10 +101,12 @@ def calibrate(
         past: what has been released already under this promise.
 
     Raises:
-        ValueError: if ``past`` leaves nothing to spend.
+        ValueError: if ``past`` leaves nothing to spend, or the target is too small to be met.
     """
     if math.isinf(target):
         return 0.0
+    if past and epsilon(past, delta) >= target:
+        raise ValueError(f"the releases so far leave nothing of epsilon={target} to spend")
 
     def fits(noise_multiplier: float) -> bool:
         planned = Release(sampling_rate, noise_multiplier, steps)
@@ -104,8 +115,8 @@ def calibrate(
     high = 1.0
     while not fits(high):
         high *= 2
-        if high > 2**20:
-            raise ValueError(f"the releases so far leave nothing of epsilon={target} to spend")
+        if high > LARGEST_NOISE:
+            raise ValueError(f"epsilon={target} leaves too little for {steps} releases")
     low = high / 2
     while fits(low) and low > 2**-6:
         low, high = low / 2, low

@@ -90,7 +90,8 @@ class Ledger:
         # isolation_level=None: transactions begin and end where this module says so.
         db = sqlite3.connect(self.path, timeout=_WAIT, isolation_level=None)
         try:
-            db.execute("PRAGMA synchronous = FULL")
+            # EXTRA also syncs the folder after a commit: FULL may lose it to a power cut.
+            db.execute("PRAGMA synchronous = EXTRA")
             yield db
         finally:
             db.close()

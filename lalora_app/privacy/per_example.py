@@ -45,9 +45,13 @@ def _linear_layers(model: nn.Module, names: Mapping[str, nn.Parameter]) -> dict[
     owners: dict[str, nn.Linear] = {}
     for path, module in model.named_modules():
         own = [p for p in module.parameters(recurse=False) if id(p) in wanted]
-        if own and not isinstance(module, nn.Linear):
-            raise LayoutError(f"{path} trains but is a {type(module).__name__}, not a Linear")
-        owners |= {wanted[id(p)]: module for p in own if isinstance(module, nn.Linear)}
+        if not own:
+            continue
+        if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+            raise LayoutError(f"{path} trains but is a {type(module).__name__}, not a plain Linear")
+        if shared := owners.keys() & {wanted[id(p)] for p in own}:
+            raise LayoutError(f"{path} shares {min(shared)} with another layer")
+        owners |= {wanted[id(p)]: module for p in own}
     return owners
 
 
@@ -73,10 +77,10 @@ class PerExampleEngine:
 
     def _take_over(self, layer: nn.Linear, weight: str | None, bias: str | None) -> None:
         def record(x: Tensor | None, g: Tensor) -> None:
-            rows = self._regrouped(g)  # (examples, rows, out)
             if bias is not None and layer.bias.requires_grad:
-                self._add(bias, rows.sum(1))
+                self._add(bias, self._regrouped(g).sum(1))
             if weight is not None and x is not None:
+                rows = self._regrouped(g)  # (examples, rows, out)
                 self._add(weight, torch.bmm(rows.transpose(1, 2), self._regrouped(x)))
 
         def forward(layer: nn.Linear, x: Tensor) -> Tensor:
@@ -109,10 +113,13 @@ class PerExampleEngine:
             examples: the batch size; every layer's rows are grouped by example, in this order.
 
         Raises:
-            LayoutError: if an active parameter took no part, or rows do not regroup.
+            LayoutError: if an active parameter took no part, or shapes do not fit the examples.
         """
         self._grads, self._examples = {}, examples
-        torch.autograd.backward(losses().sum())
+        each = losses()
+        if each.shape != (examples,):
+            raise LayoutError(f"losses are of shape {tuple(each.shape)}, and must be ({examples},)")
+        torch.autograd.backward(each.sum())
         active = [name for name, p in self.parameters.items() if p.requires_grad]
         for name in active:
             if name not in self._grads:
@@ -158,7 +165,9 @@ def check_layout(engine: PerExampleEngine, losses: Losses, examples: int) -> Non
 
 
 def _one_loss(losses: Losses, rows: list[int], example: int) -> Tensor:
-    return losses(rows)[example]
+    chosen = torch.arange(len(rows)) == example
+    each = losses(rows)
+    return torch.where(chosen.to(each.device), each, torch.zeros_like(each))
 
 
 @torch.no_grad()
