@@ -208,6 +208,15 @@ def flatten(config: object, prefix: str = "") -> dict[str, Scalar]:
     return flat
 
 
+def from_tables(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return TOML tables as flat dotted keys, as Flower hands them over."""
+    flat: dict[str, Any] = {}
+    for key, value in tables.items():
+        name = prefix + key
+        flat |= from_tables(value, name + ".") if isinstance(value, dict) else {name: value}
+    return flat
+
+
 def full_path(text: str) -> Path:
     """Return an absolute path for a config value that may start with ``~``."""
     return Path(text).expanduser()

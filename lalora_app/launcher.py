@@ -18,9 +18,8 @@ import time
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from lalora_app.config import ConfigError, parse
+from lalora_app.config import ConfigError, from_tables, parse
 from lalora_app.methods import lookup
 
 _FLWR = str(Path(sys.executable).parent / "flwr")
@@ -47,25 +46,16 @@ def _environment(home: Path) -> dict[str, str]:
     }
 
 
-def _flat(tables: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tables.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return flat
-
-
 def _check_early(app: Path, overrides: Sequence[str]) -> None:
     """Parse the run config here, so that a bad key costs a line and not a started simulation."""
     project = app / "pyproject.toml"
     if not project.is_file():
         raise ConfigError(f"app={app} must be a folder with the app's pyproject.toml")
-    values = _flat(tomllib.loads(project.read_text("utf-8"))["tool"]["flwr"]["app"]["config"])
+    values = from_tables(tomllib.loads(project.read_text("utf-8"))["tool"]["flwr"]["app"]["config"])
     for text in overrides:
         try:
             source = Path(text).read_text("utf-8") if text.endswith(".toml") else _lines(text)
-            values |= _flat(tomllib.loads(source))
+            values |= from_tables(tomllib.loads(source))
         except OSError as error:
             raise ConfigError(f"-c {text} must be a readable file: {error.strerror}") from error
         except tomllib.TOMLDecodeError as error:

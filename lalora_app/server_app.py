@@ -4,9 +4,7 @@ import logging
 import secrets
 import time
 import tomllib
-from collections.abc import Mapping
 from datetime import datetime
-from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
@@ -14,7 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 from lalora_app import backbone as backbones
 from lalora_app import cohorts, wire
 from lalora_app.adapter import ServerState
-from lalora_app.config import Config, ConfigError, flatten, full_path, parse
+from lalora_app.config import Config, ConfigError, flatten, from_tables, full_path, parse
 from lalora_app.data import encode, split
 from lalora_app.methods import lookup
 from lalora_app.results import RunFolder, check_writable, new_folder, old_folder
@@ -103,17 +101,8 @@ def _resumed(config: Config) -> tuple[RunFolder, ServerState]:
     saved = full_path(config.resume_from) / "config.toml"
     if not saved.is_file():
         raise ConfigError(f'resume-from="{config.resume_from}" must be the folder of a run')
-    folder = old_folder(config, _flat(tomllib.loads(saved.read_text("utf-8"))))
+    folder = old_folder(config, from_tables(tomllib.loads(saved.read_text("utf-8"))))
     return folder, folder.latest()
-
-
-def _flat(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in tables.items():
-        flat |= (
-            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-        )
-    return flat
 
 
 def _warn_if_not_private(config: Config) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from lalora_app.config import Config, parse
+from lalora_app.config import Config, from_tables, parse
 
 torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other are slow
 
@@ -34,17 +34,10 @@ WORDS = [
 ]
 
 
-def flat(tables, prefix=""):
-    out = {}
-    for key, value in tables.items():
-        out |= flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return out
-
-
 def defaults() -> dict[str, object]:
     """The run config of pyproject.toml, flat, as Flower hands it over."""
     text = (ROOT / "pyproject.toml").read_text("utf-8")
-    return flat(tomllib.loads(text)["tool"]["flwr"]["app"]["config"])
+    return from_tables(tomllib.loads(text)["tool"]["flwr"]["app"]["config"])
 
 
 def make_config(**changes) -> Config:

@@ -19,11 +19,11 @@ import torch
 from flwr.app import Context, Message, RecordDict
 from safetensors.numpy import load_file
 
-from conftest import flat, make_config
+from conftest import make_config
 from fake_grid import FakeGrid, identify, wire_bytes
 from lalora_app import backbone, client_app, server_app, trainer, wire
 from lalora_app.adapter import kind
-from lalora_app.config import Config, ConfigError, flatten, parse
+from lalora_app.config import Config, ConfigError, flatten, from_tables, parse
 from lalora_app.data import DataError, split
 from lalora_app.methods import METHODS
 from lalora_app.privacy.accounting import Release, epsilon
@@ -270,7 +270,7 @@ def test_the_results_are_all_there(finished):
         *("checkpoints", "adapter"),
     }
     saved = tomllib.loads((folder.path / "config.toml").read_text("utf-8"))
-    assert flat(saved) == flatten(finished.config)
+    assert from_tables(saved) == flatten(finished.config)
     summary = finished.json("summary.json")
     assert set(summary) == {
         *("method", "rounds", "accuracy", "balanced_accuracy", "epsilon_max", "delta"),

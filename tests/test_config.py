@@ -5,8 +5,8 @@ import tomllib
 
 import pytest
 
-from conftest import ROOT, defaults, flat, make_config
-from lalora_app.config import ConfigError, flatten, parse
+from conftest import ROOT, defaults, make_config
+from lalora_app.config import ConfigError, flatten, from_tables, parse
 from lalora_app.methods import METHODS, lookup
 from lalora_app.results import to_toml
 
@@ -116,7 +116,7 @@ def test_defaults_are_private_and_their_method_has_what_it_needs():
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_presets_parse_over_the_defaults_and_say_nothing_twice(preset):
-    changes = flat(tomllib.loads(preset.read_text("utf-8")))
+    changes = from_tables(tomllib.loads(preset.read_text("utf-8")))
     config = make_config(**changes)
     lookup(config.method, config.train.local_steps)
     assert {key: value for key, value in changes.items() if defaults()[key] == value} == {}
@@ -241,7 +241,7 @@ def test_two_local_steps_are_enough_for_every_method(name):
 )
 def test_the_written_config_reads_back_with_every_value_and_type(changes):
     config = make_config(**changes)
-    read = flat(tomllib.loads(to_toml(config)))
+    read = from_tables(tomllib.loads(to_toml(config)))
     assert parse(read) == config
     assert read == defaults() | changes
     assert {k: type(v) for k, v in read.items()} == {k: type(v) for k, v in defaults().items()}
