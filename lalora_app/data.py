@@ -85,8 +85,9 @@ def _read_demo() -> list[dict[str, Any]]:
 
 
 def _read_file(key: str, path: Path) -> list[dict[str, Any]]:
-    from datasets import load_dataset
+    from datasets import disable_progress_bars, load_dataset
 
+    disable_progress_bars()
     if path.suffix not in _FORMATS or not path.is_file():
         known = ", ".join(_FORMATS)
         raise DataError(key, f'="{path}" must be an existing file ending in one of {known}')

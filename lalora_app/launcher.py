@@ -5,6 +5,7 @@ shadows the app's code, and installs the app's dependencies anew for every run. 
 what has to be set, asks for the run's real status, and stops the SuperLink that it started.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -24,6 +25,7 @@ from lalora_app.methods import lookup
 
 _FLWR = str(Path(sys.executable).parent / "flwr")
 _PAIR = r"""([^\s=]+)\s*=\s*("[^"]*"|'[^']*'|\S+)"""
+_GRACE = 10.0  # seconds to end by itself
 _FINISHED = "finished:completed"
 
 
@@ -96,15 +98,25 @@ def _status(run_id: str, env: dict[str, str], cwd: Path) -> tuple[str, str]:
     return str(entry["status"]), str(entry.get("details", ""))
 
 
-def _stop_superlink(home: Path) -> None:
-    """Stop every process that this launch left behind: those with its FLWR_HOME."""
+def _started_here(home: Path) -> list[int]:
+    """Return the processes that this launch left behind: those with its FLWR_HOME."""
+    found = []
     for process in Path("/proc").glob("[0-9]*"):
-        try:
-            started_here = f"FLWR_HOME={home}".encode() in (process / "environ").read_bytes()
-        except OSError:
-            continue
-        if started_here and int(process.name) != os.getpid():
-            os.kill(int(process.name), signal.SIGTERM)
+        with contextlib.suppress(OSError):
+            if f"FLWR_HOME={home}".encode() in (process / "environ").read_bytes():
+                found.append(int(process.name))
+    return found
+
+
+def _stop(home: Path) -> None:
+    """End what this launch started, politely at first, and wait until it is gone."""
+    for sent in (signal.SIGTERM, signal.SIGKILL):
+        for process in _started_here(home):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, sent)
+        deadline = time.monotonic() + _GRACE
+        while _started_here(home) and time.monotonic() < deadline:
+            time.sleep(0.1)
 
 
 def _follow(run_id: str, env: dict[str, str], cwd: Path) -> tuple[str, str]:
@@ -147,7 +159,7 @@ def launch(app: Path, overrides: Sequence[str], *, nodes: int) -> int:
         answer = _flwr([*arguments, *config], env, home)
         status, details = _follow(_run_id(answer), env, home)
     finally:
-        _stop_superlink(home)
+        _stop(home)
         shutil.rmtree(home, ignore_errors=True)
     if status != _FINISHED:
         print(f"lalora: the run {status}: {details}", file=sys.stderr)

@@ -1,7 +1,9 @@
 """Through the real Flower: `lalora run` starts a SuperLink and Ray, and tells the truth after."""
 
+import contextlib
 import importlib.util
 import json
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -40,23 +42,19 @@ def summaries(config: Config) -> list[dict]:
     return [json.loads(path.read_text("utf-8")) for path in found]
 
 
-def left_behind() -> list[str]:
-    """Command lines of Flower's and Ray's processes that outlived their run."""
+def left_behind(folder: Path) -> list[str]:
+    """Command lines of processes whose FLWR_HOME is in ``folder``."""
     lines = []
     for process in Path("/proc").glob("[0-9]*"):
-        try:
-            line = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            environment = (process / "environ").read_bytes()
-        except OSError:
-            continue
-        if b"FLWR_HOME=/tmp/lalora-" in environment and "flower-super" in line:
-            lines.append(line)
+        with contextlib.suppress(OSError):
+            if f"FLWR_HOME={folder}".encode() in (process / "environ").read_bytes():
+                lines.append((process / "cmdline").read_text())
     return lines
 
 
 @pytest.mark.slow
-def test_a_simulated_run_ends_with_results_and_resumes(tiny, tmp_path):
-    before = set(left_behind())
+def test_a_simulated_run_ends_with_results_and_leaves_no_process(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     config = tiny(**{"num-server-rounds": 2})
     assert run_toml(config, tmp_path) == 0
     (summary,) = summaries(config)
@@ -64,7 +62,8 @@ def test_a_simulated_run_ends_with_results_and_resumes(tiny, tmp_path):
     assert summary["status"] == "completed"
     assert summary["rounds"] == 2
     assert summary["epsilon_max"] <= config.privacy.epsilon
-    assert set(left_behind()) <= before
+    assert left_behind(tmp_path) == []
+    assert not list(tmp_path.glob("lalora-*"))
 
 
 @pytest.mark.slow

@@ -1,0 +1,30 @@
+"""The README's table of methods says what METHODS and the default run are."""
+
+import re
+
+from conftest import ROOT, make_config
+from lalora_app.methods import METHODS
+
+WIDTH, TARGETS = 384, 12  # MiniLM-L6: query and value of six layers
+
+
+def rows() -> dict[str, list[str]]:
+    text = (ROOT / "README.md").read_text("utf-8")
+    table = text[text.index("## Methods") : text.index("Bytes are the tensors")]
+    cells = [[c.strip() for c in line.strip("| ").split("|")] for line in table.splitlines()]
+    return {m[1]: row for row in cells if (m := re.fullmatch(r"\**`(.+)`\**", row[0]))}
+
+
+def test_the_table_lists_every_method_and_its_bytes():
+    config = make_config()
+    head = config.data.num_labels * (WIDTH + 1)
+    factor = TARGETS * WIDTH * config.lora.rank
+    found = rows()
+    assert set(found) == set(METHODS)
+    for name, method in METHODS.items():
+        up = 4 * (len(method.syncs(1)) * factor + head)
+        assert found[name][4:] == [
+            f"{up:,}",
+            f"{4 * (2 * factor + head):,}",
+            "yes" if method.exact else "no",
+        ]
