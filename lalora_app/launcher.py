@@ -10,7 +10,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -19,6 +18,8 @@ import time
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
+
+import psutil
 
 from lalora_app.config import ConfigError, from_tables, parse
 from lalora_app.methods import lookup
@@ -98,25 +99,23 @@ def _status(run_id: str, env: dict[str, str], cwd: Path) -> tuple[str, str]:
     return str(entry["status"]), str(entry.get("details", ""))
 
 
-def _started_here(home: Path) -> list[int]:
+def _started_here(home: Path) -> list[psutil.Process]:
     """Return the processes that this launch left behind: those with its FLWR_HOME."""
-    found = []
-    for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):
-            if f"FLWR_HOME={home}".encode() in (process / "environ").read_bytes():
-                found.append(int(process.name))
-    return found
+    return [
+        process
+        for process in psutil.process_iter(["environ"])
+        if (process.info["environ"] or {}).get("FLWR_HOME") == str(home)
+    ]
 
 
 def _stop(home: Path) -> None:
     """End what this launch started, politely at first, and wait until it is gone."""
-    for sent in (signal.SIGTERM, signal.SIGKILL):
-        for process in _started_here(home):
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(process, sent)
-        deadline = time.monotonic() + _GRACE
-        while _started_here(home) and time.monotonic() < deadline:
-            time.sleep(0.1)
+    for end in (psutil.Process.terminate, psutil.Process.kill):
+        processes = _started_here(home)
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                end(process)
+        psutil.wait_procs(processes, timeout=_GRACE)
 
 
 def _follow(run_id: str, env: dict[str, str], cwd: Path) -> tuple[str, str]:
