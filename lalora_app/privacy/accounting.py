@@ -13,9 +13,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
+from scipy.optimize import brentq
 
 EPSILON_ERROR = 0.003  # additive; both accountants then agree to 1 % from ε = 0.3 upwards
 PRV_TRUSTED = 500.0  # above, its floating-point numbers saturate; RDP is looser and safe there
+SMALLEST_NOISE = 2.0**-6
 LARGEST_NOISE = 2.0**12  # a noise multiplier beyond it trains nothing
 RELATIVE_TOLERANCE = 1e-3  # of the calibrated noise multiplier, always on the private side
 
@@ -108,19 +110,21 @@ def calibrate(
     if past and epsilon(past, delta) >= target:
         raise ValueError(f"the releases so far leave nothing of epsilon={target} to spend")
 
-    def fits(noise_multiplier: float) -> bool:
+    def excess(noise_multiplier: float) -> float:
         planned = Release(sampling_rate, noise_multiplier, steps)
-        return epsilon([*past, planned], delta) <= target
+        return epsilon([*past, planned], delta) - target
 
     high = 1.0
-    while not fits(high):
+    while excess(high) > 0:
         high *= 2
         if high > LARGEST_NOISE:
             raise ValueError(f"epsilon={target} leaves too little for {steps} releases")
     low = high / 2
-    while fits(low) and low > 2**-6:
+    while excess(low) <= 0:
+        if low < SMALLEST_NOISE:
+            return low
         low, high = low / 2, low
-    while high - low > RELATIVE_TOLERANCE * high:
-        middle = (low + high) / 2
-        low, high = (low, middle) if fits(middle) else (middle, high)
-    return high
+    found = float(brentq(excess, low, high, xtol=RELATIVE_TOLERANCE * low))
+    while excess(found) > 0:  # the root is met to its tolerance, the promise is met exactly
+        found *= 1 + RELATIVE_TOLERANCE
+    return found
