@@ -8,7 +8,7 @@ import contextlib
 import math
 import warnings
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -90,6 +90,19 @@ def second_epsilon(releases: Sequence[Release], delta: float) -> float:
     return float(accountant.get_epsilon(delta)) if groups else 0.0
 
 
+def _smallest(excess: Callable[[float], float], high: float) -> float:
+    """Return the smallest noise multiplier without excess, given one that has none."""
+    low = high / 2
+    while excess(low) <= 0:
+        if low < SMALLEST_NOISE:
+            return low
+        low, high = low / 2, low
+    found = float(brentq(excess, low, high, xtol=RELATIVE_TOLERANCE * low))
+    while excess(found) > 0:  # the root is met to its tolerance, the promise is met exactly
+        found *= 1 + RELATIVE_TOLERANCE
+    return found
+
+
 def calibrate(
     target: float, delta: float, *, sampling_rate: float, steps: int, past: Sequence[Release] = ()
 ) -> float:
@@ -119,12 +132,4 @@ def calibrate(
         high *= 2
         if high > LARGEST_NOISE:
             raise ValueError(f"epsilon={target} leaves too little for {steps} releases")
-    low = high / 2
-    while excess(low) <= 0:
-        if low < SMALLEST_NOISE:
-            return low
-        low, high = low / 2, low
-    found = float(brentq(excess, low, high, xtol=RELATIVE_TOLERANCE * low))
-    while excess(found) > 0:  # the root is met to its tolerance, the promise is met exactly
-        found *= 1 + RELATIVE_TOLERANCE
-    return found
+    return _smallest(excess, high)
