@@ -36,7 +36,7 @@ test: lint types
 	$(BIN)/pytest
 
 mutants: $(VENV)/.dev
-	$(BIN)/python scripts/mutants.py
+	$(BIN)/pytest tests/test_mutants.py
 
 study: $(VENV)/.run
 	$(BIN)/python scripts/study.py
