@@ -14,7 +14,8 @@ from lalora_app.adapter import Adapter
 from lalora_app.config import Config, ConfigError, Lora, Model
 from lalora_app.data import Batch
 from lalora_app.pretrained import load_base
-from lalora_app.privacy.per_example import PerExampleEngine, check_layout
+from lalora_app.privacy.layout import check_layout
+from lalora_app.privacy.per_example import PerExampleEngine
 
 _CHECK_EXAMPLES, _CHECK_TOKENS = 3, 6
 

@@ -17,6 +17,10 @@ TORCH_ROOMS = {
     "pretrained",
     "data",
     "privacy.per_example",
+    "privacy.attach",
+    "privacy.kernels",
+    "privacy.layout",
+    "privacy.tape",
     "privacy.mechanism",
     "export",
 }

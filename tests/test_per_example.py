@@ -1,7 +1,7 @@
 """Per-example gradients against plain autograd on one example at a time, in float64."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -11,24 +11,19 @@ from conftest import SHARED, make_config
 from lalora_app.adapter import active_names
 from lalora_app.backbone import build, masked_mean
 from lalora_app.data import Encoded, encode, split
-from lalora_app.privacy.mechanism import clipped_sum
-from lalora_app.privacy.per_example import LayoutError, PerExampleEngine, check_layout
-from lalora_app.privacy.types import PerExampleGrads
+from lalora_app.privacy.attach import LayoutError
+from lalora_app.privacy.layout import check_layout
+from lalora_app.privacy.mechanism import CLIP_MARGIN, clipped_sum
+from lalora_app.privacy.per_example import PerExampleEngine
+from lalora_app.privacy.types import PerExampleGrads, Rows, Slot
 
 TOLERANCE = 1e-12
 MINILM = SHARED / "models" / "minilm-l6-h384"
 # Phases and batch sizes in the order they are run: toggled, repeated, growing and shrinking.
 TOGGLED = [("B", 3), ("A", 2), ("B", 4), ("AB", 1), ("A", 4), ("AB", 3)]
 Losses = Callable[[nn.Module, list[int]], Tensor]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """Tensors this small lose more to a second thread than they gain."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+Ways = Sequence[tuple[str, bool]]
+WAYS: Ways = (("plain", False), ("fused", False), ("fused", True), ("merged", False))
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -53,11 +48,16 @@ def loop_gradients(model: nn.Module, losses: Losses, indices: list[int]) -> dict
     return {name: torch.stack(grads) for name, grads in rows.items()}
 
 
+def blocks(grads: dict[str, Tensor]) -> PerExampleGrads:
+    slots = {name: {name: Slot(tuple(g.shape[1:]))} for name, g in grads.items()}
+    return PerExampleGrads(tuple(Rows(slots[n], g.flatten(1).clone()) for n, g in grads.items()))
+
+
 def joint(tensors: list[Tensor]) -> float:
     return float(torch.stack([t.double().norm() for t in tensors]).norm())
 
 
-def assert_equal(found: PerExampleGrads, expected: dict[str, Tensor], tolerance: float) -> None:
+def assert_equal(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
     """Each example's joint gradient to ``tolerance``, and each tensor's part of it on its own."""
     assert {n: g.shape for n, g in found.items()} == {n: expected[n].shape for n in found}
     off = {name: grad.double() - expected[name] for name, grad in found.items()}
@@ -70,19 +70,46 @@ def assert_equal(found: PerExampleGrads, expected: dict[str, Tensor], tolerance:
             assert grad[i].norm() <= max(1e-8, 5 * tolerance) * expected[name][i].norm(), name
 
 
-def assert_engine_is_right(model: nn.Module, losses: Losses, *, examples: int = 4) -> None:
-    """Run every phase on changing batches, each against the loop."""
+def clipped_by_loop(rows: dict[str, Tensor], clip_norm: float) -> dict[str, Tensor]:
+    """Σ of the examples, each scaled to a joint norm of at most C."""
+    sums = {name: torch.zeros_like(grad[0]) for name, grad in rows.items()}
+    for i in range(len(next(iter(rows.values())))):
+        norm = joint([grad[i] for grad in rows.values()])
+        for name, grad in rows.items():
+            sums[name] += min(1.0, clip_norm * CLIP_MARGIN / norm) * grad[i]
+    return sums
+
+
+def assert_release_is_right(grads: PerExampleGrads, rows: dict[str, Tensor]) -> None:
+    """Norms and clipped sum at C = the median norm, and no example moves it by more than C."""
+    size = len(next(iter(rows.values())))
+    each = [joint([g[i] for g in rows.values()]) for i in range(size)]
+    norms = torch.tensor(each, dtype=torch.float64)
+    torch.testing.assert_close(grads.norms(), norms, rtol=1e-12, atol=0)
+    clip_norm = float(norms.median())
+    found, expected = clipped_sum(grads, clip_norm), clipped_by_loop(rows, clip_norm)
+    off = joint([found[name] - expected[name] for name in rows])
+    assert off <= TOLERANCE * joint(list(expected.values()))
+
+
+def assert_engine_is_right(
+    model: nn.Module, losses: Losses, *, examples: int = 4, ways: Ways = WAYS
+) -> None:
+    """Run every phase on changing batches through every kernel, each against the loop."""
     plain = loop_gradients(without_engine(model), losses, list(range(examples)))
-    parameters = trained(model)
-    engine = PerExampleEngine(model, parameters)
-    for factors, size in TOGGLED:
-        names = active_names(parameters, frozenset(factors))
-        engine.activate(names)
-        indices = [(size + i) % examples for i in range(size)]
-        found = engine.gradients(lambda i=indices: losses(model, i), size)
-        assert set(found) == names
-        assert_equal(found, {name: plain[name][indices] for name in names}, TOLERANCE)
-        assert all(p.grad is None for p in model.parameters())
+    for kernel, flat in ways:
+        adapted = without_engine(model)
+        parameters = trained(adapted)
+        engine = PerExampleEngine(adapted, parameters, kernel, flat=flat)
+        for factors, size in TOGGLED:
+            names = active_names(parameters, frozenset(factors))
+            engine.activate(names)
+            indices = [(size + i) % examples for i in range(size)]
+            found = engine.gradients(lambda m=adapted, i=indices: losses(m, i), size)
+            expected = {name: plain[name][indices] for name in names}
+            assert_equal(found.dense(), expected, TOLERANCE)
+            assert_release_is_right(found, expected)
+            assert all(p.grad is None for p in adapted.parameters())
 
 
 def randomise(model: nn.Module, std: float = 0.3) -> nn.Module:
@@ -143,7 +170,7 @@ def test_float32_under_bf16_autocast_still_gives_float32_gradients(bert):
         with torch.autocast("cpu", torch.bfloat16):
             return losses(model, [0, 1, 2, 3])
 
-    found = engine.gradients(autocast_losses, 4)
+    found = engine.gradients(autocast_losses, 4).dense()
     assert all(grad.dtype == torch.float32 for grad in found.values())
     assert_equal(found, expected, 0.1)
 
@@ -228,13 +255,13 @@ def test_an_image_is_clipped_as_one_and_not_by_its_windows(swin):
     assert by_window.norm() > 1.5 * clip_norm  # what a clip of windows would let one image do
 
     engine = PerExampleEngine(model, trained(model))
-    grads = engine.gradients(lambda: losses(model, [0, 1]), 2)
-    image = PerExampleGrads({name: grads[name][:1]})
-    torch.testing.assert_close(image[name][0], windows.sum(0))
-    assert (norms - image[name].norm()).abs().min() > 1e-3 * norms.max()
-    assert clipped_sum(image, clip_norm)[name].norm() <= clip_norm
+    grads = engine.gradients(lambda: losses(model, [0, 1]), 2).dense()
+    image = grads[name][:1]
+    torch.testing.assert_close(image[0], windows.sum(0))
+    assert (norms - image.norm()).abs().min() > 1e-3 * norms.max()
+    assert clipped_sum(blocks({name: image}), clip_norm)[name].norm() <= clip_norm
     for example in range(2):
-        whole = PerExampleGrads({n: g[example : example + 1] for n, g in grads.items()})
+        whole = blocks({n: g[example : example + 1] for n, g in grads.items()})
         assert joint(list(clipped_sum(whole, clip_norm).values())) <= clip_norm
 
 
@@ -337,7 +364,7 @@ def test_opacus_agrees():
     losses(theirs).sum().backward()
     expected = {n.removeprefix("_module."): p.grad_sample for n, p in theirs.named_parameters()}
     engine = PerExampleEngine(model, trained(model))
-    found = engine.gradients(lambda: losses(model), 5)
+    found = engine.gradients(lambda: losses(model), 5).dense()
     assert set(found) == set(expected)
     assert_equal(found, expected, TOLERANCE)
 
@@ -357,7 +384,8 @@ def test_an_inactive_layer_keeps_no_activation():
         kept.clear()
         engine.activate(frozenset(names))
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            assert set(engine.gradients(lambda: model(x).square().sum(1), 4)) == set(names)
+            grads = engine.gradients(lambda: model(x).square().sum(1), 4)
+            assert set(grads.dense()) == set(names)
         return entered[-1].data_ptr() in kept
 
     assert head_input_is_kept("first.weight", "head.weight")
@@ -377,7 +405,8 @@ def test_an_active_parameter_that_takes_no_part_is_named():
     with pytest.raises(LayoutError, match=r"first\.weight is active but took no part"):
         engine.gradients(lambda: losses(model, [0, 1]), 2)
     engine.activate(frozenset({"head.weight"}))
-    assert set(engine.gradients(lambda: losses(model, [0, 1]), 2)) == {"head.weight"}
+    grads = engine.gradients(lambda: losses(model, [0, 1]), 2)
+    assert set(grads.dense()) == {"head.weight"}
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,127 @@
 """Types that mark on which side of the noise a gradient is."""
 
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import chain
 from typing import NewType
 
+import torch
 from torch import Tensor
 
-# name -> (examples, *shape): one gradient an example. Sensitive: never leaves the private step.
-PerExampleGrads = NewType("PerExampleGrads", dict[str, Tensor])
 # name -> (*shape): clipped per example, summed, noised, divided by the expected batch size.
 NoisedGrads = NewType("NoisedGrads", dict[str, Tensor])
+
+
+def _norms(rows: Tensor) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+    return norms
+
+
+@dataclass(frozen=True)
+class Slot:
+    """Where a tensor lies in a row: its shape, and whether it is stored transposed."""
+
+    shape: tuple[int, ...]
+    transposed: bool = False
+
+    @property
+    def stored(self) -> tuple[int, ...]:
+        """The shape in memory."""
+        return tuple(reversed(self.shape)) if self.transposed else self.shape
+
+    @property
+    def size(self) -> int:
+        """The number of entries."""
+        return math.prod(self.shape)
+
+    def shaped(self, entries: Tensor) -> Tensor:
+        """Return (..., size) entries as (..., *shape)."""
+        stored: Tensor = torch.unflatten(entries, -1, self.stored)
+        return stored.mT if self.transposed else stored
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Gradients of one or more tensors, side by side: ``rows`` is (examples, entries)."""
+
+    slots: Mapping[str, Slot]
+    rows: Tensor
+
+    def _shaped(self, entries: Tensor) -> dict[str, Tensor]:
+        sizes = [slot.size for slot in self.slots.values()]
+        parts = zip(self.slots.items(), torch.split(entries, sizes, dim=-1), strict=True)
+        return {name: slot.shaped(part) for (name, slot), part in parts}
+
+    def norms(self) -> Tensor:
+        """Return (examples,): each example's norm over the block."""
+        return _norms(self.rows)
+
+    def without(self, dropped: Tensor) -> "Rows":
+        """Zero the examples where ``dropped`` (examples,) is true: in place, these are large."""
+        self.rows.masked_fill_(dropped[:, None], 0)
+        return self
+
+    def weighted(self, scales: Tensor) -> dict[str, Tensor]:
+        """Return Σ_i scales_i · g_i by tensor."""
+        return self._shaped(scales.to(self.rows) @ self.rows)
+
+    def dense(self) -> dict[str, Tensor]:
+        """Return the gradients by tensor, (examples, *shape)."""
+        return self._shaped(self.rows)
+
+
+@dataclass(frozen=True)
+class Outer:
+    """Gradients of a weight that sees one position an example: g_i x_iᵀ, never formed.
+
+    ‖g_i x_iᵀ‖ = ‖g_i‖·‖x_i‖ and Σ c_i g_i x_iᵀ = (c∘g)ᵀ x: Goodfellow, arXiv:1510.01799.
+    ``g`` is (examples, out), ``x`` is (examples, in).
+    """
+
+    name: str
+    g: Tensor
+    x: Tensor
+
+    def norms(self) -> Tensor:
+        """Return (examples,): each example's norm."""
+        return _norms(self.g) * _norms(self.x)
+
+    def without(self, dropped: Tensor) -> "Outer":
+        """Zero the examples where ``dropped`` (examples,) is true; ``x`` is the model's own."""
+        g, x = (side.masked_fill(dropped[:, None], 0) for side in (self.g, self.x))
+        return Outer(self.name, g, x)
+
+    def weighted(self, scales: Tensor) -> dict[str, Tensor]:
+        """Return Σ_i scales_i · g_i x_iᵀ."""
+        return {self.name: (scales.to(self.g)[:, None] * self.g).T @ self.x}
+
+    def dense(self) -> dict[str, Tensor]:
+        """Return (examples, out, in)."""
+        return {self.name: self.g[:, :, None] * self.x[:, None, :]}
+
+
+Block = Rows | Outer
+
+
+@dataclass(frozen=True)
+class PerExampleGrads:
+    """One gradient an example and tensor, as blocks. Sensitive: never leaves the private step."""
+
+    blocks: tuple[Block, ...]
+
+    def norms(self) -> Tensor:
+        """Return (examples,): each example's norm over all tensors together."""
+        return _norms(torch.stack([block.norms() for block in self.blocks], dim=1))
+
+    def without(self, dropped: Tensor) -> "PerExampleGrads":
+        """Zero the examples where ``dropped`` (examples,) is true; this one is used up."""
+        return PerExampleGrads(tuple(block.without(dropped) for block in self.blocks))
+
+    def weighted(self, scales: Tensor) -> dict[str, Tensor]:
+        """Return Σ_i scales_i · g_i by tensor."""
+        return dict(chain.from_iterable(b.weighted(scales).items() for b in self.blocks))
+
+    def dense(self) -> dict[str, Tensor]:
+        """Return (examples, *shape) by tensor; this forms what is kept as a product."""
+        return dict(chain.from_iterable(block.dense().items() for block in self.blocks))
