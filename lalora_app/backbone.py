@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from lalora_app.adapter import Adapter
 from lalora_app.config import Config, ConfigError, Lora, Model
 from lalora_app.data import Batch
+from lalora_app.device import autocast, narrow_frozen, pick_device, pick_dtype, to_device
 from lalora_app.pretrained import load_base
+from lalora_app.privacy.expanded import ExpandedEngine
 from lalora_app.privacy.layout import check_layout
 from lalora_app.privacy.per_example import PerExampleEngine
 
@@ -34,6 +36,13 @@ class Backbone:
     dtype: torch.dtype
     pooling: str
     targets: int
+    compiled: bool = False
+
+    def __post_init__(self) -> None:
+        """Compile the training forward, if asked; autograd's backward is compiled with it."""
+        self._train_forward = self._logits
+        if self.compiled:
+            self._train_forward = torch.compile(self._logits, fullgraph=True, dynamic=True)
 
     def adapter(self) -> Adapter:
         """Return a copy of the current factors and head, in float32 on the CPU."""
@@ -46,18 +55,24 @@ class Backbone:
         for name, parameter in self.engine.parameters.items():
             parameter.copy_(torch.from_numpy(adapter[name]))
 
+    def _logits(self, inputs: Tensor, mask: Tensor) -> Tensor:
+        attention = _attention(mask, self.model)
+        with autocast(self.device, self.dtype):
+            out: Tensor = self.model(input_ids=inputs, attention_mask=attention).logits.float()
+        return masked_mean(out, mask) if self.pooling == "mean" else out
+
     def logits(self, batch: Batch) -> Tensor:
         """Return (examples, labels) for a padded batch."""
-        inputs = batch.inputs.to(self.device, non_blocking=True)
-        mask = batch.mask.to(self.device, non_blocking=True)
-        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            out: Tensor = self.model(input_ids=inputs, attention_mask=mask).logits.float()
-        return masked_mean(out, mask) if self.pooling == "mean" else out
+        return self._logits(*self._inputs(batch))
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        return to_device(batch.inputs, self.device), to_device(batch.mask, self.device)
 
     def losses(self, batch: Batch) -> Tensor:
         """Return (examples,): the cross entropy of each example on its own."""
-        labels = batch.labels.to(self.device, non_blocking=True)
-        return nn.functional.cross_entropy(self.logits(batch), labels, reduction="none")
+        labels = to_device(batch.labels, self.device)
+        logits = self._train_forward(*self._inputs(batch))
+        return nn.functional.cross_entropy(logits, labels, reduction="none")
 
     @torch.inference_mode()
     def evaluate(self, batches: Iterable[Batch], num_labels: int) -> dict[str, float]:
@@ -67,6 +82,22 @@ class Backbone:
             predicted = self.logits(batch).argmax(1).cpu().numpy()
             np.add.at(confusion, (batch.labels.numpy(), predicted), 1)
         return accuracies(confusion)
+
+
+def _attention(mask: Tensor, model: Any) -> Tensor:
+    """Return what the model takes as its attention mask, for (examples, tokens).
+
+    transformers reads a 2-D mask's values to find that nothing is padded, for which a GPU would
+    have to be waited for; a ready 4-D mask is taken as it is.
+    """
+    if mask.device.type == "cpu" or model.config._attn_implementation != "sdpa":
+        return mask
+    return whole_mask(mask)
+
+
+def whole_mask(mask: Tensor) -> Tensor:
+    """Return (examples, 1, tokens, tokens), true where a token may be looked at."""
+    return mask.bool()[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
 
 
 def masked_mean(token_logits: Tensor, mask: Tensor) -> Tensor:
@@ -113,19 +144,6 @@ def _check_length(model: Model, base: Any, tokenizer: Any) -> None:
         )
 
 
-def _device(name: str) -> torch.device:
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError('model.device="cuda" must be "cpu" or "auto" where there is no GPU')
-    return torch.device(name)
-
-
-def _dtype(name: str, device: torch.device) -> torch.dtype:
-    auto = "bfloat16" if device.type == "cuda" else "float32"
-    return torch.bfloat16 if (auto if name == "auto" else name) == "bfloat16" else torch.float32
-
-
 def _with_adapters(base: nn.Module, lora: Lora, task: str) -> nn.Module:
     """Return the PEFT model, in eval mode for good.
 
@@ -146,8 +164,14 @@ def _with_adapters(base: nn.Module, lora: Lora, task: str) -> nn.Module:
     return adapted
 
 
+def _engine(model: nn.Module, parameters: dict[str, nn.Parameter], kernel: str) -> PerExampleEngine:
+    if kernel == "compiled":
+        return ExpandedEngine(model, parameters)
+    return PerExampleEngine(model, parameters, kernel)
+
+
 def _build(model: Model, lora: Lora, num_labels: int, seed: int) -> Backbone:
-    device = _device(model.device)
+    device = pick_device(model.device)
     # A (Kaiming) and the head are drawn here: from the run's seed, never from data.
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -161,14 +185,17 @@ def _build(model: Model, lora: Lora, num_labels: int, seed: int) -> Backbone:
         task = "TOKEN_CLS" if model.pooling == "mean" else "SEQ_CLS"
         adapted = _with_adapters(base, lora, task).to(device)
     trainable = {wire_name(n): p for n, p in adapted.named_parameters() if p.requires_grad}
+    dtype = pick_dtype(model.dtype, device)
+    narrow_frozen(adapted, dtype)
     return Backbone(
         model=adapted,
         tokenizer=tokenizer,
-        engine=PerExampleEngine(adapted, trainable),
+        engine=_engine(adapted, trainable, lora.kernel),
         device=device,
-        dtype=_dtype(model.dtype, device),
+        dtype=dtype,
         pooling=model.pooling,
         targets=len(sizes),
+        compiled=lora.kernel == "compiled",
     )
 
 

@@ -62,6 +62,7 @@ class Lora:
     rank: int = _count()
     alpha: float = _positive()
     targets: str = _text()
+    kernel: str = _one_of("fused", "merged", "plain", "compiled")
 
 
 @dataclass(frozen=True, kw_only=True)

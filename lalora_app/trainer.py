@@ -37,9 +37,12 @@ def make_optimizer(backbone: Backbone, train: Train, t: int) -> torch.optim.Opti
         {"params": [p for name, p in named if kind(name) == which], "lr": rate}
         for which, rate in rates.items()
     ]
-    if train.optimizer == "sgd":
-        return torch.optim.SGD(groups, momentum=train.momentum, weight_decay=train.weight_decay)
-    return torch.optim.AdamW(groups, weight_decay=train.weight_decay)
+    weight_decay = train.weight_decay
+    # foreach: a few operations for all tensors together
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=weight_decay, foreach=True)
+    momentum = train.momentum
+    return torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay, foreach=True)
 
 
 def _summed(
@@ -50,8 +53,8 @@ def _summed(
     sums = {name: torch.zeros_like(p) for name, p in parameters if p.requires_grad}
     for batch in data.micro_batches(indices, micro_batch):
         grads = backbone.engine.gradients(partial(backbone.losses, batch), len(batch.labels))
-        for name, total in clipped_sum(grads, clip_norm).items():
-            sums[name] += total
+        totals = clipped_sum(grads, clip_norm)
+        torch._foreach_add_(list(sums.values()), [totals[name] for name in sums])
     return sums
 
 

@@ -40,6 +40,7 @@ OUT_OF_RANGE = [
     ("lora.alpha", 0.0),
     ("lora.alpha", INF),
     ("lora.targets", ""),
+    ("lora.kernel", "fast"),
     ("data.name", ""),
     ("data.text-column", ""),
     ("data.label-column", ""),

@@ -64,6 +64,18 @@ def test_smooth_equals_the_loop(rows, length, seed):
     np.testing.assert_allclose(single, loop_smooth(x), atol=1e-5)
 
 
+def test_factors_of_any_mix_of_shapes_are_filtered_each_on_its_own():
+    rng = np.random.default_rng(0)
+    shapes = {"q.lora_A": (2, 9), "k.lora_A": (2, 9), "up.lora_A": (3, 4), "v.lora_A": (2, 9)}
+    shapes |= {"q.lora_B": (9, 2), "up.lora_B": (7, 3), "v.lora_B": (9, 2), "one.lora_B": (1, 1)}
+    arrays = {f"{name}.weight": drawn(rng, *shape) for name, shape in shapes.items()}
+    filtered = binomial(NoisedGrads({n: torch.from_numpy(a) for n, a in arrays.items()}))
+    assert list(filtered) == list(arrays)
+    for name, array in arrays.items():
+        expected = loop_smooth(array) if "lora_A" in name else loop_smooth(array.T).T
+        np.testing.assert_allclose(filtered[name], expected, atol=1e-13)
+
+
 @given(
     rank=st.integers(1, 4),
     inputs=st.integers(1, 10),

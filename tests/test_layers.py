@@ -18,6 +18,8 @@ TORCH_ROOMS = {
     "data",
     "privacy.per_example",
     "privacy.attach",
+    "privacy.expanded",
+    "device",
     "privacy.kernels",
     "privacy.layout",
     "privacy.tape",

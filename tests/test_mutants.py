@@ -24,33 +24,33 @@ class Mutant:
 MUTANTS = {
     "batch-mean clip": Mutant(
         "privacy/mechanism.py",
-        "    scales = clip_scales(grads, clip_norm)\n",
-        "    mean = {n: g.mean(0, keepdim=True).expand_as(g) for n, g in grads.items()}\n"
-        "    scales = clip_scales(PerExampleGrads(mean), clip_norm)\n",
+        "    norms = grads.norms()\n",
+        "    means = [grad.mean(0).norm() for grad in grads.dense().values()]\n"
+        "    norms = torch.full_like(grads.norms(), float(torch.stack(means).norm()))\n",
         "tests/test_mechanism.py",
     ),
     "per-tensor clip": Mutant(
-        "privacy/mechanism.py",
-        "    norms = torch.stack(squares).sum(0).sqrt()\n",
-        "    norms = torch.stack(squares).max(0).values.sqrt()\n",
+        "privacy/types.py",
+        "        return _norms(torch.stack([block.norms() for block in self.blocks], dim=1))\n",
+        "        return torch.stack([block.norms() for block in self.blocks], dim=1).amax(1)\n",
         "tests/test_mechanism.py",
     ),
     "per-window clip": Mutant(
-        "privacy/per_example.py",
-        "        return wide.reshape(self._examples, -1, x.shape[-1])\n",
-        "        return wide.reshape(x.shape[0], -1, x.shape[-1])\n",
+        "privacy/tape.py",
+        "        return x.reshape(self._examples, -1, x.shape[-1])\n",
+        "        return x.reshape(x.shape[0], -1, x.shape[-1])\n",
         "tests/test_per_example.py",
     ),
     "noise skipped": Mutant(
         "privacy/mechanism.py",
-        "(total + noise_std * noise.to(total))",
-        "(total + 0 * noise.to(total))",
+        "alpha=noise_std)",
+        "alpha=0.0)",
         "tests/test_mechanism.py",
     ),
     "noise scaled by 2/3": Mutant(
         "privacy/mechanism.py",
-        "(total + noise_std * noise.to(total))",
-        "(total + 2 / 3 * noise_std * noise.to(total))",
+        "alpha=noise_std)",
+        "alpha=2 / 3 * noise_std)",
         "tests/test_mechanism.py",
     ),
     "noise without the clip norm": Mutant(
@@ -114,8 +114,8 @@ MUTANTS = {
     ),
     "non-finite examples scaled": Mutant(
         "privacy/mechanism.py",
-        "        finite = torch.where(kept[:, None], rows, torch.zeros_like(rows))\n",
-        "        finite = rows\n",
+        "        grads = grads.without(dropped)\n",
+        "        pass\n",
         "tests/test_mechanism.py",
     ),
     "train loss in the reply": Mutant(

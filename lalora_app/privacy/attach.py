@@ -114,7 +114,8 @@ _LORA_KERNELS = {"fused": _fused, "merged": _merged}
 KERNELS = frozenset({*_LORA_KERNELS, "plain"})
 
 
-def _replace(layer: nn.Module, forward: Forward) -> None:
+def replace_forward(layer: nn.Module, forward: Forward) -> None:
+    """Make the layer compute through ``forward(layer, x)``."""
     layer.forward = MethodType(forward, layer)
 
 
@@ -147,9 +148,9 @@ def attach(
             continue
         pair = _lora_parts(layer)[:2]
         keys = (names.get(id(pair[0].weight)), names.get(id(pair[1].weight)))
-        _replace(layer, _LORA_KERNELS[kernel](keys, record))
+        replace_forward(layer, _LORA_KERNELS[kernel](keys, record))
         done |= {id(part) for part in pair}
     for linear in {id(layer): layer for layer in owners.values()}.values():
         if id(linear) not in done:
             keys = (names.get(id(linear.weight)), names.get(id(linear.bias)))
-            _replace(linear, _plain(keys, record))
+            replace_forward(linear, _plain(keys, record))

@@ -17,6 +17,16 @@ from lalora_app.privacy.tape import Tape, slot_of
 from lalora_app.privacy.types import PerExampleGrads
 
 
+def require_losses(each: Tensor, examples: int) -> None:
+    """Refuse losses that are not one number an example.
+
+    Raises:
+        LayoutError: with the shape found.
+    """
+    if each.shape != (examples,):
+        raise LayoutError(f"losses are of shape {tuple(each.shape)}, and must be ({examples},)")
+
+
 class PerExampleEngine:
     """Book-keeper of per-example gradients over named parameters of Linear layers.
 
@@ -67,8 +77,7 @@ class PerExampleEngine:
         active = {n: s for n, s in self._slots.items() if self.parameters[n].requires_grad}
         self._tape = Tape(examples, active, self._flat)
         each = losses()
-        if each.shape != (examples,):
-            raise LayoutError(f"losses are of shape {tuple(each.shape)}, and must be ({examples},)")
+        require_losses(each, examples)
         torch.autograd.backward(each.sum())
         tape, self._tape = self._tape, Tape(0, {}, False)
         return tape.grads()

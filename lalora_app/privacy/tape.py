@@ -18,6 +18,11 @@ def slot_of(shape: tuple[int, ...]) -> Slot:
     return Slot(shape, transposed=len(shape) == 2 and shape[0] > shape[1])
 
 
+def unused(name: str) -> LayoutError:
+    """Return the error of an active tensor without a gradient."""
+    return LayoutError(f"{name} is active but took no part in the forward pass")
+
+
 def _add_product(into: Tensor, left: Tensor, right: Tensor, scale: float, first: bool) -> None:
     """Add ``scale · leftᵀ right`` an example: (examples, rows, i), (examples, rows, j)."""
     beta = 0.0 if first else 1.0
@@ -103,7 +108,7 @@ class Tape:
         """
         for name in self._slots:
             if name not in self._rows and name not in self._products:
-                raise LayoutError(f"{name} is active but took no part in the forward pass")
+                raise unused(name)
         blocks: list[Block] = []
         if self._buffer is not None:
             blocks.append(Rows({name: self._slots[name] for name in self._factors}, self._buffer))
