@@ -36,13 +36,10 @@ class Backbone:
     dtype: torch.dtype
     pooling: str
     targets: int
-    compiled: bool = False
 
     def __post_init__(self) -> None:
-        """Compile the training forward, if asked; autograd's backward is compiled with it."""
-        self._train_forward = self._logits
-        if self.compiled:
-            self._train_forward = torch.compile(self._logits, fullgraph=True, dynamic=True)
+        """Let the engine prepare the forward that trains; an evaluation takes it as it is."""
+        self._train_forward = self.engine.prepare(self._logits)
 
     def adapter(self) -> Adapter:
         """Return a copy of the current factors and head, in float32 on the CPU."""
@@ -195,7 +192,6 @@ def _build(model: Model, lora: Lora, num_labels: int, seed: int) -> Backbone:
         dtype=dtype,
         pooling=model.pooling,
         targets=len(sizes),
-        compiled=lora.kernel == "compiled",
     )
 
 

@@ -1,6 +1,6 @@
 """Where the model runs and in which type: CUDA with bf16 autocast, or the CPU."""
 
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +33,7 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
     """Return the context of a forward in ``dtype``."""
-    return torch.autocast(device.type, dtype, enabled=dtype != torch.float32)
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def narrow_frozen(model: nn.Module, dtype: torch.dtype) -> None:

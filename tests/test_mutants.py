@@ -35,6 +35,18 @@ MUTANTS = {
         "        return torch.stack([block.norms() for block in self.blocks], dim=1).amax(1)\n",
         "tests/test_mechanism.py",
     ),
+    "one-position heads left out of the norm": Mutant(
+        "privacy/types.py",
+        "        return _norms(self.g) * _norms(self.x)\n",
+        "        return torch.zeros_like(_norms(self.g))\n",
+        "tests/test_kernels.py",
+    ),
+    "gradient of an example counted twice": Mutant(
+        "privacy/tape.py",
+        "beta=0.0 if first else 1.0, alpha=scale)",
+        "beta=0.0 if first else 1.0, alpha=2 * scale)",
+        "tests/test_kernels.py",
+    ),
     "per-window clip": Mutant(
         "privacy/tape.py",
         "        return x.reshape(self._examples, -1, x.shape[-1])\n",

@@ -57,6 +57,26 @@ class ExpandedEngine(PerExampleEngine):
             keys = (names.get(id(layer.weight)), names.get(id(layer.bias)))
             replace_forward(layer, _expanded_linear(self._leaves, keys))
 
+    def prepare(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return the compiled forward; its backward is compiled with it.
+
+        The leaves are its arguments: a tensor found through a module has a fixed size for the
+        compiler, and every batch size would be compiled anew.
+        """
+
+        def with_leaves(leaves: dict[str, Tensor], *inputs: Tensor) -> Tensor:
+            self._leaves.update(leaves)
+            return forward(*inputs)
+
+        whole = torch.compile(with_leaves, fullgraph=True, dynamic=True)
+
+        def compiled(*inputs: Tensor) -> Tensor:
+            leaves = dict(self._leaves)
+            self._leaves.clear()
+            return whole(leaves, *inputs)
+
+        return compiled
+
     def gradients(self, losses: Callable[[], Tensor], examples: int) -> PerExampleGrads:
         """Return one gradient an example of the active parameters (see PerExampleEngine)."""
         for name, parameter in self.parameters.items():

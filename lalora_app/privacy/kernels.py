@@ -37,6 +37,7 @@ class PlainLinear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Any, names: Any, record: Any) -> Tensor:
         """Return y; x (..., in) is kept only for a weight that trains."""
         ctx.names, ctx.record = names, record
+        x = x.to(compute_dtype(x))
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
         return F.linear(x, weight, bias)
 
@@ -68,7 +69,7 @@ class FusedLora(torch.autograd.Function):
         dtype = compute_dtype(x)
         x = x.to(dtype)
         y = F.linear(x, base.weight, base.bias)
-        z = F.linear(x, a)
+        z = F.linear(x, a.to(dtype))
         _rows(y).addmm_(_rows(z), b.to(dtype).T, alpha=scale)
         ctx.names, ctx.record, ctx.scale = names, record, scale
         kept = (x if a.requires_grad else None, z if b.requires_grad else None)
@@ -104,9 +105,10 @@ class MergedLora(torch.autograd.Function):
         ctx: Any, x: Tensor, a: Tensor, b: Tensor, merged: Tensor, bias: Any, *rest: Any
     ) -> Tensor:
         """Return y; computes and keeps z = x Aᵀ only if B trains, and x only if A trains."""
-        x = x.to(compute_dtype(x))
+        dtype = compute_dtype(x)
+        x = x.to(dtype)
         ctx.scale, ctx.names, ctx.record = rest
-        z = F.linear(x, a) if b.requires_grad else None
+        z = F.linear(x, a.to(dtype)) if b.requires_grad else None
         ctx.save_for_backward(x if a.requires_grad else None, z, merged, b)
         return F.linear(x, merged, bias)
 

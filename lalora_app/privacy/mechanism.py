@@ -50,16 +50,21 @@ def clipped_sum(grads: PerExampleGrads, clip_norm: float) -> dict[str, Tensor]:
     return grads.weighted(scales)
 
 
+def _device_normal(size: int, like: Tensor, seed: int) -> Tensor:
+    """Draw by the GPU's own Philox generator; nothing waits for the host."""
+    generator = torch.Generator(like.device).manual_seed(seed)
+    return torch.randn(size, generator=generator, dtype=like.dtype, device=like.device)
+
+
 def _normal(size: int, like: Tensor, rng: np.random.Generator) -> Tensor:
     """Draw N(0, 1) entries of ``like``'s type on its device.
 
-    On a CPU in float64 from the stream itself. On a GPU by the device's own Philox generator,
-    seeded anew for every release with 63 bits of the stream: nothing waits for the host.
+    On a CPU in float64 from the stream itself; on a GPU from a generator of the device that is
+    seeded anew for every release, with 63 bits of the stream.
     """
-    if like.is_cuda:
-        generator = torch.Generator(like.device).manual_seed(int(rng.integers(1 << 63)))
-        return torch.randn(size, generator=generator, dtype=like.dtype, device=like.device)
-    return torch.from_numpy(rng.standard_normal(size)).to(like)
+    if like.device.type == "cpu":
+        return torch.from_numpy(rng.standard_normal(size)).to(like)
+    return _device_normal(size, like, int(rng.integers(1 << 63)))
 
 
 def add_noise(

@@ -51,13 +51,17 @@ class PerExampleEngine:
     ):
         self.parameters = dict(parameters)
         self._slots = {name: slot_of(tuple(p.shape)) for name, p in parameters.items()}
-        on_gpu = any(p.is_cuda for p in parameters.values())
+        on_gpu = any(p.device.type != "cpu" for p in parameters.values())
         self._flat = on_gpu if flat is None else flat
         self._tape = Tape(0, {}, False)
         attach(model, parameters, kernel, self._record)
 
     def _record(self, name: str, g: Tensor, x: Tensor | None, scale: float = 1.0) -> None:
         self._tape.record(name, g, x, scale)
+
+    def prepare(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return the forward to train through: here, as it is."""
+        return forward
 
     def activate(self, names: frozenset[str]) -> None:
         """Make exactly ``names`` trainable, so that autograd keeps no activation for the rest."""

@@ -25,15 +25,13 @@ def unused(name: str) -> LayoutError:
 
 def _add_product(into: Tensor, left: Tensor, right: Tensor, scale: float, first: bool) -> None:
     """Add ``scale · leftᵀ right`` an example: (examples, rows, i), (examples, rows, j)."""
-    beta = 0.0 if first else 1.0
-    if left.dtype == into.dtype:
-        into.baddbmm_(left.mT, right, beta=beta, alpha=scale)
-    elif left.is_cuda:  # bf16 operands, fp32 sums, and no pass to widen the operands
+    both_narrow = left.dtype == right.dtype != into.dtype
+    if both_narrow and left.device.type != "cpu":  # a GPU sums bf16 products in fp32 by itself
         product = torch.bmm(left.mT, right, out_dtype=into.dtype).mul_(scale)
         into.copy_(product) if first else into.add_(product)
     else:
         wide = (left.to(into.dtype).mT, right.to(into.dtype))
-        into.baddbmm_(*wide, beta=beta, alpha=scale)
+        into.baddbmm_(*wide, beta=0.0 if first else 1.0, alpha=scale)
 
 
 class Tape:

@@ -1,0 +1,140 @@
+"""The private step never makes the host wait for the GPU: run on the meta device.
+
+A meta tensor has a shape and no values: reading one, or copying it to the host, raises. The step
+takes the same branches there as on a GPU, on a machine without one. What this cannot see is a
+kernel that waits inside itself.
+"""
+
+from contextlib import nullcontext
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from conftest import make_config
+from lalora_app.adapter import active_names
+from lalora_app.backbone import Backbone, wire_name
+from lalora_app.data import Encoded
+from lalora_app.methods import METHODS
+from lalora_app.privacy import attach, kernels, mechanism
+from lalora_app.privacy.accounting import Release
+from lalora_app.privacy.ledger import Reservation
+from lalora_app.privacy.per_example import PerExampleEngine
+from lalora_app.privacy.randomness import seeded
+from lalora_app.trainer import Streams, apply, make_optimizer, private_gradient
+
+META = torch.device("meta")
+TOKENS = tuple(tuple(range(2, 4 + i % 5)) for i in range(40))
+DATA = Encoded(TOKENS, tuple(i % 2 for i in range(40)), pad=0)
+
+
+def tiny_bert(pooling: str) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+    from transformers import BertConfig, BertForSequenceClassification, BertForTokenClassification
+
+    config = BertConfig(
+        vocab_size=16,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=16,
+    )
+    kinds = {"mean": BertForTokenClassification, "model": BertForSequenceClassification}
+    task = {"mean": "TOKEN_CLS", "model": "SEQ_CLS"}[pooling]
+    settings = LoraConfig(task_type=task, r=2, target_modules=["query", "value"])
+    return get_peft_model(kinds[pooling](config), settings).eval()
+
+
+def meta_backbone(*, pooling="mean", kernel="fused", dtype=torch.float32) -> Backbone:
+    model = tiny_bert(pooling).to(dtype).to(META)
+    parameters = {wire_name(n): p for n, p in model.named_parameters() if p.requires_grad}
+    engine = PerExampleEngine(model, parameters, kernel)
+    return Backbone(model, None, engine, META, dtype, pooling, 4)
+
+
+def private_steps(backbone: Backbone) -> None:
+    """A B step and an A step of LA-LoRA, whole: sampling, clip, noise, filter, optimiser."""
+    train = make_config(**{"train.optimizer": "adamw"}).train
+    optimizer = make_optimizer(backbone, train, t=1)
+    method = METHODS["la-lora"]
+    streams = Streams(seeded(0, "sampling"), seeded(0, "noise"))
+    for k in range(2):
+        names = active_names(backbone.engine.parameters, method.trains(1, k))
+        backbone.engine.activate(names)
+        noised = private_gradient(
+            backbone,
+            DATA,
+            reservation=Reservation(Release(0.5, 1.0, 1)),
+            clip_norm=0.5,
+            micro_batch=8,
+            streams=streams,
+        )
+        assert set(noised) == names
+        assert all(grad.device == META for grad in noised.values())
+        apply(backbone, optimizer, method.postprocess(noised))
+
+
+def meta_normal(size: int, like: Tensor, seed: int) -> Tensor:
+    """There is no generator of this device."""
+    assert 0 <= seed < 2**63
+    return torch.randn(size, dtype=like.dtype, device=like.device)
+
+
+@pytest.fixture(autouse=True)
+def stand_ins(monkeypatch):
+    """For what the meta device does not have: a generator, and autocast."""
+    monkeypatch.setattr(mechanism, "_device_normal", meta_normal)
+    monkeypatch.setattr(kernels, "compute_dtype", lambda x: x.dtype)
+    monkeypatch.setattr(attach, "compute_dtype", lambda x: x.dtype)
+    monkeypatch.setattr("lalora_app.backbone.autocast", lambda *_: nullcontext())
+
+
+@pytest.mark.parametrize("kernel", ["fused", "merged", "plain"])
+@pytest.mark.parametrize("pooling", ["mean", "model"])
+def test_a_private_step_reads_nothing_from_the_gpu(kernel, pooling):
+    backbone = meta_backbone(pooling=pooling, kernel=kernel)
+    assert backbone.engine._flat  # as on a GPU
+    private_steps(backbone)
+
+
+@pytest.mark.parametrize("kernel", ["fused", "merged"])
+def test_a_bf16_step_reads_nothing_either_and_sums_in_float32(kernel, monkeypatch):
+    seen = []
+    whole = mechanism.clipped_sum
+
+    def watched(grads, clip_norm):
+        seen.extend(block.rows.dtype for block in grads.blocks)
+        return whole(grads, clip_norm)
+
+    monkeypatch.setattr("lalora_app.trainer.clipped_sum", watched)
+    backbone = meta_backbone(kernel=kernel, dtype=torch.bfloat16)
+    for parameter in backbone.engine.parameters.values():
+        parameter.data = parameter.data.float()
+    private_steps(backbone)
+    assert set(seen) == {torch.float32}
+
+
+READS = {
+    "item": lambda x: x.sum().item(),
+    "branch": lambda x: bool((x > 0).any()),
+    "copy": lambda x: x.cpu(),
+    "numpy": lambda x: x.numpy(),
+    "nonzero": lambda x: x.nonzero(),
+}
+
+
+@pytest.mark.parametrize("read", READS)
+def test_a_read_of_a_value_would_be_seen(read):
+    backbone = meta_backbone()
+    whole = backbone._train_forward
+    backbone._train_forward = lambda *inputs: (READS[read](inputs[0]), whole(*inputs))[1]
+    with pytest.raises((RuntimeError, NotImplementedError, TypeError), match="meta"):
+        private_steps(backbone)
+
+
+def test_a_mask_of_tokens_would_be_read(monkeypatch):
+    """Why the model is given a ready 4-D mask."""
+    monkeypatch.setattr("lalora_app.backbone.whole_mask", lambda mask: mask)
+    with pytest.raises(RuntimeError, match="meta"):
+        private_steps(meta_backbone())
