@@ -4,10 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: run test fast lint types mutants study help
+.PHONY: run test fast lint types mutants study bench help
 help:
 	@echo "make run    the default federation, ARGS='-c method=\"rolora\"' for another one"
 	@echo "make test   lint, types, every test    make fast   the quick tests only"
+	@echo "make bench  the private step against stock PEFT and Opacus, ARGS='--quick' for a look"
 
 $(VENV)/.run: pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -40,3 +41,6 @@ mutants: $(VENV)/.dev
 
 study: $(VENV)/.run
 	$(BIN)/python scripts/study.py
+
+bench: $(VENV)/.dev
+	$(BIN)/python benchmarks/private_step.py $(ARGS)

@@ -1,0 +1,145 @@
+"""One comparison of the benchmark: every variant checked, counted, and timed interleaved."""
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import measure
+import torch
+from models import build
+from variants import PRIVATE, VARIANTS, Cell, Sums, Variant, median_norm
+
+Ratios = list[float]
+COUNTS = ("flops", "kernel", "saved", "peak")
+SLOW = frozenset({"peft-both", "vmap"})  # no gate hangs on their exact time
+
+
+@dataclass
+class Outcome:
+    """What is known of one variant: counts and seconds, or why there are none."""
+
+    error: str | None = None
+    counts: dict[str, int | None] = field(default_factory=dict)
+    cpu: dict[int, float] = field(default_factory=dict)  # repetition -> seconds
+    wall: dict[int, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a cell is measured; ``slow_repetitions`` is for variants that no gate hangs on."""
+
+    repetitions: int
+    slow_repetitions: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def repetitions_of(self, variant: str, batch: int) -> int:
+        """Return how often a variant is timed."""
+        slow = variant in SLOW or (variant == "opacus-ghost" and batch >= 64)
+        return min(self.slow_repetitions, self.repetitions) if slow else self.repetitions
+
+
+def difference(found: Sums, expected: Sums) -> float:
+    """Return ‖found − expected‖ / ‖expected‖ over all tensors together."""
+    off = [(found[name] - value).double().norm() for name, value in expected.items()]
+    whole = [value.double().norm() for value in expected.values()]
+    return float(torch.stack(off).norm() / torch.stack(whole).norm())
+
+
+def _first_words(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"fails: {type(error).__name__}: {' '.join(lines[0].split()[:12])}"
+
+
+def _count(step: Callable[[], None], counter: Callable[..., int], *arguments: Any) -> int | None:
+    step()  # an update counted by a dispatch mode may leave the cache of merged weights valid
+    try:
+        return counter(step, *arguments)
+    except RuntimeError:  # torch.func allows no saved-tensor hooks
+        return None
+
+
+def _counts(variant: Variant, device: torch.device) -> dict[str, int | None]:
+    return {
+        "flops": _count(variant.step, measure.flops),
+        "kernel": _count(variant.step, measure.kernels),
+        "saved": _count(variant.step, measure.saved_bytes, variant.model),
+        "peak": _count(variant.step, measure.peak_bytes, device),
+    }
+
+
+def _prepared(name: str, cell: Cell, expected: Sums) -> tuple[Variant | None, Outcome]:
+    """Build a variant, hold its clipped sum against the reference, and count its step."""
+    tolerance = 1e-3 if cell.dtype == torch.float32 else 5e-2
+    try:
+        variant = VARIANTS[name](cell)
+        off = difference(variant.sums(), expected) if name in PRIVATE else 0.0
+        variant.step()
+    except Exception as error:  # whatever the library raises is the result
+        return None, Outcome(error=_first_words(error))
+    if not off <= tolerance:
+        return None, Outcome(error=f"wrong: clipped sum off by {off:.2g}")
+    return variant, Outcome(counts=_counts(variant, cell.device))
+
+
+def _timed(step: Callable[[], None], device: torch.device) -> tuple[float, float]:
+    """Return a step's seconds of host CPU, and of the wall or, on a GPU, of the device."""
+    if device.type != "cuda":
+        cpu, wall = time.process_time(), time.perf_counter()
+        step()
+        return time.process_time() - cpu, time.perf_counter() - wall
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda.synchronize(device)
+    cpu = time.process_time()
+    begin.record()
+    step()
+    end.record()
+    cpu = time.process_time() - cpu
+    torch.cuda.synchronize(device)
+    return cpu, begin.elapsed_time(end) / 1000
+
+
+def measure_cell(
+    model: str, phase: str, batch: int, names: Sequence[str], plan: Plan
+) -> dict[str, Outcome]:
+    """Measure every variant of a cell, in another order in each repetition."""
+    row = build(model, plan.device)
+    cell = Cell(row, phase, row.make_batch(batch, plan.device), dtype=plan.dtype)
+    cell = replace(cell, clip_norm=median_norm(cell))
+    expected = VARIANTS["plain"](cell).sums()
+    prepared = {name: _prepared(name, cell, expected) for name in names}
+    running = {name: variant for name, (variant, _) in prepared.items() if variant}
+    outcomes = {name: outcome for name, (_, outcome) in prepared.items()}
+    shuffle = random.Random(0).shuffle
+    for repetition in range(plan.repetitions):
+        order = [n for n in running if repetition < plan.repetitions_of(n, batch)]
+        shuffle(order)
+        for name in order:
+            cpu, wall = _timed(running[name].step, plan.device)
+            outcomes[name].cpu[repetition], outcomes[name].wall[repetition] = cpu, wall
+    return outcomes
+
+
+def ratios(seconds: dict[int, float], reference: dict[int, float]) -> Ratios:
+    """Return the ratio to the reference of the same repetition."""
+    return [value / reference[repetition] for repetition, value in seconds.items()]
+
+
+def to_rows(model: str, phase: str, batch: int, outcomes: dict[str, Outcome]) -> list[dict]:
+    """Return one JSON row a measured variant; every ratio is to stock PEFT of the cell."""
+    base, rows = outcomes["peft"], []
+    for name, outcome in outcomes.items():
+        if outcome.error:
+            continue
+        row: dict[str, Any] = {"model": model, "phase": phase, "batch": batch, "variant": name}
+        for clock in ("cpu", "wall"):
+            found = ratios(getattr(outcome, clock), getattr(base, clock))
+            row[f"{clock}_ratio"] = round(statistics.median(found), 4)
+        for count in COUNTS:
+            own, reference = outcome.counts[count], base.counts[count]
+            row[f"{count}_ratio"] = round(own / reference, 4) if own and reference else None
+        rows.append(row | {"repetitions": len(outcome.cpu)})
+    return rows

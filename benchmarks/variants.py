@@ -1,0 +1,249 @@
+"""The ways to compute one training step: stock PEFT, this package, Opacus and torch.func."""
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from models import Batch, Row
+from torch import Tensor, nn
+
+from lalora_app.adapter import active_names
+from lalora_app.backbone import wire_name
+from lalora_app.privacy.attach import attach
+from lalora_app.privacy.mechanism import CLIP_MARGIN, add_noise, clipped_sum
+from lalora_app.privacy.per_example import PerExampleEngine
+from lalora_app.privacy.randomness import secure
+
+PHASES = {"A": frozenset("A"), "B": frozenset("B"), "both": frozenset("AB")}
+LEARNING_RATE, NOISE_STD = 1e-9, 1e-3  # the weights stay what they are, the work is the same
+Parameters = dict[str, nn.Parameter]  # by wire name
+Sums = Mapping[str, Tensor]  # by wire name, the gradients that the step is made of, before noise
+
+
+@dataclass(frozen=True)
+class Cell:
+    """What the variants of one comparison have in common."""
+
+    row: Row
+    phase: str
+    batch: Batch
+    clip_norm: float = 1.0
+    dtype: torch.dtype = torch.float32
+
+    @property
+    def examples(self) -> int:
+        """The batch size."""
+        return len(self.batch["labels"])
+
+    @property
+    def device(self) -> torch.device:
+        """Where the batch lies."""
+        return self.batch["labels"].device
+
+    def losses(self, model: Callable[..., object], batch: Batch | None = None) -> Tensor:
+        """Return (examples,): each example's loss, under autocast if the cell asks for it."""
+        enabled = self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype, enabled=enabled):
+            return self.row.losses(model, self.batch if batch is None else batch)
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to compute a step: ``sums``, noise if it is private, and the optimiser's update."""
+
+    model: nn.Module
+    step: Callable[[], None]
+    sums: Callable[[], Sums]  # the gradients, of a private variant clipped
+
+
+def _trained(model: nn.Module) -> Parameters:
+    return {wire_name(name): p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def _copied(cell: Cell, *, both: bool = False) -> tuple[nn.Module, Parameters, Parameters]:
+    """Return a copy of the model, its adapter, and the active part of it, made trainable."""
+    model = copy.deepcopy(cell.row.model)
+    parameters = _trained(model)
+    factors = PHASES["both" if both else cell.phase]
+    names = active_names(parameters, factors)
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in names)
+    return model, parameters, {name: parameters[name] for name in parameters if name in names}
+
+
+def _variant(
+    cell: Cell, model: nn.Module, active: Parameters, sums: Callable[[], Sums], *, private: bool
+) -> Variant:
+    optimizer = torch.optim.SGD(active.values(), lr=LEARNING_RATE, foreach=True)
+    rng = secure()
+
+    def step() -> None:
+        optimizer.zero_grad(set_to_none=True)
+        grads = sums()
+        if private:
+            grads = add_noise(
+                grads, noise_std=NOISE_STD, expected_batch=float(cell.examples), rng=rng
+            )
+        for name, grad in grads.items():
+            active[name].grad = grad
+        optimizer.step()
+
+    return Variant(model, step, sums)
+
+
+def _summed(cell: Cell, model: nn.Module, active: Parameters) -> Callable[[], Sums]:
+    def sums() -> Sums:
+        torch.autograd.backward(cell.losses(model).sum())
+        return {name: parameter.grad for name, parameter in active.items()}
+
+    return sums
+
+
+def peft(cell: Cell, *, both: bool = False) -> Variant:
+    """Stock PEFT, not private, on the same factors; with ``both``, on both whatever the phase."""
+    model, _, active = _copied(cell, both=both)
+    return _variant(cell, model, active, _summed(cell, model, active), private=False)
+
+
+def _product(weight: Tensor, g: Tensor, x: Tensor, scale: float) -> Tensor:
+    """Return scale · gᵀ x in the faster orientation, as the private kernels do."""
+    left, right = (x, g) if weight.shape[0] > weight.shape[1] else (g, x)
+    rows, columns = left.flatten(0, -2).T, right.flatten(0, -2)
+    total = weight.new_empty(rows.shape[0], columns.shape[1])
+    total.addmm_(rows.to(total), columns.to(total), beta=0, alpha=scale)
+    return total.T if left is x else total
+
+
+def nonprivate(cell: Cell, kernel: str) -> Variant:
+    """This package's kernels, with the ordinary summed gradient and nothing private."""
+    model, parameters, active = _copied(cell)
+
+    def record(name: str, g: Tensor, x: Tensor | None, scale: float = 1.0) -> None:
+        weight = active[name]
+        bias = x is None
+        grad = g.flatten(0, -2).sum(0) if bias else _product(weight, g, x.detach(), scale)
+        weight.grad = grad if weight.grad is None else weight.grad + grad
+
+    attach(model, parameters, kernel, record)
+    return _variant(cell, model, active, _summed(cell, model, active), private=False)
+
+
+def engine(cell: Cell, kernel: str, *, flat: bool | None = None) -> Variant:
+    """This package's private step."""
+    model, parameters, active = _copied(cell)
+    keeper = PerExampleEngine(model, parameters, kernel, flat=flat)
+    keeper.activate(frozenset(active))
+
+    def sums() -> Sums:
+        grads = keeper.gradients(lambda: cell.losses(model), cell.examples)
+        return clipped_sum(grads, cell.clip_norm)
+
+    return _variant(cell, model, active, sums, private=True)
+
+
+def _clipped(cell: Cell, grads: Mapping[str, Tensor]) -> Sums:
+    """Return the clipped sum of (examples, ...) gradients, tensor by tensor as Opacus does."""
+    norms = torch.stack([grad.flatten(1).norm(2, dim=1) for grad in grads.values()], dim=1)
+    scales = (cell.clip_norm * CLIP_MARGIN / norms.norm(2, dim=1)).clamp(max=1.0)
+    return {name: torch.einsum("i,i...", scales, grad) for name, grad in grads.items()}
+
+
+def _train_mode(model: nn.Module) -> None:
+    """Opacus' hooks skip layers in eval mode; a Linear layer computes the same in both."""
+    for module in model.modules():
+        own = module.parameters(recurse=False)
+        if isinstance(module, nn.Linear) and any(p.requires_grad for p in own):
+            module.train()
+
+
+def opacus_hooks(cell: Cell) -> Variant:
+    """Opacus' per-sample gradients, wrapped after the phase's factors were made trainable."""
+    from opacus.grad_sample import GradSampleModule
+
+    model, _, active = _copied(cell)
+    _train_mode(model)
+    wrapped = GradSampleModule(model, batch_first=True, loss_reduction="sum", strict=False)
+
+    def sums() -> Sums:
+        torch.autograd.backward(cell.losses(wrapped).sum())
+        clipped = _clipped(cell, {name: p.grad_sample for name, p in active.items()})
+        for parameter in active.values():
+            parameter.grad_sample = None
+        return clipped
+
+    return _variant(cell, model, active, sums, private=True)
+
+
+def opacus_ghost(cell: Cell) -> Variant:
+    """Opacus' ghost clipping: one backward for the norms, a second of the reweighted loss."""
+    from opacus.grad_sample import GradSampleModuleFastGradientClipping
+
+    model, _, active = _copied(cell)
+    _train_mode(model)
+    wrapped = GradSampleModuleFastGradientClipping(
+        model,
+        batch_first=True,
+        loss_reduction="sum",
+        strict=False,
+        max_grad_norm=cell.clip_norm * CLIP_MARGIN,
+        use_ghost_clipping=True,
+    )
+
+    def sums() -> Sums:
+        losses = cell.losses(wrapped)
+        torch.autograd.backward(losses.sum(), retain_graph=True)
+        for parameter in active.values():
+            parameter.grad = None
+        scales = wrapped.get_clipping_coef()
+        wrapped.disable_hooks()
+        torch.autograd.backward((scales * losses).sum())
+        wrapped.enable_hooks()
+        return {name: parameter.grad for name, parameter in active.items()}
+
+    return _variant(cell, model, active, sums, private=True)
+
+
+def vmap(cell: Cell) -> Variant:
+    """torch.func: the gradient of one example's loss, vectorised over the examples."""
+    model, _, active = _copied(cell)
+    names = {wire_name(name): name for name, p in model.named_parameters() if p.requires_grad}
+
+    def loss(values: Mapping[str, Tensor], example: Batch) -> Tensor:
+        replaced = {names[name]: value for name, value in values.items()}
+        single = {key: value[None] for key, value in example.items()}
+        return cell.losses(
+            lambda *args, **kwargs: torch.func.functional_call(model, replaced, args, kwargs),
+            single,
+        )[0]
+
+    each = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0))
+
+    def sums() -> Sums:
+        values = {name: parameter.detach() for name, parameter in active.items()}
+        return _clipped(cell, each(values, cell.batch))
+
+    return _variant(cell, model, active, sums, private=True)
+
+
+VARIANTS: dict[str, Callable[[Cell], Variant]] = {
+    "peft": peft,
+    "peft-both": lambda cell: peft(cell, both=True),
+    "fused-nonprivate": lambda cell: nonprivate(cell, "fused"),
+    "fused": lambda cell: engine(cell, "fused"),
+    "merged": lambda cell: engine(cell, "merged"),
+    "plain": lambda cell: engine(cell, "plain"),
+    "opacus-hooks": opacus_hooks,
+    "opacus-ghost": opacus_ghost,
+    "vmap": vmap,
+}
+PRIVATE = frozenset({"fused", "merged", "plain", "opacus-hooks", "opacus-ghost", "vmap"})
+
+
+def median_norm(cell: Cell) -> float:
+    """Return the median of the examples' gradient norms: a clip norm that clips half of them."""
+    model, parameters, active = _copied(cell)
+    keeper = PerExampleEngine(model, parameters, "plain")
+    keeper.activate(frozenset(active))
+    norms = keeper.gradients(lambda: cell.losses(model), cell.examples).norms()
+    return float(norms.median())
