@@ -49,13 +49,16 @@ def _summed(
     backbone: Backbone, data: Encoded, indices: np.ndarray, clip_norm: float, micro_batch: int
 ) -> dict[str, Tensor]:
     """Return the clipped sum over a batch of any size: zeros if it is empty."""
-    parameters = backbone.engine.parameters.items()
-    sums = {name: torch.zeros_like(p) for name, p in parameters if p.requires_grad}
+    sums: dict[str, Tensor] = {}
     for batch in data.micro_batches(indices, micro_batch):
         grads = backbone.engine.gradients(partial(backbone.losses, batch), len(batch.labels))
         totals = clipped_sum(grads, clip_norm)
-        torch._foreach_add_(list(sums.values()), [totals[name] for name in sums])
-    return sums
+        if sums:
+            torch._foreach_add_(list(sums.values()), [totals[name] for name in sums])
+        else:
+            sums = totals
+    active = [(n, p) for n, p in backbone.engine.parameters.items() if p.requires_grad]
+    return {name: sums[name] if sums else torch.zeros_like(p) for name, p in active}
 
 
 def private_gradient(

@@ -31,8 +31,8 @@ MUTANTS = {
     ),
     "per-tensor clip": Mutant(
         "privacy/types.py",
-        "        return _norms(torch.stack([block.norms() for block in self.blocks], dim=1))\n",
-        "        return torch.stack([block.norms() for block in self.blocks], dim=1).amax(1)\n",
+        "        return _norms(torch.column_stack([block.norms() for block in self.blocks]))\n",
+        "        return torch.column_stack([block.norms() for block in self.blocks]).amax(1)\n",
         "tests/test_mechanism.py",
     ),
     "one-position heads left out of the norm": Mutant(

@@ -27,7 +27,7 @@ def clip_scales(norms: Tensor, clip_norm: float) -> Tensor:
     A non-finite example gets the scale 0. Limit: ``clip_norm=inf`` gives 1 for every finite one.
     """
     scales = (clip_norm * CLIP_MARGIN / norms).clamp(max=1.0)  # norm 0: inf, clamped to 1
-    return torch.where(norms.isfinite(), scales, torch.zeros_like(scales))
+    return scales.nan_to_num_(nan=0.0)  # norm nan: nan; norm inf: C/inf = 0, or inf/inf = nan
 
 
 def _some(chosen: Tensor) -> bool:
@@ -42,9 +42,8 @@ def clipped_sum(grads: PerExampleGrads, clip_norm: float) -> dict[str, Tensor]:
     numbers that are summed. Non-finite examples are zeroed, never scaled: 0·inf would poison the
     sum.
     """
-    norms = grads.norms()
-    scales = clip_scales(norms, clip_norm)
-    dropped = ~norms.isfinite()
+    scales = clip_scales(grads.norms(), clip_norm)
+    dropped = scales == 0
     if _some(dropped):
         grads = grads.without(dropped)
     return grads.weighted(scales)

@@ -35,7 +35,7 @@ class PerExampleEngine:
         parameters: wire name -> parameter, each of a Linear layer (weight or bias).
         kernel: ``fused``, ``merged`` or ``plain``.
         flat: keep the factors' gradients in one (examples, entries) buffer instead of one a
-            tensor: fewer kernels on a GPU, where it is the default; slower products on a CPU.
+            shape: fewer kernels on a GPU, where it is the default; slower products on a CPU.
 
     Raises:
         LayoutError: if a parameter belongs to another kind of layer.
@@ -50,9 +50,10 @@ class PerExampleEngine:
         flat: bool | None = None,
     ):
         self.parameters = dict(parameters)
-        self._slots = {name: slot_of(tuple(p.shape)) for name, p in parameters.items()}
         on_gpu = any(p.device.type != "cpu" for p in parameters.values())
         self._flat = on_gpu if flat is None else flat
+        shapes = {name: tuple(p.shape) for name, p in parameters.items()}
+        self._slots = {name: slot_of(shape, flat=self._flat) for name, shape in shapes.items()}
         self._tape = Tape(0, {}, False)
         attach(model, parameters, kernel, self._record)
 

@@ -7,15 +7,16 @@ from torch import Tensor
 
 from lalora_app.adapter import kind
 from lalora_app.privacy.attach import LayoutError
-from lalora_app.privacy.types import Block, Outer, PerExampleGrads, Rows, Slot
+from lalora_app.privacy.types import Block, Outer, PerExampleGrads, Rows, Slot, Stack
 
 
-def slot_of(shape: tuple[int, ...]) -> Slot:
+def slot_of(shape: tuple[int, ...], *, flat: bool) -> Slot:
     """Lay a tensor out so that the batched product writes rows of its longer side.
 
     It then reads the wide operand along memory; on a CPU the other order is several times slower.
     """
-    return Slot(shape, transposed=len(shape) == 2 and shape[0] > shape[1])
+    tall = len(shape) == 2 and shape[0] > shape[1]
+    return Slot(shape, transposed=tall and not flat)
 
 
 def unused(name: str) -> LayoutError:
@@ -40,13 +41,16 @@ class Tape:
     Args:
         examples: the batch size; every layer's rows are grouped by example, in this order.
         slots: the active tensors.
-        flat: keep the factors in one (examples, entries) buffer.
+        flat: keep the factors in one (examples, entries) buffer, and not in one a shape.
     """
 
     def __init__(self, examples: int, slots: Mapping[str, Slot], flat: bool):
         self._examples, self._slots, self._flat = examples, slots, flat
-        self._factors = [name for name in slots if kind(name) != "head"] if flat else []
-        self._buffer: Tensor | None = None  # (examples, entries of the factors)
+        self._groups: dict[tuple[int, ...], list[str]] = {}  # factors that share a buffer
+        for name, slot in slots.items():
+            if kind(name) != "head":
+                self._groups.setdefault(() if flat else slot.stored, []).append(name)
+        self._buffers: dict[tuple[int, ...], Tensor] = {}
         self._rows: dict[str, Tensor] = {}  # name -> (examples, entries)
         self._products: dict[str, list[tuple[Tensor, Tensor]]] = {}  # name -> (g, x) of a call
 
@@ -83,12 +87,21 @@ class Tape:
 
     def _new_rows(self, name: str, like: Tensor) -> Tensor:
         dtype = torch.promote_types(like.dtype, torch.float32)
-        if name not in self._factors:
-            return like.new_empty((self._examples, self._slots[name].size), dtype=dtype)
-        sizes = [self._slots[factor].size for factor in self._factors]
-        if self._buffer is None:
-            self._buffer = like.new_empty((self._examples, sum(sizes)), dtype=dtype)
-        return torch.split(self._buffer, sizes, dim=1)[self._factors.index(name)]
+        slot = self._slots[name]
+        if kind(name) == "head":
+            return like.new_empty((self._examples, slot.size), dtype=dtype)
+        key = () if self._flat else slot.stored
+        names = self._groups[key]
+        sizes = [self._slots[other].size for other in names]
+        if key not in self._buffers:
+            flat, stacked = (self._examples, sum(sizes)), (len(names), self._examples, slot.size)
+            self._buffers[key] = like.new_empty(flat if self._flat else stacked, dtype=dtype)
+        buffer, index = self._buffers[key], names.index(name)
+        return torch.split(buffer, sizes, dim=1)[index] if self._flat else buffer[index]
+
+    def _factor_block(self, key: tuple[int, ...]) -> Block:
+        slots = {name: self._slots[name] for name in self._groups[key]}
+        return (Rows if self._flat else Stack)(slots, self._buffers[key])
 
     def _product_block(self, name: str) -> Block:
         pairs = self._products[name]
@@ -107,12 +120,10 @@ class Tape:
         for name in self._slots:
             if name not in self._rows and name not in self._products:
                 raise unused(name)
-        blocks: list[Block] = []
-        if self._buffer is not None:
-            blocks.append(Rows({name: self._slots[name] for name in self._factors}, self._buffer))
+        blocks = [self._factor_block(key) for key in self._groups]
         for name, slot in self._slots.items():
             if name in self._products:
                 blocks.append(self._product_block(name))
-            elif name not in self._factors:
+            elif kind(name) == "head":
                 blocks.append(Rows({name: slot}, self._rows[name]))
         return PerExampleGrads(tuple(blocks))

@@ -72,6 +72,41 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Stack:
+    """Gradients of several tensors of one shape: ``grads`` is (tensors, examples, entries).
+
+    One operation for all of them, and every tensor's part is contiguous.
+    """
+
+    slots: Mapping[str, Slot]
+    grads: Tensor
+
+    def norms(self) -> Tensor:
+        """Return (examples, tensors): each example's norm of each tensor."""
+        norms: Tensor = torch.linalg.vector_norm(self.grads, dim=2)
+        return norms.T
+
+    def without(self, dropped: Tensor) -> "Stack":
+        """Zero the examples where ``dropped`` (examples,) is true: in place, these are large."""
+        self.grads.masked_fill_(dropped[:, None], 0)
+        return self
+
+    def weighted(self, scales: Tensor) -> dict[str, Tensor]:
+        """Return Σ_i scales_i · g_i by tensor."""
+        tensors, examples, _ = self.grads.shape
+        weights = scales.to(self.grads).expand(tensors, 1, examples)
+        return self._shaped(torch.bmm(weights, self.grads)[:, 0])  # (tensors, entries)
+
+    def dense(self) -> dict[str, Tensor]:
+        """Return the gradients by tensor, (examples, *shape)."""
+        return self._shaped(self.grads)
+
+    def _shaped(self, stack: Tensor) -> dict[str, Tensor]:
+        parts = zip(self.slots.items(), stack, strict=True)
+        return {name: slot.shaped(entries) for (name, slot), entries in parts}
+
+
+@dataclass(frozen=True)
 class Outer:
     """Gradients of a weight that sees one position an example: g_i x_iᵀ, never formed.
 
@@ -101,7 +136,7 @@ class Outer:
         return {self.name: self.g[:, :, None] * self.x[:, None, :]}
 
 
-Block = Rows | Outer
+Block = Rows | Stack | Outer
 
 
 @dataclass(frozen=True)
@@ -112,7 +147,7 @@ class PerExampleGrads:
 
     def norms(self) -> Tensor:
         """Return (examples,): each example's norm over all tensors together."""
-        return _norms(torch.stack([block.norms() for block in self.blocks], dim=1))
+        return _norms(torch.column_stack([block.norms() for block in self.blocks]))
 
     def without(self, dropped: Tensor) -> "PerExampleGrads":
         """Zero the examples where ``dropped`` (examples,) is true; this one is used up."""
