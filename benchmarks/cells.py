@@ -14,7 +14,7 @@ from variants import PRIVATE, VARIANTS, Cell, Sums, Variant, median_norm
 
 Ratios = list[float]
 COUNTS = ("flops", "kernel", "saved", "peak")
-SLOW = frozenset({"peft-both", "vmap"})  # no gate hangs on their exact time
+SLOW = frozenset({"peft-both", "merged", "plain", "vmap"})  # no gate hangs on their exact time
 
 
 @dataclass
@@ -36,10 +36,10 @@ class Plan:
     device: torch.device
     dtype: torch.dtype
 
-    def repetitions_of(self, variant: str, batch: int) -> int:
+    def repetitions_of(self, variant: str) -> int:
         """Return how often a variant is timed."""
-        slow = variant in SLOW or (variant == "opacus-ghost" and batch >= 64)
-        return min(self.slow_repetitions, self.repetitions) if slow else self.repetitions
+        few = min(self.slow_repetitions, self.repetitions)
+        return few if variant in SLOW else self.repetitions
 
 
 def difference(found: Sums, expected: Sums) -> float:
@@ -55,20 +55,25 @@ def _first_words(error: Exception) -> str:
 
 
 def _count(step: Callable[[], None], counter: Callable[..., int], *arguments: Any) -> int | None:
-    step()  # an update counted by a dispatch mode may leave the cache of merged weights valid
     try:
         return counter(step, *arguments)
     except RuntimeError:  # torch.func allows no saved-tensor hooks
         return None
 
 
-def _counts(variant: Variant, device: torch.device) -> dict[str, int | None]:
-    return {
-        "flops": _count(variant.step, measure.flops),
-        "kernel": _count(variant.step, measure.kernels),
-        "saved": _count(variant.step, measure.saved_bytes, variant.model),
-        "peak": _count(variant.step, measure.peak_bytes, device),
+def _counts(name: str, variant: Variant, device: torch.device) -> dict[str, int | None]:
+    counters = {
+        "flops": (measure.flops,),
+        "kernel": (measure.kernels,),
+        "saved": (measure.saved_bytes, variant.model),
+        "peak": (measure.peak_bytes, device),
     }
+    found = {}
+    for count, (counter, *arguments) in counters.items():
+        if name == "merged":  # an update under a dispatch mode leaves its cached weights valid
+            variant.step()
+        found[count] = _count(variant.step, counter, *arguments)
+    return found
 
 
 def _prepared(name: str, cell: Cell, expected: Sums) -> tuple[Variant | None, Outcome]:
@@ -82,7 +87,7 @@ def _prepared(name: str, cell: Cell, expected: Sums) -> tuple[Variant | None, Ou
         return None, Outcome(error=_first_words(error))
     if not off <= tolerance:
         return None, Outcome(error=f"wrong: clipped sum off by {off:.2g}")
-    return variant, Outcome(counts=_counts(variant, cell.device))
+    return variant, Outcome(counts=_counts(name, variant, cell.device))
 
 
 def _timed(step: Callable[[], None], device: torch.device) -> tuple[float, float]:
@@ -106,7 +111,7 @@ def measure_cell(
     model: str, phase: str, batch: int, names: Sequence[str], plan: Plan
 ) -> dict[str, Outcome]:
     """Measure every variant of a cell, in another order in each repetition."""
-    row = build(model, plan.device)
+    row = build(model, plan.device, plan.dtype)
     cell = Cell(row, phase, row.make_batch(batch, plan.device), dtype=plan.dtype)
     cell = replace(cell, clip_norm=median_norm(cell))
     expected = VARIANTS["plain"](cell).sums()
@@ -115,7 +120,7 @@ def measure_cell(
     outcomes = {name: outcome for name, (_, outcome) in prepared.items()}
     shuffle = random.Random(0).shuffle
     for repetition in range(plan.repetitions):
-        order = [n for n in running if repetition < plan.repetitions_of(n, batch)]
+        order = [n for n in running if repetition < plan.repetitions_of(n)]
         shuffle(order)
         for name in order:
             cpu, wall = _timed(running[name].step, plan.device)

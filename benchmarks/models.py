@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from lalora_app.backbone import masked_mean
+from lalora_app.device import narrow_frozen
 
 Batch = dict[str, Tensor]  # every tensor is (examples, ...), "labels" is (examples,)
 LABELS, VOCABULARY = 3, 1000
@@ -109,8 +110,8 @@ def minilm(layers: int = 6, width: int = 384, heads: int = 12, tokens: int = 32)
     return Row(model, _mean_pooled_losses, _token_batches(tokens))
 
 
-def llama(layers: int = 4, width: int = 512, heads: int = 8, tokens: int = 128) -> Row:
-    """A stack of small Llama blocks with a sequence classifier. LoRA on q_proj and v_proj."""
+def llama(layers: int = 2, width: int = 512, heads: int = 8, tokens: int = 128) -> Row:
+    """A stack of two small Llama blocks with a sequence classifier. LoRA on q_proj and v_proj."""
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     config = LlamaConfig(
@@ -171,9 +172,17 @@ ROWS: dict[str, Callable[[], Row]] = {
 }
 
 
-def build(name: str, device: torch.device | None = None) -> Row:
-    """Build a row of the benchmark, always with the same weights."""
+# As published, all layers: for a GPU.
+WHOLE_ROWS: dict[str, Callable[[], Row]] = {
+    "roberta-base-whole": lambda: roberta(layers=12),
+    "swin-tiny-whole": lambda: swin(224, 7, (2, 2, 6, 2)),
+    "swin-base-whole": lambda: swin(224, 7, (2, 2, 18, 2), width=128),
+}
+
+
+def build(name: str, device: torch.device, dtype: torch.dtype) -> Row:
+    """Build a row of the benchmark, always with the same weights, as the app places its models."""
     torch.manual_seed(0)
-    row = ROWS[name]()
-    row.model.to(device or torch.device("cpu"))
+    row = (ROWS | WHOLE_ROWS)[name]()
+    narrow_frozen(row.model.to(device), dtype)
     return row

@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 from cells import COUNTS, Outcome, Plan, measure_cell, ratios, to_rows
-from models import ROWS
-from variants import PHASES, VARIANTS
+from models import ROWS, WHOLE_ROWS
+from variants import COMPILED, PHASES, VARIANTS
 
 OUTPUT = Path(__file__).parent / "results" / "private_step.json"
 KEY = ("model", "phase", "batch", "variant")
@@ -58,7 +58,7 @@ class Results:
 
     def complete(self, cell: Key, names: list[str], plan: Plan) -> bool:
         """Tell whether every variant of the cell is there, with the repetitions asked for."""
-        return all(self._has((*cell, n), plan.repetitions_of(n, cell[2])) for n in names)
+        return all(self._has((*cell, n), plan.repetitions_of(n)) for n in names)
 
     def add(self, cell: Key, outcomes: dict[str, Outcome]) -> None:
         """Put a measured cell in place of what was there of it, and write the files."""
@@ -120,10 +120,10 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     add("--quick", action="store_true", help="a look in a minute or two; writes no file")
-    add("--models", type=_names(ROWS), default=list(ROWS))
+    add("--models", type=_names(ROWS | WHOLE_ROWS), default=list(ROWS))
     add("--phases", type=_names(PHASES), default=list(PHASES))
     add("--batches", type=_sizes, default=[16, 64])
-    add("--variants", type=_names(VARIANTS), default=list(VARIANTS))
+    add("--variants", type=_names(VARIANTS), default=[n for n in VARIANTS if n not in COMPILED])
     add("--repetitions", type=int, default=20)
     add("--slow-repetitions", type=int, default=5, help="of variants that no gate hangs on")
     add("--device", choices=["cpu", "cuda"], default="cpu")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from lalora_app.adapter import active_names
 from lalora_app.backbone import wire_name
 from lalora_app.privacy.attach import attach
+from lalora_app.privacy.expanded import ExpandedEngine
 from lalora_app.privacy.mechanism import CLIP_MARGIN, add_noise, clipped_sum
 from lalora_app.privacy.per_example import PerExampleEngine
 from lalora_app.privacy.randomness import secure
@@ -92,7 +93,7 @@ def _variant(
     return Variant(model, step, sums)
 
 
-def _summed(cell: Cell, model: nn.Module, active: Parameters) -> Callable[[], Sums]:
+def _summed(cell: Cell, model: Callable[..., object], active: Parameters) -> Callable[[], Sums]:
     def sums() -> Sums:
         torch.autograd.backward(cell.losses(model).sum())
         return {name: parameter.grad for name, parameter in active.items()}
@@ -137,6 +138,27 @@ def engine(cell: Cell, kernel: str, *, flat: bool | None = None) -> Variant:
 
     def sums() -> Sums:
         grads = keeper.gradients(lambda: cell.losses(model), cell.examples)
+        return clipped_sum(grads, cell.clip_norm)
+
+    return _variant(cell, model, active, sums, private=True)
+
+
+def peft_compiled(cell: Cell) -> Variant:
+    """Stock PEFT through torch.compile, not private."""
+    model, _, active = _copied(cell)
+    forward = torch.compile(model, fullgraph=True)
+    return _variant(cell, model, active, _summed(cell, forward, active), private=False)
+
+
+def compiled(cell: Cell) -> Variant:
+    """This package's private step in the form that torch.compile takes whole."""
+    model, parameters, active = _copied(cell)
+    keeper = ExpandedEngine(model, parameters)
+    keeper.activate(frozenset(active))
+    forward = keeper.prepare(lambda batch: cell.losses(model, batch))
+
+    def sums() -> Sums:
+        grads = keeper.gradients(lambda: forward(cell.batch), cell.examples)
         return clipped_sum(grads, cell.clip_norm)
 
     return _variant(cell, model, active, sums, private=True)
@@ -236,8 +258,12 @@ VARIANTS: dict[str, Callable[[Cell], Variant]] = {
     "opacus-hooks": opacus_hooks,
     "opacus-ghost": opacus_ghost,
     "vmap": vmap,
+    "peft-compiled": peft_compiled,
+    "compiled": compiled,
 }
-PRIVATE = frozenset({"fused", "merged", "plain", "opacus-hooks", "opacus-ghost", "vmap"})
+COMPILED = frozenset({"peft-compiled", "compiled"})  # a minute or more of compiling a cell
+NOT_PRIVATE = frozenset({"peft", "peft-both", "fused-nonprivate", "peft-compiled"})
+PRIVATE = VARIANTS.keys() - NOT_PRIVATE
 
 
 def median_norm(cell: Cell) -> float:

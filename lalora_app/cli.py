@@ -89,10 +89,18 @@ def _methods(args: argparse.Namespace) -> int:
     return 0
 
 
+def _at_least_one(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
+    return number
+
+
 def _run(args: argparse.Namespace) -> int:
     from lalora_app.launcher import launch
 
-    return launch(args.app, args.run_config, nodes=args.nodes)
+    shared = args.clients_per_gpu
+    return launch(args.app, args.run_config, nodes=args.nodes, clients_per_gpu=shared)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -102,7 +110,10 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="flwr run in simulation; fails when the run fails")
     run.add_argument("app", nargs="?", type=Path, default=Path(), help="folder of the app")
     run.add_argument("-c", "--run-config", action="append", default=[], metavar="KEY=VALUE")
-    run.add_argument("--nodes", type=int, default=4, help="simulated clients (default 4)")
+    run.add_argument("--nodes", type=_at_least_one, default=4, help="simulated clients (default 4)")
+    run.add_argument(
+        "--clients-per-gpu", type=_at_least_one, default=4, help="at the same time (default 4)"
+    )
     run.set_defaults(act=_run)
 
     methods = commands.add_parser("methods", help="list METHODS")

@@ -133,13 +133,32 @@ def _follow(run_id: str, env: dict[str, str], cwd: Path) -> tuple[str, str]:
     return status, details
 
 
-def launch(app: Path, overrides: Sequence[str], *, nodes: int) -> int:
+def _gpus() -> int:
+    """Count the GPUs by their driver's own tool: torch takes seconds to import."""
+    tool = shutil.which("nvidia-smi")
+    if tool is None:
+        return 0
+    listed = subprocess.run([tool, "-L"], capture_output=True, text=True, check=False)
+    return listed.stdout.count("GPU ")
+
+
+def resources(nodes: int, gpus: int, clients_per_gpu: int) -> str:
+    """Return the simulation's federation config: a core a client, and its share of a GPU.
+
+    Ray hides every GPU from a client that has no share of one.
+    """
+    share = f" client-resources-num-gpus={1 / clients_per_gpu:.4g}" if gpus else ""
+    return f"num-supernodes={nodes} client-resources-num-cpus=1{share}"
+
+
+def launch(app: Path, overrides: Sequence[str], *, nodes: int, clients_per_gpu: int = 4) -> int:
     """Run the app in simulation and return 0 only if the run completed.
 
     Args:
         app: folder with the app's pyproject.toml.
         overrides: values of ``flwr run -c``: key=value pairs, or one TOML file.
         nodes: simulated clients.
+        clients_per_gpu: clients that train on one GPU at the same time, where there is one.
 
     Raises:
         ConfigError: for a bad config, before anything is started.
@@ -152,7 +171,7 @@ def launch(app: Path, overrides: Sequence[str], *, nodes: int) -> int:
         for text in overrides
         for part in ("-c", str(Path(text).resolve()) if text.endswith(".toml") else text)
     ]
-    federation = f"num-supernodes={nodes} client-resources-num-cpus=1"
+    federation = resources(nodes, _gpus(), clients_per_gpu)
     arguments = ["run", str(app.resolve()), "--format", "json", "--federation-config", federation]
     try:
         answer = _flwr([*arguments, *config], env, home)

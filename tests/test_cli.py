@@ -271,6 +271,32 @@ def test_a_missing_preset_is_one_line(nothing_starts, tmp_path):
         launcher._check_early(ROOT, [str(tmp_path / "missing.toml")])
 
 
+def test_clients_get_a_core_and_where_there_is_a_gpu_a_share_of_it(monkeypatch):
+    plain = "num-supernodes=8 client-resources-num-cpus=1"
+    assert launcher.resources(8, 0, 4) == plain
+    assert launcher.resources(8, 1, 4) == f"{plain} client-resources-num-gpus=0.25"
+    assert launcher.resources(8, 2, 3) == f"{plain} client-resources-num-gpus=0.3333"
+    monkeypatch.setattr(launcher.shutil, "which", lambda tool: None)
+    assert launcher._gpus() == 0
+
+
+def test_gpus_are_counted_from_the_drivers_own_list(monkeypatch, tmp_path):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text("#!/bin/sh\necho 'GPU 0: A (UUID: 1)'\necho 'GPU 1: A (UUID: 2)'\n", "utf-8")
+    tool.chmod(0o755)
+    monkeypatch.setattr(launcher.shutil, "which", lambda name: str(tool))
+    assert launcher._gpus() == 2
+
+
+@pytest.mark.parametrize("number", ["0", "-1", "many"])
+@pytest.mark.parametrize("option", ["--nodes", "--clients-per-gpu"])
+def test_fewer_than_one_client_is_refused(option, number, capsys):
+    with pytest.raises(SystemExit) as refused:
+        cli.main(["run", option, number])
+    assert refused.value.code == 2
+    assert option in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["lora.rank", "seed 3", "seed=3 and more", "=3"])
 def test_text_that_is_no_pair_is_told(nothing_starts, text):
     with pytest.raises(ConfigError, match="-c"):
