@@ -3,18 +3,23 @@
 import copy
 import functools
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lalora_app.backbone import build, whole_mask
-from lalora_app.data import encode, split
-from lalora_app.device import narrow_frozen
+from lalora_app.data import Encoded, encode, split
+from lalora_app.device import narrow_frozen, pick_device, pick_dtype
+from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.attach import LayoutError
+from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.mechanism import clipped_sum
 from lalora_app.privacy.per_example import PerExampleEngine
+from lalora_app.privacy.randomness import seeded
 from lalora_app.privacy.types import Outer, PerExampleGrads
+from lalora_app.trainer import Streams, private_gradient
 from oracle import (
     WAYS,
     Losses,
@@ -237,7 +242,53 @@ def test_the_compiled_form_is_one_graph_and_is_not_compiled_again_for_other_size
     assert graphs[-1] == graphs[1] <= 2
 
 
+@pytest.fixture
+def no_compiler(monkeypatch):
+    """torch.compile as far as autograd's graphs, which needs no C++ compiler."""
+    eager = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", eager)
+
+
+@pytest.mark.parametrize("kernel", ["fused", "merged", "plain", "compiled"])
+@pytest.mark.parametrize("pooling", ["mean", "model"])
+def test_every_kernel_of_the_config_releases_the_same(tiny, no_compiler, kernel, pooling):
+    released = {}
+    for which in ("plain", kernel):
+        config = tiny(**{"lora.kernel": which, "model.pooling": pooling})
+        backbone, start = build(config)
+        rng = np.random.default_rng(0)
+        backbone.load({n: rng.normal(0, 0.5, a.shape).astype("f4") for n, a in start.items()})
+        data = encode(split(config.data)[0], backbone.tokenizer, 12)
+        backbone.engine.activate(frozenset(name for name in start if ".lora_A." not in name))
+        released[which] = private_gradient(
+            backbone,
+            Encoded(data.tokens[:40], data.labels[:40], data.pad),
+            reservation=Reservation(Release(0.5, 1.0, 1)),
+            clip_norm=0.1,
+            micro_batch=8,
+            streams=Streams(seeded(0, "sampling"), seeded(0, "noise")),
+        )
+    assert set(released[kernel]) == set(released["plain"])
+    for name, grad in released["plain"].items():
+        torch.testing.assert_close(released[kernel][name], grad, rtol=1e-4, atol=1e-6)
+
+
 # On a GPU.
+
+
+def test_float32_is_not_tf32():
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.allow_tf32 = True
+    assert pick_device("cpu") == torch.device("cpu")
+    assert torch.get_float32_matmul_precision() == "highest"
+    assert not torch.backends.cudnn.allow_tf32
+
+
+def test_bf16_is_the_default_of_a_gpu_and_float32_of_a_cpu():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    assert [pick_dtype("auto", device) for device in (cpu, gpu)] == [torch.float32, torch.bfloat16]
+    assert pick_dtype("bfloat16", cpu) == torch.bfloat16
+    assert pick_dtype("float32", gpu) == torch.float32
 
 
 def test_a_ready_mask_means_the_same_as_a_mask_of_tokens(tiny):

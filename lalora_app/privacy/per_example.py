@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lalora_app.privacy.attach import LayoutError, attach
-from lalora_app.privacy.tape import Tape, slot_of
+from lalora_app.privacy.tape import Layout, Tape, slot_of
 from lalora_app.privacy.types import PerExampleGrads
 
 
@@ -54,7 +54,8 @@ class PerExampleEngine:
         self._flat = on_gpu if flat is None else flat
         shapes = {name: tuple(p.shape) for name, p in parameters.items()}
         self._slots = {name: slot_of(shape, flat=self._flat) for name, shape in shapes.items()}
-        self._tape = Tape(0, {}, False)
+        self._layouts: dict[tuple[str, ...], Layout] = {}
+        self._tape = Tape(0, Layout({}, False))
         attach(model, parameters, kernel, self._record)
 
     def _record(self, name: str, g: Tensor, x: Tensor | None, scale: float = 1.0) -> None:
@@ -69,6 +70,13 @@ class PerExampleEngine:
         for name, parameter in self.parameters.items():
             parameter.requires_grad_(name in names)
 
+    def _layout(self) -> Layout:
+        active = tuple(name for name, p in self.parameters.items() if p.requires_grad)
+        if active not in self._layouts:
+            slots = {name: self._slots[name] for name in active}
+            self._layouts[active] = Layout(slots, self._flat)
+        return self._layouts[active]
+
     def gradients(self, losses: Callable[[], Tensor], examples: int) -> PerExampleGrads:
         """Return one gradient an example of the active parameters.
 
@@ -79,10 +87,9 @@ class PerExampleEngine:
         Raises:
             LayoutError: if an active parameter took no part, or shapes do not fit the examples.
         """
-        active = {n: s for n, s in self._slots.items() if self.parameters[n].requires_grad}
-        self._tape = Tape(examples, active, self._flat)
+        self._tape = Tape(examples, self._layout())
         each = losses()
         require_losses(each, examples)
         torch.autograd.backward(each.sum())
-        tape, self._tape = self._tape, Tape(0, {}, False)
+        tape, self._tape = self._tape, Tape(0, Layout({}, False))
         return tape.grads()
