@@ -24,9 +24,10 @@ class Mutant:
 MUTANTS = {
     "batch-mean clip": Mutant(
         "privacy/mechanism.py",
-        "    norms = grads.norms()\n",
+        "    scales = clip_scales(grads.norms(), clip_norm)\n",
         "    means = [grad.mean(0).norm() for grad in grads.dense().values()]\n"
-        "    norms = torch.full_like(grads.norms(), float(torch.stack(means).norm()))\n",
+        "    norms = torch.full_like(grads.norms(), float(torch.stack(means).norm()))\n"
+        "    scales = clip_scales(norms, clip_norm)\n",
         "tests/test_mechanism.py",
     ),
     "per-tensor clip": Mutant(
