@@ -62,6 +62,8 @@ def _counted(ledger: Path) -> int:
     db = sqlite3.connect(ledger)
     try:
         assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+        if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'releases'").fetchone():
+            return 0  # the client has just made the file
         return db.execute("SELECT coalesce(sum(count), 0) FROM releases").fetchone()[0]
     finally:
         db.close()
