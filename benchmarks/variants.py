@@ -124,6 +124,7 @@ def nonprivate(cell: Cell, kernel: str) -> Variant:
         weight = active[name]
         bias = x is None
         grad = g.flatten(0, -2).sum(0) if bias else _product(weight, g, x.detach(), scale)
+        grad = grad.to(weight.dtype)  # the sum of a bias is of the type of autocast
         weight.grad = grad if weight.grad is None else weight.grad + grad
 
     attach(model, parameters, kernel, record)
