@@ -1,40 +1,42 @@
-"""The frozen backbone with its LoRA layers: found, checked, built once a process, evaluated."""
+"""The frozen backbone with its LoRA layers: built once a process, checked, evaluated."""
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from lalora_app.adapter import Adapter
 from lalora_app.config import Config, ConfigError, Lora, Model
-from lalora_app.data import Batch
+from lalora_app.data import Examples
 from lalora_app.device import autocast, narrow_frozen, pick_device, pick_dtype, to_device
-from lalora_app.pretrained import load_base
+from lalora_app.encoding import Batch, Encoded
+from lalora_app.models.base import Base
+from lalora_app.models.pretrained import TIMM
+from lalora_app.models.timm_models import load_timm
+from lalora_app.models.transformers_models import load_transformers
 from lalora_app.privacy.expanded import ExpandedEngine
 from lalora_app.privacy.layout import check_layout
 from lalora_app.privacy.per_example import PerExampleEngine
-
-_CHECK_EXAMPLES, _CHECK_TOKENS = 3, 6
+from lalora_app.tasks import Forward, Metrics, Task
 
 
 @dataclass
 class Backbone:
-    """A PEFT model, its trainable tensors by wire name, and its tokenizer.
+    """A PEFT model, its trainable tensors by wire name, and what its task needs.
 
     The same instance serves every client of a process; only the adapter is loaded anew.
     """
 
     model: nn.Module
-    tokenizer: Any
+    task: Task
+    forward: Forward
+    encode: Callable[[Examples], Encoded]
     engine: PerExampleEngine
     device: torch.device
     dtype: torch.dtype
-    pooling: str
     targets: int
 
     def __post_init__(self) -> None:
@@ -52,71 +54,46 @@ class Backbone:
         for name, parameter in self.engine.parameters.items():
             parameter.copy_(torch.from_numpy(adapter[name]))
 
-    def _logits(self, inputs: Tensor, mask: Tensor) -> Tensor:
-        attention = _attention(mask, self.model)
+    def _logits(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
         with autocast(self.device, self.dtype):
-            out: Tensor = self.model(input_ids=inputs, attention_mask=attention).logits.float()
-        return masked_mean(out, mask) if self.pooling == "mean" else out
+            return self.forward(self.model, inputs, mask)
 
     def logits(self, batch: Batch) -> Tensor:
-        """Return (examples, labels) for a padded batch."""
+        """Return what the task's forward gives for a batch, in float32."""
         return self._logits(*self._inputs(batch))
 
-    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        return to_device(batch.inputs, self.device), to_device(batch.mask, self.device)
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        mask = None if batch.mask is None else to_device(batch.mask, self.device)
+        return to_device(batch.inputs, self.device), mask
 
     def losses(self, batch: Batch) -> Tensor:
-        """Return (examples,): the cross entropy of each example on its own."""
-        labels = to_device(batch.labels, self.device)
+        """Return (examples,): the loss of each example on its own."""
         logits = self._train_forward(*self._inputs(batch))
-        return nn.functional.cross_entropy(logits, labels, reduction="none")
+        return self.task.losses(logits, to_device(batch.labels, self.device))
 
     @torch.inference_mode()
-    def evaluate(self, batches: Iterable[Batch], num_labels: int) -> dict[str, float]:
-        """Return accuracy and balanced accuracy (mean recall of the labels that occur)."""
-        confusion = np.zeros((num_labels, num_labels), dtype=np.int64)
-        for batch in batches:
-            predicted = self.logits(batch).argmax(1).cpu().numpy()
-            np.add.at(confusion, (batch.labels.numpy(), predicted), 1)
-        return accuracies(confusion)
+    def evaluate(self, batches: Iterable[Batch]) -> Metrics:
+        """Return ``accuracy`` and ``balanced_accuracy``, or ``accuracy`` and ``perplexity``."""
+        counts = [
+            self.task.count(self.logits(batch), to_device(batch.labels, self.device))
+            for batch in batches
+        ]
+        return self.task.metrics(sum(counts[1:], start=counts[0]))
 
 
-def _attention(mask: Tensor, model: Any) -> Tensor:
-    """Return what the model takes as its attention mask, for (examples, tokens).
-
-    transformers reads a 2-D mask's values to find that nothing is padded, for which a GPU would
-    have to be waited for; a ready 4-D mask is taken as it is.
-    """
-    if mask.device.type == "cpu" or model.config._attn_implementation != "sdpa":
-        return mask
-    return whole_mask(mask)
+def _targets(lora: Lora, default: str) -> list[str]:
+    """Return PEFT's target names: those of the config, or the architecture's own."""
+    wanted = default if lora.targets == "auto" else lora.targets
+    return [target.strip() for target in wanted.split(",") if target.strip()]
 
 
-def whole_mask(mask: Tensor) -> Tensor:
-    """Return (examples, 1, tokens, tokens), true where a token may be looked at."""
-    return mask.bool()[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
+def _is_target(path: str, targets: list[str]) -> bool:
+    """Tell whether PEFT adapts the module: its path is a target, or ends in one."""
+    return any(path == target or path.endswith(f".{target}") for target in targets)
 
 
-def masked_mean(token_logits: Tensor, mask: Tensor) -> Tensor:
-    """Return (examples, labels): the mean of (examples, tokens, labels) over unmasked tokens.
-
-    The head is linear, so this is the head applied to the mean-pooled hidden states.
-    """
-    weights = mask[..., None].to(token_logits)
-    return (token_logits * weights).sum(1) / weights.sum(1)
-
-
-def accuracies(confusion: np.ndarray) -> dict[str, float]:
-    """Return accuracy and balanced accuracy of a (labels, predictions) count matrix."""
-    totals = confusion.sum(1)
-    recalls = np.diag(confusion)[totals > 0] / totals[totals > 0]
-    accuracy = float(np.trace(confusion) / totals.sum())
-    return {"accuracy": accuracy, "balanced_accuracy": float(recalls.mean())}
-
-
-def _target_sizes(base: nn.Module, lora: Lora) -> list[int]:
-    wanted = tuple(target.strip() for target in lora.targets.split(","))
-    matches = [m for path, m in base.named_modules() if path.split(".")[-1] in wanted]
+def _target_sizes(base: nn.Module, lora: Lora, targets: list[str]) -> list[int]:
+    matches = [m for path, m in base.named_modules() if _is_target(path, targets)]
     layers = [m for m in matches if isinstance(m, nn.Linear)]
     if not layers or len(layers) < len(matches):
         names = sorted({p.split(".")[-1] for p, m in base.named_modules() if type(m) is nn.Linear})
@@ -132,16 +109,22 @@ def wire_name(parameter: str) -> str:
     return parameter.replace(".modules_to_save.default", "").replace(".default", "")
 
 
-def _check_length(model: Model, base: Any, tokenizer: Any) -> None:
-    positions = getattr(base.config, "max_position_embeddings", tokenizer.model_max_length)
-    longest = min(positions, tokenizer.model_max_length)
-    if model.max_length > longest:
-        raise ConfigError(
-            f"model.max-length={model.max_length} must be at most {longest}, the model's longest"
-        )
+def _load(model: Model, num_labels: int) -> Base:
+    if model.name.startswith(TIMM):
+        return load_timm(model, num_labels)
+    return load_transformers(model, num_labels)
 
 
-def _with_adapters(base: nn.Module, lora: Lora, task: str) -> nn.Module:
+def _let_checkpoint(model: nn.Module) -> None:
+    """Let transformers' layers recompute: they do so in training mode only, and nothing below."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+
+
+def _with_adapters(base: Base, lora: Lora, targets: list[str]) -> nn.Module:
     """Return the PEFT model, in eval mode for good.
 
     The frozen backbone trains no statistics and drops nothing: the noise of the private step
@@ -150,14 +133,16 @@ def _with_adapters(base: nn.Module, lora: Lora, task: str) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
     settings = LoraConfig(
-        task_type=task,
+        task_type=base.task_type,
         r=lora.rank,
         lora_alpha=lora.alpha,
-        target_modules=[target.strip() for target in lora.targets.split(",")],
+        target_modules=targets,
+        modules_to_save=list(base.trained) or None,
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own names
-        adapted: nn.Module = get_peft_model(base, settings).eval()
+        adapted: nn.Module = get_peft_model(base.model, settings).eval()
+    _let_checkpoint(adapted)
     return adapted
 
 
@@ -167,57 +152,50 @@ def _engine(model: nn.Module, parameters: dict[str, nn.Parameter], kernel: str) 
     return PerExampleEngine(model, parameters, kernel)
 
 
-def _build(model: Model, lora: Lora, num_labels: int, seed: int) -> Backbone:
+def _build(model: Model, lora: Lora, num_labels: int, seed: int) -> tuple[Backbone, Batch]:
     device = pick_device(model.device)
     # A (Kaiming) and the head are drawn here: from the run's seed, never from data.
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        base, tokenizer = load_base(model, num_labels)
-        _check_length(model, base, tokenizer)
-        sizes = _target_sizes(base, lora)
+        base = _load(model, num_labels)
+        targets = _targets(lora, base.targets)
+        sizes = _target_sizes(base.model, lora, targets)
         if lora.rank > min(sizes):
             raise ConfigError(
                 f"lora.rank={lora.rank} must be at most {min(sizes)}, the smallest target layer"
             )
-        task = "TOKEN_CLS" if model.pooling == "mean" else "SEQ_CLS"
-        adapted = _with_adapters(base, lora, task).to(device)
+        adapted = _with_adapters(base, lora, targets).to(device)
     trainable = {wire_name(n): p for n, p in adapted.named_parameters() if p.requires_grad}
     dtype = pick_dtype(model.dtype, device)
     narrow_frozen(adapted, dtype)
-    return Backbone(
+    backbone = Backbone(
         model=adapted,
-        tokenizer=tokenizer,
+        task=base.task,
+        forward=base.forward,
+        encode=base.encode,
         engine=_engine(adapted, trainable, lora.kernel),
         device=device,
         dtype=dtype,
-        pooling=model.pooling,
         targets=len(sizes),
     )
+    return backbone, base.probe
 
 
-def _check(backbone: Backbone) -> None:
-    """Prove the layout on random tokens: data has no part in it."""
-    vocabulary = len(backbone.tokenizer)
-    generator = torch.Generator().manual_seed(0)
-    shape = (_CHECK_EXAMPLES, _CHECK_TOKENS)
-    batch = Batch(
-        torch.randint(vocabulary, shape, generator=generator),
-        torch.ones(shape, dtype=torch.long),
-        torch.arange(_CHECK_EXAMPLES) % 2,
-    )
+def _check(backbone: Backbone, probe: Batch) -> None:
+    """Prove the layout on random inputs: data has no part in it."""
 
     def losses(rows: list[int]) -> Tensor:
-        part = Batch(batch.inputs[rows], batch.mask[rows], batch.labels[rows])
-        return backbone.losses(part)
+        mask = None if probe.mask is None else probe.mask[rows]
+        return backbone.losses(Batch(probe.inputs[rows], mask, probe.labels[rows]))
 
-    check_layout(backbone.engine, losses, _CHECK_EXAMPLES)
+    check_layout(backbone.engine, losses, len(probe.labels))
 
 
 @lru_cache(maxsize=1)
 def _checked(model: Model, lora: Lora, num_labels: int, seed: int) -> tuple[Backbone, Adapter]:
-    backbone = _build(model, lora, num_labels, seed)
+    backbone, probe = _build(model, lora, num_labels, seed)
     start = backbone.adapter()
-    _check(backbone)
+    _check(backbone, probe)
     return backbone, start
 
 

@@ -11,18 +11,24 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from lalora_app import backbone, residents, trainer, wire
-from lalora_app.adapter import select
+from lalora_app.adapter import Adapter, select
 from lalora_app.config import Config, ConfigError, parse
-from lalora_app.data import DataError, Examples, check_client, encode, partition
+from lalora_app.data import Examples, check_client
 from lalora_app.data import private_file as read_private_file
+from lalora_app.encoding import Encoded
 from lalora_app.methods import lookup
+from lalora_app.partition import CLIENT_NAME, deal_name, partition
 from lalora_app.privacy import randomness
 from lalora_app.privacy.accounting import Release, epsilon
 from lalora_app.privacy.ledger import BudgetError, Ledger, Limit, Reservation, noise_for
 from lalora_app.privacy.policy import read_policy, state_folder
+from lalora_app.sources import DataError
 
 app = ClientApp()
 _log = logging.getLogger("flwr")
+
+
+Prepared = tuple["LocalData", backbone.Backbone, Adapter, Encoded]
 
 
 @dataclass(frozen=True)
@@ -36,9 +42,9 @@ class LocalData:
 
 def _simulated(config: Config, index: int, clients: int) -> LocalData:
     data = config.data
-    deal = f"alpha={data.dirichlet_alpha} test={data.test_fraction} seed={config.seed}"
+    deal = deal_name(data, config.seed)
     return LocalData(
-        client=f"partition-{index:06d}",
+        client=CLIENT_NAME.format(index),
         dataset=f"simulated {data.name} {deal} {index}/{clients}",
         examples=partition(data, config.seed, clients)[index],
     )
@@ -62,6 +68,13 @@ def _checked_data(config: Config, context: Context) -> LocalData:
     batch_size, delta = config.train.batch_size, config.privacy.delta
     check_client(len(local.examples), batch_size=batch_size, delta=delta)
     return local
+
+
+def _prepared(config: Config, context: Context) -> Prepared:
+    """Return everything that can fail for a reason of ours: before any budget is spent."""
+    local = _checked_data(config, context)
+    model, start = backbone.build(config)
+    return local, model, start, model.encode(local.examples)
 
 
 def _streams(config: Config, local: LocalData, attempt: int) -> trainer.Streams:
@@ -106,19 +119,16 @@ def _spent(config: Config, local: LocalData, context: Context, run: str) -> floa
 def _hello(message: Message, context: Context) -> RecordDict:
     config = parse(context.run_config)
     read_policy(context.node_config, config.privacy.delta, config.data.public_size)
-    return wire.Hello(_checked_data(config, context).client).record()
+    return wire.Hello(_prepared(config, context)[0].client).record()
 
 
 def _train(message: Message, context: Context) -> RecordDict:
     config = parse(context.run_config)
     method = lookup(config.method, config.train.local_steps)
     request = wire.parse_request(message.content)
-    local = _checked_data(config, context)
+    local, model, like, encoded = _prepared(config, context)
     policy = read_policy(context.node_config, config.privacy.delta, config.data.public_size)
-    # Everything that can fail for a reason of ours fails before the ledger is written.
-    model, like = backbone.build(config)
     start = wire.adapter_of(message.content, like)
-    encoded = encode(local.examples, model.tokenizer, config.model.max_length)
     folder = state_folder(context.node_config)
     resident = residents.resident_file(folder, local.dataset, request.run)
     start = residents.substitute(resident, start, request.versions, request.attempt)

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 Scalar = str | int | float | bool
+TASKS = ("text-classification", "image-classification", "causal-lm")
+BY_LABEL = ("dirichlet", "pathological", "shard")  # partitioners that look at the labels
+PARTITIONERS = (*BY_LABEL, "iid", "natural-id", "linear", "square", "exponential")
 T = TypeVar("T")
 
 
@@ -40,6 +43,10 @@ def _text() -> Any:
     return law("must not be empty", lambda v: bool(v.strip()))
 
 
+def _any() -> Any:
+    return law("", lambda v: True)
+
+
 def _path() -> Any:
     return law("must be an absolute path, or start with ~", lambda v: v.startswith(("/", "~")))
 
@@ -49,10 +56,16 @@ class Model:
     """The frozen backbone."""
 
     name: str = _text()
+    task: str = _one_of(*TASKS)
+    weights: str = _one_of("pretrained", "random")
     pooling: str = _one_of("mean", "model")
     max_length: int = _count()
+    image_size: int = _count()
+    image_resize: int = _count()
     device: str = _one_of("auto", "cpu", "cuda")
     dtype: str = _one_of("auto", "float32", "bfloat16")
+    attention: str = _one_of("auto", "sdpa", "eager")
+    checkpointing: bool = _any()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,15 +80,22 @@ class Lora:
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
-    """The dataset, its public test split, and the skew of the simulated clients."""
+    """The dataset, its public test split, and how it is dealt to simulated clients."""
 
     name: str = _text()
-    text_column: str = _text()
+    subset: str = _text()
+    train_split: str = _text()
+    test_split: str = _text()
+    input_column: str = _text()
     label_column: str = _text()
     num_labels: int = law("must be at least 2", lambda v: v >= 2)
     test_fraction: float = law("must be in (0, 1)", lambda v: 0 < v < 1)
+    partitioner: str = _one_of(*PARTITIONERS)
     dirichlet_alpha: float = law("must be greater than 0 (inf: IID)", lambda v: v > 0)
-    public_size: bool = law("", lambda v: True)
+    classes_per_client: int = _count()
+    shards_per_client: int = _count()
+    client_column: str = _text()
+    public_size: bool = _any()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -174,10 +194,29 @@ def _keys(kind: type, prefix: str = "") -> Iterator[str]:
         yield from _keys(wanted, key + ".") if is_dataclass(wanted) else (key,)
 
 
+def _check_model(config: Config) -> None:
+    model, data = config.model, config.data
+    if model.pooling == "mean" and model.task != "text-classification":
+        raise ConfigError(f'model.pooling="mean" must be "model" for model.task="{model.task}"')
+    if model.image_resize < model.image_size:
+        raise ConfigError(
+            f"model.image-resize={model.image_resize} must be at least model.image-size="
+            f"{model.image_size}, which is cut out of its middle"
+        )
+    if data.label_column == "none" and model.task != "causal-lm":
+        raise ConfigError(f'data.label-column="none" must name a column for "{model.task}"')
+    if data.label_column == "none" and data.partitioner in BY_LABEL:
+        raise ConfigError(
+            f'data.partitioner="{data.partitioner}" must be one that needs no labels while '
+            'data.label-column="none"'
+        )
+
+
 def _check_together(config: Config) -> None:
     clip, epsilon = config.privacy.clip_norm, config.privacy.epsilon
     if math.isinf(clip) and math.isfinite(epsilon):
         raise ConfigError(f"privacy.clip-norm=inf must be finite while privacy.epsilon={epsilon}")
+    _check_model(config)
     if config.train.momentum > 0 and config.train.optimizer != "sgd":
         raise ConfigError(
             f"train.momentum={config.train.momentum} must be 0 for optimizer "

@@ -9,7 +9,9 @@ from peft import PeftModel
 from lalora_app.adapter import Adapter
 from lalora_app.backbone import Backbone
 from lalora_app.config import Config
-from lalora_app.pretrained import auto_class, public_name
+from lalora_app.models.pretrained import TIMM, public_name
+from lalora_app.models.transformers_models import auto_class
+from lalora_app.tasks import METRICS
 
 ADJACENCY = (
     "one example of one client replaced by an empty record (zero-out); clients' data sets are "
@@ -28,24 +30,34 @@ tags: [lora, federated-learning, differential-privacy, flower]
 Trained by LaLoRA in {rounds} federated rounds on `{data}`.
 {privacy}
 
-Test split: accuracy {accuracy:.4f}, balanced accuracy {balanced:.4f}.
+Test split: {quality}.
 
 ```python
 from peft import PeftModel
-from transformers import {auto}
-
-base = {auto}.from_pretrained("{base}", num_labels={labels})
+{load}
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 {logits}
 ```
 """
 
+_TRANSFORMERS = """\
+from transformers import {auto}
+
+base = {auto}.from_pretrained("{base}"{labels})"""
+
+_TIMM = """\
+import timm
+
+base = timm.create_model("{base}", pretrained=True, num_classes={labels}, img_size={size})"""
+
 _LOGITS = {
-    "mean": """\
+    ("text-classification", "mean"): """\
 out = model(**tokens).logits                    # (examples, tokens, labels)
 mask = tokens["attention_mask"].unsqueeze(-1)
 logits = (out * mask).sum(1) / mask.sum(1)      # the mean over the tokens classifies the text""",
-    "model": "logits = model(**tokens).logits",
+    ("text-classification", "model"): "logits = model(**tokens).logits",
+    ("image-classification", "model"): "logits = model(images)",
+    ("causal-lm", "model"): "logits = model(**tokens).logits",
 }
 
 _PRIVATE = """
@@ -76,6 +88,21 @@ def privacy_sentence(config: Config, epsilon: float) -> str:
     )
 
 
+def _load_code(config: Config, base: str) -> str:
+    model, labels = config.model, config.data.num_labels
+    if model.name.startswith(TIMM):
+        return _TIMM.format(base=base.removeprefix("timm/"), labels=labels, size=model.image_size)
+    head = "" if model.task == "causal-lm" else f", num_labels={labels}"
+    if model.task == "image-classification":
+        head += ", ignore_mismatched_sizes=True"
+    return _TRANSFORMERS.format(auto=auto_class(model), base=base, labels=head)
+
+
+def _quality(row: Mapping[str, Any]) -> str:
+    scores = {name: row[name] for name in METRICS if name in row}
+    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items())
+
+
 def export(
     backbone: Backbone, adapter: Adapter, folder: Path, config: Config, row: Mapping[str, Any]
 ) -> None:
@@ -96,14 +123,12 @@ def export(
     model.save_pretrained(str(folder), save_embedding_layers=False)
     card = _CARD.format(
         base=base,
-        auto=auto_class(config.model),
-        logits=_LOGITS[config.model.pooling],
+        load=_load_code(config, base),
+        logits=_LOGITS[config.model.task, config.model.pooling],
         method=config.method,
         rounds=row["round"],
         data=config.data.name,
         privacy=privacy_sentence(config, row["epsilon_max"]),
-        accuracy=row["accuracy"],
-        balanced=row["balanced_accuracy"],
-        labels=config.data.num_labels,
+        quality=_quality(row),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")

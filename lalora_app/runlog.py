@@ -9,10 +9,11 @@ from flwr.app import ArrayRecord, MetricRecord
 
 from lalora_app.backbone import Backbone
 from lalora_app.config import Config
-from lalora_app.data import Encoded
+from lalora_app.encoding import Encoded
 from lalora_app.export import ACCOUNTANT, ADJACENCY, export
 from lalora_app.results import RunFolder
 from lalora_app.strategy import LocalAlternation
+from lalora_app.tasks import METRICS, Metrics
 
 _log = logging.getLogger("flwr")
 _EVAL_BATCH = 64
@@ -34,16 +35,16 @@ class Progress:
         """Flower's ``evaluate_fn``: round 0 is the start."""
         attempts = self.strategy.attempts
         if attempts and not attempts[-1].aggregated and self.rows:  # the adapter is the same
-            scores = {k: self.rows[-1][k] for k in ("accuracy", "balanced_accuracy")}
+            scores = _scores(self.rows[-1])
         else:
             self.model.load(self.strategy.state.adapter)
             batches = self.test.batches(_EVAL_BATCH)
-            scores = self.model.evaluate(batches, self.config.data.num_labels)
+            scores = self.model.evaluate(batches)
         if server_round > 0:
             self._record({"attempt": self.strategy.state.attempts, **asdict(attempts[-1])}, scores)
         return MetricRecord(dict(scores))
 
-    def _record(self, attempt: dict[str, Any], scores: dict[str, float]) -> None:
+    def _record(self, attempt: dict[str, Any], scores: Metrics) -> None:
         elapsed = time.monotonic() - self.started
         self.rows.append({**attempt, **scores, "elapsed": elapsed})
         self.folder.write_history(self.rows)
@@ -51,13 +52,20 @@ class Progress:
         total, done = self.config.num_server_rounds, attempt["attempt"]
         left = elapsed / len(self.strategy.attempts) * (total - done)
         _log.info(
-            "LaLoRA round %d/%d  phase %s  %s  accuracy %.4f  balanced %.4f  epsilon <= %.2f  "
-            "%.1f s  ETA %d:%02d",
+            "LaLoRA round %d/%d  phase %s  %s  %s  epsilon <= %.2f  %.1f s  ETA %d:%02d",
             *(done, total, attempt["phase"]),
             "aggregated" if attempt["aggregated"] else "FAILED: too few valid replies",
-            *(scores["accuracy"], scores["balanced_accuracy"], attempt["epsilon_max"]),
+            *(_told(scores), attempt["epsilon_max"]),
             *(attempt["seconds"], int(left) // 60, int(left) % 60),
         )
+
+
+def _scores(row: dict[str, Any]) -> Metrics:
+    return {name: row[name] for name in METRICS if name in row}
+
+
+def _told(scores: Metrics) -> str:
+    return "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items())
 
 
 def _mean_bytes(rows: list[dict[str, Any]], key: str) -> float:
@@ -72,8 +80,7 @@ def _summary(config: Config, rows: list[dict[str, Any]], seconds: float) -> dict
     return {
         "method": config.method,
         "rounds": sum(row["aggregated"] for row in rows),
-        "accuracy": last["accuracy"],
-        "balanced_accuracy": last["balanced_accuracy"],
+        **_scores(last),
         "epsilon_max": last["epsilon_max"],
         "delta": config.privacy.delta,
         "upload_bytes_per_round": _mean_bytes(rows, "upload_bytes"),
@@ -116,9 +123,7 @@ def finish(progress: Progress) -> None:
     folder.write_json("summary.json", summary)
     _log.info("")
     _log.info("LaLoRA results    %s", folder.path)
-    _log.info(
-        "LaLoRA accuracy   %.4f (balanced %.4f)", summary["accuracy"], summary["balanced_accuracy"]
-    )
+    _log.info("LaLoRA quality    %s", _told(_scores(summary)))
     _log.info(
         "LaLoRA privacy    largest client epsilon %.2f at delta %g%s",
         *(summary["epsilon_max"], summary["delta"]),

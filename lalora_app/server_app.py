@@ -13,7 +13,7 @@ from lalora_app import backbone as backbones
 from lalora_app import cohorts, wire
 from lalora_app.adapter import ServerState
 from lalora_app.config import Config, ConfigError, flatten, from_tables, full_path, parse
-from lalora_app.data import encode, split
+from lalora_app.data import split
 from lalora_app.methods import lookup
 from lalora_app.results import RunFolder, check_writable, new_folder, old_folder
 from lalora_app.runlog import Progress, finish
@@ -135,7 +135,7 @@ def run(grid: Grid, config: Config) -> None:
     _warn_if_not_private(config)
     check_writable(config)
     model, start = backbones.build(config)
-    test = encode(split(config.data)[1], model.tokenizer, config.model.max_length)
+    test = model.encode(split(config.data)[1])
     resumed = None if config.resume_from == "none" else _resumed(config)
     sizes = sum(array.size for array in start.values())
     _log.info("LaLoRA model: %d target layers, %d trainable parameters", model.targets, sizes)

@@ -11,6 +11,7 @@ from flwr.serverapp.strategy import Strategy
 
 from lalora_app import wire
 from lalora_app.adapter import ServerState, num_bytes, select
+from lalora_app.aggregate.error import aggregation_error
 from lalora_app.config import Config
 from lalora_app.methods import Method
 from lalora_app.wire import TrainReply, WireError
@@ -31,6 +32,8 @@ class Attempt:
         upload_bytes: tensors of one client's reply, mean over the replies.
         download_bytes: tensors of one client's request.
         epsilon_max: the largest ε that any client can have spent so far in this run.
+        aggregation_error: of averaging the factors apart, relative to the mean of the clients'
+            products; None where only one factor travelled.
         seconds: from the request to the aggregate.
     """
 
@@ -42,6 +45,7 @@ class Attempt:
     upload_bytes: int
     download_bytes: int
     epsilon_max: float
+    aggregation_error: float | None
     seconds: float
 
 
@@ -200,6 +204,7 @@ class LocalAlternation(Strategy):
             upload_bytes=sum(sizes) // max(len(sizes), 1),
             download_bytes=download,
             epsilon_max=max([self.epsilon_before, *self.epsilons.values()]),
+            aggregation_error=aggregation_error(self._weights(good), uploads) if enough else None,
             seconds=time.monotonic() - self._asked_at,
         )
         self.attempts.append(attempt)

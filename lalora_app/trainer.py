@@ -10,7 +10,7 @@ from torch import Tensor
 from lalora_app.adapter import Adapter, active_names, kind
 from lalora_app.backbone import Backbone
 from lalora_app.config import Train
-from lalora_app.data import Encoded
+from lalora_app.encoding import Encoded
 from lalora_app.methods import Method
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.mechanism import add_noise, clipped_sum, poisson_batch

@@ -21,15 +21,16 @@ from safetensors.numpy import load_file
 
 from conftest import make_config
 from fake_grid import FakeGrid, identify, wire_bytes
-from lalora_app import backbone, client_app, server_app, trainer, wire
+from lalora_app import backbone, client_app, residents, server_app, trainer, wire
 from lalora_app.adapter import kind
 from lalora_app.config import Config, ConfigError, flatten, from_tables, parse
-from lalora_app.data import DataError, split
+from lalora_app.data import split
 from lalora_app.methods import METHODS
 from lalora_app.privacy.accounting import Release, epsilon
 from lalora_app.privacy.ledger import Ledger
 from lalora_app.privacy.types import NoisedGrads
 from lalora_app.results import RunFolder
+from lalora_app.sources import DataError
 
 INF = float("inf")
 TRAIN_SIZE, RATE, EPSILON, DELTA = 360, 1 / 15, 0.3, 1e-5
@@ -379,7 +380,7 @@ def tokens_of(config: Config, side: int):
     examples = split(config.data)[side]
     tokenizer = AutoTokenizer.from_pretrained(config.model.name)
     tokens = tokenizer(
-        list(examples.texts),
+        list(examples.contents),
         padding=True,
         truncation=True,
         max_length=config.model.max_length,
@@ -878,7 +879,7 @@ def test_no_text_of_an_exception_leaves_a_client(tiny, monkeypatch, where, error
 
     module, name = {
         "query": (client_app, "partition"),
-        "before the ledger": (client_app, "encode"),
+        "before the ledger": (residents, "substitute"),
         "after the ledger": (trainer, "run_round"),
     }[where]
     monkeypatch.setattr(module, name, fail)
@@ -1023,7 +1024,7 @@ BAD = {
     "unknown method": ({"method": "la-lara"}, ['method="la-lara"', '"la-lora"']),
     "missing model": ({"model.name": "/no/such/model"}, ['model.name="/no/such/model"']),
     "missing data": ({"data.name": "/no/such/data.csv"}, ['data.name="/no/such/data.csv"']),
-    "no such column": ({"data.text-column": "body"}, ['data.text-column="body"', "text, label"]),
+    "no such column": ({"data.input-column": "body"}, ['data.input-column="body"', "text, label"]),
     "targets nowhere": ({"lora.targets": "nothing"}, ['lora.targets="nothing"', "query"]),
     "targets no Linear": ({"lora.targets": "LayerNorm"}, ['lora.targets="LayerNorm"', "Linear"]),
     "min-replies": ({"min-replies": 3}, ["min-replies=3", "at most the 2 clients"]),

@@ -35,6 +35,11 @@ OUT_OF_RANGE = [
     ("model.pooling", "cls"),
     ("model.device", "gpu"),
     ("model.dtype", "float16"),
+    ("model.task", "chat"),
+    ("model.weights", "best"),
+    ("model.image-size", 0),
+    ("model.image-resize", 0),
+    ("model.attention", "flash"),
     ("lora.rank", 0),
     ("lora.rank", -8),
     ("lora.alpha", 0.0),
@@ -42,9 +47,16 @@ OUT_OF_RANGE = [
     ("lora.targets", ""),
     ("lora.kernel", "fast"),
     ("data.name", ""),
-    ("data.text-column", ""),
+    ("data.input-column", ""),
     ("data.label-column", ""),
     ("data.num-labels", 1),
+    ("data.subset", ""),
+    ("data.train-split", " "),
+    ("data.test-split", ""),
+    ("data.partitioner", "random"),
+    ("data.classes-per-client", 0),
+    ("data.shards-per-client", 0),
+    ("data.client-column", ""),
     ("data.test-fraction", 0.0),
     ("data.test-fraction", 1.0),
     ("data.dirichlet-alpha", 0.0),
@@ -144,7 +156,7 @@ def test_values_at_the_edge_of_a_law_are_taken(key, value):
 
 
 def test_every_key_has_a_default_and_a_law_that_some_value_breaks():
-    lawless = {"data.public-size"}  # a bool: only its type can be wrong
+    lawless = {"data.public-size", "model.checkpointing"}  # only their type can be wrong
     assert {key for key, _ in OUT_OF_RANGE} == set(defaults()) - lawless
 
 

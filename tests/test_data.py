@@ -11,18 +11,28 @@ import torch
 from conftest import WORDS
 from lalora_app import data as datasets
 from lalora_app.config import ConfigError, Data
-from lalora_app.data import DEMO, DataError, Encoded, Examples
+from lalora_app.data import Examples
+from lalora_app.encoding import EncodedTexts, encode_texts
+from lalora_app.partition import partition
+from lalora_app.sources import DEMO, DataError
 
 INF = float("inf")
 
 
 def described(name, **changes):
     defaults = {
-        "text_column": "text",
+        "subset": "none",
+        "train_split": "train",
+        "test_split": "none",
+        "input_column": "text",
         "label_column": "label",
         "num_labels": 2,
         "test_fraction": 0.2,
+        "partitioner": "dirichlet",
         "dirichlet_alpha": INF,
+        "classes_per_client": 2,
+        "shards_per_client": 2,
+        "client_column": "client",
         "public_size": False,
     }
     return Data(name=str(name), **defaults | changes)
@@ -34,7 +44,7 @@ def written(path, rows):
 
 
 def counted(*parts):
-    return Counter(pair for part in parts for pair in zip(part.texts, part.labels, strict=True))
+    return Counter(pair for part in parts for pair in zip(part.contents, part.labels, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -50,9 +60,9 @@ def test_split_loses_nothing_and_keeps_copies_together(rows, tmp_path):
     data = described(written(tmp_path / "rows.jsonl", rows))
     train, test = datasets.split(data)
     assert counted(train, test) == Counter((row["text"], row["label"]) for row in rows)
-    assert not set(train.texts) & set(test.texts)
-    assert train.texts
-    assert test.texts
+    assert not set(train.contents) & set(test.contents)
+    assert train.contents
+    assert test.contents
 
 
 def test_split_follows_content_not_order(rows, tmp_path):
@@ -89,7 +99,7 @@ def test_a_side_left_empty_is_an_error(tmp_path):
 @pytest.mark.parametrize("clients", [1, 3, 7])
 def test_partition_deals_the_train_split_exactly_once(tiny_data, alpha, clients):
     data = described(tiny_data, dirichlet_alpha=alpha)
-    parts = datasets.partition(data, 0, clients)
+    parts = partition(data, 0, clients)
     assert len(parts) == clients
     assert counted(*parts) == counted(datasets.split(data)[0])
 
@@ -100,15 +110,15 @@ def shares(parts):
 
 def test_a_large_alpha_balances_and_a_small_one_skews(tiny_data):
     labels = datasets.split(described(tiny_data))[0].labels
-    even = datasets.partition(described(tiny_data, dirichlet_alpha=1e9), 0, 4)
+    even = partition(described(tiny_data, dirichlet_alpha=1e9), 0, 4)
     assert np.abs(shares(even) - np.mean(labels)).max() < 0.02
     assert max(map(len, even)) - min(map(len, even)) <= 4
-    skewed = datasets.partition(described(tiny_data, dirichlet_alpha=0.05), 0, 4)
+    skewed = partition(described(tiny_data, dirichlet_alpha=0.05), 0, 4)
     assert np.ptp(shares(skewed)) > 0.5
 
 
 def test_iid_parts_have_equal_sizes_and_mixed_labels(tiny_data):
-    parts = datasets.partition(described(tiny_data), 0, 4)
+    parts = partition(described(tiny_data), 0, 4)
     assert max(map(len, parts)) - min(map(len, parts)) <= 1
     mean = np.mean(datasets.split(described(tiny_data))[0].labels)
     assert np.abs(shares(parts) - mean).max() < 0.2
@@ -117,13 +127,13 @@ def test_iid_parts_have_equal_sizes_and_mixed_labels(tiny_data):
 @pytest.mark.parametrize("alpha", [INF, 0.5])
 def test_the_deal_follows_the_seed(tiny_data, alpha):
     data = described(tiny_data, dirichlet_alpha=alpha)
-    deal = datasets.partition.__wrapped__  # past the cache
+    deal = partition.__wrapped__  # past the cache
     assert deal(data, 1, 3) == deal(data, 1, 3)
     assert deal(data, 1, 3) != deal(data, 2, 3)
 
 
 def test_a_client_may_come_out_empty_and_is_then_refused(tiny_data):
-    parts = datasets.partition(described(tiny_data, dirichlet_alpha=1e-3), 0, 30)
+    parts = partition(described(tiny_data, dirichlet_alpha=1e-3), 0, 30)
     assert counted(*parts) == counted(datasets.split(described(tiny_data))[0])
     assert not all(map(len, parts))
     with pytest.raises(DataError, match="at least one example") as caught:
@@ -148,7 +158,7 @@ def test_limits_of_a_client():
 @pytest.fixture(scope="module")
 def encoded():
     tokens = ((5, 6, 7), (1,), (2, 3), (9, 9, 9, 9, 9), (4, 4))
-    return Encoded(tokens, (0, 1, 0, 1, 1), pad=99)
+    return EncodedTexts(tokens, (0, 1, 0, 1, 1), pad=99)
 
 
 def test_a_batch_is_padded_to_its_longest_and_masked(encoded):
@@ -161,7 +171,7 @@ def test_a_batch_is_padded_to_its_longest_and_masked(encoded):
 
 
 def test_a_pad_token_in_a_text_is_not_masked():
-    batch = Encoded(((99, 5, 99), (1,)), (0, 0), pad=99).batch([0, 1])
+    batch = EncodedTexts(((99, 5, 99), (1,)), (0, 0), pad=99).batch([0, 1])
     assert batch.mask.tolist() == [[1, 1, 1], [1, 0, 0]]
 
 
@@ -184,7 +194,7 @@ def test_encode_cuts_at_max_length(tiny_model):
 
     tokenizer = AutoTokenizer.from_pretrained(tiny_model)
     examples = Examples(("free prize", "hello dear friend see you later"), (1, 0))
-    got = datasets.encode(examples, tokenizer, 5)
+    got = encode_texts(examples, tokenizer, 5)
     cls, sep = WORDS.index("[CLS]"), WORDS.index("[SEP]")
     free, prize = WORDS.index("free"), WORDS.index("prize")
     hello = [WORDS.index(word) for word in ("hello", "dear", "friend")]
@@ -199,7 +209,7 @@ def test_the_bundled_sms_set_is_whole():
     train, test = datasets.split(described(DEMO, test_fraction=0.1))
     assert len(train) + len(test) == 5574
     assert sum(train.labels) + sum(test.labels) == 747
-    assert not set(train.texts) & set(test.texts)
+    assert not set(train.contents) & set(test.contents)
 
 
 @pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # of datasets' CSV reader
@@ -219,11 +229,16 @@ def test_csv_and_parquet_are_read_like_jsonl(tmp_path, rows):
 
 GOOD = [{"text": f"words {i}", "label": i % 2} for i in range(20)]
 BAD = {
-    "no such file": (None, {}, "data.name", "must be an existing file ending in one of"),
-    "no text column": (GOOD, {"text_column": "body"}, "data.text-column", '="body" must be'),
+    "no such file": (
+        None,
+        {},
+        "data.name",
+        "must be an existing folder, or a file ending in",
+    ),
+    "no text column": (GOOD, {"input_column": "body"}, "data.input-column", '="body" must be'),
     "no label column": (GOOD, {"label_column": "y"}, "data.label-column", '="y" must be'),
-    "empty text": ([*GOOD, {"text": " ", "label": 0}], {}, "data.text-column", "row 20 has no"),
-    "missing text": ([*GOOD, {"text": None, "label": 0}], {}, "data.text-column", "row 20"),
+    "empty text": ([*GOOD, {"text": " ", "label": 0}], {}, "data.input-column", "row 20 has no"),
+    "missing text": ([*GOOD, {"text": None, "label": 0}], {}, "data.input-column", "row 20"),
     "label outside": ([*GOOD, {"text": "x", "label": 2}], {}, "data.num-labels", "has label 2"),
     "negative label": ([*GOOD, {"text": "x", "label": -1}], {}, "data.num-labels", "label -1"),
     "missing label": ([*GOOD, {"text": "x", "label": None}], {}, "data.num-labels", "row 20"),

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lalora_app.backbone import build, whole_mask
-from lalora_app.data import Encoded, encode, split
+from lalora_app.backbone import build
+from lalora_app.data import split
 from lalora_app.device import narrow_frozen, pick_device, pick_dtype
+from lalora_app.encoding import EncodedTexts
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.attach import LayoutError
 from lalora_app.privacy.ledger import Reservation
@@ -19,6 +20,7 @@ from lalora_app.privacy.mechanism import clipped_sum
 from lalora_app.privacy.per_example import PerExampleEngine
 from lalora_app.privacy.randomness import seeded
 from lalora_app.privacy.types import Outer, PerExampleGrads
+from lalora_app.tasks import whole_mask
 from lalora_app.trainer import Streams, private_gradient
 from oracle import (
     WAYS,
@@ -258,11 +260,11 @@ def test_every_kernel_of_the_config_releases_the_same(tiny, no_compiler, kernel,
         backbone, start = build(config)
         rng = np.random.default_rng(0)
         backbone.load({n: rng.normal(0, 0.5, a.shape).astype("f4") for n, a in start.items()})
-        data = encode(split(config.data)[0], backbone.tokenizer, 12)
+        data = backbone.encode(split(config.data)[0])
         backbone.engine.activate(frozenset(name for name in start if ".lora_A." not in name))
         released[which] = private_gradient(
             backbone,
-            Encoded(data.tokens[:40], data.labels[:40], data.pad),
+            EncodedTexts(data.tokens[:40], data.labels[:40], data.pad),
             reservation=Reservation(Release(0.5, 1.0, 1)),
             clip_norm=0.1,
             micro_batch=8,
@@ -294,7 +296,7 @@ def test_bf16_is_the_default_of_a_gpu_and_float32_of_a_cpu():
 def test_a_ready_mask_means_the_same_as_a_mask_of_tokens(tiny):
     config = tiny()
     backbone, _ = build(config)
-    data = encode(split(config.data)[0], backbone.tokenizer, 12)
+    data = backbone.encode(split(config.data)[0])
     lengths = sorted(range(len(data)), key=lambda i: len(data.tokens[i]))
     batch = data.batch([lengths[0], lengths[-1]])
     assert not batch.mask.all()

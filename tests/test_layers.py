@@ -14,8 +14,13 @@ SHELL = USES_FLWR | {"cli", "launcher"}
 TORCH_ROOMS = {
     "trainer",
     "backbone",
-    "pretrained",
-    "data",
+    "models",
+    "models.base",
+    "models.pretrained",
+    "models.timm_models",
+    "models.transformers_models",
+    "tasks",
+    "encoding",
     "privacy.per_example",
     "privacy.attach",
     "privacy.expanded",
@@ -39,8 +44,12 @@ CORE = {
     "privacy.ledger",
     "privacy.policy",
     "privacy.randomness",
+    "aggregate.error",
     "cohorts",
+    "data",
+    "partition",
     "residents",
+    "sources",
 }
 
 

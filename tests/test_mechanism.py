@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from lalora_app.backbone import Backbone, build, wire_name
-from lalora_app.data import Encoded, encode, split
+from lalora_app.data import split
+from lalora_app.encoding import EncodedTexts
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.ledger import BudgetError, Reservation
 from lalora_app.privacy.mechanism import (
@@ -222,13 +223,13 @@ def backbone(tiny):
 
 
 @pytest.fixture
-def data(tiny, backbone) -> Encoded:
+def data(tiny, backbone) -> EncodedTexts:
     config = tiny()
-    encoded = encode(split(config.data)[0], backbone.tokenizer, config.model.max_length)
-    return Encoded(encoded.tokens[:EXAMPLES], encoded.labels[:EXAMPLES], encoded.pad)
+    encoded = backbone.encode(split(config.data)[0])
+    return EncodedTexts(encoded.tokens[:EXAMPLES], encoded.labels[:EXAMPLES], encoded.pad)
 
 
-def loop_gradients(backbone: Backbone, data: Encoded) -> list[dict[str, torch.Tensor]]:
+def loop_gradients(backbone: Backbone, data: EncodedTexts) -> list[dict[str, torch.Tensor]]:
     """Plain autograd on a copy without the engine, one example a batch."""
     model = copy.deepcopy(backbone.model)
     for module in model.modules():

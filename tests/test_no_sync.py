@@ -14,18 +14,19 @@ from torch import Tensor, nn
 from conftest import make_config
 from lalora_app.adapter import active_names
 from lalora_app.backbone import Backbone, wire_name
-from lalora_app.data import Encoded
+from lalora_app.encoding import EncodedTexts
 from lalora_app.methods import METHODS
 from lalora_app.privacy import attach, kernels, mechanism
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.per_example import PerExampleEngine
 from lalora_app.privacy.randomness import seeded
+from lalora_app.tasks import CLASSIFICATION, mean_logits, text_logits
 from lalora_app.trainer import Streams, apply, make_optimizer, private_gradient
 
 META = torch.device("meta")
 TOKENS = tuple(tuple(range(2, 4 + i % 5)) for i in range(40))
-DATA = Encoded(TOKENS, tuple(i % 2 for i in range(40)), pad=0)
+DATA = EncodedTexts(TOKENS, tuple(i % 2 for i in range(40)), pad=0)
 
 
 def tiny_bert(pooling: str) -> nn.Module:
@@ -50,7 +51,8 @@ def meta_backbone(*, pooling="mean", kernel="fused", dtype=torch.float32) -> Bac
     model = tiny_bert(pooling).to(dtype).to(META)
     parameters = {wire_name(n): p for n, p in model.named_parameters() if p.requires_grad}
     engine = PerExampleEngine(model, parameters, kernel)
-    return Backbone(model, None, engine, META, dtype, pooling, 4)
+    forward = {"mean": mean_logits, "model": text_logits}[pooling]
+    return Backbone(model, CLASSIFICATION, forward, list, engine, META, dtype, 4)
 
 
 def private_steps(backbone: Backbone) -> None:
@@ -135,6 +137,6 @@ def test_a_read_of_a_value_would_be_seen(read):
 
 def test_a_mask_of_tokens_would_be_read(monkeypatch):
     """Why the model is given a ready 4-D mask."""
-    monkeypatch.setattr("lalora_app.backbone.whole_mask", lambda mask: mask)
+    monkeypatch.setattr("lalora_app.tasks.whole_mask", lambda mask: mask)
     with pytest.raises(RuntimeError, match="meta"):
         private_steps(meta_backbone())

@@ -7,12 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from conftest import SHARED, make_config
-from lalora_app.backbone import build, masked_mean
-from lalora_app.data import Encoded, encode, split
+from lalora_app.backbone import build
+from lalora_app.data import Examples, split
+from lalora_app.encoding import EncodedTexts
 from lalora_app.privacy.attach import LayoutError
 from lalora_app.privacy.layout import check_layout
 from lalora_app.privacy.mechanism import clipped_sum
 from lalora_app.privacy.per_example import PerExampleEngine
+from lalora_app.tasks import masked_mean
 from oracle import (
     TOLERANCE,
     Losses,
@@ -32,7 +34,7 @@ MINILM = SHARED / "models" / "minilm-l6-h384"
 # Real architectures.
 
 
-def text_losses(data: Encoded, pooling: str) -> Losses:
+def text_losses(data: EncodedTexts, pooling: str) -> Losses:
     def losses(model: nn.Module, indices: list[int]) -> Tensor:
         batch = data.batch(indices)  # padded to the longest: a single example is not padded at all
         logits = model(input_ids=batch.inputs, attention_mask=batch.mask).logits
@@ -55,10 +57,12 @@ def bert(tiny):
     def make(pooling: str = "model"):
         config = tiny(**{"model.pooling": pooling, "lora.targets": "query,value,dense"})
         backbone, _ = build(config)
-        data = encode(split(config.data)[0], backbone.tokenizer, 12)
+        data = backbone.encode(split(config.data)[0])
         tokens = tuple(data.tokens[i][: 2 + 2 * i] for i in range(4))
         assert len({len(row) for row in tokens}) == 4
-        return text_model(config), text_losses(Encoded(tokens, (0, 1, 0, 1), data.pad), pooling)
+        return text_model(config), text_losses(
+            EncodedTexts(tokens, (0, 1, 0, 1), data.pad), pooling
+        )
 
     return make
 
@@ -184,9 +188,9 @@ def test_the_real_minilm():
         "are you coming home for dinner tonight?",
     ]
     backbone, _ = build(config)
-    ids = tuple(tuple(row) for row in backbone.tokenizer(texts)["input_ids"])
+    ids = backbone.encode(Examples(tuple(texts), (0, 0, 1, 0))).tokens
     assert len({len(row) for row in ids}) == 4
-    data = Encoded(ids, (0, 0, 1, 0), backbone.tokenizer.pad_token_id)
+    data = EncodedTexts(ids, (0, 0, 1, 0), pad=0)
     losses = text_losses(data, config.model.pooling)
     assert_engine_is_right(text_model(config, std=0.03), losses)
 

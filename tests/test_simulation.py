@@ -13,7 +13,7 @@ from fake_grid import FakeGrid
 from lalora_app import cli, server_app
 from lalora_app.config import Config
 from lalora_app.data import split
-from lalora_app.pretrained import public_name, source
+from lalora_app.models.pretrained import public_name, source
 from lalora_app.results import to_toml
 
 KEYS = {
@@ -96,7 +96,7 @@ def test_the_default_model_loads_in_peft_with_the_reported_accuracy(tmp_path, mo
     tokenizer = AutoTokenizer.from_pretrained(source(config.model.name))
     _, test = split(config.data)
     right = 0
-    for text, label in zip(test.texts, test.labels, strict=True):
+    for text, label in zip(test.contents, test.labels, strict=True):
         tokens = tokenizer(text, truncation=True, max_length=32, return_tensors="pt")
         with torch.inference_mode():
             logits = model(**tokens).logits.mean(1)  # one text, nothing padded

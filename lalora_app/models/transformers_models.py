@@ -1,0 +1,205 @@
+"""Models of transformers: loaded by stock classes, with what their task needs."""
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from lalora_app.config import ConfigError, Model
+from lalora_app.encoding import encode_images, encode_sequences, encode_texts
+from lalora_app.models.base import Base, cannot_load, pixel_probe, token_probe
+from lalora_app.models.pretrained import source
+from lalora_app.tasks import (
+    CLASSIFICATION,
+    LANGUAGE_MODEL,
+    Forward,
+    Pixels,
+    causal_logits,
+    image_logits,
+    mean_logits,
+    text_logits,
+)
+
+_HEADS = ("classifier", "score")  # as PEFT's own task types call them
+
+
+@dataclass(frozen=True)
+class _Kind:
+    auto: str
+    forward: Forward
+    task_type: str | None
+
+
+_KINDS = {
+    # a linear head on every token; the mean of their logits classifies
+    ("text-classification", "mean"): _Kind(
+        "AutoModelForTokenClassification", mean_logits, "TOKEN_CLS"
+    ),
+    # the architecture's own pooling and head
+    ("text-classification", "model"): _Kind(
+        "AutoModelForSequenceClassification", text_logits, "SEQ_CLS"
+    ),
+    ("causal-lm", "model"): _Kind("AutoModelForCausalLM", causal_logits, "CAUSAL_LM"),
+}
+
+
+def auto_class(model: Model) -> str:
+    """Return the transformers class that loads the base model with its head."""
+    if model.task == "image-classification":
+        return "AutoModelForImageClassification"
+    return _KINDS[model.task, model.pooling].auto
+
+
+def _with_weights(kind: Any, where: str, model: Model, **settings: Any) -> tuple[Any, set[str]]:
+    """Return the model, and the modules that its checkpoint does not have."""
+    if model.attention != "auto":
+        settings["attn_implementation"] = model.attention
+    base, info = kind.from_pretrained(
+        where,
+        dtype=torch.float32,
+        ignore_mismatched_sizes=True,  # the checkpoint's own head is for other labels
+        output_loading_info=True,
+        **settings,
+    )
+    fresh = {*info["missing_keys"], *(entry[0] for entry in info["mismatched_keys"])}
+    return base, {name.rpartition(".")[0] for name in fresh}
+
+
+def _with_random_weights(
+    kind: Any, where: str, model: Model, **settings: Any
+) -> tuple[Any, set[str]]:
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(where, **settings)
+    chosen = {} if model.attention == "auto" else {"attn_implementation": model.attention}
+    return kind.from_config(config, dtype=torch.float32, **chosen), set()
+
+
+def _load(model: Model, where: str, num_labels: int) -> tuple[Any, set[str]]:
+    import transformers
+
+    kind = getattr(transformers, auto_class(model))
+    settings = {} if model.task == "causal-lm" else {"num_labels": num_labels}
+    load = _with_weights if model.weights == "pretrained" else _with_random_weights
+    base, fresh = load(kind, where, model, **settings)
+    return base, {name for name in fresh if name.split(".")[0] not in _HEADS}
+
+
+def _default_targets(base: Any) -> str:
+    """Return PEFT's own choice for the architecture, with the two image encoders added."""
+    from peft.utils import constants
+
+    known = {
+        **constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+        **{name: ["query", "value"] for name in ("swin", "beit", "dinov2", "vit", "deit")},
+        "distilbert": ["q_lin", "v_lin"],
+    }
+    found = known.get(base.config.model_type, [])
+    return "" if isinstance(found, str) else ",".join(found)
+
+
+def _without_conv1d(module: nn.Module) -> None:
+    """Replace GPT-2's transposed linear layers by the Linear layers that they are."""
+    from transformers.pytorch_utils import Conv1D
+
+    for name, child in list(module.named_children()):
+        if not isinstance(child, Conv1D):
+            _without_conv1d(child)
+            continue
+        outputs = child.weight.shape[1]
+        linear = nn.Linear(child.weight.shape[0], outputs, bias=True, device="meta")
+        linear.weight = nn.Parameter(child.weight.detach().t().contiguous())
+        linear.bias = child.bias
+        setattr(module, name, linear)
+
+
+def _tokenizer(where: str, model: Model, base: Any) -> Any:
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(where)
+    if model.task == "text-classification" and tokenizer.pad_token_id is None:
+        raise ConfigError(f'model.name="{model.name}" must have a tokenizer with a padding token')
+    base.config.pad_token_id = tokenizer.pad_token_id
+    positions = getattr(base.config, "max_position_embeddings", tokenizer.model_max_length)
+    longest = min(positions, tokenizer.model_max_length)
+    if model.max_length > longest:
+        raise ConfigError(
+            f"model.max-length={model.max_length} must be at most {longest}, the model's longest"
+        )
+    return tokenizer
+
+
+def _text_base(model: Model, where: str, base: Any, fresh: set[str]) -> Base:
+    kind = _KINDS[model.task, model.pooling]
+    causal = model.task == "causal-lm"
+    tokenizer = _tokenizer(where, model, base)
+    encode = encode_sequences if causal else encode_texts
+    heads = [name for name in _HEADS if hasattr(base, name)]
+    return Base(
+        model=base,
+        task=LANGUAGE_MODEL if causal else CLASSIFICATION,
+        forward=kind.forward,
+        encode=partial(encode, tokenizer=tokenizer, max_length=model.max_length),
+        probe=token_probe(min(len(tokenizer), base.config.vocab_size), model.task),
+        targets=_default_targets(base),
+        trained=(*heads, *sorted(fresh)),
+        task_type=kind.task_type,
+    )
+
+
+def _normalisation(where: str, model: Model) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    import transformers
+
+    if model.weights == "random":
+        return (0.5,) * 3, (0.5,) * 3
+    processor = transformers.AutoImageProcessor.from_pretrained(where)
+    return tuple(processor.image_mean), tuple(processor.image_std)
+
+
+def _image_base(model: Model, where: str, base: Any, fresh: set[str]) -> Base:
+    size = getattr(base.config, "image_size", model.image_size)
+    if size not in (model.image_size, [model.image_size] * 2):
+        raise ConfigError(f"model.image-size={model.image_size} must be {size}, the model's own")
+    mean, std = _normalisation(where, model)
+    pixels = Pixels(model.image_resize, model.image_size, mean, std)
+    return Base(
+        model=base,
+        task=CLASSIFICATION,
+        forward=partial(image_logits, pixels),
+        encode=partial(encode_images, resize=model.image_resize, size=model.image_size),
+        probe=pixel_probe(model.image_size),
+        targets=_default_targets(base),
+        trained=("classifier", *sorted(fresh)),
+        task_type=None,
+    )
+
+
+def load_transformers(model: Model, num_labels: int) -> Base:
+    """Return a transformers model with a fresh head from torch's current seed, in float32.
+
+    Args:
+        model: ``model.name`` is a folder, a Hugging Face id or the demo's name; with
+            ``model.weights="random"`` only its configuration and tokenizer are read.
+        num_labels: of the head; a language model has none.
+
+    Raises:
+        ConfigError: if it cannot be found or loaded, or does not fit the config.
+    """
+    from transformers.utils import logging
+
+    where = source(model.name)
+    logging.set_verbosity_error()  # a fresh head is what we want, not worth a report
+    logging.disable_progress_bar()
+    finish = _image_base if model.task == "image-classification" else _text_base
+    try:
+        base, fresh = _load(model, where, num_labels)
+        _without_conv1d(base)
+        if model.checkpointing:
+            base.gradient_checkpointing_enable({"use_reentrant": False})
+        return finish(model, where, base, fresh)
+    except ConfigError:
+        raise
+    except (OSError, ValueError) as error:
+        raise cannot_load(model, error) from error
