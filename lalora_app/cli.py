@@ -4,8 +4,9 @@ import argparse
 import math
 import sqlite3
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from lalora_app.config import ConfigError
 from lalora_app.privacy.accounting import PRV_TRUSTED, epsilon, second_epsilon
@@ -103,6 +104,36 @@ def _run(args: argparse.Namespace) -> int:
     return launch(args.app, args.run_config, nodes=args.nodes, clients_per_gpu=shared)
 
 
+def _compare(args: argparse.Namespace) -> int:
+    from lalora_app.compare import prepare, read_file, summarise
+    from lalora_app.launcher import app_defaults, launch
+
+    tables = read_file(args.plan)
+    axes = ("name", "methods", "epsilons", "seeds", "nodes")
+    given = {axis: getattr(args, axis) for axis in axes if getattr(args, axis) is not None}
+    tables["compare"] |= given
+    plan, folder = prepare(tables, app_defaults(args.app))
+    code = 0
+    try:
+        if not args.table_only:
+            file = f'compare="{folder / "plan.json"}"'
+            shared = args.clients_per_gpu
+            code = launch(args.app, [file], nodes=plan.nodes, clients_per_gpu=shared)
+    finally:  # an interruption too leaves a table of what is done
+        print(summarise(plan, folder))
+        print(f"lalora: tables, runs.csv and report.html are in {folder}")
+    if args.latex:
+        print((folder / "table.tex").read_text("utf-8"))
+    return code
+
+
+def _list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
+    def parse(text: str) -> list[Any]:
+        return [kind(part) for part in text.split(",")]
+
+    return parse
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lalora", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -115,6 +146,19 @@ def _parser() -> argparse.ArgumentParser:
         "--clients-per-gpu", type=_at_least_one, default=4, help="at the same time (default 4)"
     )
     run.set_defaults(act=_run)
+
+    compare = commands.add_parser("compare", help="methods × epsilons × seeds, resumable")
+    compare.add_argument("plan", type=Path, help="TOML: keys of a run, and a [compare] table")
+    compare.add_argument("--app", type=Path, default=Path(), help="folder of the app")
+    compare.add_argument("--name", help="folder of the results, below the run's output")
+    compare.add_argument("--methods", type=_list_of(str), metavar="M,M")
+    compare.add_argument("--epsilons", type=_list_of(float), metavar="E,E")
+    compare.add_argument("--seeds", type=_list_of(int), metavar="S,S")
+    compare.add_argument("--nodes", type=_at_least_one, help="simulated clients")
+    compare.add_argument("--clients-per-gpu", type=_at_least_one, default=4)
+    compare.add_argument("--table-only", action="store_true", help="of what is done; run nothing")
+    compare.add_argument("--latex", action="store_true", help="print the table in LaTeX as well")
+    compare.set_defaults(act=_compare)
 
     methods = commands.add_parser("methods", help="list METHODS")
     methods.set_defaults(act=_methods)

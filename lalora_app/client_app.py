@@ -116,14 +116,19 @@ def _spent(config: Config, local: LocalData, context: Context, run: str) -> floa
     return spent if math.isinf(spent) else math.ceil(spent * 100) / 100
 
 
+def _config(message: Message, context: Context) -> Config:
+    """Return the config of the run that the message belongs to."""
+    return parse({**context.run_config, **wire.run_config_of(message.content)})
+
+
 def _hello(message: Message, context: Context) -> RecordDict:
-    config = parse(context.run_config)
+    config = _config(message, context)
     read_policy(context.node_config, config.privacy.delta, config.data.public_size)
     return wire.Hello(_prepared(config, context)[0].client).record()
 
 
 def _train(message: Message, context: Context) -> RecordDict:
-    config = parse(context.run_config)
+    config = _config(message, context)
     method = lookup(config.method, config.train.local_steps)
     request = wire.parse_request(message.content)
     local, model, like, encoded = _prepared(config, context)

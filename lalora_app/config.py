@@ -43,12 +43,25 @@ def _text() -> Any:
     return law("must not be empty", lambda v: bool(v.strip()))
 
 
+def _columns() -> Any:
+    return law(
+        'must name one column, or two such as "question,sentence"',
+        lambda v: len(names := v.split(",")) <= 2 and all(name.strip() for name in names),
+    )
+
+
 def _any() -> Any:
     return law("", lambda v: True)
 
 
 def _path() -> Any:
     return law("must be an absolute path, or start with ~", lambda v: v.startswith(("/", "~")))
+
+
+def _path_or_none() -> Any:
+    return law(
+        'must be "none" or an absolute path', lambda v: v == "none" or v.startswith(("/", "~"))
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +99,7 @@ class Data:
     subset: str = _text()
     train_split: str = _text()
     test_split: str = _text()
-    input_column: str = _text()
+    input_column: str = _columns()
     label_column: str = _text()
     num_labels: int = law("must be at least 2", lambda v: v >= 2)
     test_fraction: float = law("must be in (0, 1)", lambda v: 0 < v < 1)
@@ -143,9 +156,8 @@ class Config:
     weighting: str = _one_of("uniform", "public-size")
     seed: int = law("must not be negative", lambda v: v >= 0)
     output: str = _path()
-    resume_from: str = law(
-        'must be "none" or an absolute path', lambda v: v == "none" or v.startswith(("/", "~"))
-    )
+    resume_from: str = _path_or_none()
+    compare: str = _path_or_none()
     model: Model
     lora: Lora
     data: Data

@@ -21,11 +21,13 @@ class Examples:
         contents: texts, pairs of texts, or the bytes of image files.
         labels: (examples,); all 0 where the data has none.
         groups: (examples,) values of ``data.client-column``, or empty.
+        rows: (examples,) where they stand in the data, for what is said of one; empty: in order.
     """
 
     contents: tuple[Content, ...]
     labels: tuple[int, ...]
     groups: tuple[str, ...] = ()
+    rows: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -34,19 +36,24 @@ class Examples:
         """Return the given examples."""
         contents = tuple(self.contents[i] for i in rows)
         labels = tuple(self.labels[i] for i in rows)
-        return Examples(contents, labels, tuple(self.groups[i] for i in rows if self.groups))
+        groups = tuple(self.groups[i] for i in rows if self.groups)
+        return Examples(contents, labels, groups, tuple(map(self.row, rows)))
+
+    def row(self, index: int) -> int:
+        """Return where an example stands in the data that it was read from."""
+        return self.rows[index] if self.rows else index
 
 
 def _inputs_of(data: Data) -> list[str]:
     return [name.strip() for name in data.input_column.split(",")]
 
 
-def _wanted(data: Data) -> dict[str, str]:
+def _wanted(data: Data, natural: bool) -> dict[str, str]:
     """Return the columns that the run needs, each with the key that wants it."""
     wanted = {name: "data.input-column" for name in _inputs_of(data)}
     if data.label_column != NONE:
         wanted[data.label_column] = "data.label-column"
-    if data.partitioner == "natural-id":
+    if natural:
         wanted[data.client_column] = "data.client-column"
     return wanted
 
@@ -68,7 +75,7 @@ def _content(values: tuple[Any, ...], data: Data, row: int) -> Content:
     if len(values) == 1 and isinstance(values[0], dict):
         return _image_bytes(values[0], data, row)
     if not all(isinstance(v, str) for v in values) or not any(v.strip() for v in values):
-        raise _bad_input(data, row, "no text")
+        raise _bad_input(data, row, "no text or image")
     return values[0] if len(values) == 1 else values
 
 
@@ -82,14 +89,15 @@ def _label(label: object, data: Data, row: int) -> int:
     return label
 
 
-def _examples(key: str, name: str, subset: str, split: str, data: Data) -> Examples:
-    """Read one split and check every row of it."""
-    columns = read(key, name, subset, split, _wanted(data))
+def _examples(
+    key: str, name: str, subset: str, split: str, data: Data, *, natural: bool = False
+) -> Examples:
+    """Read one split and check every row of it; whose example each is, for a natural deal."""
+    columns = read(key, name, subset, split, _wanted(data, natural))
     rows = zip(*(columns[column] for column in _inputs_of(data)), strict=True)
     contents = tuple(_content(values, data, row) for row, values in enumerate(rows))
     raw = columns.get(data.label_column, [0] * len(contents))
     labels = tuple(_label(label, data, row) for row, label in enumerate(raw))
-    natural = data.partitioner == "natural-id"
     groups = tuple(map(str, columns[data.client_column])) if natural else ()
     return Examples(contents, labels, groups)
 
@@ -116,7 +124,9 @@ def split(data: Data) -> tuple[Examples, Examples]:
     Raises:
         DataError: if it is missing, lacks a column, or has a row that cannot be used.
     """
-    train = _examples("data.name", data.name, data.subset, data.train_split, data)
+    natural = data.partitioner == "natural-id"
+    where = (data.name, data.subset, data.train_split)
+    train = _examples("data.name", *where, data, natural=natural)
     if data.test_split != NONE:
         return train, _examples("data.name", data.name, data.subset, data.test_split, data)
     sides: tuple[list[int], list[int]] = ([], [])
@@ -129,7 +139,8 @@ def split(data: Data) -> tuple[Examples, Examples]:
 
 def private_file(path: str, data: Data) -> Examples:
     """Return the examples of a real client's own file or folder (``data-path`` of its node)."""
-    return _examples("data-path", path, NONE, "train", data)
+    full = str(Path(path).expanduser().resolve())  # a relative path is no id of the hub
+    return _examples("data-path", full, NONE, "train", data)
 
 
 def check_client(size: int, *, batch_size: int, delta: float) -> None:

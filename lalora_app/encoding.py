@@ -136,7 +136,8 @@ def _token_ids(examples: Examples, tokenizer: Any, max_length: int) -> tuple[tup
     ids = tokenizer(*texts, truncation=True, max_length=max_length)["input_ids"] if texts else []
     for row, tokens in enumerate(ids):
         if not tokens:
-            raise DataError("data.input-column", f": the text of row {row} has no token")
+            place = examples.row(row)
+            raise DataError("data.input-column", f": the text of row {place} has no token")
     return tuple(map(tuple, ids))
 
 
@@ -161,15 +162,28 @@ def encode_sequences(examples: Examples, tokenizer: Any, max_length: int) -> Enc
     return EncodedSequences(_token_ids(examples, tokenizer, max_length))
 
 
+def resized_side(side: int, shorter: int, resize: int) -> int:
+    """Return a side's pixels once the shorter one has ``resize``, as torchvision rounds them."""
+    return resize * side // shorter
+
+
+def middle(side: int, size: int) -> int:
+    """Return where the middle ``size`` pixels of a side begin, as torchvision rounds it."""
+    return round((side - size) / 2)
+
+
 def _decoded(content: object, row: int) -> Any:
     """Return one image, in RGB."""
-    from PIL import Image, UnidentifiedImageError
+    from PIL import Image
 
     if not isinstance(content, bytes):
         raise DataError("data.input-column", " must hold images for this model.task, not texts")
     try:
-        return Image.open(io.BytesIO(content)).convert("RGB")
-    except (UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError) as error:
+        image: Any = Image.open(io.BytesIO(content))
+        if image.mode.startswith("I;16"):  # PIL would cut 16 bits off at 255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image.convert("RGB")
+    except Exception as error:  # the decoders raise many kinds; all mean the same here
         raise DataError("data.input-column", f": row {row} is no readable image") from error
 
 
@@ -177,9 +191,8 @@ def _cut(image: Any, resize: int, size: int) -> Any:
     """Return the image with its shorter side resized, and a square cut out of its middle."""
     from PIL import Image
 
-    scale = resize / min(image.size)
-    width, height = (max(size, round(side * scale)) for side in image.size)
-    left, top = (width - size) // 2, (height - size) // 2
+    width, height = (resized_side(side, min(image.size), resize) for side in image.size)
+    left, top = middle(width, size), middle(height, size)
     resized = image.resize((width, height), Image.Resampling.BICUBIC)
     return resized.crop((left, top, left + size, top + size))
 
@@ -199,7 +212,7 @@ def encode_images(examples: Examples, resize: int, size: int) -> EncodedImages:
     Raises:
         DataError: if an image cannot be read.
     """
-    images = [_decoded(content, row) for row, content in enumerate(examples.contents)]
+    images = [_decoded(content, examples.row(i)) for i, content in enumerate(examples.contents)]
     if len({image.size for image in images}) > 1:
         images = [_cut(image, resize, size) for image in images]
     arrays = [np.array(image) for image in images]

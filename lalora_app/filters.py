@@ -1,9 +1,13 @@
 """Post-processing of noised gradients: the binomial filter of LA-LoRA and its controls."""
 
+from collections.abc import Callable
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
 from lalora_app.adapter import Kind, kind
+from lalora_app.privacy.randomness import seeded
 from lalora_app.privacy.types import NoisedGrads
 
 TAPS = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
@@ -32,17 +36,10 @@ def smooth(x: Tensor, dim: int = -1) -> Tensor:
     return total
 
 
-def _smoothed(factors: list[Tensor], dim: int) -> list[Tensor]:
-    return list(smooth(torch.stack(factors), dim).unbind())
+def _along_factors(grads: NoisedGrads, smoothing: Callable[[Tensor, int], Tensor]) -> NoisedGrads:
+    """Smooth A (r, n) along its n input features and B (m, r) along its m output features.
 
-
-def binomial(grads: NoisedGrads) -> NoisedGrads:
-    """Smooth every factor along its long axis (arXiv:2602.19926, gradient filter); not the head.
-
-    A (r, n) is filtered along its n input features, B (m, r) along its m output features. Factors
-    of one kind and shape are stacked: a few operations a shape instead of a few a factor.
-
-    Privacy: a fixed linear map of noised gradients; no extra cost.
+    Factors of one kind and shape are stacked: a few operations a shape instead of a few a factor.
     """
     alike: dict[tuple[Kind, torch.Size], list[str]] = {}
     for name, grad in grads.items():
@@ -51,9 +48,39 @@ def binomial(grads: NoisedGrads) -> NoisedGrads:
     for (which, _), names in alike.items():
         if which != "head":
             dim = 2 if which == "A" else 1  # of (factors, r, n) and (factors, m, r)
-            stack = [grads[name] for name in names]
-            filtered |= dict(zip(names, _smoothed(stack, dim), strict=True))
+            stack = torch.stack([grads[name] for name in names])
+            filtered |= dict(zip(names, smoothing(stack, dim).unbind(), strict=True))
     return NoisedGrads(filtered)
+
+
+def binomial(grads: NoisedGrads) -> NoisedGrads:
+    """Smooth every factor along its long axis (arXiv:2602.19926, gradient filter); not the head.
+
+    Privacy: a fixed linear map of noised gradients; no extra cost.
+    """
+    return _along_factors(grads, smooth)
+
+
+@lru_cache(maxsize=64)
+def _order(length: int, device: torch.device) -> Tensor:
+    """Return the one order of so many features that every step and client uses."""
+    return torch.from_numpy(seeded(0, "filter order", length).permutation(length)).to(device)
+
+
+def _smooth_in_random_order(x: Tensor, dim: int) -> Tensor:
+    order = _order(x.shape[dim], x.device)
+    smoothed = smooth(x.index_select(dim, order), dim)
+    return torch.empty_like(x).index_copy_(dim, order, smoothed)
+
+
+def permuted(grads: NoisedGrads) -> NoisedGrads:
+    """Control of the filter: the same one after a fixed random permutation of the features.
+
+    If neighbouring features had something in common, this would do worse than the filter.
+
+    Privacy: a fixed linear map of noised gradients; no extra cost.
+    """
+    return _along_factors(grads, _smooth_in_random_order)
 
 
 def scaled(grads: NoisedGrads) -> NoisedGrads:

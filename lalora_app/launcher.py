@@ -18,6 +18,7 @@ import time
 import tomllib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -49,12 +50,21 @@ def _environment(home: Path) -> dict[str, str]:
     }
 
 
-def _check_early(app: Path, overrides: Sequence[str]) -> None:
-    """Parse the run config here, so that a bad key costs a line and not a started simulation."""
+def app_defaults(app: Path) -> dict[str, Any]:
+    """Return the app's own run config, flat.
+
+    Raises:
+        ConfigError: if the folder is no app.
+    """
     project = app / "pyproject.toml"
     if not project.is_file():
         raise ConfigError(f"app={app} must be a folder with the app's pyproject.toml")
-    values = from_tables(tomllib.loads(project.read_text("utf-8"))["tool"]["flwr"]["app"]["config"])
+    return from_tables(tomllib.loads(project.read_text("utf-8"))["tool"]["flwr"]["app"]["config"])
+
+
+def _check_early(app: Path, overrides: Sequence[str]) -> None:
+    """Parse the run config here, so that a bad key costs a line and not a started simulation."""
+    values = app_defaults(app)
     for text in overrides:
         try:
             source = Path(text).read_text("utf-8") if text.endswith(".toml") else _lines(text)

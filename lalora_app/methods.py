@@ -9,7 +9,7 @@ from lalora_app import schedule
 from lalora_app.adapter import Adapter
 from lalora_app.aggregate import mean
 from lalora_app.config import ConfigError
-from lalora_app.filters import binomial, identity, scaled
+from lalora_app.filters import binomial, identity, permuted, scaled
 from lalora_app.privacy.types import NoisedGrads
 from lalora_app.schedule import Factor, Syncs, Trains
 
@@ -61,9 +61,11 @@ METHODS: dict[str, Method] = {
     "la-lora": _LA_LORA,
     "la-lora-no-filter": replace(_LA_LORA, postprocess=identity),
     "la-lora-scaled": replace(_LA_LORA, postprocess=scaled),
+    "la-lora-permuted": replace(_LA_LORA, postprocess=permuted),
     "la-lora-full": _LA_LORA_FULL,
     "la-lora-full-no-filter": replace(_LA_LORA_FULL, postprocess=identity),
     "la-lora-full-scaled": replace(_LA_LORA_FULL, postprocess=scaled),
+    "la-lora-full-permuted": replace(_LA_LORA_FULL, postprocess=permuted),
 }
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from lalora_app.config import Data
+from lalora_app.config import BY_LABEL, Data
 from lalora_app.data import Examples, split
-from lalora_app.sources import NONE, DataError
+from lalora_app.sources import NONE, DataError, first_line
 
 CLIENT_NAME = "partition-{:06d}"  # of a simulated client, by its index
 Maker = Callable[[Data, int, int], Any]  # (data, seed, clients) -> a partitioner
@@ -51,10 +51,11 @@ def _pathological(data: Data, seed: int, clients: int) -> Any:
 def _shard(data: Data, seed: int, clients: int) -> Any:
     from flwr_datasets.partitioner import ShardPartitioner
 
+    shards = clients * data.shards_per_client
     return ShardPartitioner(
         num_partitions=clients,
         partition_by="label",
-        num_shards_per_partition=data.shards_per_client,
+        shard_size=math.ceil(len(split(data)[0]) / shards),  # given their number, it drops the rest
         keep_incomplete_shard=True,
         seed=seed,
     )
@@ -86,8 +87,9 @@ MAKERS: dict[str, Maker] = {
 
 def _shuffled(data: Data) -> bool:
     """Tell whether the deal takes the examples in their order, which must then be random."""
-    by_order = data.partitioner not in ("dirichlet", "pathological", "shard", "natural-id")
-    return by_order or math.isinf(data.dirichlet_alpha)
+    if data.partitioner == "dirichlet":
+        return math.isinf(data.dirichlet_alpha)
+    return data.partitioner not in (*BY_LABEL, "natural-id")
 
 
 def _clients_of(groups: tuple[str, ...], data: Data, clients: int) -> list[str]:
@@ -133,9 +135,9 @@ def partition(data: Data, seed: int, clients: int) -> tuple[Examples, ...]:
     dealer = MAKERS[data.partitioner](data, seed, clients)
     dealer.dataset = _table(train, data, seed, clients)
     try:
-        rows = [dealer.load_partition(i)["row"] for i in range(clients)]
+        rows = [dealer.load_partition(i)["row"][:] for i in range(clients)]
     except ValueError as error:
-        reason = str(error).splitlines()[0]
+        reason = first_line(error)
         raise DataError("data.partitioner", f'="{data.partitioner}": {reason}') from error
     if (dealt := sum(map(len, rows))) != len(train):
         raise DataError(
@@ -154,9 +156,11 @@ def deal_name(data: Data, seed: int) -> str:
         "shard": f"shards={data.shards_per_client}",
         "natural-id": f"column={data.client_column}",
     }
-    test = data.test_fraction if data.test_split == NONE else data.test_split
-    how = keys.get(data.partitioner, "")
-    return f"{data.subset} {data.train_split} {data.partitioner} {how} test={test} seed={seed}"
+    share = f"{data.test_fraction} of {data.input_column}"  # by its contents
+    test = share if data.test_split == NONE else data.test_split
+    by = f"by {data.label_column}" if data.partitioner in BY_LABEL else ""
+    how = f"{data.partitioner} {by} {keys.get(data.partitioner, '')}"
+    return f"{data.subset} {data.train_split} {how} test={test} seed={seed}"
 
 
 def label_counts(data: Data, seed: int, clients: int) -> list[list[int]]:

@@ -145,9 +145,9 @@ def old_folder(config: Config, raw: Mapping[str, object]) -> RunFolder:
         raw: flat keys and values of the folder's config.toml.
 
     Raises:
-        ConfigError: if a key other than ``resume-from`` and ``output`` differs.
+        ConfigError: if a key other than ``resume-from``, ``output`` and ``compare`` differs.
     """
     for key, value in flatten(config).items():
-        if key not in ("resume-from", "output") and raw.get(key) != value:
+        if key not in ("resume-from", "output", "compare") and raw.get(key) != value:
             raise ConfigError(f"{key}={value!r} must be {raw.get(key)!r}, as in resume-from")
     return RunFolder(full_path(config.resume_from))

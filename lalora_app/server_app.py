@@ -4,7 +4,9 @@ import logging
 import secrets
 import time
 import tomllib
+from collections.abc import Iterable
 from datetime import datetime
+from typing import Any
 
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
@@ -12,11 +14,14 @@ from flwr.serverapp import Grid, ServerApp
 from lalora_app import backbone as backbones
 from lalora_app import cohorts, wire
 from lalora_app.adapter import ServerState
+from lalora_app.comparison import run_plan
 from lalora_app.config import Config, ConfigError, flatten, from_tables, full_path, parse
 from lalora_app.data import split
 from lalora_app.methods import lookup
+from lalora_app.partition import CLIENT_NAME, label_counts
 from lalora_app.results import RunFolder, check_writable, new_folder, old_folder
 from lalora_app.runlog import Progress, finish
+from lalora_app.sources import NONE
 from lalora_app.strategy import Clients, LocalAlternation
 
 app = ServerApp()
@@ -25,7 +30,7 @@ _POLL = 1.0  # seconds between looks at the list of nodes
 _SETTLE = 3.0  # seconds that the list must stay the same
 
 
-def _wait_for_nodes(grid: Grid, config: Config) -> list[int]:
+def _wait_for_nodes(grid: Grid, config: Config, settle: float) -> list[int]:
     """Return the connected nodes once there are ``min-clients`` and no more come.
 
     Raises:
@@ -38,7 +43,7 @@ def _wait_for_nodes(grid: Grid, config: Config) -> list[int]:
         now, nodes = time.monotonic(), set(grid.get_node_ids())
         since = since if nodes == seen else now
         seen = nodes
-        if len(nodes) >= config.min_clients and now - since >= _SETTLE:
+        if len(nodes) >= config.min_clients and now - since >= settle:
             return sorted(nodes)
         if now > deadline:
             raise ConfigError(
@@ -56,8 +61,9 @@ def _refusal(error: wire.RefusedError, config: Config) -> str:
 
 def _ask_names(grid: Grid, config: Config, nodes: list[int]) -> dict[str, int]:
     """Query every node for its stable name; no budget is spent, and every refusal is told."""
-    empty = RecordDict({wire.CONFIG: ConfigRecord()})
-    queries = [Message(empty, dst_node_id=node, message_type="query") for node in nodes]
+    run = wire.run_config(flatten(config))
+    content = RecordDict({wire.CONFIG: ConfigRecord(), wire.RUN_CONFIG: run})
+    queries = [Message(content, dst_node_id=node, message_type="query") for node in nodes]
     names: dict[str, int] = {}
     refusals = []
     for reply in grid.send_and_receive(queries, timeout=config.round_timeout):
@@ -81,15 +87,27 @@ def _ask_names(grid: Grid, config: Config, nodes: list[int]) -> dict[str, int]:
     return names
 
 
-def _find_clients(grid: Grid, config: Config) -> Clients:
-    names = _ask_names(grid, config, _wait_for_nodes(grid, config))
+def _find_clients(grid: Grid, config: Config, settle: float) -> Clients:
+    names = _ask_names(grid, config, _wait_for_nodes(grid, config, settle))
     per_round = max(1, round(config.fraction_train * len(names)))
     if config.min_replies > per_round:
         raise ConfigError(
             f"min-replies={config.min_replies} must be at most the {per_round} clients of a round"
         )
     plan = cohorts.plan(len(names), per_round, config.num_server_rounds, config.seed)
-    return Clients(nodes=[names[name] for name in sorted(names)], cohorts=plan)
+    return Clients([names[name] for name in sorted(names)], plan, simulated=_simulated(names))
+
+
+def _simulated(names: Iterable[str]) -> bool:
+    """Tell whether the clients are all the parts of a simulated deal."""
+    found = sorted(names)
+    return found == [CLIENT_NAME.format(i) for i in range(len(found))]
+
+
+def _partition(config: Config, clients: int) -> dict[str, Any]:
+    """Return how many examples of each label the simulated clients have."""
+    labels = [str(label) for label in range(config.data.num_labels)]
+    return {"labels": labels, "clients": label_counts(config.data, config.seed, clients)}
 
 
 def _run_name(config: Config) -> str:
@@ -124,8 +142,13 @@ def _train(grid: Grid, strategy: LocalAlternation, progress: Progress) -> None:
     finish(progress)
 
 
-def run(grid: Grid, config: Config) -> None:
+def run(grid: Grid, config: Config, settle: float = 0.0) -> None:
     """Run one federation from start (or checkpoint) to results.
+
+    Args:
+        grid: to the clients.
+        config: of the run.
+        settle: seconds that the list of nodes must stay the same before it is taken for whole.
 
     Raises:
         ConfigError: before any client trains, if the run cannot be what its config says.
@@ -139,7 +162,7 @@ def run(grid: Grid, config: Config) -> None:
     resumed = None if config.resume_from == "none" else _resumed(config)
     sizes = sum(array.size for array in start.values())
     _log.info("LaLoRA model: %d target layers, %d trainable parameters", model.targets, sizes)
-    clients = _find_clients(grid, config)
+    clients = _find_clients(grid, config, settle)
 
     if resumed and resumed[0].num_clients() != len(clients.nodes):
         raise ConfigError(
@@ -148,6 +171,8 @@ def run(grid: Grid, config: Config) -> None:
         )
     folder, state = resumed or (new_folder(config, _run_name(config)), ServerState(start))
     folder.write_json("clients.json", {"clients": len(clients.nodes)})
+    if clients.simulated and config.data.label_column != NONE:
+        folder.write_json("partition.json", _partition(config, len(clients.nodes)))
     rows = [row for row in folder.history() if row["attempt"] <= state.attempts]
     spent = float(rows[-1]["epsilon_max"]) if rows else 0.0
     strategy = LocalAlternation(config, method, folder.name, clients, state, spent)
@@ -163,7 +188,11 @@ def run(grid: Grid, config: Config) -> None:
 def main(grid: Grid, context: Context) -> None:
     """Flower's entry point."""
     try:
-        run(grid, parse(context.run_config))
+        config = parse(context.run_config)
+        if config.compare == NONE:
+            run(grid, config, _SETTLE)
+        else:
+            run_plan(grid, config.compare, context.run_config, run, _SETTLE)
     except ConfigError as error:
         _log.error("LaLoRA: %s", error)
         raise

@@ -12,7 +12,7 @@ from flwr.serverapp.strategy import Strategy
 from lalora_app import wire
 from lalora_app.adapter import ServerState, num_bytes, select
 from lalora_app.aggregate.error import aggregation_error
-from lalora_app.config import Config
+from lalora_app.config import Config, flatten
 from lalora_app.methods import Method
 from lalora_app.wire import TrainReply, WireError
 
@@ -56,10 +56,12 @@ class Clients:
     Attributes:
         nodes: node id by index; the order is by the clients' own names.
         cohorts: indices into ``nodes``, one tuple an attempt.
+        simulated: whether they are the parts of one dataset that the server has too.
     """
 
     nodes: Sequence[int]
     cohorts: Sequence[tuple[int, ...]]
+    simulated: bool = False
 
     def rounds_left(self, client: int, attempt: int) -> int:
         """Return how many of the attempts from ``attempt`` (from 1) on ask this client."""
@@ -119,9 +121,13 @@ class LocalAlternation(Strategy):
                 steps_left=steps * self.clients.rounds_left(client, attempt),
                 versions=self.state.versions,
             )
-            content = {wire.ARRAYS: wire.to_record(self.state.adapter)}
+            content: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {
+                wire.ARRAYS: wire.to_record(self.state.adapter),
+                wire.CONFIG: request.record(),
+                wire.RUN_CONFIG: wire.run_config(flatten(self.config)),
+            }
             yield Message(
-                RecordDict({**content, wire.CONFIG: request.record()}),
+                RecordDict(content),
                 dst_node_id=self.clients.nodes[client],
                 message_type="train",
                 group_id=str(attempt),

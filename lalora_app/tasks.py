@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, interpolate
 
-from lalora_app.encoding import IGNORED
+from lalora_app.encoding import IGNORED, middle, resized_side
 
 Forward = Callable[[Any, Tensor, Tensor | None], Tensor]  # (model, inputs, mask) -> logits
 Metrics = dict[str, float]
@@ -105,10 +105,10 @@ class Pixels:
         return torch.stack([(colour - mean) / std for colour, mean, std in colours], dim=1)
 
     def _cut(self, images: Tensor) -> Tensor:
-        ratio = self.resize / min(images.shape[2:])
-        height, width = (max(self.size, round(side * ratio)) for side in images.shape[2:])
+        shorter = min(images.shape[2:])
+        height, width = (resized_side(side, shorter, self.resize) for side in images.shape[2:])
         resized = interpolate(images, (height, width), mode="bicubic", antialias=True).clamp(0, 1)
-        top, left = (height - self.size) // 2, (width - self.size) // 2
+        top, left = middle(height, self.size), middle(width, self.size)
         return resized[:, :, top : top + self.size, left : left + self.size]
 
 

@@ -1,6 +1,7 @@
 """What crosses the wire: record names, requests, replies, and the judgement of both."""
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from lalora_app.adapter import Adapter
+from lalora_app.config import Scalar
 from lalora_app.schedule import Factor
 
-ARRAYS, CONFIG, METRICS = "arrays", "config", "metrics"
+ARRAYS, CONFIG, METRICS, RUN_CONFIG = "arrays", "config", "metrics", "run"
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 # All that a client ever says about a failure: fixed sentences, no values, no exception text.
@@ -187,6 +189,27 @@ class TrainReply:
         metrics = MetricRecord({"round": self.round, "epsilon": self.epsilon, **sizes})
         config = ConfigRecord({"code": code_hash()})
         return RecordDict({ARRAYS: to_record(self.upload), METRICS: metrics, CONFIG: config})
+
+
+def run_config(values: Mapping[str, Scalar]) -> ConfigRecord:
+    """Pack the keys and values of a run: many runs can share one Flower run, whose own are one."""
+    return ConfigRecord({"run-config": json.dumps(dict(values))})
+
+
+def run_config_of(content: RecordDict) -> dict[str, object]:
+    """Read the run config of a message; nothing, where it carries none.
+
+    Raises:
+        WireError: if it is not a JSON object.
+    """
+    text = content.config_records.get(RUN_CONFIG, ConfigRecord()).get("run-config", "{}")
+    try:
+        values = json.loads(str(text))
+    except ValueError as error:
+        raise WireError("run-config must be JSON") from error
+    if not isinstance(values, dict):
+        raise WireError("run-config must be a JSON object")
+    return values
 
 
 def _accepted(reply: Message) -> RecordDict:

@@ -1,14 +1,17 @@
 """A tiny BERT, a tiny dataset, and configs that differ from pyproject's defaults by a few keys."""
 
+import importlib
 import json
 import tomllib
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from lalora_app.config import Config, from_tables, parse
+from lalora_app.config import Config, Data, from_tables, parse
+from lalora_app.sources import DataError
 
 torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other are slow
 
@@ -102,3 +105,164 @@ def tiny(tiny_model, tiny_data, tmp_path, monkeypatch):
         return make_config(**(base | changes))
 
     return build
+
+
+def save_tokenizer(folder: Path, **options) -> None:
+    """The word tokenizer of the tiny models."""
+    from transformers import BertTokenizerFast
+
+    (folder / "vocab.txt").write_text("\n".join(WORDS), "utf-8")
+    BertTokenizerFast(str(folder / "vocab.txt"), **options).save_pretrained(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(tmp_path_factory) -> str:
+    """Folder of a 2-layer Llama of width 16 with the word tokenizer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("tiny-llama")
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=32,
+        max_position_embeddings=16,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_gpt2(tmp_path_factory) -> str:
+    """Folder of a 2-layer GPT-2 of width 16 with the word tokenizer."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = tmp_path_factory.mktemp("tiny-gpt2")
+    torch.manual_seed(0)
+    ends = {"bos_token_id": 2, "eos_token_id": 3}
+    sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
+    GPT2LMHeadModel(GPT2Config(vocab_size=len(WORDS), **sizes, **ends)).save_pretrained(folder)
+    save_tokenizer(folder)
+    return str(folder)
+
+
+TIMM_CLASSES = {
+    "swin": (
+        "timm.models.swin_transformer.SwinTransformer",
+        {
+            "img_size": 16,
+            "patch_size": 2,
+            "window_size": 4,
+            "embed_dim": 8,
+            "depths": [2, 1],
+            "num_heads": [1, 2],
+        },
+    ),
+    "vit": (
+        "timm.models.vision_transformer.VisionTransformer",
+        {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2},
+    ),
+}
+
+
+def timm_class(kind: str, **changes):
+    """A model of a timm class and the arguments of its folder, built as timm's users do."""
+    path, arguments = TIMM_CLASSES[kind]
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)(**arguments | changes)
+
+
+@pytest.fixture(scope="session")
+def tiny_timm(tmp_path_factory) -> dict[str, str]:
+    """Folders of a tiny Swin and a tiny ViT of timm, weights without their head."""
+    from safetensors.torch import save_file
+
+    folders = {}
+    for kind, (path, arguments) in TIMM_CLASSES.items():
+        folder = tmp_path_factory.mktemp(f"tiny-{kind}")
+        torch.manual_seed(0)
+        weights = timm_class(kind, num_classes=0).state_dict()
+        save_file({n: w.contiguous() for n, w in weights.items()}, folder / "model.safetensors")
+        settings = {"class": path, "kwargs": arguments, "mean": [0.4] * 3, "std": [0.2] * 3}
+        (folder / "config.json").write_text(json.dumps(settings), "utf-8")
+        folders[kind] = str(folder)
+    return folders
+
+
+@pytest.fixture(scope="session")
+def tiny_vit(tmp_path_factory) -> str:
+    """Folder of a 2-layer ViT of transformers with a head of five labels."""
+    from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
+
+    folder = tmp_path_factory.mktemp("tiny-hf-vit")
+    torch.manual_seed(0)
+    config = ViTConfig(
+        image_size=16,
+        patch_size=4,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        num_labels=5,
+    )
+    ViTForImageClassification(config).save_pretrained(folder)
+    processor = ViTImageProcessor(image_mean=[0.4, 0.5, 0.6], image_std=[0.1, 0.2, 0.3])
+    processor.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tiny_images(tmp_path_factory) -> str:
+    """Folder of 120 PNGs of 16 x 16 pixels by class: a dark and a light one, with noise."""
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("tiny-images")
+    for label, name in enumerate(("dark", "light")):
+        (folder / name).mkdir()
+        for i in range(60):
+            pixels = rng.integers(0, 192, (16, 16, 3)) + 64 * label
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i}.png")
+    return str(folder)
+
+
+def described(name, **changes) -> Data:
+    """The data of a run, dealt IID to two labels."""
+    values = {
+        "subset": "none",
+        "train_split": "train",
+        "test_split": "none",
+        "input_column": "text",
+        "label_column": "label",
+        "num_labels": 2,
+        "test_fraction": 0.2,
+        "partitioner": "dirichlet",
+        "dirichlet_alpha": float("inf"),
+        "classes_per_client": 2,
+        "shards_per_client": 2,
+        "client_column": "client",
+        "public_size": False,
+    }
+    return Data(name=str(name), **values | changes)
+
+
+def written(path: Path, rows: list[dict]) -> Path:
+    """A .jsonl of the rows."""
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return path
+
+
+@contextmanager
+def one_line(key: str, *words: str):
+    """Expect a DataError of one line that begins with its key and has the words."""
+    with pytest.raises(DataError) as caught:
+        yield
+    message = str(caught.value)
+    assert message.startswith(key)
+    assert "\n" not in message
+    assert all(word in message for word in words), message
+    assert caught.value.key == key

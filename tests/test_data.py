@@ -1,46 +1,15 @@
-"""Datasets: split by content, dealt once, padded right, and refused with a line."""
+"""Examples: split by content or by the data's own split, checked row by row, and refused in a line."""
 
-import csv
-import json
 from collections import Counter
 
 import numpy as np
 import pytest
-import torch
 
-from conftest import WORDS
+from conftest import described, make_config, one_line, written
 from lalora_app import data as datasets
-from lalora_app.config import ConfigError, Data
+from lalora_app.config import BY_LABEL, PARTITIONERS, ConfigError
 from lalora_app.data import Examples
-from lalora_app.encoding import EncodedTexts, encode_texts
-from lalora_app.partition import partition
 from lalora_app.sources import DEMO, DataError
-
-INF = float("inf")
-
-
-def described(name, **changes):
-    defaults = {
-        "subset": "none",
-        "train_split": "train",
-        "test_split": "none",
-        "input_column": "text",
-        "label_column": "label",
-        "num_labels": 2,
-        "test_fraction": 0.2,
-        "partitioner": "dirichlet",
-        "dirichlet_alpha": INF,
-        "classes_per_client": 2,
-        "shards_per_client": 2,
-        "client_column": "client",
-        "public_size": False,
-    }
-    return Data(name=str(name), **defaults | changes)
-
-
-def written(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    return path
 
 
 def counted(*parts):
@@ -51,6 +20,9 @@ def counted(*parts):
 def rows():
     """200 rows over 50 texts: every text four times, with both labels."""
     return [{"text": f"text {i % 50}", "label": int(i % 4 == 0)} for i in range(200)]
+
+
+GOOD = [{"text": f"words {i}", "label": i % 2} for i in range(20)]
 
 
 # --- split ------------------------------------------------------------------------------------
@@ -72,6 +44,18 @@ def test_split_follows_content_not_order(rows, tmp_path):
         assert counted(one[side]) == counted(other[side])
 
 
+def test_a_split_example_knows_its_row(rows, tmp_path):
+    for side in datasets.split(described(written(tmp_path / "rows.jsonl", rows))):
+        found = [(rows[i]["text"], rows[i]["label"]) for i in side.rows]
+        assert found == list(zip(side.contents, side.labels, strict=True))
+        half = side.take(range(0, len(side), 2)).take([3, 1])
+        assert [half.row(0), half.row(1)] == [side.rows[6], side.rows[2]]
+
+
+def test_examples_as_read_are_in_order():
+    assert [Examples(("a", "b"), (0, 1)).row(i) for i in (0, 1)] == [0, 1]
+
+
 @pytest.mark.parametrize("fraction", [0.1, 0.5, 0.9])
 def test_the_test_fraction_is_met(fraction):
     n = 4000
@@ -85,124 +69,42 @@ def test_a_larger_test_fraction_only_adds_texts():
     assert small < large
 
 
+def test_a_pair_is_split_by_both_of_its_texts():
+    pairs = [(first, f"answer {i}") for first in ("one", "two") for i in range(200)]
+    tested = [datasets.is_test(pair, 0.5) for pair in pairs]
+    assert 0.4 < np.mean(tested) < 0.6
+    assert tested[:200] != tested[200:]
+    assert datasets.is_test(("ab", "c"), 0.5) != datasets.is_test(("a", "bc"), 0.5) or (
+        datasets.is_test(("xy", "z"), 0.5) != datasets.is_test(("x", "yz"), 0.5)
+    )
+
+
 def test_a_side_left_empty_is_an_error(tmp_path):
     path = written(tmp_path / "one.jsonl", [{"text": "the only one", "label": 0}])
     for fraction in (1e-9, 1 - 1e-9):
-        with pytest.raises(DataError, match=f"data.test-fraction={fraction} leaves a side empty"):
+        with one_line("data.test-fraction", f"={fraction} leaves a side empty"):
             datasets.split(described(path, test_fraction=fraction))
 
 
-# --- partition --------------------------------------------------------------------------------
+def test_the_datas_own_test_split_is_taken_whole(rows, tmp_path):
+    written(tmp_path / "train.jsonl", rows)
+    written(tmp_path / "test.jsonl", GOOD)
+    train, test = datasets.split(described(tmp_path, test_split="test"))
+    assert counted(train) == Counter((row["text"], row["label"]) for row in rows)
+    assert counted(test) == Counter((row["text"], row["label"]) for row in GOOD)
 
 
-@pytest.mark.parametrize("alpha", [INF, 1e9, 0.5, 0.01])
-@pytest.mark.parametrize("clients", [1, 3, 7])
-def test_partition_deals_the_train_split_exactly_once(tiny_data, alpha, clients):
-    data = described(tiny_data, dirichlet_alpha=alpha)
-    parts = partition(data, 0, clients)
-    assert len(parts) == clients
-    assert counted(*parts) == counted(datasets.split(data)[0])
-
-
-def shares(parts):
-    return np.array([np.mean(part.labels) for part in parts if len(part)])
-
-
-def test_a_large_alpha_balances_and_a_small_one_skews(tiny_data):
-    labels = datasets.split(described(tiny_data))[0].labels
-    even = partition(described(tiny_data, dirichlet_alpha=1e9), 0, 4)
-    assert np.abs(shares(even) - np.mean(labels)).max() < 0.02
-    assert max(map(len, even)) - min(map(len, even)) <= 4
-    skewed = partition(described(tiny_data, dirichlet_alpha=0.05), 0, 4)
-    assert np.ptp(shares(skewed)) > 0.5
-
-
-def test_iid_parts_have_equal_sizes_and_mixed_labels(tiny_data):
-    parts = partition(described(tiny_data), 0, 4)
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    mean = np.mean(datasets.split(described(tiny_data))[0].labels)
-    assert np.abs(shares(parts) - mean).max() < 0.2
-
-
-@pytest.mark.parametrize("alpha", [INF, 0.5])
-def test_the_deal_follows_the_seed(tiny_data, alpha):
-    data = described(tiny_data, dirichlet_alpha=alpha)
-    deal = partition.__wrapped__  # past the cache
-    assert deal(data, 1, 3) == deal(data, 1, 3)
-    assert deal(data, 1, 3) != deal(data, 2, 3)
-
-
-def test_a_client_may_come_out_empty_and_is_then_refused(tiny_data):
-    parts = partition(described(tiny_data, dirichlet_alpha=1e-3), 0, 30)
-    assert counted(*parts) == counted(datasets.split(described(tiny_data))[0])
-    assert not all(map(len, parts))
-    with pytest.raises(DataError, match="at least one example") as caught:
-        datasets.check_client(0, batch_size=1, delta=1e-5)
-    assert caught.value.key == "data"
-
-
-def test_limits_of_a_client():
-    datasets.check_client(8, batch_size=8, delta=0.1249)
-    with pytest.raises(DataError, match=r"train\.batch-size=9") as caught:
-        datasets.check_client(8, batch_size=9, delta=1e-5)
-    assert caught.value.key == "train.batch-size"
-    assert "8" not in str(caught.value)  # the size itself is nobody's business
-    with pytest.raises(DataError, match=r"privacy.delta=0.125 must be below 1/n") as caught:
-        datasets.check_client(8, batch_size=8, delta=0.125)
-    assert caught.value.key == "privacy.delta"
-
-
-# --- batches ----------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def encoded():
-    tokens = ((5, 6, 7), (1,), (2, 3), (9, 9, 9, 9, 9), (4, 4))
-    return EncodedTexts(tokens, (0, 1, 0, 1, 1), pad=99)
-
-
-def test_a_batch_is_padded_to_its_longest_and_masked(encoded):
-    batch = encoded.batch([2, 0, 1])
-    assert batch.inputs.tolist() == [[2, 3, 99], [5, 6, 7], [1, 99, 99]]
-    assert batch.mask.tolist() == [[1, 1, 0], [1, 1, 1], [1, 0, 0]]
-    assert batch.labels.tolist() == [0, 0, 1]
-    assert {batch.inputs.dtype, batch.mask.dtype, batch.labels.dtype} == {torch.long}
-    assert encoded.batch(np.array([1])).inputs.tolist() == [[1]]
-
-
-def test_a_pad_token_in_a_text_is_not_masked():
-    batch = EncodedTexts(((99, 5, 99), (1,)), (0, 0), pad=99).batch([0, 1])
-    assert batch.mask.tolist() == [[1, 1, 1], [1, 0, 0]]
-
-
-@pytest.mark.parametrize("size", [1, 2, 5, 6])
-def test_batches_yield_every_example_once(encoded, size):
-    batches = list(encoded.batches(size))
-    assert [len(b.labels) for b in batches[:-1]] == [size] * (len(batches) - 1)
-    rows = [
-        (tuple(ids[mask.bool()].tolist()), int(label))
-        for b in batches
-        for ids, mask, label in zip(b.inputs, b.mask, b.labels, strict=True)
-    ]
-    assert sorted(rows) == sorted(zip(encoded.tokens, encoded.labels, strict=True))
-    widths = [b.inputs.shape[1] for b in batches]
-    assert widths == sorted(widths)
-
-
-def test_encode_cuts_at_max_length(tiny_model):
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(tiny_model)
-    examples = Examples(("free prize", "hello dear friend see you later"), (1, 0))
-    got = encode_texts(examples, tokenizer, 5)
-    cls, sep = WORDS.index("[CLS]"), WORDS.index("[SEP]")
-    free, prize = WORDS.index("free"), WORDS.index("prize")
-    hello = [WORDS.index(word) for word in ("hello", "dear", "friend")]
-    assert got.tokens == ((cls, free, prize, sep), (cls, *hello, sep))
-    assert (got.labels, got.pad, len(got)) == ((1, 0), WORDS.index("[PAD]"), 2)
-
-
-# --- sources and errors -----------------------------------------------------------------------
+def test_a_test_split_is_checked_too_and_needs_no_clients(tmp_path):
+    owned = [row | {"client": f"shop {i % 3}"} for i, row in enumerate(GOOD)]
+    written(tmp_path / "train.jsonl", owned)
+    written(tmp_path / "test.jsonl", GOOD)
+    train, test = datasets.split(described(tmp_path, test_split="test", partitioner="natural-id"))
+    assert train.groups == tuple(row["client"] for row in owned)
+    assert test.groups == ()
+    assert len(test) == len(GOOD)
+    written(tmp_path / "test.jsonl", [{"text": "x", "label": 7}])
+    with one_line("data.num-labels", "=2: row 0 has label 7"):
+        datasets.split(described(tmp_path, test_split="test", test_fraction=0.3))
 
 
 def test_the_bundled_sms_set_is_whole():
@@ -212,33 +114,45 @@ def test_the_bundled_sms_set_is_whole():
     assert not set(train.contents) & set(test.contents)
 
 
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # of datasets' CSV reader
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_csv_and_parquet_are_read_like_jsonl(tmp_path, rows):
-    from datasets import Dataset
-
-    with (tmp_path / "rows.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, ["text", "label"])
-        writer.writeheader()
-        writer.writerows(rows)
-    Dataset.from_list(rows).to_parquet(tmp_path / "rows.parquet")
-    expected = datasets.split(described(written(tmp_path / "rows.jsonl", rows)))
-    for name in ("rows.csv", "rows.parquet"):
-        assert datasets.split(described(tmp_path / name)) == expected
+# --- rows -------------------------------------------------------------------------------------
 
 
-GOOD = [{"text": f"words {i}", "label": i % 2} for i in range(20)]
+def test_pairs_of_texts_come_in_the_order_of_their_columns(tmp_path):
+    rows = [{"question": f"q {i}", "sentence": f"s {i}", "label": i % 2} for i in range(30)]
+    path = written(tmp_path / "pairs.jsonl", rows)
+    for columns in ("question,sentence", " sentence , question "):
+        first, second = (name.strip() for name in columns.split(","))
+        train, test = datasets.split(described(path, input_column=columns))
+        expected = Counter(((row[first], row[second]), row["label"]) for row in rows)
+        assert counted(train, test) == expected
+
+
+def test_one_text_of_a_pair_may_be_empty_and_not_both(tmp_path):
+    rows = [{"question": f"q {i}", "sentence": "", "label": 0} for i in range(9)]
+    data = {"input_column": "question,sentence"}
+    train, test = datasets.split(described(written(tmp_path / "half.jsonl", rows), **data))
+    assert len(train) + len(test) == 9
+    rows.append({"question": " ", "sentence": "\t", "label": 0})
+    with one_line("data.input-column", '="question,sentence": row 9 has no text'):
+        datasets.split(described(written(tmp_path / "none.jsonl", rows), **data))
+
+
+def test_without_a_label_column_every_label_is_0(tmp_path):
+    path = written(tmp_path / "plain.jsonl", [{"text": f"words {i}"} for i in range(20)])
+    train, test = datasets.split(described(path, label_column="none", partitioner="iid"))
+    assert set(train.labels) | set(test.labels) == {0}
+    assert len(train.labels) + len(test.labels) == 20
+
+
 BAD = {
-    "no such file": (
-        None,
-        {},
-        "data.name",
-        "must be an existing folder, or a file ending in",
-    ),
     "no text column": (GOOD, {"input_column": "body"}, "data.input-column", '="body" must be'),
+    "no second text": (GOOD, {"input_column": "text,body"}, "data.input-column", '="body" must'),
     "no label column": (GOOD, {"label_column": "y"}, "data.label-column", '="y" must be'),
-    "empty text": ([*GOOD, {"text": " ", "label": 0}], {}, "data.input-column", "row 20 has no"),
+    "no client column": (GOOD, {"partitioner": "natural-id"}, "data.client-column", '="client"'),
+    "empty text": ([*GOOD, {"text": "", "label": 0}], {}, "data.input-column", "row 20 has no"),
+    "white text": ([*GOOD, {"text": " \n\t", "label": 0}], {}, "data.input-column", "row 20 has"),
     "missing text": ([*GOOD, {"text": None, "label": 0}], {}, "data.input-column", "row 20"),
+    "number for a text": ([{"text": 5, "label": 0}], {}, "data.input-column", "row 0 has no text"),
     "label outside": ([*GOOD, {"text": "x", "label": 2}], {}, "data.num-labels", "has label 2"),
     "negative label": ([*GOOD, {"text": "x", "label": -1}], {}, "data.num-labels", "label -1"),
     "missing label": ([*GOOD, {"text": "x", "label": None}], {}, "data.num-labels", "row 20"),
@@ -251,39 +165,78 @@ BAD = {
 @pytest.mark.parametrize("case", list(BAD))
 def test_bad_data_is_one_line_that_names_key_and_value(case, tmp_path):
     content, changes, key, words = BAD[case]
-    path = tmp_path / "bad.jsonl"
-    if content is not None:
-        written(path, content)
-    with pytest.raises(DataError) as caught:
+    path = written(tmp_path / "bad.jsonl", content)
+    with one_line(key, words):
         datasets.split(described(path, **changes))
-    message = str(caught.value)
-    assert message.startswith(key + "=")
-    assert words in message
-    assert "\n" not in message
-    assert caught.value.key == key
 
 
-def test_an_unknown_ending_is_an_error(tmp_path):
-    path = tmp_path / "rows.txt"
-    path.write_text("x", "utf-8")
-    with pytest.raises(DataError, match=r"data.name=.*\.jsonl, \.json, \.csv, \.parquet"):
-        datasets.split(described(path))
+@pytest.mark.parametrize("columns", ["a,b,c", "a,", ",a", ",", " "])
+def test_an_input_is_one_column_or_two(columns):
+    with pytest.raises(ConfigError, match=f"data.input-column='{columns}' must name one column"):
+        make_config(**{"data.input-column": columns})
+    for fine in ("a", "a,b", " a , b "):
+        make_config(**{"data.input-column": fine})
 
 
-@pytest.mark.parametrize("content", ["", "{ no json\n", '{"text": "a", "label": 0}\n[1]\n'])
-def test_a_damaged_file_is_one_line_too(tmp_path, content):
-    path = tmp_path / "damaged.jsonl"
-    path.write_text(content, "utf-8")
+LANGUAGE = {"model.task": "causal-lm", "model.pooling": "model", "data.label-column": "none"}
+
+
+@pytest.mark.parametrize("partitioner", PARTITIONERS)
+def test_only_deals_that_need_no_labels_go_without_them(partitioner):
+    changes = LANGUAGE | {"data.partitioner": partitioner}
+    if partitioner not in BY_LABEL:
+        assert make_config(**changes).data.label_column == "none"
+        return
     with pytest.raises(ConfigError) as caught:
-        datasets.split(described(path))
-    assert str(caught.value).startswith("data.name=")
-    assert "\n" not in str(caught.value)
+        make_config(**changes)
+    assert str(caught.value) == (
+        f'data.partitioner="{partitioner}" must be one that needs no labels while '
+        'data.label-column="none"'
+    )
+
+
+@pytest.mark.parametrize("task", ["text-classification", "image-classification"])
+def test_a_classifier_needs_labels(task):
+    changes = LANGUAGE | {"model.task": task, "data.partitioner": "iid"}
+    with pytest.raises(ConfigError, match=f'data.label-column="none" must name .* for "{task}"'):
+        make_config(**changes)
+
+
+# --- clients ----------------------------------------------------------------------------------
 
 
 def test_a_private_file_is_not_split(tmp_path):
     path = written(tmp_path / "own.jsonl", GOOD)
     own = datasets.private_file(str(path), described(DEMO))
     assert counted(own) == Counter((row["text"], row["label"]) for row in GOOD)
-    with pytest.raises(DataError, match="data-path=") as caught:
+    with one_line("data-path", "missing.csv"):
         datasets.private_file(str(tmp_path / "missing.csv"), described(DEMO))
-    assert caught.value.key == "data-path"
+
+
+def test_a_private_file_needs_no_client_column(tmp_path):
+    path = written(tmp_path / "own.jsonl", GOOD)
+    own = datasets.private_file(str(path), described(DEMO, partitioner="natural-id"))
+    assert (len(own), own.groups) == (len(GOOD), ())
+
+
+def test_a_private_file_is_never_looked_up_on_the_hub(tmp_path, monkeypatch):
+    def ask(*args, **kwargs):
+        raise AssertionError("the hub was asked for a private path")
+
+    monkeypatch.setattr("lalora_app.sources._load_hub", ask)
+    monkeypatch.chdir(tmp_path)
+    written(tmp_path / "own.jsonl", GOOD)
+    assert len(datasets.private_file("own.jsonl", described(DEMO))) == len(GOOD)
+    for name in ("nobody/private", DEMO):
+        with one_line("data-path", name.split("/")[-1]):
+            datasets.private_file(name, described(DEMO))
+
+
+def test_limits_of_a_client():
+    datasets.check_client(8, batch_size=8, delta=0.1249)
+    with pytest.raises(DataError, match=r"train\.batch-size=9") as caught:
+        datasets.check_client(8, batch_size=9, delta=1e-5)
+    assert caught.value.key == "train.batch-size"
+    assert "8" not in str(caught.value)  # the size itself is nobody's business
+    with one_line("privacy.delta", "=0.125 must be below 1/n"):
+        datasets.check_client(8, batch_size=8, delta=0.125)

@@ -9,6 +9,7 @@ from torch import nn
 from lalora_app.config import ConfigError, Model
 from lalora_app.data import Examples
 from lalora_app.encoding import Batch, Encoded
+from lalora_app.sources import first_line
 from lalora_app.tasks import Forward, Task
 
 _PROBE_EXAMPLES, _PROBE_TOKENS = 3, 6
@@ -59,5 +60,4 @@ def pixel_probe(size: int) -> Batch:
 
 def cannot_load(model: Model, error: Exception) -> ConfigError:
     """Return the one line that says why a model cannot be had."""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return ConfigError(f'model.name="{model.name}" cannot be loaded: {reason}')
+    return ConfigError(f'model.name="{model.name}" cannot be loaded: {first_line(error)}')

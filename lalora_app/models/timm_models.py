@@ -1,5 +1,6 @@
 """timm's image classifiers: by the name of an architecture, or from a local folder."""
 
+import difflib
 import importlib
 import json
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from lalora_app.models.pretrained import TIMM
 from lalora_app.sources import is_local
 from lalora_app.tasks import CLASSIFICATION, Pixels, timm_logits
 
-_TARGETS = "attn.qkv,attn.proj"  # Swin, ViT, DeiT, BEiT, …
+_TARGETS = "attn.qkv,attn.proj"  # Swin, ViT, DeiT, …
 _WEIGHTS = "model.safetensors"
 
 
@@ -43,6 +44,9 @@ def _from_class(folder: Path, settings: dict[str, Any], model: Model, num_labels
     from safetensors.torch import load_file
 
     arguments = settings["kwargs"] | {"num_classes": num_labels}
+    size = arguments.get("img_size", model.image_size)
+    if size not in (model.image_size, [model.image_size] * 2):
+        raise ConfigError(f"model.image-size={model.image_size} must be {size}, the model's own")
     base: Any = _own_class(settings["class"])(**arguments)
     if model.weights == "pretrained":
         weights = load_file(folder / _WEIGHTS)
@@ -71,9 +75,11 @@ def _load(model: Model, num_labels: int) -> Any:
         if "class" in settings:
             return _from_class(folder, settings, model, num_labels)
         name = settings["architecture"]
-        arguments["pretrained_cfg_overlay"] = {"file": str(folder / _WEIGHTS)}
-    elif name not in timm.list_models():
-        near = ", ".join(timm.list_models(f"*{name.split('.')[0][:12]}*")[:3])
+        known = settings.get("pretrained_cfg", {})
+        overlay = {key: known[key] for key in ("mean", "std") if key in known}
+        arguments["pretrained_cfg_overlay"] = overlay | {"file": str(folder / _WEIGHTS)}
+    elif not timm.is_model(name):
+        near = ", ".join(difflib.get_close_matches(name, timm.list_models(), cutoff=0.0))
         raise ConfigError(f'model.name="{model.name}" must be an architecture of timm: {near} …')
     return timm.create_model(name, pretrained=pretrained, img_size=model.image_size, **arguments)
 

@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lalora_app.config import ConfigError, Model
 from lalora_app.encoding import encode_images, encode_sequences, encode_texts
@@ -88,12 +88,13 @@ def _load(model: Model, where: str, num_labels: int) -> tuple[Any, set[str]]:
 
 
 def _default_targets(base: Any) -> str:
-    """Return PEFT's own choice for the architecture, with the two image encoders added."""
+    """Return PEFT's own choice for the architecture, with image encoders added."""
     from peft.utils import constants
 
+    attention = ["query", "value", "q_proj", "v_proj"]  # until transformers 5.22, and since
     known = {
         **constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-        **{name: ["query", "value"] for name in ("swin", "beit", "dinov2", "vit", "deit")},
+        **{name: attention for name in ("swin", "beit", "dinov2", "vit", "deit")},
         "distilbert": ["q_lin", "v_lin"],
     }
     found = known.get(base.config.model_type, [])
@@ -115,20 +116,47 @@ def _without_conv1d(module: nn.Module) -> None:
         setattr(module, name, linear)
 
 
+def _longest(base: Any, tokenizer: Any) -> int:
+    """Return the most tokens that a text may have."""
+    positions = getattr(base.config, "max_position_embeddings", tokenizer.model_max_length)
+    offset = getattr(getattr(base.base_model, "embeddings", None), "padding_idx", None)
+    if offset is not None:  # RoBERTa and its kin count positions from behind the padding's
+        positions -= offset + 1
+    return int(min(positions, tokenizer.model_max_length))
+
+
 def _tokenizer(where: str, model: Model, base: Any) -> Any:
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(where)
+    if len(tokenizer) <= len(tokenizer.all_special_ids):  # made up where there are no files
+        raise ConfigError(f'model.name="{model.name}" must come with a tokenizer')
     if model.task == "text-classification" and tokenizer.pad_token_id is None:
         raise ConfigError(f'model.name="{model.name}" must have a tokenizer with a padding token')
     base.config.pad_token_id = tokenizer.pad_token_id
-    positions = getattr(base.config, "max_position_embeddings", tokenizer.model_max_length)
-    longest = min(positions, tokenizer.model_max_length)
+    longest = _longest(base, tokenizer)
     if model.max_length > longest:
         raise ConfigError(
             f"model.max-length={model.max_length} must be at most {longest}, the model's longest"
         )
+    added = tokenizer.num_special_tokens_to_add(pair=True)
+    if model.max_length <= added:  # no text would be cut
+        raise ConfigError(
+            f"model.max-length={model.max_length} must be above {added}, the tokens that the "
+            "tokenizer adds to a pair of texts"
+        )
     return tokenizer
+
+
+@torch.no_grad()
+def _require_causal(base: Any, ids: Tensor, model: Model) -> None:
+    """Refuse a model whose tokens see later ones: padding would tell of the batch's other texts."""
+    base.eval()
+    whole, cut = (causal_logits(base, part, None) for part in (ids, ids[:, :-2]))
+    if (whole[:, :-2] - cut).abs().max() > 1e-4 * whole.abs().max():
+        raise ConfigError(
+            f'model.name="{model.name}" must be a model whose tokens see none after them'
+        )
 
 
 def _text_base(model: Model, where: str, base: Any, fresh: set[str]) -> Base:
@@ -137,12 +165,15 @@ def _text_base(model: Model, where: str, base: Any, fresh: set[str]) -> Base:
     tokenizer = _tokenizer(where, model, base)
     encode = encode_sequences if causal else encode_texts
     heads = [name for name in _HEADS if hasattr(base, name)]
+    probe = token_probe(min(len(tokenizer), base.config.vocab_size), model.task)
+    if causal:
+        _require_causal(base, probe.inputs, model)
     return Base(
         model=base,
         task=LANGUAGE_MODEL if causal else CLASSIFICATION,
         forward=kind.forward,
         encode=partial(encode, tokenizer=tokenizer, max_length=model.max_length),
-        probe=token_probe(min(len(tokenizer), base.config.vocab_size), model.task),
+        probe=probe,
         targets=_default_targets(base),
         trained=(*heads, *sorted(fresh)),
         task_type=kind.task_type,
@@ -201,5 +232,5 @@ def load_transformers(model: Model, num_labels: int) -> Base:
         return finish(model, where, base, fresh)
     except ConfigError:
         raise
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the loaders raise many kinds; all mean the same here
         raise cannot_load(model, error) from error

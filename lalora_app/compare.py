@@ -1,0 +1,82 @@
+"""A comparison on disk: its plan, its finished runs, and the tables and pictures made of them."""
+
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lalora_app.config import ConfigError, from_tables, full_path
+from lalora_app.finished import accuracy_of, completed
+from lalora_app.models.pretrained import TIMM
+from lalora_app.plan import Plan, read_plan, to_json
+from lalora_app.records import Record, read_record
+from lalora_app.report import write_report
+from lalora_app.tables import rows_of, to_csv, to_latex, to_markdown, to_text
+
+PLAN = "plan.json"
+_PATHS = {"model.name", "data.name"}
+
+
+def _resolved(key: str, value: Any, folder: Path) -> Any:
+    """Return a path that starts with a dot as an absolute one, seen from the plan's own folder."""
+    prefix = TIMM if str(value).startswith(TIMM) else ""
+    name = str(value).removeprefix(prefix)
+    if key not in _PATHS or not name.startswith("."):
+        return value
+    return f"{prefix}{(folder / name).resolve()}"
+
+
+def read_file(file: Path) -> dict[str, Any]:
+    """Return a plan's tables: the ``compare`` table, and flat keys with paths made absolute.
+
+    Raises:
+        ConfigError: if the file cannot be read.
+    """
+    try:
+        tables = tomllib.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{file} must be a readable file: {error.strerror}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file} must be TOML: {error}") from error
+    own = tables.pop("compare", {})
+    flat = from_tables(tables)
+    keys = {key: _resolved(key, value, file.parent.resolve()) for key, value in flat.items()}
+    return {"compare": {"name": file.stem} | own, **keys}
+
+
+def prepare(tables: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[Plan, Path]:
+    """Return the checked plan and the folder of its results, with the plan written there.
+
+    Raises:
+        ConfigError: if one of its runs could not start.
+    """
+    plan = read_plan(tables, defaults)
+    folder = full_path(str(plan.config["output"])) / plan.name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / PLAN).write_text(to_json(tables), "utf-8")
+    return plan, folder
+
+
+def _tuned(plan: Plan, folder: Path) -> dict[str, float]:
+    runs = [(cell, completed(folder, cell)) for cell in plan.tuning_cells()]
+    return plan.best([(cell, accuracy_of(run)) for cell, run in runs if run])
+
+
+def records(plan: Plan, folder: Path) -> list[Record]:
+    """Return the finished runs of a comparison, in the order of the plan."""
+    cells = plan.cells(_tuned(plan, folder))
+    found = [(cell, completed(folder, cell)) for cell in cells]
+    return [read_record(run, cell.label) for cell, run in found if run]
+
+
+def summarise(plan: Plan, folder: Path) -> str:
+    """Write ``table.md``, ``table.tex``, ``runs.csv`` and ``report.html``; return the table."""
+    found = records(plan, folder)
+    if not found:
+        return "no run is finished yet"
+    rows = rows_of(found)
+    (folder / "table.md").write_text(to_markdown(rows), "utf-8")
+    (folder / "table.tex").write_text(to_latex(rows), "utf-8")
+    (folder / "runs.csv").write_text(to_csv(found), "utf-8")
+    write_report(found, folder / "report.html", plan.name)
+    return to_text(rows)

@@ -1,0 +1,190 @@
+"""How a figure looks and becomes inline SVG: no script, no display, the same bytes every time."""
+
+import hashlib
+import io
+import math
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any
+from xml.sax.saxutils import quoteattr
+
+import matplotlib.style
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from numpy.typing import NDArray
+
+Style = dict[str, Any]
+
+# Okabe and Ito's palette without yellow, which is too light for a line on white.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_MARKERS, _LINES = "osD^vP*<", ("-", "--", "-.", ":")
+_HOUSE = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "lalora",
+    "font.size": 9.5,
+    "axes.titlesize": 10.5,
+    "axes.titleweight": "bold",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#8a94a3",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e6e9ee",
+    "xtick.color": "#4a5361",
+    "ytick.color": "#4a5361",
+    "legend.frameon": False,
+    "lines.linewidth": 1.8,
+    "lines.markersize": 4.5,
+}
+_FAILED: Style = {"marker": "x", "linestyle": "none", "color": "#b3261e", "zorder": 5}
+_FAILED |= {"markersize": 8, "markeredgewidth": 2}
+_WIDTH, _HEIGHT = 4.1, 2.8  # inches of a panel, its legend not counted
+_LONGEST = 44  # characters of a name
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Several seeds as one line; every array has the shape (points,).
+
+    Attributes:
+        x: mean over seeds.
+        low: the lowest seed.
+        mean: over seeds.
+        high: the highest seed.
+        failed: whether the round failed for any seed.
+    """
+
+    x: NDArray[np.float64]
+    low: NDArray[np.float64]
+    mean: NDArray[np.float64]
+    high: NDArray[np.float64]
+    failed: NDArray[np.bool_]
+
+
+@contextmanager
+def house_style() -> Iterator[None]:
+    """Draw in the report's style, whatever the user's own settings of matplotlib are."""
+    with warnings.catch_warnings(), matplotlib.style.context(_HOUSE, after_reset=True):
+        warnings.filterwarnings("ignore", "Glyph")  # the browser's fonts draw the text, not ours
+        yield
+
+
+def _plain(text: str, longest: int = _LONGEST) -> str:
+    """Return a name that matplotlib takes as it is, cut where it would not fit."""
+    short = text if len(text) <= longest else text[: longest - 1] + "…"
+    return short.replace("$", r"\$")
+
+
+def svg(figure: Figure, description: str) -> str:
+    """Return a figure as an SVG element.
+
+    Its ids begin with a hash of description and content: no other figure of a page has them.
+    """
+    buffer = io.StringIO()
+    figure.savefig(
+        buffer, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    )
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :].strip()
+    prefix = "f" + hashlib.sha256((description + text).encode()).hexdigest()[:10] + "-"
+    text = re.sub(r'(\bid="|url\(#|href="#)', rf"\g<1>{prefix}", text)
+    return text.replace("<svg", f'<svg role="img" aria-label={quoteattr(description)}', 1)
+
+
+def styles(labels: Iterable[str]) -> dict[str, Style]:
+    """Return a colour, a marker and a line for each different label, in their order."""
+    looks = zip(dict.fromkeys(labels), cycle(_COLOURS), cycle(_MARKERS), cycle(_LINES))
+    return {label: {"color": c, "marker": m, "linestyle": line} for label, c, m, line in looks}
+
+
+def _draw(axes: Axes, line: Curve, style: Style) -> None:
+    every = max(1, len(line.x) // 10)
+    axes.fill_between(line.x, line.low, line.high, color=style["color"], alpha=0.15, linewidth=0)
+    if len(line.x) == 1:  # a band of no width would not be seen
+        axes.vlines(line.x, line.low, line.high, color=style["color"], alpha=0.5)
+    axes.plot(line.x, line.mean, markevery=every, **style)
+    axes.plot(line.x[line.failed], line.mean[line.failed], **_FAILED)
+
+
+def _legend(figure: Figure, marks: Mapping[str, Style]) -> None:
+    """Put the legend below the axes, and make the figure taller by as much."""
+    names = [_plain(name) for name in marks]
+    columns = min(3, len(names), max(1, 54 // (max(map(len, names)) + 6)))
+    figure.set_figheight(_HEIGHT + 0.21 * math.ceil(len(names) / columns) + 0.1)
+    handles = [Line2D([], [], **style) for style in marks.values()]
+    figure.legend(handles, names, loc="outside lower center", ncols=columns)
+
+
+def panel(curves: Mapping[str, Curve], looks: Mapping[str, Style], *, log: bool = False) -> Figure:
+    """Return a figure with a line and a band for each label, and a legend below its axes.
+
+    Args:
+        curves: by label.
+        looks: styles by label, of every panel beside this one; a single label needs no legend.
+        log: whether the height is logarithmic.
+    """
+    figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
+    axes = figure.add_subplot()
+    for label, line in curves.items():
+        _draw(axes, line, looks[label])
+    if log:
+        axes.set_yscale("log")
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.yaxis.set_major_formatter("{x:g}")
+        axes.yaxis.set_minor_formatter(NullFormatter())
+    marks = {label: looks[label] for label in curves} if len(looks) > 1 else {}
+    if any(line.failed.any() for line in curves.values()):
+        marks |= {"failed round": _FAILED}
+    if marks:
+        _legend(figure, marks)
+    return figure
+
+
+def share_height(panels: Sequence[Axes]) -> None:
+    """Give all axes the same limits of y."""
+    lows, highs = zip(*(axes.get_ylim() for axes in panels), strict=True)
+    for axes in panels:
+        axes.set_ylim(min(lows), max(highs))
+
+
+def _annotate(axes: Axes, counts: NDArray[np.int64]) -> None:
+    for (client, label), count in np.ndenumerate(counts):
+        colour = "white" if count > 0.6 * counts.max() else "#1c2430"
+        axes.text(label, client, f"{count:,}", ha="center", va="center", color=colour, size=8)
+
+
+def heat_map(labels: Sequence[str], counts: NDArray[np.int64], title: str) -> Figure:
+    """Return the picture of a partition: examples by client and label, and each client's sum.
+
+    Args:
+        labels: names, (labels,).
+        counts: examples, (clients, labels); up to 20 by 8 they are written into the picture.
+        title: above it.
+    """
+    clients, few = len(counts), len(counts) <= 20 and len(labels) <= 8
+    figure = Figure(figsize=(_WIDTH, min(7.0, 1.3 + 0.3 * clients)), layout="constrained")
+    heat, bars = figure.subplots(1, 2, sharey=True, width_ratios=(3, 1))
+    image = heat.imshow(counts, cmap="Blues", vmin=0, aspect="auto", interpolation="none")
+    if few:
+        _annotate(heat, counts)
+    else:
+        figure.colorbar(image, ax=heat, label="examples")
+    if len(labels) <= 30:
+        names, turn = [_plain(name, 16) for name in labels], 90 if len(labels) > 4 else 0
+        heat.set_xticks(range(len(labels)), names, rotation=turn)
+    bars.barh(range(clients), counts.sum(axis=1), color=_COLOURS[0], height=0.7)
+    heat.yaxis.set_major_locator(MaxNLocator(20, integer=True, min_n_ticks=1))
+    bars.xaxis.set_major_locator(MaxNLocator(2, integer=True))
+    heat.grid(visible=False)
+    bars.grid(visible=False, axis="y")
+    bars.tick_params(left=False)
+    heat.set(title=_plain(title), xlabel="label", ylabel="client")
+    bars.set(xlabel="examples")
+    return figure

@@ -1,0 +1,43 @@
+"""Finished runs of a comparison: found again, and never taken for others."""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from lalora_app.config import ConfigError, from_tables
+from lalora_app.plan import Cell
+
+_FREE = {"output", "resume-from", "compare"}  # may differ between two tries of a run
+
+
+def _summary(run: Path) -> dict[str, Any]:
+    return dict(json.loads((run / "summary.json").read_text("utf-8")))
+
+
+def completed(folder: Path, cell: Cell) -> Path | None:
+    """Return the folder of a cell's finished run, if there is one.
+
+    Raises:
+        ConfigError: if it was run with other settings: its result must not be taken for this one.
+    """
+    for path in sorted((folder / cell.folder).glob("*/summary.json")):
+        if _summary(path.parent)["status"].startswith("completed"):
+            _require_same(path.parent, cell)
+            return path.parent
+    return None
+
+
+def _require_same(run: Path, cell: Cell) -> None:
+    old = from_tables(tomllib.loads((run / "config.toml").read_text("utf-8")))
+    for key, value in cell.config.items():
+        if key not in _FREE and old.get(key) != value:
+            raise ConfigError(
+                f"{key}={value!r} must be {old.get(key)!r}, as in the finished run {run}; a "
+                "comparison with other settings needs another compare.name"
+            )
+
+
+def accuracy_of(run: Path) -> float:
+    """Return the final accuracy of a finished run."""
+    return float(_summary(run)["accuracy"])

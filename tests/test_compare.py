@@ -1,0 +1,153 @@
+"""Comparisons over FakeGrid: run once, cut short and resumed, and never mixed with other settings."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from conftest import defaults
+from fake_grid import FakeGrid
+from lalora_app import server_app
+from lalora_app.compare import PLAN, prepare, read_file, records, summarise
+from lalora_app.comparison import run_plan
+from lalora_app.config import ConfigError, flatten
+from lalora_app.finished import completed
+
+INF = float("inf")
+
+
+@pytest.fixture
+def tables(tiny):
+    """A plan of two methods and two seeds on the tiny model and data, without a budget."""
+    config = tiny(**{"privacy.epsilon": INF, "num-server-rounds": 1, "train.batch-size": 4})
+    keys = {k: v for k, v in flatten(config).items() if v != defaults().get(k)}
+    compare = {
+        "name": "tiny",
+        "nodes": 2,
+        "methods": ["ffa-lora", "dp-lora"],
+        "epsilons": [INF],
+        "seeds": [0, 1],
+    }
+    return {"compare": compare, **keys}
+
+
+def run(tables, run_one=server_app.run):
+    plan, folder = prepare(tables, defaults())
+    config = plan.cells({})[0].config
+    grid = FakeGrid(config, plan.nodes)
+    run_plan(grid, str(folder / PLAN), defaults(), run_one, 0.0)
+    return plan, folder, grid
+
+
+def test_every_run_has_its_own_folder_config_and_result(tables):
+    plan, folder, _ = run(tables)
+    found = records(plan, folder)
+    assert [(r.label, r.seed) for r in found] == [
+        (label, seed) for seed in (0, 1) for label in ("ffa-lora", "dp-lora")
+    ]
+    for record, cell in zip(found, plan.cells({}), strict=True):
+        assert record.method == cell.config["method"]
+        assert record.summary["status"] == "completed"
+        assert sum(map(sum, record.partition["clients"])) > 300
+    sends = {r.label: r.summary["upload_bytes_per_round"] for r in found}
+    assert sends["ffa-lora"] < sends["dp-lora"]
+
+
+def test_the_summary_is_written_as_tables_and_a_report(tables):
+    plan, folder, _ = run(tables)
+    table = summarise(plan, folder)
+    assert "ffa-lora" in table
+    assert "dp-lora" in (folder / "table.md").read_text("utf-8")
+    assert len((folder / "runs.csv").read_text("utf-8").splitlines()) == 1 + 4
+    assert r"\begin{tabular}" in (folder / "table.tex").read_text("utf-8")
+    assert "<svg" in (folder / "report.html").read_text("utf-8")
+
+
+def test_what_is_done_is_not_run_again(tables):
+    run(tables)
+    done = []
+    plan, folder, grid = run(tables, lambda *args: done.append(args))
+    assert done == []
+    assert grid.exchanges == []
+    assert len(records(plan, folder)) == 4
+
+
+def test_a_comparison_cut_short_goes_on_where_it_was(tables):
+    done = []
+
+    class PowerCut(BaseException):
+        pass
+
+    def two_and_a_half(grid, config, settle):
+        if len(done) == 2:
+            Path(config.output).mkdir(parents=True)
+            (Path(config.output) / "half").mkdir()
+            raise PowerCut
+        done.append(config.output)
+        server_app.run(grid, config, settle)
+
+    with pytest.raises(PowerCut):
+        run(tables, two_and_a_half)
+    again = []
+
+    def counted(grid, config, settle):
+        again.append(config.output)
+        server_app.run(grid, config, settle)
+
+    plan, folder, _ = run(tables, counted)
+    assert [Path(p).name for p in done + again] == [cell.folder for cell in plan.cells({})]
+    assert len(records(plan, folder)) == 4
+
+
+def test_one_run_that_fails_costs_no_other_and_fails_the_comparison(tables):
+    def seed_zero_only(grid, config, settle):
+        if config.seed == 1 and config.method == "ffa-lora":
+            raise RuntimeError("out of luck")
+        server_app.run(grid, config, settle)
+
+    with pytest.raises(RuntimeError, match=r"1 runs failed: ffa-lora-epsinf-seed1: out of luck"):
+        run(tables, seed_zero_only)
+    plan, folder = prepare(tables, defaults())
+    assert len(records(plan, folder)) == 3
+
+
+def test_a_finished_run_is_never_taken_for_one_with_other_settings(tables):
+    run(tables)
+    changed = tables | {"train.lr-a": 0.123}
+    plan, folder = prepare(changed, defaults())
+    with pytest.raises(ConfigError, match=r"train\.lr-a=0\.123 must be .* another compare\.name"):
+        completed(folder, plan.cells({})[0])
+
+
+def test_tuning_chooses_by_data_that_the_test_split_does_not_hold(tables):
+    tune = {"epsilon": INF, "grid": [1e-6, 1.0], "seed": 9, "test-fraction": 0.2}
+    tables["compare"] |= {"methods": ["ffa-lora"], "seeds": [0], "tune": tune}
+    plan, folder, _ = run(tables)
+    accuracies = {}
+    for cell in plan.tuning_cells():
+        path = completed(folder, cell)
+        accuracies[cell.scale] = json.loads((path / "summary.json").read_text())["accuracy"]
+    better = max(accuracies, key=lambda scale: (accuracies[scale], -scale))
+    (record,) = records(plan, folder)
+    assert record.config["train.lr-a"] == plan.config["train.lr-a"] * better
+
+
+def test_paths_that_start_with_a_dot_are_seen_from_the_plans_folder(tmp_path):
+    (tmp_path / "plans").mkdir()
+    file = tmp_path / "plans" / "mine.toml"
+    file.write_text('[model]\nname = "timm:../m"\n[data]\nname = "./d"\n[lora]\nrank = 4\n')
+    tables = read_file(file)
+    assert tables["model.name"] == f"timm:{tmp_path / 'm'}"
+    assert tables["data.name"] == str(tmp_path / "plans" / "d")
+    assert tables["lora.rank"] == 4
+    assert tables["compare"] == {"name": "mine"}
+
+
+@pytest.mark.parametrize("content", [None, "= no toml"])
+def test_a_plan_that_cannot_be_read_is_one_line(tmp_path, content):
+    file = tmp_path / "plan.toml"
+    if content:
+        file.write_text(content)
+    with pytest.raises(ConfigError, match=r"plan\.toml must be") as caught:
+        read_file(file)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,125 @@
+"""A comparison's plan: its runs, its tuning, and what it refuses before anything starts."""
+
+import math
+
+import pytest
+
+from conftest import defaults
+from lalora_app.config import ConfigError, parse
+from lalora_app.plan import RATES, Cell, read_plan
+
+INF = math.inf
+
+
+def plan_of(**compare):
+    return read_plan({"compare": compare, "num-server-rounds": 3}, defaults())
+
+
+def test_cells_are_methods_times_epsilons_times_seeds_seed_by_seed():
+    plan = plan_of(methods=["dp-lora", "rolora"], epsilons=[1.0, INF], seeds=[5, 6])
+    cells = plan.cells({})
+    expected = [(m, e, s) for s in (5, 6) for m in ("dp-lora", "rolora") for e in (1.0, INF)]
+    found = [(c.config["method"], c.config["privacy.epsilon"], c.config["seed"]) for c in cells]
+    assert found == expected
+    assert [c.folder for c in cells][:2] == ["dp-lora-eps1-seed5", "dp-lora-epsinf-seed5"]
+    assert len({c.folder for c in cells}) == len(cells)
+    assert all(c.config["num-server-rounds"] == 3 for c in cells)
+
+
+def test_without_settings_it_is_the_papers_five_methods_at_three_budgets_and_seeds():
+    plan = read_plan({}, defaults())
+    assert len(plan.cells({})) == 5 * 3 * 3
+    assert plan.tuning_cells() == []
+
+
+def test_every_run_waits_for_all_nodes():
+    assert {cell.config["min-clients"] for cell in plan_of(nodes=7).cells({})} == {7}
+
+
+def test_a_control_differs_by_its_own_settings_at_its_own_budgets():
+    control = {
+        "label": "momentum",
+        "method": "la-lora-no-filter",
+        "epsilons": [3.0],
+        "config": {"train": {"momentum": 0.5}},
+    }
+    plan = plan_of(methods=["la-lora"], epsilons=[1.0, 3.0], seeds=[0], controls=[control])
+    plain, same_budget, own = plan.cells({})
+    assert (own.label, own.epsilon, own.folder) == ("momentum", 3.0, "momentum-eps3-seed0")
+    assert own.config["method"] == "la-lora-no-filter"
+    differing = {k for k in own.config if own.config[k] != same_budget.config[k]}
+    assert differing == {"method", "train.momentum"}
+    assert plain.config["train.momentum"] == 0.0
+
+
+TUNE = {"epsilon": 1.0, "grid": [0.5, 1.0, 2.0], "seed": 100, "test-fraction": 0.25}
+
+
+def test_tuning_runs_scale_all_rates_and_never_see_the_test_split():
+    tables = {
+        "compare": {"methods": ["rolora"], "epsilons": [1.0], "tune": TUNE},
+        "data": {"test-split": "validation"},
+    }
+    plan = read_plan(tables, defaults())
+    cells = plan.tuning_cells()
+    assert [cell.scale for cell in cells] == TUNE["grid"]
+    for cell in cells:
+        assert [cell.config[k] for k in RATES] == [defaults()[k] * cell.scale for k in RATES]
+        assert cell.config["data.test-split"] == "none"
+        assert cell.config["data.test-fraction"] == 0.25
+        assert cell.config["seed"] == 100
+        assert cell.config["privacy.epsilon"] == 1.0
+    assert all(cell.config["data.test-split"] == "validation" for cell in plan.cells({}))
+
+
+def test_the_best_scale_is_the_most_accurate_and_of_equals_the_smaller():
+    plan = plan_of(methods=["rolora", "dp-lora"], epsilons=[1.0, 3.0], tune=TUNE)
+    accuracies = {"rolora": (0.5, 0.9, 0.9), "dp-lora": (0.3, 0.3, 0.3)}
+    results = [
+        (cell, accuracies[cell.label][TUNE["grid"].index(cell.scale)])
+        for cell in plan.tuning_cells()
+    ]
+    assert plan.best(results) == {"rolora": 1.0, "dp-lora": 0.5}
+    assert plan.best(results[::-1]) == {"rolora": 1.0, "dp-lora": 0.5}
+    for cell in plan.cells(plan.best(results)):
+        expected = defaults()["train.lr-a"] * plan.best(results)[cell.label]
+        assert cell.config["train.lr-a"] == expected
+
+
+def test_every_cell_is_a_run_config():
+    for cell in plan_of(tune=TUNE).cells({}):
+        assert isinstance(cell, Cell)
+        parse(cell.config)
+
+
+BAD = {
+    "an unknown key": ({"metods": ["la-lora"]}, r"compare\.metods must be one of"),
+    "no such method": ({"methods": ["la-lore"]}, 'did you mean "la-lora"'),
+    "no method": ({"methods": []}, r"compare\.methods=\[\]"),
+    "a method twice": ({"methods": ["la-lora", "la-lora"]}, r"compare\.methods="),
+    "a budget of zero": ({"epsilons": [0.0]}, r"privacy\.epsilon=0\.0 must be greater than 0"),
+    "a budget in words": ({"epsilons": ["three"]}, r"compare\.epsilons="),
+    "a budget twice": ({"epsilons": [1.0, 1]}, r"compare\.epsilons="),
+    "a seed that is no integer": ({"seeds": [0.5]}, r"compare\.seeds="),
+    "a boolean seed": ({"seeds": [True]}, r"compare\.seeds="),
+    "no nodes": ({"nodes": 0}, r"compare\.nodes=0"),
+    "half a grid": ({"tune": {"grid": [1.0]}}, r"compare\.tune\.epsilon"),
+    "a negative rate": ({"tune": TUNE | {"grid": [-1.0]}}, r"train\.lr-a=-2\.0 must be"),
+    "an unknown key of a control": (
+        {"controls": [{"method": "la-lora", "label": "x", "eps": [1.0]}]},
+        r"compare\.controls=.*'eps'.* must have a method, and may have config, epsilons, label",
+    ),
+    "a control without a method": ({"controls": [{"label": "x"}]}, r"compare\.controls"),
+    "an unknown key of a run": (
+        {"controls": [{"method": "la-lora", "label": "x", "config": {"lora": {"rnk": 2}}}]},
+        r'lora\.rnk=2 is no key of a run; did you mean "lora\.rank"',
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(BAD))
+def test_a_bad_plan_is_one_line_before_anything_starts(case):
+    compare, words = BAD[case]
+    with pytest.raises(ConfigError, match=words) as caught:
+        plan_of(**compare)
+    assert "\n" not in str(caught.value)
