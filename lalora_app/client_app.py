@@ -2,9 +2,11 @@
 
 import logging
 import math
+import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict
@@ -138,7 +140,9 @@ def _train(message: Message, context: Context) -> RecordDict:
     resident = residents.resident_file(folder, local.dataset, request.run)
     start = residents.substitute(resident, start, request.versions, request.attempt)
 
+    clock = [time.monotonic()]
     reservation = _reserve(config, local, context, request)
+    clock.append(time.monotonic())
     result = trainer.run_round(
         model,
         encoded,
@@ -150,6 +154,10 @@ def _train(message: Message, context: Context) -> RecordDict:
         reservation=reservation,
         streams=_streams(config, local, request.attempt),
     )
+    clock.append(time.monotonic())
+    # In the client's own log only: how long a batch takes is a fact of the data.
+    account, train = (after - before for before, after in pairwise(clock))
+    _log.debug("LaLoRA timing %d %s %.3f %.3f", request.attempt, local.client, account, train)
     waiting = method.resident(request.round, config.train.local_steps)
     last = request.steps_left <= config.train.local_steps
     waiting = frozenset() if last else waiting

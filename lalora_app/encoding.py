@@ -130,10 +130,12 @@ def _token_ids(examples: Examples, tokenizer: Any, max_length: int) -> tuple[tup
     """Return the token ids of texts or pairs of texts, cut at ``max_length``."""
     if any(isinstance(content, bytes) for content in examples.contents):
         raise DataError("data.input-column", " must hold texts for this model.task, not images")
-    pairs = examples.contents and isinstance(examples.contents[0], tuple)
+    if not examples.contents:
+        return ()
+    pairs = isinstance(examples.contents[0], tuple)
     columns = zip(*examples.contents, strict=True) if pairs else [examples.contents]
     texts = [list(column) for column in columns]
-    ids = tokenizer(*texts, truncation=True, max_length=max_length)["input_ids"] if texts else []
+    ids = tokenizer(*texts, truncation=True, max_length=max_length)["input_ids"]
     for row, tokens in enumerate(ids):
         if not tokens:
             place = examples.row(row)

@@ -107,6 +107,14 @@ def _privacy_report(config: Config, rows: list[dict[str, Any]]) -> dict[str, Any
     }
 
 
+def _write_report(folder: RunFolder) -> None:
+    # Seconds to import matplotlib: only at the end of a run.
+    from lalora_app.records import read_record
+    from lalora_app.report import write_report
+
+    write_report([read_record(folder.path)], folder.path / "report.html", folder.name)
+
+
 def finish(progress: Progress) -> None:
     """Write adapter, privacy report and summary, and print the result lines last.
 
@@ -121,6 +129,7 @@ def finish(progress: Progress) -> None:
     export(progress.model, progress.strategy.state.adapter, folder.adapter, config, rows[-1])
     folder.write_json("privacy.json", _privacy_report(config, rows))
     folder.write_json("summary.json", summary)
+    _write_report(folder)
     _log.info("")
     _log.info("LaLoRA results    %s", folder.path)
     _log.info("LaLoRA quality    %s", _told(_scores(summary)))

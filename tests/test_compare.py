@@ -1,4 +1,4 @@
-"""Comparisons over FakeGrid: run once, cut short and resumed, and never mixed with other settings."""
+"""Comparisons over FakeGrid: cut short and resumed, never mixed with other settings."""
 
 import json
 from pathlib import Path

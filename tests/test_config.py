@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT, defaults, make_config
 from lalora_app.config import ConfigError, flatten, from_tables, parse
 from lalora_app.methods import METHODS, lookup
+from lalora_app.plan import read_plan
 from lalora_app.results import to_toml
 
 INF, NAN = math.inf, math.nan
@@ -30,6 +31,7 @@ OUT_OF_RANGE = [
     ("output", "./results"),
     ("output", ""),
     ("resume-from", "some-run"),
+    ("compare", "plan.json"),
     ("model.name", " "),
     ("model.max-length", 0),
     ("model.pooling", "cls"),
@@ -129,7 +131,9 @@ def test_defaults_are_private_and_their_method_has_what_it_needs():
 
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_presets_parse_over_the_defaults_and_say_nothing_twice(preset):
-    changes = from_tables(tomllib.loads(preset.read_text("utf-8")))
+    tables = tomllib.loads(preset.read_text("utf-8"))
+    read_plan(tables, defaults())
+    changes = from_tables({key: table for key, table in tables.items() if key != "compare"})
     config = make_config(**changes)
     lookup(config.method, config.train.local_steps)
     assert {key: value for key, value in changes.items() if defaults()[key] == value} == {}

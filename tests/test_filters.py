@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lalora_app.filters import binomial, identity, scaled, smooth
+from lalora_app.filters import TAPS, binomial, identity, permuted, scaled, smooth
 from lalora_app.privacy.types import NoisedGrads
 
 KERNEL = [1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16]
@@ -117,7 +117,23 @@ def test_scaled_shrinks_factors_by_the_filters_noise_factor_and_leaves_the_head(
     np.testing.assert_array_equal(shrunk[HEAD_NAME], head)
 
 
-@pytest.mark.parametrize("postprocess", [binomial, scaled, identity])
+def test_permuted_is_the_filter_on_features_in_one_fixed_random_order():
+    rng = np.random.default_rng(4)
+    a, b, head = drawn(rng, 2, 40), drawn(rng, 30, 2), drawn(rng, 2, 3)
+    first, again = (permuted(grads_of(a, b, head)) for _ in range(2))
+    # One unit vector at a time tells which features the filter takes for neighbours.
+    impulses = permuted(grads_of(np.eye(40), b, head))[A_NAME]
+    weights = np.sort(impulses, axis=1)[:, ::-1][:, :5]
+    inner = [row for row in weights if np.allclose(row, sorted(TAPS, reverse=True))]
+    assert len(inner) == 40 - 4  # all but those beside a border
+    assert not np.allclose(impulses, binomial(grads_of(np.eye(40), b, head))[A_NAME])
+    np.testing.assert_allclose(first[A_NAME], a @ impulses.numpy(), atol=1e-12)
+    np.testing.assert_array_equal(first[HEAD_NAME], head)
+    for name, grad in first.items():
+        np.testing.assert_array_equal(grad, again[name])
+
+
+@pytest.mark.parametrize("postprocess", [binomial, permuted, scaled, identity])
 def test_filters_leave_their_input_alone_and_keep_names_and_shapes(postprocess):
     rng = np.random.default_rng(2)
     before = [drawn(rng, 2, 5), drawn(rng, 4, 2), drawn(rng, 2, 3)]
@@ -128,7 +144,7 @@ def test_filters_leave_their_input_alone_and_keep_names_and_shapes(postprocess):
         np.testing.assert_array_equal(grad, array)
 
 
-@pytest.mark.parametrize("postprocess", [binomial, scaled, identity])
+@pytest.mark.parametrize("postprocess", [binomial, permuted, scaled, identity])
 def test_filters_are_linear_so_they_are_free_post_processing(postprocess):
     rng = np.random.default_rng(3)
     x = grads_of(drawn(rng, 2, 7), drawn(rng, 6, 2), drawn(rng, 2, 3))

@@ -9,8 +9,8 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "lalora_app"
-USES_FLWR = {"wire", "strategy", "client_app", "server_app", "runlog"}
-SHELL = USES_FLWR | {"cli", "launcher"}
+USES_FLWR = {"wire", "strategy", "client_app", "server_app", "runlog", "comparison"}
+SHELL = USES_FLWR | {"cli", "launcher", "compare"}
 TORCH_ROOMS = {
     "trainer",
     "backbone",
@@ -45,6 +45,14 @@ CORE = {
     "privacy.policy",
     "privacy.randomness",
     "aggregate.error",
+    "plan",
+    "finished",
+    "records",
+    "tables",
+    "drawing",
+    "plots",
+    "report",
+    "report_template",
     "cohorts",
     "data",
     "partition",

@@ -14,11 +14,14 @@ TABLE = {
     "la-lora": (ALTERNATE_STEPS, "B A B A"),
     "la-lora-no-filter": (ALTERNATE_STEPS, "B A B A"),
     "la-lora-scaled": (ALTERNATE_STEPS, "B A B A"),
+    "la-lora-permuted": (ALTERNATE_STEPS, "B A B A"),
     "la-lora-full": (ALTERNATE_STEPS, "AB AB AB AB"),
     "la-lora-full-no-filter": (ALTERNATE_STEPS, "AB AB AB AB"),
     "la-lora-full-scaled": (ALTERNATE_STEPS, "AB AB AB AB"),
+    "la-lora-full-permuted": (ALTERNATE_STEPS, "AB AB AB AB"),
 }
 FILTERS = {"la-lora": "binomial", "no-filter": "identity", "scaled": "scaled"}
+FILTERS |= {"permuted": "permuted"}
 
 
 def factors(text: str) -> list[frozenset[str]]:
@@ -65,7 +68,9 @@ def test_a_round_trains_all_that_it_sends_and_the_rest_is_resident(name, local_s
 
 def test_only_methods_that_send_one_factor_of_two_trained_keep_residents():
     keeping = {name for name, method in METHODS.items() if method.resident(1, 2)}
-    assert keeping == {"la-lora", "la-lora-no-filter", "la-lora-scaled"}
+    assert keeping == {"la-lora"} | {
+        f"la-lora-{control}" for control in ("no-filter", "scaled", "permuted")
+    }
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -10,6 +10,7 @@ from conftest import make_config
 from fake_grid import SERVER, identify, over_the_wire
 from lalora_app import wire
 from lalora_app.adapter import ServerState, select
+from lalora_app.config import parse
 from lalora_app.methods import METHODS
 from lalora_app.strategy import Clients, LocalAlternation
 from lalora_app.wire import TrainReply
@@ -82,7 +83,8 @@ def test_a_request_holds_the_whole_adapter_and_its_order():
     assert {r.metadata.dst_node_id for r in requests} == set(NODES)
     for request in requests:
         assert request.metadata.message_type == "train"
-        assert set(request.content) == {wire.ARRAYS, wire.CONFIG}
+        assert set(request.content) == {wire.ARRAYS, wire.CONFIG, wire.RUN_CONFIG}
+        assert parse(wire.run_config_of(request.content)) == strategy.config
         assert same_bits(
             wire.from_record(request.content.array_records[wire.ARRAYS], adapter(0)), noisy(0)
         )
