@@ -268,7 +268,7 @@ def test_the_results_are_all_there(finished):
     folder = finished.folder
     assert {path.name for path in folder.path.iterdir()} == {
         *("config.toml", "clients.json", "history.jsonl", "privacy.json", "summary.json"),
-        *("checkpoints", "adapter"),
+        *("partition.json", "report.html", "checkpoints", "adapter"),
     }
     saved = tomllib.loads((folder.path / "config.toml").read_text("utf-8"))
     assert from_tables(saved) == flatten(finished.config)

@@ -34,8 +34,9 @@ from oracle import (
 
 INF = float("inf")
 KINDS = ("llama", "gpt2")
-# Of different lengths; the id of padding, 0, is a word of two of them.
-TEXTS = EncodedSequences(((2, 5, 6, 3), (2, 0, 3), (2, 7, 8, 9, 10, 0, 3), (5, 11)))
+# Of different lengths; the id of padding, 0, is a word of two of them. A text of two tokens would
+# have no gradient at a query: its only prediction comes from a token that sees itself alone.
+TEXTS = EncodedSequences(((2, 5, 6, 3), (2, 0, 3), (2, 7, 8, 9, 10, 0, 3), (5, 11, 2, 12, 4)))
 
 # peft, of an adapter for Linear layers on stock GPT-2's Conv1D: what it then does is right
 pytestmark = pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False:UserWarning")
@@ -125,7 +126,7 @@ def test_what_stands_in_the_padding_changes_nothing(kind, causal):
     backbone = randomised(causal(kind))
     batch = TEXTS.batch([0, 1, 2, 3])
     padding = batch.labels == IGNORED
-    assert padding.sum() == 12
+    assert padding.sum() == 9
     before = backbone.losses(batch)
     before_grads = backbone.engine.gradients(lambda: backbone.losses(batch), 4).dense()
     for word in (1, 15):
@@ -201,7 +202,8 @@ def test_gpt2_computes_the_same_through_linear_layers(causal):
     from transformers.pytorch_utils import Conv1D
 
     config = causal("gpt2")
-    backbone, _ = build(config)
+    backbone, start = build(config)
+    backbone.load(start)
     theirs, ids = stock(config), TEXTS.batch([2]).inputs
     assert sum(isinstance(m, Conv1D) for m in theirs.modules()) == 8
     assert not any(isinstance(m, Conv1D) for m in backbone.model.modules())
@@ -232,7 +234,7 @@ def test_texts_are_cut_and_a_bad_max_length_is_one_line(causal):
     backbone, _ = build(causal("llama", **{"model.max-length": 6}))
     encoded = backbone.encode(Examples((" ".join(WORDS[5:]),), (0,)))
     assert len(encoded.tokens[0]) == 6
-    for value, words in ((17, "must be at most 16"), (3, "must be above 3"), (1, "above 3")):
+    for value, words in ((17, "must be at most 16"), (3, "must be above 3"), (1, "must be above 3")):
         with pytest.raises(ConfigError, match=rf"model\.max-length={value} {words}"):
             build(causal("llama", **{"model.max-length": value}))
 
@@ -258,7 +260,8 @@ def test_a_tokenizer_without_padding_will_do(causal, tiny_gpt2, tmp_path):
     texts = backbone.encode(Examples(("free prize", "hello dear friend ok"), (0, 0)))
     assert backbone.losses(texts.batch([0, 1])).shape == (2,)
     with pytest.raises(ConfigError, match="must have a tokenizer with a padding token"):
-        build(causal(str(folder), **{"model.task": "text-classification"}))
+        classes = {"model.task": "text-classification", "data.label-column": "label"}
+        build(causal(str(folder), **classes))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -284,8 +287,9 @@ def test_a_run_ends_with_its_perplexity_and_an_adapter_for_the_stock_model(
 
     monkeypatch.setattr(server_app, "_POLL", 0.0)
     monkeypatch.setattr(server_app, "_SETTLE", 0.0)
-    changes = {"privacy.epsilon": INF, "train.lr-a": 1.0, "train.lr-b": 2.0}
-    config = causal(kind, **changes, **{"num-server-rounds": 2, "train.batch-size": 24})
+    rates = {"train.optimizer": "adamw", "train.lr-a": 0.1, "train.lr-b": 0.1}
+    sizes = {"num-server-rounds": 2, "train.batch-size": 24, "train.local-steps": 4}
+    config = causal(kind, **rates, **sizes, **{"privacy.epsilon": INF})
     server_app.run(FakeGrid(config, 2), config)
     (folder,) = Path(config.output).iterdir()
     summary = json.loads((folder / "summary.json").read_text("utf-8"))
@@ -310,7 +314,7 @@ def test_a_run_ends_with_its_perplexity_and_an_adapter_for_the_stock_model(
     assert summary["perplexity"] == pytest.approx(math.exp(surprise / count), rel=1e-5)
     assert summary["accuracy"] == pytest.approx(right / count, abs=1.5 / count)
     backbone.load(start)
-    assert summary["perplexity"] < backbone.evaluate(texts.batches(64))["perplexity"] - 0.5
+    assert summary["perplexity"] < backbone.evaluate(texts.batches(64))["perplexity"] - 0.1
     card = (folder / "adapter" / "README.md").read_text("utf-8")
     assert "AutoModelForCausalLM" in card
     assert f"perplexity {summary['perplexity']:.4f}" in card
