@@ -40,7 +40,7 @@ mutants: $(VENV)/.dev
 	$(BIN)/pytest tests/test_mutants.py
 
 study: $(VENV)/.run
-	$(BIN)/python scripts/study.py
+	$(BIN)/lalora compare configs/bench/sms-spam.toml
 
 bench: $(VENV)/.dev
 	$(BIN)/python benchmarks/private_step.py $(ARGS)

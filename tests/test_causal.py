@@ -234,7 +234,11 @@ def test_texts_are_cut_and_a_bad_max_length_is_one_line(causal):
     backbone, _ = build(causal("llama", **{"model.max-length": 6}))
     encoded = backbone.encode(Examples((" ".join(WORDS[5:]),), (0,)))
     assert len(encoded.tokens[0]) == 6
-    for value, words in ((17, "must be at most 16"), (3, "must be above 3"), (1, "must be above 3")):
+    for value, words in (
+        (17, "must be at most 16"),
+        (3, "must be above 3"),
+        (1, "must be above 3"),
+    ):
         with pytest.raises(ConfigError, match=rf"model\.max-length={value} {words}"):
             build(causal("llama", **{"model.max-length": value}))
 

@@ -1,4 +1,4 @@
-"""Base models of both libraries: loaded as stock code loads them, trained right, refused in a line."""
+"""Base models: loaded as stock code loads them, trained right, and refused in one line."""
 
 import json
 import shutil
@@ -22,6 +22,7 @@ from lalora_app.encoding import Batch, EncodedImages, EncodedSequences, EncodedT
 from lalora_app.methods import METHODS
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.ledger import Reservation
+from lalora_app.privacy.mechanism import poisson_batch
 from lalora_app.privacy.randomness import seeded
 from lalora_app.trainer import Streams, apply, make_optimizer, private_gradient
 from oracle import assert_engine_is_right, randomise, without_engine
@@ -220,8 +221,8 @@ def test_both_kinds_of_attention_compute_the_same(kind, any_model):
         backbone = randomised(any_model(kind, **{"model.attention": attention}))
         steps[attention] = step(backbone, batch)
         fused = {m.fused_attn for m in bare(backbone).modules() if hasattr(m, "fused_attn")}
-        if kind in ("swin", "vit"):
-            assert fused == {attention != "eager"}
+        if kind in ("swin", "vit"):  # timm's own choice for Swin is eager
+            assert fused == {attention == "sdpa" or (attention == "auto" and kind == "vit")}
         else:
             expected = "eager" if attention == "eager" else "sdpa"
             assert bare(backbone).config._attn_implementation == expected
@@ -244,8 +245,8 @@ def test_a_head_of_another_number_of_labels_is_made_anew(kind, head, images):
 
 def test_all_but_the_head_is_the_checkpoints(images, tiny_vit):
     backbone, _ = build(images("hf-vit", **{"data.num-labels": 3}))
-    saved = load_file(Path(tiny_vit) / "model.safetensors")
     found = {n.replace(".base_layer", ""): p for n, p in bare(backbone).named_parameters()}
+    saved = dict(stock("hf-vit", tiny_vit).named_parameters())
     kept = [name for name in saved if "classifier" not in name]
     assert len(kept) > 20
     assert all(torch.equal(found[name], saved[name]) for name in kept)
@@ -389,6 +390,7 @@ def test_a_folder_of_a_class_is_what_timm_makes_of_it(kind, images, tiny_timm):
         torch.testing.assert_close(backbone.logits(IMAGE_BATCH.batch([0, 1, 2])), model(seen))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not SWIN_32.is_dir(), reason=f"needs the Swin of {SWIN_32}")
 def test_the_shared_swin_is_loaded_as_its_readme_says():
     from timm.models.swin_transformer import SwinTransformer
@@ -408,6 +410,7 @@ def test_the_shared_swin_is_loaded_as_its_readme_says():
     torch.testing.assert_close(found, seen)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DINO.is_dir(), reason=f"needs the ViT of {DINO}")
 def test_the_shared_vit_is_loaded_as_its_readme_says():
     import timm
@@ -446,15 +449,15 @@ def test_a_folder_of_an_architecture_has_its_own_normalisation(images, tmp_path)
         torch.testing.assert_close(found, theirs.eval().forward_features(seen))
 
 
-@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_tiny_patch16_224.augreg_in21k"])
-def test_random_weights_need_no_file_and_follow_the_seed(name, images):
-    def weights(seed):
-        backbone, _ = build(images(f"timm:{name}", seed=seed, **{"model.weights": "random"}))
+def test_random_weights_need_no_file_and_follow_the_seed(images):
+    def weights(seed, tag=""):
+        name = f"timm:vit_tiny_patch16_224{tag}"
+        backbone, _ = build(images(name, seed=seed, **{"model.weights": "random"}))
         return bare(backbone).blocks[0].mlp.fc1.weight
 
     first = weights(0)
     assert first.std() > 0
-    assert torch.equal(first, weights(0))
+    assert torch.equal(first, weights(0, ".augreg_in21k"))  # which weights, were they wanted
     assert not torch.equal(first, weights(1))
 
 
@@ -470,8 +473,8 @@ def test_random_weights_of_a_folder(images, tiny_timm, tmp_path):
 
 
 def test_an_image_size_that_is_not_the_models_is_one_line(images):
-    for kind in ("swin", "hf-vit"):
-        line = refusal(images(kind, **{"model.image-size": 32, "model.image-resize": 32}))
+    for name in ("swin", "hf-vit"):
+        line = refusal(images(name, **{"model.image-size": 32, "model.image-resize": 32}))
         assert line == "model.image-size=32 must be 16, the model's own"
 
 
@@ -615,8 +618,8 @@ def test_a_run_on_images_ends_with_an_adapter_for_the_stock_model(
     from peft import PeftModel
 
     rates = {"train.optimizer": "adamw", "train.lr-a": 0.01, "train.lr-b": 0.01}
-    sizes = {"train.batch-size": 24, "train.local-steps": 4, "train.lr-head": 0.1}
-    config = images(kind, **rates, **sizes, **{"privacy.epsilon": INF, "num-server-rounds": 3})
+    sizes = {"train.batch-size": 24, "train.local-steps": 6, "train.lr-head": 0.1}
+    config = images(kind, **rates, **sizes, **{"privacy.epsilon": INF, "num-server-rounds": 2})
     adapter, summary = finished(config, monkeypatch)
     assert summary["status"] == "completed"
 
@@ -641,13 +644,15 @@ def test_a_run_on_images_ends_with_an_adapter_for_the_stock_model(
 
 def one_private_step(backbone: Backbone, data, factors: str) -> None:
     """A noised step of the given factors: finite, of the active tensors, and it moves them."""
+    rate = 3 / len(data)
+    assert len(poisson_batch(len(data), rate, seeded(1, "sampling"))) in (2, 3, 4)
     names = active_names(backbone.engine.parameters, frozenset(factors))
     before = backbone.adapter()
     backbone.engine.activate(names)
     noised = private_gradient(
         backbone,
         data,
-        reservation=Reservation(Release(3 / len(data), 1.0, 1)),
+        reservation=Reservation(Release(rate, 1.0, 1)),
         clip_norm=1.0,
         micro_batch=4,
         streams=Streams(seeded(1, "sampling"), seeded(1, "noise")),

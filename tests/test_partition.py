@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conftest import described
+from conftest import described, make_config
 from lalora_app import data as datasets
 from lalora_app import partition as deals
-from lalora_app.config import PARTITIONERS, Data
+from lalora_app.config import PARTITIONERS, ConfigError, Data
 from lalora_app.data import Examples
 from lalora_app.partition import MAKERS, deal_name, label_counts, partition
 from lalora_app.sources import DataError
@@ -61,8 +61,8 @@ def some_groups(size: int, count: int) -> tuple[str, ...]:
 @pytest.mark.parametrize("partitioner", PARTITIONERS)
 def test_every_example_is_dealt_exactly_once(partitioner, clients, holding):
     # The smallest of 7 exponential clients has 1/1000 of all, and needs an example.
-    @given(size=st.integers(1300, 1600), labels=st.integers(2, 7), seed=st.integers(0, 99))
-    @settings(max_examples=3, deadline=None, derandomize=True)
+    @given(size=st.integers(1200, 1300), labels=st.integers(2, 7), seed=st.integers(0, 99))
+    @settings(max_examples=2, deadline=None, derandomize=True)
     def check(size, labels, seed):
         train = holding(some_labels(size, labels), some_groups(size, 9))
         # With fewer clients than labels, only all of the classes are sure to find an owner.
@@ -75,8 +75,12 @@ def test_every_example_is_dealt_exactly_once(partitioner, clients, holding):
     check()
 
 
-def test_every_partitioner_of_the_config_has_a_maker():
+def test_every_partitioner_of_the_config_has_a_maker_and_no_other_is_taken():
     assert set(PARTITIONERS) == set(MAKERS)
+    with pytest.raises(ConfigError) as caught:
+        make_config(**{"data.partitioner": "by-mood"})
+    assert str(caught.value).startswith("data.partitioner='by-mood' must be one of ")
+    assert all(f'"{name}"' in str(caught.value) for name in MAKERS)
 
 
 @pytest.mark.parametrize("partitioner", PARTITIONERS)

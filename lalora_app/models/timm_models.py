@@ -96,7 +96,8 @@ def _head(base: Any, model: Model) -> str:
 def _set_attention(model: Model) -> None:
     from timm.layers import set_fused_attn
 
-    set_fused_attn(enable=model.attention != "eager")
+    # Swin's is among those that timm takes only where it is asked for.
+    set_fused_attn(enable=model.attention != "eager", experimental=model.attention == "sdpa")
 
 
 def load_timm(model: Model, num_labels: int) -> Base:

@@ -1,0 +1,100 @@
+"""Put a finished comparison into docs/results.md: its table, its chosen rates, its pictures.
+
+python scripts/results.py ~/lalora-results/sst2-minilm configs/bench/sst2-minilm.toml
+"""
+
+import argparse
+import json
+import statistics
+import tomllib
+from pathlib import Path
+
+from lalora_app.compare import PLAN, records
+from lalora_app.config import from_tables
+from lalora_app.finished import accuracy_of, completed
+from lalora_app.plan import Plan, read_plan
+from lalora_app.plots import aggregation_error, by_round, by_upload, partitions
+from lalora_app.records import Record
+from lalora_app.tables import ACCURACY, rows_of, to_markdown
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "results.md"
+IMAGES = ROOT / "docs" / "images"
+
+
+def load(folder: Path) -> Plan:
+    """Return the plan of a comparison's folder."""
+    app = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["flwr"]["app"]
+    tables = json.loads((folder / PLAN).read_text("utf-8"))
+    return read_plan(tables, from_tables(app["config"]))
+
+
+def tuning(plan: Plan, folder: Path) -> str:
+    """Return a Markdown table: accuracy on held-out training data by method and scale."""
+    cells = {(c.label, c.scale): completed(folder, c) for c in plan.tuning_cells()}
+    scales = sorted({scale for _, scale in cells})
+    lines = ["| method | " + " | ".join(f"rates × {s:g}" for s in scales) + " |"]
+    lines.append("|---" * (len(scales) + 1) + "|")
+    for label in dict.fromkeys(label for label, _ in cells):
+        found = [cells[label, scale] for scale in scales]
+        scores = [100 * accuracy_of(path) if path else float("nan") for path in found]
+        best = scores.index(max(scores))
+        shown = [f"**{s:.1f}**" if i == best else f"{s:.1f}" for i, s in enumerate(scores)]
+        lines.append(f"| {label} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
+def pictures(found: list[Record], name: str) -> str:
+    """Write the figures and return the lines that show them."""
+    IMAGES.mkdir(exist_ok=True)
+    charts = {
+        "by-round": by_round(found, ACCURACY),
+        "by-upload": by_upload(found),
+        "aggregation-error": aggregation_error(found),
+        "partition": partitions(found),
+    }
+    lines = []
+    for kind, chart in charts.items():
+        for number, panel in enumerate(chart.panels):
+            file = IMAGES / f"{name}-{kind}-{number}.svg"
+            file.write_text(panel, "utf-8")
+            lines.append(f"![{chart.title}](images/{file.name})")
+    return "\n".join(lines)
+
+
+def section(folder: Path, file: str) -> str:
+    """Return what the page says of a comparison."""
+    plan = load(folder)
+    found = records(plan, folder)
+    seconds = [record.summary["seconds"] for record in found]
+    wanted = len(plan.cells({}))
+    parts = [
+        f"`lalora compare {file}`: {len(found)} of {wanted} runs, seeds "
+        f"{', '.join(map(str, plan.seeds))}, {statistics.median(seconds):.0f} s a run (median; "
+        f"{min(seconds):.0f} to {max(seconds):.0f}).",
+        to_markdown(rows_of(found)),
+    ]
+    if plan.tuning:
+        parts.append(
+            f"Learning rates, by accuracy on {plan.tuning.test_fraction:.0%} of the training data "
+            f"(seed {plan.tuning.seed}, ε = {plan.tuning.epsilon:g}):"
+        )
+        parts.append(tuning(plan, folder))
+    return "\n\n".join([*parts, pictures(found, plan.name)])
+
+
+def main() -> None:
+    """Replace the section between the markers of the comparison's name."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("file", help="the plan, as the command names it")
+    args = parser.parse_args()
+    begin, end = f"<!-- {args.folder.name} -->", f"<!-- end {args.folder.name} -->"
+    before, rest = PAGE.read_text("utf-8").split(begin)
+    after = rest.split(end)[1]
+    text = f"{before}{begin}\n{section(args.folder.expanduser(), args.file)}\n{end}{after}"
+    PAGE.write_text(text, "utf-8")
+
+
+if __name__ == "__main__":
+    main()
