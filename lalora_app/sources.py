@@ -29,6 +29,11 @@ def first_line(error: Exception) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
+def quiet_hub() -> None:
+    """Keep the hub's client from telling every retry: what comes of it is told in one line."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
 def is_local(name: str) -> bool:
     """Tell whether a name is a path, and not an id of the hub."""
     return name.startswith(("/", "~", "."))
@@ -65,7 +70,7 @@ def _load_local(key: str, path: Path, split: str) -> Any:
     from datasets import disable_progress_bars, load_dataset
 
     disable_progress_bars()
-    logging.getLogger("huggingface_hub.repocard").setLevel(logging.ERROR)  # README without a header
+    quiet_hub()
     arguments = _arguments(key, path, split)
     kind = path.suffix or "a folder of data files or images"
     try:  # the library's copy of private data goes with the folder
@@ -79,6 +84,7 @@ def _load_local(key: str, path: Path, split: str) -> Any:
 def _load_hub(key: str, name: str, subset: str, split: str) -> Any:
     from datasets import load_dataset
 
+    quiet_hub()
     try:
         return load_dataset(name, None if subset == NONE else subset, split=split)
     except Exception as error:  # the hub client raises many kinds; all mean the same here

@@ -145,7 +145,11 @@ def tiny_gpt2(tmp_path_factory) -> str:
     torch.manual_seed(0)
     ends = {"bos_token_id": 2, "eos_token_id": 3}
     sizes = {"n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 16}
-    GPT2LMHeadModel(GPT2Config(vocab_size=len(WORDS), **sizes, **ends)).save_pretrained(folder)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=len(WORDS), **sizes, **ends))
+    for name, parameter in model.named_parameters():
+        if name.endswith(".bias"):  # they begin at zero
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(folder)
     save_tokenizer(folder)
     return str(folder)
 

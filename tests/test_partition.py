@@ -67,7 +67,7 @@ def test_every_example_is_dealt_exactly_once(partitioner, clients, holding):
         train = holding(some_labels(size, labels), some_groups(size, 9))
         # With fewer clients than labels, only all of the classes are sure to find an owner.
         classes = labels if clients < labels else 1 + seed % labels
-        changes = {"num_labels": labels, "classes_per_client": classes}
+        changes = {"num_labels": labels, "classes_per_client": classes, "dirichlet_alpha": 0.5}
         parts = DEAL(described("x", partitioner=partitioner, **changes), seed, clients)
         assert len(parts) == clients
         assert dealt(parts) == whole(train)
@@ -92,8 +92,8 @@ def test_the_deal_follows_the_seed(partitioner, holding):
     assert (DEAL(data, 1, 5) == DEAL(data, 2, 5)) == natural
 
 
-@pytest.mark.parametrize("alpha", [INF, 1e9, 0.5, 0.01])
-@pytest.mark.parametrize("clients", [1, 3, 7])
+@pytest.mark.parametrize("alpha", [INF, 1e9, 0.01])
+@pytest.mark.parametrize("clients", [1, 7])
 def test_any_alpha_deals_the_train_split_exactly_once(tiny_data, alpha, clients):
     data = described(tiny_data, dirichlet_alpha=alpha)
     parts = partition(data, 0, clients)

@@ -14,7 +14,7 @@ from lalora_app.config import ConfigError, Model, full_path
 from lalora_app.encoding import encode_images
 from lalora_app.models.base import Base, cannot_load, pixel_probe
 from lalora_app.models.pretrained import TIMM
-from lalora_app.sources import is_local
+from lalora_app.sources import is_local, quiet_hub
 from lalora_app.tasks import CLASSIFICATION, Pixels, timm_logits
 
 _TARGETS = "attn.qkv,attn.proj"  # Swin, ViT, DeiT, …
@@ -115,6 +115,7 @@ def load_timm(model: Model, num_labels: int) -> Base:
     if model.task != "image-classification":
         raise ConfigError(f'model.task="{model.task}" must be "image-classification" for timm')
     _set_attention(model)
+    quiet_hub()
     try:
         base = _load(model, num_labels)
     except ConfigError:

@@ -11,6 +11,7 @@ from lalora_app.config import ConfigError, Model
 from lalora_app.encoding import encode_images, encode_sequences, encode_texts
 from lalora_app.models.base import Base, cannot_load, pixel_probe, token_probe
 from lalora_app.models.pretrained import source
+from lalora_app.sources import quiet_hub
 from lalora_app.tasks import (
     CLASSIFICATION,
     LANGUAGE_MODEL,
@@ -220,6 +221,7 @@ def load_transformers(model: Model, num_labels: int) -> Base:
     """
     from transformers.utils import logging
 
+    quiet_hub()
     where = source(model.name)
     logging.set_verbosity_error()  # a fresh head is what we want, not worth a report
     logging.disable_progress_bar()

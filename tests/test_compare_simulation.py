@@ -1,0 +1,66 @@
+"""`lalora compare` through Flower and Ray, interrupted once and called again."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT, defaults
+from lalora_app.config import flatten
+from lalora_app.results import to_toml
+
+COMPARE = """
+[compare]
+name = "tiny"
+nodes = 2
+methods = ["ffa-lora", "la-lora"]
+epsilons = [inf]
+seeds = [0]
+"""
+
+
+def finished(folder: Path) -> dict[Path, str]:
+    """Return the finished runs, each with what its summary says."""
+    found = {path: path.read_text("utf-8") for path in sorted(folder.glob("*/*/summary.json"))}
+    return {path: text for path, text in found.items() if json.loads(text)["status"] == "completed"}
+
+
+def wait_for(folder: Path, runs: int, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + 240
+    while len(finished(folder)) < runs:
+        assert process.poll() is None, "the comparison ended early"
+        assert time.monotonic() < deadline, "no run was finished in time"
+        time.sleep(0.1)
+
+
+@pytest.mark.slow
+def test_a_comparison_that_is_interrupted_and_called_again_runs_the_rest_only(tiny, tmp_path):
+    config = tiny(**{"privacy.epsilon": float("inf"), "num-server-rounds": 4})
+    plan = tmp_path / "plan.toml"
+    changed = [
+        line
+        for line in to_toml(config).splitlines()
+        if flatten(config)[key := line.split(" = ")[0]] != defaults()[key]
+    ]
+    plan.write_text("\n".join(changed) + "\n" + COMPARE, "utf-8")
+    folder = Path(config.output) / "tiny"
+    command = [sys.executable, "-m", "lalora_app.cli", "compare", str(plan), "--app", str(ROOT)]
+    first = subprocess.Popen(command, start_new_session=True, env=dict(os.environ))
+    wait_for(folder, 1, first)
+    os.killpg(first.pid, signal.SIGINT)  # Ctrl-C
+    assert first.wait(60) != 0
+    done = finished(folder)
+    assert 1 <= len(done) <= 2
+    assert (folder / "report.html").is_file()  # of what is done
+    again = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert again.returncode == 0, again.stdout[-2000:]
+    both = finished(folder)
+    assert len(both) == 2
+    assert done.items() <= both.items()  # left as they were, not run again
+    for word in ("ffa-lora", "la-lora", "report.html"):
+        assert word in again.stdout
