@@ -11,6 +11,7 @@ from lalora_app.backbone import Backbone
 from lalora_app.config import Config
 from lalora_app.models.pretrained import TIMM, public_name
 from lalora_app.models.transformers_models import auto_class
+from lalora_app.sources import is_local
 from lalora_app.tasks import METRICS
 
 ADJACENCY = (
@@ -91,6 +92,7 @@ def privacy_sentence(config: Config, epsilon: float) -> str:
 def _load_code(config: Config, base: str) -> str:
     model, labels = config.model, config.data.num_labels
     if model.name.startswith(TIMM):
+        base = base.replace("timm/", "local-dir:", 1) if is_local(model.name[len(TIMM) :]) else base
         return _TIMM.format(base=base.removeprefix("timm/"), labels=labels, size=model.image_size)
     head = "" if model.task == "causal-lm" else f", num_labels={labels}"
     if model.task == "image-classification":

@@ -19,6 +19,7 @@ from lalora_app.config import Config, ConfigError, flatten, from_tables, full_pa
 from lalora_app.data import split
 from lalora_app.methods import lookup
 from lalora_app.partition import CLIENT_NAME, label_counts
+from lalora_app.privacy.attach import LayoutError
 from lalora_app.results import RunFolder, check_writable, new_folder, old_folder
 from lalora_app.runlog import Progress, finish
 from lalora_app.sources import NONE
@@ -193,6 +194,6 @@ def main(grid: Grid, context: Context) -> None:
             run(grid, config, _SETTLE)
         else:
             run_plan(grid, config.compare, context.run_config, run, _SETTLE)
-    except ConfigError as error:
+    except (ConfigError, LayoutError) as error:
         _log.error("LaLoRA: %s", error)
         raise
