@@ -3,7 +3,7 @@
 python benchmarks/overhead.py                       # 4, 20 and 100 clients, the default model
 python benchmarks/overhead.py --clients 4 20 --rounds 8
 
-Clients write their times to their own log at level DEBUG; they are never sent. Writes
+Clients write their times to their own log (LALORA_TIMING); they are never sent. Writes
 benchmarks/results/overhead.json and prints, as medians over the rounds but the first, which builds
 the models:
 
@@ -36,7 +36,7 @@ def run(clients: int, rounds: int, folder: str) -> tuple[list[dict], str]:
     """Run the app in simulation; return its history and its whole log."""
     own = f'{SMALL} num-server-rounds={rounds} min-clients={clients} output="{folder}"'
     command = [sys.executable, "-m", "lalora_app.cli", "run", str(APP), "--nodes", str(clients)]
-    env = os.environ | {"FLWR_LOG_LEVEL": "DEBUG"}
+    env = os.environ | {"LALORA_TIMING": "1"}
     done = subprocess.run([*command, "-c", own], env=env, capture_output=True, text=True)
     if done.returncode:
         raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
