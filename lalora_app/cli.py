@@ -183,6 +183,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"lalora: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("lalora: interrupted, and all that was started is stopped", file=sys.stderr)
+        return 130
 
 
 if __name__ == "__main__":

@@ -10,13 +10,14 @@ import json
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,6 +129,21 @@ def _stop(home: Path) -> None:
         psutil.wait_procs(processes, timeout=_GRACE)
 
 
+@contextlib.contextmanager
+def _interruptible() -> Iterator[None]:
+    """Let SIGTERM end the block as Ctrl-C does, and Ctrl-C also where the shell had ignored it."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = {end: signal.signal(end, interrupt) for end in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for end, handler in before.items():
+            signal.signal(end, handler)
+
+
 def _follow(run_id: str, env: dict[str, str], cwd: Path) -> tuple[str, str]:
     """Show the run's log until it ends; return its status and details."""
     subprocess.run(
@@ -184,8 +200,9 @@ def launch(app: Path, overrides: Sequence[str], *, nodes: int, clients_per_gpu: 
     federation = resources(nodes, _gpus(), clients_per_gpu)
     arguments = ["run", str(app.resolve()), "--format", "json", "--federation-config", federation]
     try:
-        answer = _flwr([*arguments, *config], env, home)
-        status, details = _follow(_run_id(answer), env, home)
+        with _interruptible():
+            answer = _flwr([*arguments, *config], env, home)
+            status, details = _follow(_run_id(answer), env, home)
     finally:
         _stop(home)
         shutil.rmtree(home, ignore_errors=True)
