@@ -251,7 +251,9 @@ def no_compiler(monkeypatch):
     monkeypatch.setattr(torch, "compile", eager)
 
 
-@pytest.mark.parametrize("kernel", ["fused", "merged", "plain", "compiled"])
+@pytest.mark.parametrize(
+    "kernel", ["fused", "merged", "plain", pytest.param("compiled", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("pooling", ["mean", "model"])
 def test_every_kernel_of_the_config_releases_the_same(tiny, no_compiler, kernel, pooling):
     released = {}
