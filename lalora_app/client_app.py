@@ -156,9 +156,8 @@ def _train(message: Message, context: Context) -> RecordDict:
         streams=_streams(config, local, request.attempt),
     )
     clock.append(time.monotonic())
-    if (
-        "LALORA_TIMING" in os.environ
-    ):  # for benchmarks: how long a batch takes is a fact of the data
+    # For benchmarks, in the client's own log: how long a batch takes is a fact of the data.
+    if "LALORA_TIMING" in os.environ:
         account, train = (after - before for before, after in pairwise(clock))
         _log.info("LaLoRA timing %d %s %.3f %.3f", request.attempt, local.client, account, train)
     waiting = method.resident(request.round, config.train.local_steps)

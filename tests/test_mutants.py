@@ -99,9 +99,11 @@ MUTANTS = {
     ),
     "ledger written after training": Mutant(
         "client_app.py",
-        "    reservation = _reserve(config, local, context, request)\n    result = trainer.run_round(\n",
+        "    reservation = _reserve(config, local, context, request)\n    clock.append(time.monotonic())\n"
+        "    result = trainer.run_round(\n",
         "    fields = (config.train.batch_size / len(encoded), 1.0, config.train.local_steps)\n"
         "    reservation = Reservation(Release(*fields))\n"
+        "    clock.append(time.monotonic())\n"
         "    result = _late(lambda: _reserve(config, local, context, request), trainer.run_round)(\n",
         "tests/test_kill.py",
     ),
