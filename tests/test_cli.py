@@ -1,8 +1,11 @@
 """The command line: what it prints, its exit codes, and bad input before anything is started."""
 
+import os
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -301,3 +304,28 @@ def test_fewer_than_one_client_is_refused(option, number, capsys):
 def test_text_that_is_no_pair_is_told(nothing_starts, text):
     with pytest.raises(ConfigError, match="-c"):
         launcher._check_early(ROOT, [text])
+
+
+def send_and_wait(end):
+    os.kill(os.getpid(), end)
+    time.sleep(5)
+
+
+@pytest.mark.parametrize("end", [signal.SIGINT, signal.SIGTERM])
+def test_a_launch_is_ended_by_either_signal_and_leaves_the_handlers_as_they_were(end):
+    before = signal.signal(end, signal.SIG_IGN)  # as under nohup
+    try:
+        with pytest.raises(KeyboardInterrupt), launcher._interruptible():
+            send_and_wait(end)
+        assert signal.getsignal(end) is signal.SIG_IGN
+    finally:
+        signal.signal(end, before)
+
+
+def test_an_interrupted_command_has_the_exit_code_of_an_interruption(monkeypatch, capsys):
+    def interrupted(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(launcher, "launch", interrupted)
+    assert cli.main(["run", str(ROOT)]) == 130
+    assert "interrupted" in capsys.readouterr().err
