@@ -24,7 +24,7 @@ from lalora_app.partition import CLIENT_NAME, deal_name, partition
 from lalora_app.privacy import randomness
 from lalora_app.privacy.accounting import Release, epsilon
 from lalora_app.privacy.ledger import BudgetError, Ledger, Limit, Reservation, noise_for
-from lalora_app.privacy.policy import read_policy, state_folder
+from lalora_app.privacy.policy import Policy, read_policy, state_folder
 from lalora_app.sources import DataError
 
 app = ClientApp()
@@ -90,13 +90,24 @@ def _streams(config: Config, local: LocalData, attempt: int) -> trainer.Streams:
     )
 
 
+def _policy(config: Config, context: Context) -> Policy:
+    """Return the node's policy, which no noise that the server can repeat may count under."""
+    policy = read_policy(context.node_config, config.privacy.delta, config.data.public_size)
+    if math.isfinite(policy.limit.epsilon) and config.privacy.noise != "secure":
+        raise ConfigError(
+            f'privacy.noise="{config.privacy.noise}" must be "secure" for a node with '
+            f"max-epsilon={policy.limit.epsilon}"
+        )
+    return policy
+
+
 def _reserve(
     config: Config, local: LocalData, context: Context, request: wire.TrainRequest
 ) -> Reservation:
     """Fix the noise, ask the limits, and commit the round's releases to the ledger."""
     privacy, steps = config.privacy, config.train.local_steps
     ledger = Ledger(state_folder(context.node_config) / "ledger.sqlite")
-    policy = read_policy(context.node_config, privacy.delta, config.data.public_size)
+    policy = _policy(config, context)
     limit = Limit(privacy.epsilon, privacy.delta)
     q = config.train.batch_size / len(local.examples)
     past = ledger.releases(local.dataset, request.run)
@@ -126,7 +137,7 @@ def _config(message: Message, context: Context) -> Config:
 
 def _hello(message: Message, context: Context) -> RecordDict:
     config = _config(message, context)
-    read_policy(context.node_config, config.privacy.delta, config.data.public_size)
+    _policy(config, context)
     return wire.Hello(_prepared(config, context)[0].client).record()
 
 
@@ -135,7 +146,7 @@ def _train(message: Message, context: Context) -> RecordDict:
     method = lookup(config.method, config.train.local_steps)
     request = wire.parse_request(message.content)
     local, model, like, encoded = _prepared(config, context)
-    policy = read_policy(context.node_config, config.privacy.delta, config.data.public_size)
+    policy = _policy(config, context)
     start = wire.adapter_of(message.content, like)
     folder = state_folder(context.node_config)
     resident = residents.resident_file(folder, local.dataset, request.run)

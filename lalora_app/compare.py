@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lalora_app.config import ConfigError, from_tables, full_path
-from lalora_app.finished import accuracy_of, completed
+from lalora_app.finished import completed, tuned
 from lalora_app.models.pretrained import TIMM
 from lalora_app.plan import Plan, read_plan, to_json
 from lalora_app.records import Record, read_record
@@ -57,14 +57,9 @@ def prepare(tables: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[Pla
     return plan, folder
 
 
-def _tuned(plan: Plan, folder: Path) -> dict[str, float]:
-    runs = [(cell, completed(folder, cell)) for cell in plan.tuning_cells()]
-    return plan.best([(cell, accuracy_of(run)) for cell, run in runs if run])
-
-
 def records(plan: Plan, folder: Path) -> list[Record]:
     """Return the finished runs of a comparison, in the order of the plan."""
-    cells = plan.cells(_tuned(plan, folder))
+    cells = plan.cells(tuned(plan, folder))
     found = [(cell, completed(folder, cell)) for cell in cells]
     return [read_record(run, cell.label) for cell, run in found if run]
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from flwr.serverapp import Grid
 
 from lalora_app.config import Config, full_path
-from lalora_app.finished import accuracy_of, completed
+from lalora_app.finished import completed, tuned
 from lalora_app.plan import Cell, Plan, parse_cell, read_plan
 
 Run = Callable[[Grid, Config, float], None]  # the last: seconds to wait for late nodes
@@ -57,19 +57,14 @@ class Comparison:
             )
             self._run_cell(cell)
 
-    def _tune(self) -> dict[str, float]:
-        cells = self.plan.tuning_cells()
-        self._run_missing(cells, "tuning run")
-        runs = [(cell, completed(self.folder, cell)) for cell in cells]
-        return self.plan.best([(cell, accuracy_of(path)) for cell, path in runs if path])
-
     def finish(self) -> None:
         """Tune, then run every cell.
 
         Raises:
             RuntimeError: at the end, if a run failed.
         """
-        self._run_missing(self.plan.cells(self._tune()), "run")
+        self._run_missing(self.plan.tuning_cells(), "tuning run")
+        self._run_missing(self.plan.cells(tuned(self.plan, self.folder)), "run")
         if self.failed:
             raise RuntimeError(f"{len(self.failed)} runs failed: " + "; ".join(self.failed))
 

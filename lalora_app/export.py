@@ -12,7 +12,7 @@ from lalora_app.config import Config
 from lalora_app.models.pretrained import TIMM, public_name
 from lalora_app.models.transformers_models import auto_class
 from lalora_app.sources import is_local
-from lalora_app.tasks import METRICS
+from lalora_app.tasks import scores_of, told
 
 ADJACENCY = (
     "one example of one client replaced by an empty record (zero-out); clients' data sets are "
@@ -100,11 +100,6 @@ def _load_code(config: Config, base: str) -> str:
     return _TRANSFORMERS.format(auto=auto_class(model), base=base, labels=head)
 
 
-def _quality(row: Mapping[str, Any]) -> str:
-    scores = {name: row[name] for name in METRICS if name in row}
-    return ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items())
-
-
 def export(
     backbone: Backbone, adapter: Adapter, folder: Path, config: Config, row: Mapping[str, Any]
 ) -> None:
@@ -131,6 +126,6 @@ def export(
         rounds=row["round"],
         data=config.data.name,
         privacy=privacy_sentence(config, row["epsilon_max"]),
-        quality=_quality(row),
+        quality=told(scores_of(row), ", "),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lalora_app.config import ConfigError, from_tables
-from lalora_app.plan import Cell
+from lalora_app.plan import Cell, Plan
 
 _FREE = {"output", "resume-from", "compare"}  # may differ between two tries of a run
 
@@ -41,3 +41,9 @@ def _require_same(run: Path, cell: Cell) -> None:
 def accuracy_of(run: Path) -> float:
     """Return the final accuracy of a finished run."""
     return float(_summary(run)["accuracy"])
+
+
+def tuned(plan: Plan, folder: Path) -> dict[str, float]:
+    """Return the scale of each label's learning rates, by the tuning runs that are finished."""
+    runs = [(cell, completed(folder, cell)) for cell in plan.tuning_cells()]
+    return plan.best([(cell, accuracy_of(run)) for cell, run in runs if run])

@@ -13,7 +13,7 @@ from lalora_app.encoding import Encoded
 from lalora_app.export import ACCOUNTANT, ADJACENCY, export
 from lalora_app.results import RunFolder
 from lalora_app.strategy import LocalAlternation
-from lalora_app.tasks import METRICS, Metrics
+from lalora_app.tasks import Metrics, scores_of, told
 
 _log = logging.getLogger("flwr")
 _EVAL_BATCH = 64
@@ -35,7 +35,7 @@ class Progress:
         """Flower's ``evaluate_fn``: round 0 is the start."""
         attempts = self.strategy.attempts
         if attempts and not attempts[-1].aggregated and self.rows:  # the adapter is the same
-            scores = _scores(self.rows[-1])
+            scores = scores_of(self.rows[-1])
         else:
             self.model.load(self.strategy.state.adapter)
             batches = self.test.batches(_EVAL_BATCH)
@@ -55,17 +55,9 @@ class Progress:
             "LaLoRA round %d/%d  phase %s  %s  %s  epsilon <= %.2f  %.1f s  ETA %d:%02d",
             *(done, total, attempt["phase"]),
             "aggregated" if attempt["aggregated"] else "FAILED: too few valid replies",
-            *(_told(scores), attempt["epsilon_max"]),
+            *(told(scores), attempt["epsilon_max"]),
             *(attempt["seconds"], int(left) // 60, int(left) % 60),
         )
-
-
-def _scores(row: dict[str, Any]) -> Metrics:
-    return {name: row[name] for name in METRICS if name in row}
-
-
-def _told(scores: Metrics) -> str:
-    return "  ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items())
 
 
 def _mean_bytes(rows: list[dict[str, Any]], key: str) -> float:
@@ -80,7 +72,7 @@ def _summary(config: Config, rows: list[dict[str, Any]], seconds: float) -> dict
     return {
         "method": config.method,
         "rounds": sum(row["aggregated"] for row in rows),
-        **_scores(last),
+        **scores_of(last),
         "epsilon_max": last["epsilon_max"],
         "delta": config.privacy.delta,
         "upload_bytes_per_round": _mean_bytes(rows, "upload_bytes"),
@@ -132,7 +124,7 @@ def finish(progress: Progress) -> None:
     _write_report(folder)
     _log.info("")
     _log.info("LaLoRA results    %s", folder.path)
-    _log.info("LaLoRA quality    %s", _told(_scores(summary)))
+    _log.info("LaLoRA quality    %s", told(scores_of(summary)))
     _log.info(
         "LaLoRA privacy    largest client epsilon %.2f at delta %g%s",
         *(summary["epsilon_max"], summary["delta"]),

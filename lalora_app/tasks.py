@@ -1,6 +1,6 @@
 """What a forward gives, what is lost by it and what is counted: one entry a kind of task."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,16 @@ from lalora_app.encoding import IGNORED, middle, resized_side
 Forward = Callable[[Any, Tensor, Tensor | None], Tensor]  # (model, inputs, mask) -> logits
 Metrics = dict[str, float]
 METRICS = ("accuracy", "balanced_accuracy", "perplexity")  # every name that a task reports
+
+
+def scores_of(row: Mapping[str, Any]) -> Metrics:
+    """Return what a row of the history holds of a task's metrics."""
+    return {name: row[name] for name in METRICS if name in row}
+
+
+def told(scores: Metrics, between: str = "  ") -> str:
+    """Return metrics in words."""
+    return between.join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items())
 
 
 @dataclass(frozen=True)

@@ -927,6 +927,29 @@ def test_a_nodes_lifetime_budget_counts_over_runs(tiny):
     assert [len(exchanges) for exchanges in answered] == [1, 0]
 
 
+def test_a_node_with_a_budget_takes_no_noise_that_the_server_can_repeat(tiny):
+    config = tiny(**sized(2) | {"privacy.noise": "seeded"})
+    nodes = [{}, {"max-epsilon": 5.0, "delta": DELTA}]
+    grid = FakeGrid(config, nodes)
+    with pytest.raises(ConfigError, match="1 of 2 clients can take part"):
+        server_app.run(grid, config)
+    assert ledger_entries() == []
+    # Nor when it is asked for in the message of a run that began otherwise.
+    honest = tiny(**sized(2))
+    grid = FakeGrid(honest, nodes)
+    server_app.run(grid, honest)
+    (exchange,) = [e for e in grid.trained(1) if e.partition == 1]
+    before = len(ledger_entries())
+    content = RecordDict(dict(exchange.request.content))
+    content[wire.RUN_CONFIG] = wire.run_config(flatten(config))
+    (node,) = [n for n, index in grid.partitions.items() if index == 1]
+    forged = Message(content, dst_node_id=node, message_type="train")
+    reply = client_app.app(forged, grid.contexts[node])
+    assert reply.content["config"]["refusal"] == "config"
+    assert wire.ARRAYS not in reply.content
+    assert len(ledger_entries()) == before
+
+
 BAD_POLICIES = [
     {"max-epsilon": 5.0},  # without its delta
     {"max-epsilon": "1", "delta": DELTA},
