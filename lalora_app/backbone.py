@@ -1,18 +1,21 @@
 """The frozen backbone with its LoRA layers: built once a process, checked, evaluated."""
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
 
 from lalora_app.adapter import Adapter
+from lalora_app.bases import Bases, base_layers
 from lalora_app.config import Config, ConfigError, Lora, Model
 from lalora_app.data import Examples
 from lalora_app.device import autocast, narrow_frozen, pick_device, pick_dtype, to_device
 from lalora_app.encoding import Batch, Encoded
+from lalora_app.methods import method_of
 from lalora_app.models.base import Base
 from lalora_app.models.pretrained import TIMM
 from lalora_app.models.timm_models import load_timm
@@ -20,6 +23,7 @@ from lalora_app.models.transformers_models import load_transformers
 from lalora_app.privacy.expanded import ExpandedEngine
 from lalora_app.privacy.layout import check_layout
 from lalora_app.privacy.per_example import PerExampleEngine
+from lalora_app.privacy.pullback import Effective, PulledBackEngine
 from lalora_app.tasks import Forward, Metrics, Task
 
 
@@ -38,6 +42,7 @@ class Backbone:
     device: torch.device
     dtype: torch.dtype
     targets: int
+    bases: Bases
 
     def __post_init__(self) -> None:
         """Let the engine prepare the forward that trains; an evaluation takes it as it is."""
@@ -49,10 +54,22 @@ class Backbone:
         return {name: p.detach().float().cpu().numpy().copy() for name, p in parameters}
 
     @torch.no_grad()
-    def load(self, adapter: Adapter) -> None:
-        """Overwrite factors and head; names must be the backbone's own, shapes must fit."""
+    def load(self, adapter: Adapter, drift: Adapter | None = None) -> None:
+        """Overwrite all that trains, and make the base ``W0 + B·A`` of the drift, if there is any.
+
+        Names must be the backbone's own, shapes must fit.
+        """
         for name, parameter in self.engine.parameters.items():
             parameter.copy_(torch.from_numpy(adapter[name]))
+        self.engine.write()
+        self.bases.move(drift or {})
+
+    def through(self, theta: Adapter, effective: Effective) -> "Backbone":
+        """Return the same model, trained by ``theta``, of which its factors are a function."""
+        view = copy.copy(self)
+        tensors = {name: torch.from_numpy(array).to(self.device) for name, array in theta.items()}
+        view.engine = PulledBackEngine(self.engine, tensors, effective)
+        return view
 
     def _logits(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
         with autocast(self.device, self.dtype):
@@ -177,6 +194,7 @@ def _build(model: Model, lora: Lora, num_labels: int, seed: int) -> tuple[Backbo
         device=device,
         dtype=dtype,
         targets=len(sizes),
+        bases=Bases(base_layers(adapted)),
     )
     return backbone, base.probe
 
@@ -191,20 +209,43 @@ def _check(backbone: Backbone, probe: Batch) -> None:
     check_layout(backbone.engine, losses, len(probe.labels))
 
 
+Built = tuple[Backbone, Adapter]
+
+
 @lru_cache(maxsize=1)
-def _checked(model: Model, lora: Lora, num_labels: int, seed: int) -> tuple[Backbone, Adapter]:
-    backbone, probe = _build(model, lora, num_labels, seed)
-    start = backbone.adapter()
-    _check(backbone, probe)
-    return backbone, start
+def _by_rank(
+    model: Model, lora: Lora, num_labels: int, seed: int
+) -> dict[tuple[int, float], Built]:
+    """Return what this process has built of one model, by rank; only the present model is kept."""
+    return {}
 
 
-def build(config: Config) -> tuple[Backbone, Adapter]:
-    """Return the process's backbone and the initial adapter: A Kaiming, B zero, head random.
+def _checked(model: Model, lora: Lora, num_labels: int, seed: int) -> Built:
+    built = _by_rank(model, replace(lora, rank=1, alpha=1.0, ranks="none"), num_labels, seed)
+    key = (lora.rank, lora.alpha)
+    if key not in built:
+        backbone, probe = _build(model, lora, num_labels, seed)
+        start = backbone.adapter()
+        _check(backbone, probe)
+        built[key] = backbone, start
+    return built[key]
+
+
+def build(config: Config) -> Built:
+    """Return the process's backbone and the initial adapter, as the run's method starts.
+
+    A is Kaiming, B zero, the head random, from the run's seed.
 
     Raises:
-        ConfigError: if the model, its targets, the rank or the device do not fit.
+        ConfigError: if the model, its targets, the rank, the device or the method do not fit.
         LayoutError: if per-example gradients cannot be had from this model.
     """
-    backbone, start = _checked(config.model, config.lora, config.data.num_labels, config.seed)
-    return backbone, {name: array.copy() for name, array in start.items()}
+    method, rule, lora = method_of(config), config.rule, config.lora
+    width = method.width(lora.rank, rule)
+    own = replace(lora, rank=width, alpha=lora.alpha * width / lora.rank)  # the same scale α/r
+    backbone, plain = _checked(config.model, own, config.data.num_labels, config.seed)
+    start = method.start({name: array.copy() for name, array in plain.items()}, rule)
+    effective = method.effective
+    if effective is None:
+        return backbone, start
+    return backbone.through(start, lambda theta: effective(theta, rule)), start

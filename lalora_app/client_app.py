@@ -6,7 +6,7 @@ import os
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from lalora_app.config import Config, ConfigError, parse
 from lalora_app.data import Examples, check_client
 from lalora_app.data import private_file as read_private_file
 from lalora_app.encoding import Encoded
-from lalora_app.methods import lookup
+from lalora_app.methods import method_of
 from lalora_app.partition import CLIENT_NAME, deal_name, partition
 from lalora_app.privacy import randomness
 from lalora_app.privacy.accounting import Release, epsilon
@@ -73,10 +73,25 @@ def _checked_data(config: Config, context: Context) -> LocalData:
     return local
 
 
+def _rank(config: Config, context: Context) -> int:
+    """Return this client's rank: its node's own, or its turn in ``lora.ranks``."""
+    turn = [config.lora.rank]
+    if config.lora.ranks != "none":
+        turn = [int(rank) for rank in config.lora.ranks.split(",")]
+    index = int(context.node_config.get("partition-id", 0))
+    rank = context.node_config.get("rank", turn[index % len(turn)])
+    if type(rank) is not int or not 1 <= rank <= config.lora.rank:
+        raise ConfigError(f"rank={rank!r} must be 1 to lora.rank={config.lora.rank}")
+    if rank != config.lora.rank and not method_of(config).heterogeneous:
+        raise ConfigError(f"rank={rank} must be lora.rank for method {config.method}")
+    return rank
+
+
 def _prepared(config: Config, context: Context) -> Prepared:
     """Return everything that can fail for a reason of ours: before any budget is spent."""
     local = _checked_data(config, context)
-    model, start = backbone.build(config)
+    rank = _rank(config, context)
+    model, start = backbone.build(replace(config, lora=replace(config.lora, rank=rank)))
     return local, model, start, model.encode(local.examples)
 
 
@@ -138,16 +153,17 @@ def _config(message: Message, context: Context) -> Config:
 def _hello(message: Message, context: Context) -> RecordDict:
     config = _config(message, context)
     _policy(config, context)
-    return wire.Hello(_prepared(config, context)[0].client).record()
+    return wire.Hello(_prepared(config, context)[0].client, _rank(config, context)).record()
 
 
 def _train(message: Message, context: Context) -> RecordDict:
     config = _config(message, context)
-    method = lookup(config.method, config.train.local_steps)
+    method = method_of(config)
     request = wire.parse_request(message.content)
     local, model, like, encoded = _prepared(config, context)
     policy = _policy(config, context)
     start = wire.adapter_of(message.content, like)
+    drift = wire.drift_of(message.content, like)
     folder = state_folder(context.node_config)
     resident = residents.resident_file(folder, local.dataset, request.run)
     start = residents.substitute(resident, start, request.versions, request.attempt)
@@ -159,10 +175,16 @@ def _train(message: Message, context: Context) -> RecordDict:
         model,
         encoded,
         start,
-        method=method,
-        t=request.round,
-        train=config.train,
-        clip_norm=config.privacy.clip_norm,
+        drift,
+        local=trainer.Local(
+            method,
+            request.round,
+            config.num_server_rounds,
+            config.train,
+            config.rule,
+            config.privacy.clip_norm,
+            randomness.seed_of(config.seed, local.client, request.attempt),
+        ),
         reservation=reservation,
         streams=_streams(config, local, request.attempt),
     )
@@ -176,7 +198,7 @@ def _train(message: Message, context: Context) -> RecordDict:
     waiting = frozenset() if last else waiting
     residents.keep(resident, result, waiting, request.versions, request.attempt)
     return wire.TrainReply(
-        upload=select(result, method.syncs(request.round)),
+        upload=select(result, method.sent(request.round, last=config.is_last(request.attempt))),
         round=request.round,
         epsilon=_spent(config, local, context, request.run),
         num_examples=len(local.examples) if policy.public_size else None,

@@ -2,10 +2,25 @@
 
 import difflib
 import math
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
 from typing import Any, TypeVar, cast
+
+from lalora_app.laws import ConfigError as ConfigError
+from lalora_app.laws import (
+    anything,
+    are_ranks,
+    columns,
+    count,
+    law,
+    non_empty,
+    not_negative,
+    one_of,
+    path,
+    path_or_none,
+    positive,
+)
 
 Scalar = str | int | float | bool
 TASKS = ("text-classification", "image-classification", "causal-lm")
@@ -14,101 +29,52 @@ PARTITIONERS = (*BY_LABEL, "iid", "natural-id", "linear", "square", "exponential
 T = TypeVar("T")
 
 
-class ConfigError(ValueError):
-    """A value that the run cannot start with: names the key, the value and the law it breaks."""
-
-
-def law(text: str, holds: Callable[[Any], bool]) -> Any:
-    """Declare a dataclass field with the law that its value must obey (NaN obeys none)."""
-    return field(metadata={"law": text, "holds": holds})
-
-
-def _positive() -> Any:
-    return law("must be finite and greater than 0", lambda v: 0 < v < math.inf)
-
-
-def _count() -> Any:
-    return law("must be at least 1", lambda v: v >= 1)
-
-
-def _not_negative() -> Any:
-    return law("must be finite and not negative", lambda v: 0 <= v < math.inf)
-
-
-def _one_of(*allowed: str) -> Any:
-    return law("must be one of " + ", ".join(f'"{a}"' for a in allowed), lambda v: v in allowed)
-
-
-def _text() -> Any:
-    return law("must not be empty", lambda v: bool(v.strip()))
-
-
-def _columns() -> Any:
-    return law(
-        'must name one column, or two such as "question,sentence"',
-        lambda v: len(names := v.split(",")) <= 2 and all(name.strip() for name in names),
-    )
-
-
-def _any() -> Any:
-    return law("", lambda v: True)
-
-
-def _path() -> Any:
-    return law("must be an absolute path, or start with ~", lambda v: v.startswith(("/", "~")))
-
-
-def _path_or_none() -> Any:
-    return law(
-        'must be "none" or an absolute path', lambda v: v == "none" or v.startswith(("/", "~"))
-    )
-
-
 @dataclass(frozen=True, kw_only=True)
 class Model:
     """The frozen backbone."""
 
-    name: str = _text()
-    task: str = _one_of(*TASKS)
-    weights: str = _one_of("pretrained", "random")
-    pooling: str = _one_of("mean", "model")
-    max_length: int = _count()
-    image_size: int = _count()
-    image_resize: int = _count()
-    device: str = _one_of("auto", "cpu", "cuda")
-    dtype: str = _one_of("auto", "float32", "bfloat16")
-    attention: str = _one_of("auto", "sdpa", "eager")
-    checkpointing: bool = _any()
+    name: str = non_empty()
+    task: str = one_of(*TASKS)
+    weights: str = one_of("pretrained", "random")
+    pooling: str = one_of("mean", "model")
+    max_length: int = count()
+    image_size: int = count()
+    image_resize: int = count()
+    device: str = one_of("auto", "cpu", "cuda")
+    dtype: str = one_of("auto", "float32", "bfloat16")
+    attention: str = one_of("auto", "sdpa", "eager")
+    checkpointing: bool = anything()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Lora:
     """The adapter: ΔW = (alpha / rank) · B·A on every target module."""
 
-    rank: int = _count()
-    alpha: float = _positive()
-    targets: str = _text()
-    kernel: str = _one_of("fused", "merged", "plain", "compiled")
+    rank: int = count()
+    alpha: float = positive()
+    targets: str = non_empty()
+    ranks: str = law('must be "none" or ranks such as "4,8,16"', are_ranks)
+    kernel: str = one_of("fused", "merged", "plain", "compiled")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
     """The dataset, its public test split, and how it is dealt to simulated clients."""
 
-    name: str = _text()
-    subset: str = _text()
-    train_split: str = _text()
-    test_split: str = _text()
-    input_column: str = _columns()
-    label_column: str = _text()
+    name: str = non_empty()
+    subset: str = non_empty()
+    train_split: str = non_empty()
+    test_split: str = non_empty()
+    input_column: str = columns()
+    label_column: str = non_empty()
     num_labels: int = law("must be at least 2", lambda v: v >= 2)
     test_fraction: float = law("must be in (0, 1)", lambda v: 0 < v < 1)
-    partitioner: str = _one_of(*PARTITIONERS)
+    partitioner: str = one_of(*PARTITIONERS)
     dirichlet_alpha: float = law("must be greater than 0 (inf: IID)", lambda v: v > 0)
-    classes_per_client: int = _count()
-    shards_per_client: int = _count()
-    client_column: str = _text()
-    public_size: bool = _any()
+    classes_per_client: int = count()
+    shards_per_client: int = count()
+    client_column: str = non_empty()
+    public_size: bool = anything()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,7 +84,7 @@ class Privacy:
     epsilon: float = law("must be greater than 0 (inf: not private)", lambda v: v > 0)
     delta: float = law("must be in (0, 1)", lambda v: 0 < v < 1)
     clip_norm: float = law("must be greater than 0", lambda v: v > 0)
-    noise: str = _one_of("secure", "seeded")
+    noise: str = one_of("secure", "seeded")
 
     @property
     def private(self) -> bool:
@@ -130,39 +96,59 @@ class Privacy:
 class Train:
     """One client's local steps."""
 
-    local_steps: int = _count()
-    batch_size: int = _count()
-    micro_batch: int = _count()
-    optimizer: str = _one_of("adamw", "sgd")
-    lr_a: float = _positive()
-    lr_b: float = _positive()
-    lr_head: float = _positive()
+    local_steps: int = count()
+    batch_size: int = count()
+    micro_batch: int = count()
+    optimizer: str = one_of("adamw", "sgd")
+    lr_a: float = positive()
+    lr_b: float = positive()
+    lr_head: float = positive()
     lr_decay: float = law("must be in (0, 1]", lambda v: 0 < v <= 1)
     momentum: float = law("must be in [0, 1)", lambda v: 0 <= v < 1)
-    weight_decay: float = _not_negative()
+    weight_decay: float = not_negative()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rule:
+    """Numbers of single methods; the others leave them alone."""
+
+    period: int = count()
+    fair_weight: float = law("must not be negative (inf: no correction)", lambda v: v >= 0)
+    flat_radius: float = not_negative()
+    lr_ratio: float = positive()
+    lr_gate: float = positive()
+    gate_temperature: float = positive()
+    tasks: int = count()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A whole run, as its run config says it."""
 
-    method: str = _text()
-    num_server_rounds: int = _count()
+    method: str = non_empty()
+    num_server_rounds: int = count()
     fraction_train: float = law("must be in (0, 1]", lambda v: 0 < v <= 1)
-    min_clients: int = _count()
-    min_replies: int = _count()
-    round_timeout: float = _positive()
-    node_timeout: float = _positive()
-    weighting: str = _one_of("uniform", "public-size")
+    min_clients: int = count()
+    min_replies: int = count()
+    round_timeout: float = positive()
+    node_timeout: float = positive()
+    weighting: str = one_of("uniform", "public-size")
+    robust: str = one_of("none", "median", "trimmed-mean", "krum")
+    suspects: int = law("must not be negative", lambda v: v >= 0)
     seed: int = law("must not be negative", lambda v: v >= 0)
-    output: str = _path()
-    resume_from: str = _path_or_none()
-    compare: str = _path_or_none()
+    output: str = path()
+    resume_from: str = path_or_none()
+    compare: str = path_or_none()
     model: Model
     lora: Lora
     data: Data
     privacy: Privacy
     train: Train
+    rule: Rule
+
+    def is_last(self, attempt: int) -> bool:
+        """Tell whether the run ends with this attempt (from 1)."""
+        return attempt >= self.num_server_rounds
 
 
 def _key(name: str, prefix: str) -> str:
@@ -224,7 +210,22 @@ def _check_model(config: Config) -> None:
         )
 
 
+def _check_robust(config: Config) -> None:
+    kind, suspects = config.robust, config.suspects
+    fewest = {"none": 1, "krum": 2 * suspects + 3}.get(kind, 2 * suspects + 1)
+    if config.min_replies < fewest:
+        raise ConfigError(
+            f"min-replies={config.min_replies} must be at least {fewest} for "
+            f'robust="{kind}" with suspects={suspects}'
+        )
+    if suspects and kind in ("none", "median"):
+        raise ConfigError(
+            f'suspects={suspects} must be 0 for robust="{kind}", which has no use of it'
+        )
+
+
 def _check_together(config: Config) -> None:
+    _check_robust(config)
     clip, epsilon = config.privacy.clip_norm, config.privacy.epsilon
     if math.isinf(clip) and math.isfinite(epsilon):
         raise ConfigError(f"privacy.clip-norm=inf must be finite while privacy.epsilon={epsilon}")

@@ -4,9 +4,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from peft import PeftModel
+from peft import LoraConfig, PeftModel
+from safetensors.numpy import load_file, save_file
 
-from lalora_app.adapter import Adapter
+from lalora_app.adapter import Adapter, ServerState, pairs
+from lalora_app.aggregate.products import balanced, rank_of, stacked, svd
 from lalora_app.backbone import Backbone
 from lalora_app.config import Config
 from lalora_app.models.pretrained import TIMM, public_name
@@ -100,24 +102,48 @@ def _load_code(config: Config, base: str) -> str:
     return _TRANSFORMERS.format(auto=auto_class(model), base=base, labels=head)
 
 
+def _with_drift(folder: Path, drift: Adapter) -> None:
+    """Rewrite a saved adapter so that it has what moved into the base too, at scale 1.
+
+    All layers get the rank that the largest of the sums needs.
+    """
+    file, settings = folder / "adapter_model.safetensors", LoraConfig.from_pretrained(str(folder))
+    tensors = load_file(file)
+    scale = settings.lora_alpha / settings.r
+    sums = {
+        (b, a): svd(stacked([(scale, tensors[b], tensors[a]), (1.0, drift[b], drift[a])]))
+        for b, a in pairs(drift)
+    }
+    rank = max(rank_of(found) for found in sums.values())
+    for (b, a), found in sums.items():
+        tensors[b], tensors[a] = balanced(found, rank)
+    save_file(tensors, file)
+    settings.r = settings.lora_alpha = rank
+    settings.save_pretrained(str(folder))
+
+
 def export(
-    backbone: Backbone, adapter: Adapter, folder: Path, config: Config, row: Mapping[str, Any]
+    backbone: Backbone, state: ServerState, folder: Path, config: Config, row: Mapping[str, Any]
 ) -> None:
-    """Save ``adapter`` so that ``PeftModel.from_pretrained(base, folder)`` loads it.
+    """Save the run's result so that ``PeftModel.from_pretrained(base, folder)`` loads it.
+
+    What has moved into the base is part of the adapter, whose rank is then larger.
 
     Args:
         backbone: of the run; its adapter is overwritten.
-        adapter: the final global adapter, head included.
+        state: the final one, head included.
         folder: made if missing.
         config: of the run.
         row: the last line of the history.
     """
-    backbone.load(adapter)
+    backbone.load(state.adapter, state.drift)
     model = cast(PeftModel, backbone.model)
     base = public_name(config.model.name)
     model.peft_config["default"].base_model_name_or_path = base
     # Embeddings are frozen; "auto" would look for the base model on the hub.
     model.save_pretrained(str(folder), save_embedding_layers=False)
+    if state.drift:
+        _with_drift(folder, state.drift)
     card = _CARD.format(
         base=base,
         load=_load_code(config, base),

@@ -46,7 +46,7 @@ def _along_factors(grads: NoisedGrads, smoothing: Callable[[Tensor, int], Tensor
         alike.setdefault((kind(name), grad.shape), []).append(name)
     filtered: dict[str, Tensor] = dict(grads)
     for (which, _), names in alike.items():
-        if which != "head":
+        if which in ("A", "B"):
             dim = 2 if which == "A" else 1  # of (factors, r, n) and (factors, m, r)
             stack = torch.stack([grads[name] for name in names])
             filtered |= dict(zip(names, smoothing(stack, dim).unbind(), strict=True))
@@ -88,5 +88,5 @@ def scaled(grads: NoisedGrads) -> NoisedGrads:
 
     Privacy: a fixed linear map of noised gradients; no extra cost.
     """
-    factors = {"A": NOISE_FACTOR, "B": NOISE_FACTOR, "head": 1.0}
-    return NoisedGrads({name: factors[kind(name)] * grad for name, grad in grads.items()})
+    factors = {"A": NOISE_FACTOR, "B": NOISE_FACTOR}
+    return NoisedGrads({name: factors.get(kind(name), 1.0) * g for name, g in grads.items()})

@@ -24,7 +24,7 @@ from typing import Any
 import psutil
 
 from lalora_app.config import ConfigError, from_tables, parse
-from lalora_app.methods import lookup
+from lalora_app.methods import method_of
 
 _FLWR = str(Path(sys.executable).parent / "flwr")
 _PAIR = r"""([^\s=]+)\s*=\s*("[^"]*"|'[^']*'|\S+)"""
@@ -75,7 +75,7 @@ def _check_early(app: Path, overrides: Sequence[str]) -> None:
         except tomllib.TOMLDecodeError as error:
             raise ConfigError(f"-c {text!r} must be TOML, strings in quotes: {error}") from error
     config = parse(values)
-    lookup(config.method, config.train.local_steps)
+    method_of(config)
 
 
 def _lines(text: str) -> str:

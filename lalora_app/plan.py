@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lalora_app.config import Config, ConfigError, Scalar, from_tables, parse
-from lalora_app.methods import lookup
+from lalora_app.methods import method_of
 
 Flat = dict[str, Scalar]
 Scales = Mapping[str, float]  # label -> factor of its learning rates
@@ -226,7 +226,7 @@ def parse_cell(cell: Cell) -> Config:
     """
     try:
         config = parse(cell.config)
-        lookup(config.method, config.train.local_steps)
+        method_of(config)
     except ConfigError as error:
         raise ConfigError(f"{cell.folder}: {error}") from error
     return config

@@ -16,6 +16,7 @@ from lalora_app.adapter import ServerState
 from lalora_app.config import Config, ConfigError, Scalar, flatten, full_path
 
 _KEPT_CHECKPOINTS = 2
+_DRIFT = "drift."  # before the names of what has moved into the base
 
 
 def _toml_value(value: Scalar) -> str:
@@ -89,7 +90,8 @@ class RunFolder:
         numbers = {"round": state.round, "attempts": state.attempts, "versions": state.versions}
         path = folder / f"attempt-{state.attempts:05d}.safetensors"
         new = path.with_suffix(".tmp")
-        save_file(state.adapter, new, metadata={"state": json.dumps(numbers)})
+        tensors = state.adapter | {_DRIFT + name: array for name, array in state.drift.items()}
+        save_file(tensors, new, metadata={"state": json.dumps(numbers)})
         new.replace(path)
         for old in sorted(folder.glob("attempt-*.safetensors"))[:-_KEPT_CHECKPOINTS]:
             old.unlink()
@@ -105,8 +107,11 @@ class RunFolder:
             raise ConfigError(f'resume-from="{self.path}" must hold a checkpoint')
         with safe_open(found[-1], framework="numpy") as file:
             numbers = json.loads(file.metadata()["state"])
-            adapter = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        return ServerState(adapter, numbers["round"], numbers["versions"], numbers["attempts"])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        drift = {n.removeprefix(_DRIFT): x for n, x in tensors.items() if n.startswith(_DRIFT)}
+        adapter = {n: x for n, x in tensors.items() if not n.startswith(_DRIFT)}
+        counts = (numbers["round"], numbers["versions"], numbers["attempts"])
+        return ServerState(adapter, *counts, drift)
 
 
 def _jsonable(value: Any) -> Any:

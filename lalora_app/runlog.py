@@ -37,7 +37,8 @@ class Progress:
         if attempts and not attempts[-1].aggregated and self.rows:  # the adapter is the same
             scores = scores_of(self.rows[-1])
         else:
-            self.model.load(self.strategy.state.adapter)
+            state = self.strategy.state
+            self.model.load(state.adapter, state.drift)
             batches = self.test.batches(_EVAL_BATCH)
             scores = self.model.evaluate(batches)
         if server_round > 0:
@@ -118,7 +119,7 @@ def finish(progress: Progress) -> None:
         reasons = sorted({reason for row in rows for reason in row["dropped"]})
         raise RuntimeError(f"no round was aggregated: {'; '.join(reasons)}")
     summary = _summary(config, rows, time.monotonic() - progress.started)
-    export(progress.model, progress.strategy.state.adapter, folder.adapter, config, rows[-1])
+    export(progress.model, progress.strategy.state, folder.adapter, config, rows[-1])
     folder.write_json("privacy.json", _privacy_report(config, rows))
     folder.write_json("summary.json", summary)
     _write_report(folder)

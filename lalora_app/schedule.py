@@ -28,6 +28,11 @@ def only_b(t: int, k: int = 0) -> Factors:
     return B
 
 
+def only_a(t: int, k: int = 0) -> Factors:
+    """Train or send A, always (FedSA-LoRA sends it)."""
+    return A
+
+
 def alternate_rounds(t: int, k: int = 0) -> Factors:
     """Train or send B in odd rounds and A in even rounds (RoLoRA)."""
     return B if t % 2 == 1 else A

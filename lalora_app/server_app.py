@@ -17,7 +17,7 @@ from lalora_app.adapter import ServerState
 from lalora_app.comparison import run_plan
 from lalora_app.config import Config, ConfigError, flatten, from_tables, full_path, parse
 from lalora_app.data import split
-from lalora_app.methods import lookup
+from lalora_app.methods import method_of
 from lalora_app.partition import CLIENT_NAME, label_counts
 from lalora_app.privacy.attach import LayoutError
 from lalora_app.results import RunFolder, check_writable, new_folder, old_folder
@@ -60,19 +60,22 @@ def _refusal(error: wire.RefusedError, config: Config) -> str:
     return f"{error.key}={values[error.key]!r} {error.law}" if error.key in values else str(error)
 
 
-def _ask_names(grid: Grid, config: Config, nodes: list[int]) -> dict[str, int]:
-    """Query every node for its stable name; no budget is spent, and every refusal is told."""
+def _ask_names(grid: Grid, config: Config, nodes: list[int]) -> dict[str, tuple[int, int]]:
+    """Query every node; return (node, rank) by its stable name.
+
+    No budget is spent, and every refusal is told.
+    """
     run = wire.run_config(flatten(config))
     content = RecordDict({wire.CONFIG: ConfigRecord(), wire.RUN_CONFIG: run})
     queries = [Message(content, dst_node_id=node, message_type="query") for node in nodes]
-    names: dict[str, int] = {}
+    names: dict[str, tuple[int, int]] = {}
     refusals = []
     for reply in grid.send_and_receive(queries, timeout=config.round_timeout):
         try:
-            name = wire.parse_hello(reply).client
-            if name in names:
-                raise wire.WireError(f"two clients have the same name {name}")
-            names[name] = reply.metadata.src_node_id
+            hello = wire.parse_hello(reply)
+            if hello.client in names:
+                raise wire.WireError(f"two clients have the same name {hello.client}")
+            names[hello.client] = reply.metadata.src_node_id, hello.rank
         except wire.RefusedError as error:
             refusals.append(_refusal(error, config))
         except wire.WireError as error:
@@ -89,14 +92,17 @@ def _ask_names(grid: Grid, config: Config, nodes: list[int]) -> dict[str, int]:
 
 
 def _find_clients(grid: Grid, config: Config, settle: float) -> Clients:
-    names = _ask_names(grid, config, _wait_for_nodes(grid, config, settle))
+    said = _ask_names(grid, config, _wait_for_nodes(grid, config, settle))
+    names = {name: node for name, (node, _) in said.items()}
     per_round = max(1, round(config.fraction_train * len(names)))
     if config.min_replies > per_round:
         raise ConfigError(
             f"min-replies={config.min_replies} must be at most the {per_round} clients of a round"
         )
     plan = cohorts.plan(len(names), per_round, config.num_server_rounds, config.seed)
-    return Clients([names[name] for name in sorted(names)], plan, simulated=_simulated(names))
+    order = sorted(names)
+    ranks = [said[name][1] for name in order]
+    return Clients([names[name] for name in order], plan, _simulated(names), ranks)
 
 
 def _simulated(names: Iterable[str]) -> bool:
@@ -155,7 +161,7 @@ def run(grid: Grid, config: Config, settle: float = 0.0) -> None:
         ConfigError: before any client trains, if the run cannot be what its config says.
     """
     began = time.monotonic()
-    method = lookup(config.method, config.train.local_steps)
+    method = method_of(config)
     _warn_if_not_private(config)
     check_writable(config)
     model, start = backbones.build(config)

@@ -10,10 +10,14 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from lalora_app import wire
-from lalora_app.adapter import ServerState, num_bytes, select
-from lalora_app.aggregate.error import aggregation_error
+from lalora_app.adapter import Adapter, ServerState, at_rank, in_full_units, num_bytes, select
+from lalora_app.aggregate.error import Errors, errors_of
+from lalora_app.aggregate.products import moved
+from lalora_app.aggregate.rule import Round
 from lalora_app.config import Config, flatten
-from lalora_app.methods import Method
+from lalora_app.method import Method
+from lalora_app.robust import robust
+from lalora_app.schedule import Factors
 from lalora_app.wire import TrainReply, WireError
 
 _log = logging.getLogger("flwr")
@@ -34,6 +38,11 @@ class Attempt:
         epsilon_max: the largest ε that any client can have spent so far in this run.
         aggregation_error: of averaging the factors apart, relative to the mean of the clients'
             products; None where only one factor travelled.
+        aggregation_spectrum: the largest singular values of that error.
+        remaining_error: of what the method's own rule made of them, on the same scale; None where
+            the clients' products are not known.
+        remaining_spectrum: the largest singular values of that.
+        update_cosine: mean cosine between two clients' updates.
         seconds: from the request to the aggregate.
     """
 
@@ -46,6 +55,10 @@ class Attempt:
     download_bytes: int
     epsilon_max: float
     aggregation_error: float | None
+    aggregation_spectrum: tuple[float, ...]
+    remaining_error: float | None
+    remaining_spectrum: tuple[float, ...]
+    update_cosine: float | None
     seconds: float
 
 
@@ -57,11 +70,13 @@ class Clients:
         nodes: node id by index; the order is by the clients' own names.
         cohorts: indices into ``nodes``, one tuple an attempt.
         simulated: whether they are the parts of one dataset that the server has too.
+        ranks: of the clients, in the same order; none: all have the run's.
     """
 
     nodes: Sequence[int]
     cohorts: Sequence[tuple[int, ...]]
     simulated: bool = False
+    ranks: Sequence[int] = ()
 
     def rounds_left(self, client: int, attempt: int) -> int:
         """Return how many of the attempts from ``attempt`` (from 1) on ask this client."""
@@ -122,7 +137,8 @@ class LocalAlternation(Strategy):
                 versions=self.state.versions,
             )
             content: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {
-                wire.ARRAYS: wire.to_record(self.state.adapter),
+                wire.ARRAYS: wire.to_record(self._download(client)),
+                wire.DRIFT: wire.to_record(self.state.drift),
                 wire.CONFIG: request.record(),
                 wire.RUN_CONFIG: wire.run_config(flatten(self.config)),
             }
@@ -133,6 +149,17 @@ class LocalAlternation(Strategy):
                 group_id=str(attempt),
             )
 
+    def _rank(self, client: int) -> int:
+        return self.clients.ranks[client] if self.clients.ranks else self.config.lora.rank
+
+    def _download(self, client: int) -> Adapter:
+        return at_rank(self.state.adapter, self._rank(client), self.config.lora.rank)
+
+    def _synced(self) -> Factors:
+        """Return the factors that the attempt under way sends up."""
+        last = self.config.is_last(self.state.attempts + 1)
+        return self.method.sent(self.state.round + 1, last=last)
+
     def _asked(self) -> list[int]:
         """Return the nodes of the attempt under way, in the order of the clients' names."""
         return [self.clients.nodes[i] for i in self.clients.cohorts[self.state.attempts]]
@@ -140,7 +167,11 @@ class LocalAlternation(Strategy):
     def _judge(self, replies: Iterable[Message]) -> tuple[dict[int, TrainReply], list[str]]:
         """Return the valid replies by node, in the clients' order, and why others are not."""
         t, asked = self.state.round + 1, self._asked()
-        expected = select(self.state.adapter, self.method.syncs(t))
+        cohort = self.clients.cohorts[self.state.attempts]
+        expected = {
+            node: select(self._download(client), self._synced())
+            for node, client in zip(asked, cohort, strict=True)
+        }
         accepted: dict[int, TrainReply] = {}
         dropped: list[str] = []
         answered = set()
@@ -148,8 +179,9 @@ class LocalAlternation(Strategy):
             node = message.metadata.src_node_id
             answered.add(message.metadata.reply_to_message_id)
             try:
-                reply = wire.parse_reply(message, expected, t)
-                if node not in asked:
+                # The network's own errors come from no node that was asked.
+                reply = wire.parse_reply(message, expected.get(node, expected[asked[0]]), t)
+                if node not in expected:
                     raise WireError("the reply of a node that was not asked")
                 accepted[node] = reply
             except WireError as error:
@@ -179,6 +211,31 @@ class LocalAlternation(Strategy):
         for node in self._asked():
             self.epsilons[node] = self._reported[node] if node in accepted else promise
 
+    def _aggregate(self, accepted: dict[int, TrainReply], synced: Factors) -> Errors:
+        """Move the state on, and measure what that loses of the clients' products."""
+        full, config = self.config.lora.rank, self.config
+        ranks = {node: self._rank(i) for i, node in enumerate(self.clients.nodes)}
+        weights = self._weights(list(accepted.values()))
+        uploads = [in_full_units(r.upload, ranks[node], full) for node, r in accepted.items()]
+        before = self.state.adapter
+        shares, kept = robust(config.robust, config.suspects, weights, uploads)
+        info = Round(
+            t=self.state.round + 1,
+            rounds=config.num_server_rounds,
+            seed=config.seed,
+            numbers=config.rule,
+        )
+        new = self.method.aggregate(before, shares, kept, info)
+        scale = config.lora.alpha / full
+        drift = moved(self.state.drift, new.fold, scale) if new.fold else None
+        self.state = self.state.advanced(new.adapter, synced, drift)
+        return errors_of(weights, uploads, before, new, complete=self._complete(info.t, synced))
+
+    def _complete(self, t: int, synced: Factors) -> bool:
+        """Tell whether a client computed with nothing but what the server knows."""
+        kept = self.method.resident(t, self.config.train.local_steps) - synced
+        return not kept and self.method.effective is None and not self.method.keeps_client_state
+
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
@@ -190,17 +247,18 @@ class LocalAlternation(Strategy):
         accepted, dropped = self._judge(replies)
         self._account(accepted)
         self._without_size(accepted, dropped)
-        t, synced = self.state.round + 1, self.method.syncs(self.state.round + 1)
+        t, synced = self.state.round + 1, self._synced()
         good = list(accepted.values())
         enough = len(good) >= self.config.min_replies
-        uploads = [reply.upload for reply in good]
-        download = num_bytes(self.state.adapter)
+        sizes = [num_bytes(reply.upload) for reply in good]
+        asked = self.clients.cohorts[self.state.attempts]
+        download = sum(num_bytes(self._download(client)) for client in asked) // len(asked)
+        download += num_bytes(self.state.drift)
+        found = Errors()
         if enough:
-            merged = self.method.aggregate(self.state.adapter, self._weights(good), uploads)
-            self.state = self.state.advanced(merged, synced)
+            found = self._aggregate(accepted, synced)
         else:
             self.state = self.state.failed()
-        sizes = [num_bytes(upload) for upload in uploads]
         attempt = Attempt(
             round=t,
             phase="+".join(sorted(synced)),
@@ -210,7 +268,11 @@ class LocalAlternation(Strategy):
             upload_bytes=sum(sizes) // max(len(sizes), 1),
             download_bytes=download,
             epsilon_max=max([self.epsilon_before, *self.epsilons.values()]),
-            aggregation_error=aggregation_error(self._weights(good), uploads) if enough else None,
+            aggregation_error=found.averaging,
+            aggregation_spectrum=found.averaging_spectrum,
+            remaining_error=found.remaining,
+            remaining_spectrum=found.remaining_spectrum,
+            update_cosine=found.cosine,
             seconds=time.monotonic() - self._asked_at,
         )
         self.attempts.append(attempt)

@@ -9,11 +9,14 @@ from torch import Tensor
 
 from lalora_app.adapter import Adapter, active_names, kind
 from lalora_app.backbone import Backbone
-from lalora_app.config import Train
+from lalora_app.bases import Change
+from lalora_app.config import Rule, Train
 from lalora_app.encoding import Encoded
-from lalora_app.methods import Method
+from lalora_app.method import Method
+from lalora_app.optimizers import Hyper
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.mechanism import add_noise, clipped_sum, poisson_batch
+from lalora_app.privacy.randomness import seed_of
 from lalora_app.privacy.types import NoisedGrads
 
 
@@ -25,24 +28,47 @@ class Streams:
     noise: np.random.Generator
 
 
-def make_optimizer(backbone: Backbone, train: Train, t: int) -> torch.optim.Optimizer:
+@dataclass(frozen=True)
+class Local:
+    """What a round's local steps follow besides the data.
+
+    Attributes:
+        method: of the run.
+        t: the round, from 1.
+        rounds: of the whole run.
+        train: the run config's table ``train``.
+        rule: its table ``rule``.
+        clip_norm: C, of each example's joint gradient.
+        seed: of what no data has a part in: the client's and the round's own.
+    """
+
+    method: Method
+    t: int
+    rounds: int
+    train: Train
+    rule: Rule
+    clip_norm: float
+    seed: int = 0
+
+    def progress(self, k: int) -> float:
+        """Return which share of the run's steps lies before step ``k``."""
+        steps = self.train.local_steps
+        return ((self.t - 1) * steps + k) / (self.rounds * steps)
+
+
+def make_optimizer(backbone: Backbone, local: Local, noise_std: float) -> torch.optim.Optimizer:
     """Return the round's optimiser: one group a kind of tensor, learning rates decayed by round.
 
-    A tensor without a gradient is left bit-identical, its moments kept (torch skips it).
+    A tensor without a gradient is left bit-identical, its moments kept.
     """
-    decay = train.lr_decay ** (t - 1)
-    rates = {"A": train.lr_a * decay, "B": train.lr_b * decay, "head": train.lr_head * decay}
+    train, decay = local.train, local.train.lr_decay ** (local.t - 1)
+    rates = {"A": train.lr_a, "B": train.lr_b, "head": train.lr_head, "gate": local.rule.lr_gate}
     named = backbone.engine.parameters.items()
     groups = [
-        {"params": [p for name, p in named if kind(name) == which], "lr": rate}
+        {"kind": which, "params": [p for n, p in named if kind(n) == which], "lr": rate * decay}
         for which, rate in rates.items()
     ]
-    weight_decay = train.weight_decay
-    # foreach: a few operations for all tensors together
-    if train.optimizer == "adamw":
-        return torch.optim.AdamW(groups, weight_decay=weight_decay, foreach=True)
-    momentum = train.momentum
-    return torch.optim.SGD(groups, momentum=momentum, weight_decay=weight_decay, foreach=True)
+    return local.method.optimizer(groups, Hyper(train, local.rule, noise_std))
 
 
 def _summed(
@@ -59,6 +85,12 @@ def _summed(
             sums = totals
     active = [(n, p) for n, p in backbone.engine.parameters.items() if p.requires_grad]
     return {name: sums[name] if sums else torch.zeros_like(p) for name, p in active}
+
+
+def noise_std_of(reservation: Reservation, clip_norm: float) -> float:
+    """Return z·C. C may be inf only where z is 0, and inf·0 is NaN."""
+    z = reservation.noise_multiplier
+    return z * clip_norm if z > 0 else 0.0
 
 
 def private_gradient(
@@ -87,9 +119,7 @@ def private_gradient(
     q = reservation.sampling_rate
     indices = poisson_batch(len(data), q, streams.sampling)
     sums = _summed(backbone, data, indices, clip_norm, micro_batch)
-    # C may be inf only where the noise multiplier is 0, and inf·0 is NaN.
-    z = reservation.noise_multiplier
-    noise_std = z * clip_norm if z > 0 else 0.0
+    noise_std = noise_std_of(reservation, clip_norm)
     expected = q * len(data)
     return add_noise(sums, noise_std=noise_std, expected_batch=expected, rng=streams.noise)
 
@@ -101,34 +131,46 @@ def apply(backbone: Backbone, optimizer: torch.optim.Optimizer, gradients: Noise
     optimizer.step()
 
 
+def _perturbation(backbone: Backbone, local: Local, k: int) -> Change | None:
+    """Return what the method adds to the frozen weights in step ``k``; drawn without the data."""
+    perturb, rule = local.method.perturb, local.rule
+    if perturb is None:
+        return None
+    seed = seed_of(local.seed, "perturbation", k) % 2**63
+    generator = torch.Generator(backbone.device).manual_seed(seed)
+    return lambda weight: perturb(weight, local.progress(k), rule.flat_radius, generator)
+
+
 def run_round(
     backbone: Backbone,
     data: Encoded,
     start: Adapter,
+    drift: Adapter,
     *,
-    method: Method,
-    t: int,
-    train: Train,
-    clip_norm: float,
+    local: Local,
     reservation: Reservation,
     streams: Streams,
 ) -> Adapter:
-    """Run round ``t``'s local steps from ``start`` and return the client's whole adapter.
+    """Run a round's local steps from ``start`` and return the client's whole adapter.
 
     Privacy: every step is one release of the reservation; the result is made of ``start`` and
     of noised gradients only, so all of it may leave the client.
     """
-    backbone.load(start)
-    optimizer = make_optimizer(backbone, train, t)
+    method, train = local.method, local.train
+    backbone.load(start, drift)
+    expected = reservation.sampling_rate * len(data)
+    noise_std = noise_std_of(reservation, local.clip_norm) / expected
+    optimizer = make_optimizer(backbone, local, noise_std)
     for k in range(train.local_steps):
-        backbone.engine.activate(active_names(start, method.trains(t, k)))
-        noised = private_gradient(
-            backbone,
-            data,
-            reservation=reservation,
-            clip_norm=clip_norm,
-            micro_batch=train.micro_batch,
-            streams=streams,
-        )
+        backbone.engine.activate(active_names(start, method.trains(local.t, k)))
+        with backbone.bases.shaken(_perturbation(backbone, local, k)):
+            noised = private_gradient(
+                backbone,
+                data,
+                reservation=reservation,
+                clip_norm=local.clip_norm,
+                micro_batch=train.micro_batch,
+                streams=streams,
+            )
         apply(backbone, optimizer, method.postprocess(noised))
-    return backbone.adapter()
+    return method.align(start, backbone.adapter())

@@ -11,11 +11,12 @@ from pathlib import Path
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from lalora_app.adapter import Adapter
+from lalora_app.adapter import Adapter, pairs
 from lalora_app.config import Scalar
 from lalora_app.schedule import Factor
 
 ARRAYS, CONFIG, METRICS, RUN_CONFIG = "arrays", "config", "metrics", "run"
+DRIFT = "drift"  # what has moved into the base since the run began
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 # All that a client ever says about a failure: fixed sentences, no values, no exception text.
@@ -91,6 +92,29 @@ def adapter_of(content: RecordDict, like: Mapping[str, np.ndarray]) -> Adapter:
     return from_record(content.array_records.get(ARRAYS, ArrayRecord()), like)
 
 
+def drift_of(content: RecordDict, like: Mapping[str, np.ndarray]) -> Adapter:
+    """Unpack the drift of a request: nothing, or both factors of every layer, of any fitting rank.
+
+    Args:
+        content: of the request.
+        like: the client's own adapter, for names and widths.
+
+    Raises:
+        WireError: naming the first tensor that does not fit.
+    """
+    record = content.array_records.get(DRIFT, ArrayRecord())
+    if not record:
+        return {}
+    shapes: dict[str, np.ndarray] = {}
+    for b, a in pairs(like):
+        rank = record[a].shape[0] if a in record and len(record[a].shape) == 2 else 1
+        if not 1 <= rank <= (largest := min(like[b].shape[0], like[a].shape[1])):
+            raise WireError(f"the drift's {a} has rank {rank}, which must be 1 to {largest}")
+        shapes[b] = np.broadcast_to(np.float32(0), (like[b].shape[0], rank))
+        shapes[a] = np.broadcast_to(np.float32(0), (rank, like[a].shape[1]))
+    return from_record(record, shapes)
+
+
 class RefusedError(WireError):
     """A client refuses; ``key`` is one of :data:`REFUSALS`."""
 
@@ -158,13 +182,15 @@ def refusal(key: str) -> RecordDict:
 
 @dataclass(frozen=True)
 class Hello:
-    """What a client says of itself before a run: a stable name, and nothing of its data."""
+    """What a client says of itself before a run: a stable name, a rank, nothing of its data."""
 
     client: str
+    rank: int
 
     def record(self) -> RecordDict:
         """Pack the reply to a query."""
-        return RecordDict({CONFIG: ConfigRecord({"client": self.client, "code": code_hash()})})
+        said = ConfigRecord({"client": self.client, "rank": self.rank, "code": code_hash()})
+        return RecordDict({CONFIG: said})
 
 
 @dataclass(frozen=True)
@@ -230,10 +256,11 @@ def parse_hello(reply: Message) -> Hello:
     Raises:
         WireError: if it refuses, failed, or runs other code.
     """
-    client = _accepted(reply).config_records[CONFIG].get("client")
+    said = _accepted(reply).config_records[CONFIG]
+    client = said.get("client")
     if not isinstance(client, str) or not client:
         raise WireError("client must be a name")
-    return Hello(client)
+    return Hello(client, _count(said, "rank", 1))
 
 
 def parse_reply(reply: Message, expected: Mapping[str, np.ndarray], t: int) -> TrainReply:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lalora_app.adapter import Adapter
-from lalora_app.aggregate import mean
+from lalora_app.aggregate.mean import mean
 
 A_NAME, B_NAME, HEAD = "q.lora_A.weight", "q.lora_B.weight", "classifier.bias"
 SHAPES = {A_NAME: (2, 7), B_NAME: (5, 2), HEAD: (3,)}

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lalora_app.adapter import Adapter
-from lalora_app.aggregate import mean
+from lalora_app.aggregate.mean import mean
 from lalora_app.aggregate.error import aggregation_error
 
 HEAD = "base_model.model.classifier.weight"

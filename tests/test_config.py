@@ -7,7 +7,7 @@ import pytest
 
 from conftest import ROOT, defaults, make_config
 from lalora_app.config import ConfigError, flatten, from_tables, parse
-from lalora_app.methods import METHODS, lookup
+from lalora_app.methods import METHODS, REFUSED, lookup, method_of
 from lalora_app.plan import read_plan
 from lalora_app.results import to_toml
 
@@ -26,6 +26,19 @@ OUT_OF_RANGE = [
     ("round-timeout", INF),
     ("node-timeout", -1.0),
     ("weighting", "size"),
+    ("robust", "mean"),
+    ("suspects", -1),
+    ("rule.period", 0),
+    ("rule.fair-weight", -0.1),
+    ("rule.fair-weight", NAN),
+    ("rule.flat-radius", -1.0),
+    ("rule.lr-ratio", 0.0),
+    ("rule.lr-gate", 0.0),
+    ("rule.gate-temperature", 0.0),
+    ("rule.tasks", 0),
+    ("lora.ranks", "4;8"),
+    ("lora.ranks", "4,0"),
+    ("lora.ranks", ""),
     ("seed", -1),
     ("output", "results"),
     ("output", "./results"),
@@ -189,6 +202,41 @@ def test_a_missing_key_is_named(key):
     message = complaint({}, drop=key)
     assert message.startswith(f"{key} is missing")
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"robust": "krum", "suspects": 1}, ["min-replies=2", "at least 5", "krum"]),
+        ({"robust": "trimmed-mean", "suspects": 1}, ["min-replies=2", "at least 3"]),
+        ({"suspects": 1, "min-replies": 3}, ["suspects=1", "must be 0", "none"]),
+        ({"robust": "median", "suspects": 1, "min-replies": 3}, ["suspects=1", "median"]),
+    ],
+)
+def test_a_robust_mean_needs_more_replies_than_suspects_can_outvote(changes, words):
+    message = complaint(changes)
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("name", sorted(REFUSED))
+def test_what_gives_no_guarantee_is_refused_by_its_rule(name):
+    with pytest.raises(ConfigError, match=f'method="{name}" is refused by rule'):
+        lookup(name, 2)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"method": "la-lora", "lora.ranks": "4,8"},
+        {"method": "flora", "robust": "median"},
+        {"method": "lora-fair", "robust": "trimmed-mean"},
+    ],
+)
+def test_combinations_that_a_method_does_not_declare_are_refused(changes):
+    with pytest.raises(ConfigError, match='must be "none" for method'):
+        method_of(make_config(**changes))
+    wanted = "flora" if "lora.ranks" in changes else "la-lora"
+    method_of(make_config(**changes | {"method": wanted}))
 
 
 @pytest.mark.parametrize("epsilon", [0.5, 1000.0])

@@ -9,7 +9,7 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "lalora_app"
-USES_FLWR = {"wire", "strategy", "client_app", "server_app", "runlog", "comparison"}
+USES_FLWR = {"robust", "wire", "strategy", "client_app", "server_app", "runlog", "comparison"}
 SHELL = USES_FLWR | {"cli", "launcher", "compare"}
 TORCH_ROOMS = {
     "trainer",
@@ -28,16 +28,32 @@ TORCH_ROOMS = {
     "privacy.kernels",
     "privacy.layout",
     "privacy.tape",
+    "privacy.pullback",
     "privacy.mechanism",
+    "bases",
     "export",
+    "curvature",
 }
 CORE = {
     "schedule",
     "adapter",
     "aggregate",
     "aggregate.mean",
+    "aggregate.rule",
+    "aggregate.products",
+    "aggregate.refactor",
+    "aggregate.residual",
+    "aggregate.fold",
+    "aggregate.padded",
+    "aggregate.align",
+    "aggregate.tasks",
     "filters",
+    "optimizers",
+    "parametrise",
+    "perturb",
+    "method",
     "methods",
+    "laws",
     "config",
     "privacy.types",
     "privacy.accounting",
@@ -58,6 +74,7 @@ CORE = {
     "partition",
     "residents",
     "sources",
+    "diagnostics",
 }
 
 

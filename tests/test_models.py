@@ -24,7 +24,7 @@ from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.mechanism import poisson_batch
 from lalora_app.privacy.randomness import seeded
-from lalora_app.trainer import Streams, apply, make_optimizer, private_gradient
+from lalora_app.trainer import Local, Streams, apply, make_optimizer, private_gradient
 from oracle import assert_engine_is_right, randomise, without_engine
 
 INF = float("inf")
@@ -656,8 +656,9 @@ def one_private_step(backbone: Backbone, data, factors: str) -> None:
     )
     assert set(noised) == names
     assert all(grad.isfinite().all() and grad.abs().max() > 0 for grad in noised.values())
-    train = make_config(**{"train.optimizer": "adamw", "train.momentum": 0.0}).train
-    apply(backbone, make_optimizer(backbone, train, t=1), METHODS["la-lora"].postprocess(noised))
+    config, method = make_config(**{"train.optimizer": "adamw"}), METHODS["la-lora"]
+    local = Local(method, 1, 1, config.train, config.rule, 1.0)
+    apply(backbone, make_optimizer(backbone, local, 0.0), method.postprocess(noised))
     after = backbone.adapter()
     for name, array in after.items():
         assert (array.tobytes() != before[name].tobytes()) == (name in names), name

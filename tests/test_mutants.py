@@ -68,8 +68,8 @@ MUTANTS = {
     ),
     "noise without the clip norm": Mutant(
         "trainer.py",
-        "noise_std = z * clip_norm if z > 0 else 0.0",
-        "noise_std = z",
+        "return z * clip_norm if z > 0 else 0.0",
+        "return z",
         "tests/test_mechanism.py",
     ),
     "realised batch size": Mutant(

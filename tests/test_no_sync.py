@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from conftest import make_config
 from lalora_app.adapter import active_names
+from lalora_app.bases import Bases, base_layers
 from lalora_app.backbone import Backbone, wire_name
 from lalora_app.encoding import EncodedTexts
 from lalora_app.methods import METHODS
@@ -22,7 +23,7 @@ from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.per_example import PerExampleEngine
 from lalora_app.privacy.randomness import seeded
 from lalora_app.tasks import CLASSIFICATION, mean_logits, text_logits
-from lalora_app.trainer import Streams, apply, make_optimizer, private_gradient
+from lalora_app.trainer import Local, Streams, apply, make_optimizer, private_gradient
 
 META = torch.device("meta")
 TOKENS = tuple(tuple(range(2, 4 + i % 5)) for i in range(40))
@@ -52,14 +53,14 @@ def meta_backbone(*, pooling="mean", kernel="fused", dtype=torch.float32) -> Bac
     parameters = {wire_name(n): p for n, p in model.named_parameters() if p.requires_grad}
     engine = PerExampleEngine(model, parameters, kernel)
     forward = {"mean": mean_logits, "model": text_logits}[pooling]
-    return Backbone(model, CLASSIFICATION, forward, list, engine, META, dtype, 4)
+    bases = Bases(base_layers(model))
+    return Backbone(model, CLASSIFICATION, forward, list, engine, META, dtype, 4, bases)
 
 
 def private_steps(backbone: Backbone) -> None:
     """A B step and an A step of LA-LoRA, whole: sampling, clip, noise, filter, optimiser."""
-    train = make_config(**{"train.optimizer": "adamw"}).train
-    optimizer = make_optimizer(backbone, train, t=1)
-    method = METHODS["la-lora"]
+    config, method = make_config(**{"train.optimizer": "adamw"}), METHODS["la-lora"]
+    optimizer = make_optimizer(backbone, Local(method, 1, 1, config.train, config.rule, 0.5), 0.0)
     streams = Streams(seeded(0, "sampling"), seeded(0, "noise"))
     for k in range(2):
         names = active_names(backbone.engine.parameters, method.trains(1, k))

@@ -3,12 +3,18 @@
 import pytest
 
 from lalora_app import schedule
+from lalora_app.aggregate.mean import average
 from lalora_app.methods import METHODS
 
 # Four local steps of rounds 1 and 2, and what rounds 1 to 4 send up.
 ALTERNATE_STEPS = ("B A B A", "B A B A")
+BOTH = ("AB AB AB AB", "AB AB AB AB")
+JOINT = (
+    *("dp-lora", "flora", "flexlora", "hetlora", "lora-fair", "lora-fair-cosine", "fedex-lora"),
+    *("fedrot-lora", "flat-lora", "lora-plus", "doppler", "dp-fedadamw"),
+    *("beamlora", "sd-lora", "duallora"),
+)
 TABLE = {
-    "dp-lora": (("AB AB AB AB", "AB AB AB AB"), "AB AB AB AB"),
     "ffa-lora": (("B B B B", "B B B B"), "B B B B"),
     "rolora": (("B B B B", "A A A A"), "B A B A"),
     "la-lora": (ALTERNATE_STEPS, "B A B A"),
@@ -19,7 +25,12 @@ TABLE = {
     "la-lora-full-no-filter": (ALTERNATE_STEPS, "AB AB AB AB"),
     "la-lora-full-scaled": (ALTERNATE_STEPS, "AB AB AB AB"),
     "la-lora-full-permuted": (ALTERNATE_STEPS, "AB AB AB AB"),
-}
+    "rac-lora": (("B B B B", "B B B B"), "B B B B"),
+    "fedsvd": (("B B B B", "B B B B"), "B B B B"),
+    "deer": (("B B B B", "A A A A"), "B A B A"),
+    "galore-dwa": (("B B B B", "A A A A"), "B A B A"),
+    "fedsa-lora": (BOTH, "A A A A"),
+} | {name: (BOTH, "AB AB AB AB") for name in JOINT}
 FILTERS = {"la-lora": "binomial", "no-filter": "identity", "scaled": "scaled"}
 FILTERS |= {"permuted": "permuted"}
 
@@ -50,7 +61,7 @@ def test_sends_follow_the_table(name):
 @pytest.mark.parametrize("name", METHODS)
 def test_b_takes_part_in_the_first_step_because_a_has_no_gradient_while_b_is_zero(name):
     assert "B" in METHODS[name].trains(1, 0)
-    assert "B" in METHODS[name].syncs(1)
+    assert "B" in METHODS[name].syncs(1) or "B" in METHODS[name].finally_syncs
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -68,9 +79,9 @@ def test_a_round_trains_all_that_it_sends_and_the_rest_is_resident(name, local_s
 
 def test_only_methods_that_send_one_factor_of_two_trained_keep_residents():
     keeping = {name for name, method in METHODS.items() if method.resident(1, 2)}
-    assert keeping == {"la-lora"} | {
-        f"la-lora-{control}" for control in ("no-filter", "scaled", "permuted")
-    }
+    controls = {f"la-lora-{control}" for control in ("no-filter", "scaled", "permuted")}
+    assert keeping == {"la-lora", "fedsa-lora"} | controls
+    assert keeping == {name for name, method in METHODS.items() if method.keeps_client_state}
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -84,8 +95,10 @@ def test_la_lora_variants_differ_by_their_filter_only(name):
     assert METHODS[name].postprocess.__name__ == FILTERS[suffix]
 
 
-def test_exact_methods_never_send_both_factors():
+def test_averaging_is_exact_where_one_factor_moves_and_nothing_is_resident():
     for name, method in METHODS.items():
+        if method.aggregate is not average:  # tests/test_rules.py
+            continue
         sends_one = all(len(method.syncs(t)) == 1 for t in (1, 2))
         resident = any(method.resident(t, 2) for t in (1, 2))
         assert method.exact == (sends_one and not resident), name

@@ -367,16 +367,16 @@ def test_no_refusal_says_anything_else(key):
 
 
 def test_hello_survives_the_wire():
-    got = answer(Hello("clinic-7").record())
-    assert wire.parse_hello(got) == Hello("clinic-7")
+    got = answer(Hello("clinic-7", 4).record())
+    assert wire.parse_hello(got) == Hello("clinic-7", 4)
     assert {name: set(record) for name, record in got.content.items()} == {
-        wire.CONFIG: {"client", "code"}
+        wire.CONFIG: {"client", "rank", "code"}
     }
 
 
 @pytest.mark.parametrize("name", ["", 7, True, ["a"], None])
 def test_a_hello_needs_a_name(name):
-    content = Hello("x").record()
+    content = Hello("x", 4).record()
     del content.config_records[wire.CONFIG]["client"]
     if name is not None:
         content.config_records[wire.CONFIG]["client"] = name

@@ -1,5 +1,1 @@
-"""Server rules: (global adapter, weights, uploads) -> global adapter. One function a paper."""
-
-from lalora_app.aggregate.mean import mean
-
-__all__ = ["mean"]
+"""Server rules: (global adapter, weights, uploads, round) -> Aggregated. One function a paper."""

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lalora_app.adapter import Adapter
+from lalora_app.aggregate.rule import Aggregated, Round, shares_of
 
 
 def mean(current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter]) -> Adapter:
@@ -20,9 +21,16 @@ def mean(current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter])
 
     Privacy: post-processing of noised uploads; no extra cost.
     """
-    shares = np.asarray(weights, dtype=np.float64) / np.sum(weights)
+    shares = shares_of(weights)
     merged = dict(current)
     for name in uploads[0]:
         stack = np.stack([upload[name] for upload in uploads]).astype(np.float64)  # (clients, ...)
         merged[name] = np.tensordot(shares, stack, axes=1).astype(np.float32)
     return merged
+
+
+def average(
+    current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: Round
+) -> Aggregated:
+    """Average what travelled: the rule of most methods, see :func:`mean`."""
+    return Aggregated(mean(current, weights, uploads))

@@ -61,6 +61,9 @@ class PerExampleEngine:
     def _record(self, name: str, g: Tensor, x: Tensor | None, scale: float = 1.0) -> None:
         self._tape.record(name, g, x, scale)
 
+    def write(self) -> None:
+        """Make the model compute with the present parameters: here they are its own."""
+
     def prepare(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return the forward to train through: here, as it is."""
         return forward

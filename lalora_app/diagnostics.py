@@ -1,0 +1,166 @@
+"""What a server can tell from weights and uploads alone: intruders, agreement, curvature."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+EPS = float(np.finfo(np.float64).eps)
+CLOSED = 1e-12  # of the largest entry: what is left of a product inside of the Krylov space
+
+
+def _left_singular_vectors(weight: np.ndarray) -> np.ndarray:
+    """Return (m, rank): the vectors of singular values above rounding, the largest first.
+
+    A vector of a zero singular value is any one of its null space: LAPACK's choice says nothing.
+    """
+    left, sizes, _ = np.linalg.svd(np.asarray(weight, dtype=np.float64), full_matrices=False)
+    kept: np.ndarray = left[:, sizes > max(weight.shape) * EPS * sizes.max(initial=0.0)]
+    return kept
+
+
+def intruder_dimensions(
+    base: np.ndarray, adapted: np.ndarray, *, top: int = 10, threshold: float = 0.5
+) -> int:
+    """Count the leading singular vectors that fine-tuning has put in (arXiv:2410.21228).
+
+    u_j of the adapted weight is an intruder if max_i |cos(u_j, u0_i)| < threshold over all left
+    singular vectors u0_i of the base. Vectors of zero singular values, which are not defined,
+    count on neither side.
+
+    Args:
+        base: (m, n), the weight before fine-tuning.
+        adapted: (m, n), the weight after it: base + s·B A.
+        top: how many vectors of the adapted weight are looked at; at most its rank.
+        threshold: in (0, 1]; the paper's is 0.5.
+
+    Returns:
+        0 to ``top``: 0 if the weights are identical; all of them if the base is zero.
+
+    Raises:
+        ValueError: if the shapes differ, or ``top`` or ``threshold`` is out of its range.
+        numpy.linalg.LinAlgError: if a weight is not finite.
+
+    Privacy: the base is public and the adapted weight is made of noised gradients only.
+    """
+    if base.ndim != 2 or base.shape != adapted.shape:
+        raise ValueError(f"weights of shapes {base.shape} and {adapted.shape} must be one (m, n)")
+    if top < 1:
+        raise ValueError(f"top={top} must be at least 1")
+    if not 0 < threshold <= 1:
+        raise ValueError(f"threshold={threshold} must be in (0, 1]")
+    leading = _left_singular_vectors(adapted)[:, :top]  # (m, at most top)
+    cosines = np.abs(_left_singular_vectors(base).T @ leading)  # (rank of the base, leading)
+    return int(np.sum(cosines.max(axis=0, initial=0.0) < threshold))
+
+
+def _rows(name: str, updates: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
+    """Return (clients, entries) of one tensor, in float64."""
+    shapes = [update[name].shape for update in updates]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"{name} of {sorted(set(shapes))} must be of one shape in all updates")
+    return np.stack([update[name].ravel() for update in updates]).astype(np.float64)
+
+
+def _gram(updates: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
+    """Return (clients, clients) inner products, one tensor at a time: little is copied at once."""
+    names = updates[0].keys()
+    for client, update in enumerate(updates):
+        if update.keys() != names:
+            differing = min(update.keys() ^ names)
+            raise ValueError(f"update {client} must have the same tensors as update 0: {differing}")
+    gram = np.zeros((len(updates), len(updates)))
+    for name in names:
+        rows = _rows(name, updates)
+        gram += rows @ rows.T
+    return gram
+
+
+def update_cosines(updates: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
+    """Return (clients, clients): the cosine between every two clients' flattened updates.
+
+    Args:
+        updates: of at least one client: upload minus the global tensor, by tensor name.
+
+    Returns:
+        A symmetric matrix in [-1, 1] with ones on its diagonal. A zero update has no direction:
+        its entries off the diagonal are 0.
+
+    Raises:
+        ValueError: if there is no update, or if their tensors differ in name or shape.
+
+    Privacy: a function of what was noised before it was sent; unavailable to a server that sees
+        sums only.
+    """
+    if not updates:
+        raise ValueError("cosines of 0 updates: there must be at least 1")
+    gram = _gram(updates)
+    norms = np.sqrt(np.diag(gram))
+    norms[norms == 0] = 1.0  # the numerators are zero too
+    cosines: np.ndarray = np.clip(gram / np.outer(norms, norms), -1.0, 1.0)
+    np.fill_diagonal(cosines, 1.0)
+    return cosines
+
+
+def mean_cosine(updates: Sequence[Mapping[str, np.ndarray]]) -> float | None:
+    """Return the mean cosine over all pairs of different clients; None for one client.
+
+    Args:
+        updates: see ``update_cosines``, whose errors and privacy are this one's too.
+    """
+    cosines = update_cosines(updates)
+    pairs = cosines[np.triu_indices(len(cosines), k=1)]
+    return float(pairs.mean()) if pairs.size else None
+
+
+def _orthogonal(vector: np.ndarray, basis: np.ndarray) -> np.ndarray:
+    """Return (size,) less its part in the span of the orthonormal rows of ``basis``."""
+    for _ in range(2):  # the first pass leaves rounding of the part that it takes away
+        vector = vector - basis.T @ (basis @ vector)
+    return vector
+
+
+def _require_finite(vector: np.ndarray) -> None:
+    if not np.isfinite(vector).all():
+        count = int(np.sum(~np.isfinite(vector)))
+        raise ValueError(f"matvec returned {count} entries that are not finite; all must be")
+
+
+def lanczos_top(
+    matvec: Callable[[np.ndarray], np.ndarray], size: int, *, steps: int, rng: np.random.Generator
+) -> float:
+    """Return the largest (algebraic) eigenvalue of a symmetric matrix, by Lanczos' iteration.
+
+    Full re-orthogonalisation: Golub and Van Loan, Matrix Computations, 4th ed., section 10.3.
+    The start is Gaussian, so no eigenspace is missed but with probability 0.
+
+    Args:
+        matvec: (size,) -> (size,) in float64: the matrix times a vector.
+        size: of the matrix.
+        steps: products at most; fewer are made if the Krylov space closes before.
+        rng: draws the start.
+
+    Returns:
+        A value that never exceeds the eigenvalue by more than rounding, grows with ``steps``, and
+        is exact for ``steps >= size``.
+
+    Raises:
+        ValueError: if ``size`` or ``steps`` is below 1, or a product is not finite.
+
+    Privacy: as private as ``matvec`` is; nothing is added here.
+    """
+    if size < 1 or steps < 1:
+        raise ValueError(f"size={size} and steps={steps} must be at least 1")
+    basis = np.empty((min(steps, size), size))
+    tridiagonal = np.zeros((len(basis), len(basis)))
+    vector = rng.standard_normal(size)
+    for k in range(len(basis)):
+        basis[k] = vector / np.linalg.norm(vector)
+        product = matvec(basis[k])
+        _require_finite(product)
+        tridiagonal[k, k] = basis[k] @ product
+        vector = _orthogonal(product, basis[: k + 1])
+        left = float(np.linalg.norm(vector))
+        if k + 1 == len(basis) or left <= CLOSED * np.abs(tridiagonal).max():
+            break
+        tridiagonal[k, k + 1] = tridiagonal[k + 1, k] = left
+    return float(np.linalg.eigvalsh(tridiagonal[: k + 1, : k + 1])[-1])
