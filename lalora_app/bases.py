@@ -34,7 +34,13 @@ class Bases:
         self._layers = dict(layers)
         self._pristine: dict[str, Tensor] = {}  # copies of what has ever been moved
 
-    def _weight(self, name: str) -> Tensor:
+    @property
+    def names(self) -> list[str]:
+        """The wire names of the layers' B."""
+        return list(self._layers)
+
+    def weight(self, name: str) -> Tensor:
+        """Return a layer's frozen weight (m, n), by the wire name of its B."""
         weight: Tensor = self._layers[name].base_layer.weight
         return weight
 
@@ -45,19 +51,33 @@ class Bases:
         Always from W0, in float32: nothing is lost by moving often.
         """
         for b, a in pairs(drift):
-            weight = self._weight(b)
+            weight = self.weight(b)
             pristine = self._pristine.setdefault(b, weight.detach().clone())
             left, right = (torch.from_numpy(drift[n]).to(weight.device) for n in (b, a))
             weight.copy_(torch.addmm(pristine.float(), left, right))
         for name in self._pristine.keys() - drift.keys():
-            self._weight(name).copy_(self._pristine.pop(name))
+            self.weight(name).copy_(self._pristine.pop(name))
 
-    def _computed(self, name: str) -> Tensor:
+    def computed(self, name: str) -> Tensor:
         """Return W0 + s·B·A of a layer, in float32."""
         layer = self._layers[name]
         (adapter,) = layer.lora_A
         b, a = layer.lora_B[adapter].weight.float(), layer.lora_A[adapter].weight.float()
-        return torch.addmm(self._weight(name).float(), b, a, alpha=layer.scaling[adapter])
+        return torch.addmm(self.weight(name).float(), b, a, alpha=layer.scaling[adapter])
+
+    @contextlib.contextmanager
+    def watched(self, watch: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """Show ``watch`` the inputs of every layer within the block, with the name of its B."""
+
+        def hook(name: str) -> Any:
+            return lambda layer, inputs: watch(name, inputs[0])
+
+        hooks = [x.register_forward_pre_hook(hook(name)) for name, x in self._layers.items()]
+        try:
+            yield
+        finally:
+            for handle in hooks:
+                handle.remove()
 
     @contextlib.contextmanager
     def shaken(self, change: Change | None) -> Iterator[None]:
@@ -65,13 +85,15 @@ class Bases:
         if change is None:
             yield
             return
-        kept = {name: self._weight(name).detach().clone() for name in self._layers}
+        kept = {name: self.weight(name).detach().clone() for name in self._layers}
         try:
             with torch.no_grad():
-                for name, weight in kept.items():
-                    self._weight(name).copy_(weight.float() + change(self._computed(name)))
+                self._write({n: w.float() + change(self.computed(n)) for n, w in kept.items()})
             yield
         finally:
-            with torch.no_grad():
-                for name, weight in kept.items():
-                    self._weight(name).copy_(weight)
+            self._write(kept)
+
+    @torch.no_grad()
+    def _write(self, weights: Mapping[str, Tensor]) -> None:
+        for name, weight in weights.items():
+            self.weight(name).copy_(weight)

@@ -127,6 +127,21 @@ def _compare(args: argparse.Namespace) -> int:
     return code
 
 
+def _diagnose(args: argparse.Namespace) -> int:
+    from lalora_app.diagnose import report
+
+    print(report(args.folder))
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    from lalora_app.diagnose import merge
+
+    merge(args.folder, args.out)
+    print(f"lalora: plain weights are in {args.out}")
+    return 0
+
+
 def _list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     def parse(text: str) -> list[Any]:
         return [kind(part) for part in text.split(",")]
@@ -162,6 +177,15 @@ def _parser() -> argparse.ArgumentParser:
 
     methods = commands.add_parser("methods", help="list METHODS")
     methods.set_defaults(act=_methods)
+
+    diagnose = commands.add_parser("diagnose", help="intruder dimensions, sharpness of a run")
+    diagnose.add_argument("folder", type=Path, help="of a finished run")
+    diagnose.set_defaults(act=_diagnose)
+
+    merge = commands.add_parser("merge", help="a run's result as plain weights")
+    merge.add_argument("folder", type=Path, help="of a finished run")
+    merge.add_argument("out", type=Path, help="folder of the weights")
+    merge.set_defaults(act=_merge)
 
     ledger = commands.add_parser("ledger", help="what has been released about each dataset")
     actions = ledger.add_subparsers(required=True, metavar="ACTION")

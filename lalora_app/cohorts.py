@@ -1,5 +1,8 @@
 """Balanced participation: which clients a round asks, for a whole run at once."""
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import numpy as np
 
 from lalora_app.privacy.randomness import seeded
@@ -26,3 +29,24 @@ def plan(clients: int, per_round: int, rounds: int, seed: int) -> list[tuple[int
         taken[cohort] += 1
         cohorts.append(tuple(int(i) for i in cohort))
     return cohorts
+
+
+@dataclass(frozen=True)
+class Clients:
+    """The clients of a run and the cohorts planned for them.
+
+    Attributes:
+        nodes: node id by index; the order is by the clients' own names.
+        cohorts: indices into ``nodes``, one tuple an attempt.
+        simulated: whether they are the parts of one dataset that the server has too.
+        ranks: of the clients, in the same order; none: all have the run's.
+    """
+
+    nodes: Sequence[int]
+    cohorts: Sequence[tuple[int, ...]]
+    simulated: bool = False
+    ranks: Sequence[int] = ()
+
+    def rounds_left(self, client: int, attempt: int) -> int:
+        """Return how many of the attempts from ``attempt`` (from 1) on ask this client."""
+        return sum(client in cohort for cohort in self.cohorts[attempt - 1 :])

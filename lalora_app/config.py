@@ -119,6 +119,7 @@ class Rule:
     lr_gate: float = positive()
     gate_temperature: float = positive()
     tasks: int = count()
+    sparsity: float = law("must be in [0, 1)", lambda v: 0 <= v < 1)
 
 
 @dataclass(frozen=True, kw_only=True)

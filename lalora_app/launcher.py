@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -124,9 +124,13 @@ def _stop(home: Path) -> None:
     for end in (psutil.Process.terminate, psutil.Process.kill):
         processes = _started_here(home)
         for process in processes:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                end(process)
+            _send(end, process)
         psutil.wait_procs(processes, timeout=_GRACE)
+
+
+def _send(end: Callable[[psutil.Process], None], process: psutil.Process) -> None:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        end(process)
 
 
 @contextlib.contextmanager

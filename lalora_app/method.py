@@ -38,6 +38,7 @@ class Method:
         start: initial adapter -> what the run starts from: seeds and shapes, never data.
         width: rank of the run -> rank of the model.
         effective: all trained tensors -> the model's own factors and head; None: they are these.
+        calibrates: the server sets masks and the base by public inputs before the first round.
         perturb: of the frozen weights while a gradient is taken; drawn without the batch.
         postprocess: noised gradients -> gradients for the optimiser.
         optimizer: of the local steps.
@@ -59,6 +60,7 @@ class Method:
     start: Callable[[Adapter, Rule], Adapter] = _as_it_is
     width: Callable[[int, Rule], int] = _own_rank
     effective: Callable[[dict[str, Tensor], Rule], dict[str, Tensor]] | None = None
+    calibrates: bool = False
     perturb: Perturb | None = None
     postprocess: Callable[[NoisedGrads], NoisedGrads] = identity
     optimizer: optimizers.Make = optimizers.as_configured

@@ -130,6 +130,14 @@ METHODS: dict[str, Method] = {
         aggregate=tasks.freeze_subspace,
         moves_base=True,
     ),
+    "losa": replace(
+        _BOTH,
+        paper="arXiv:2502.14816, masks of public inputs",
+        start=parametrise.with_masks,
+        effective=parametrise.masked,
+        calibrates=True,
+        moves_base=True,
+    ),
 }
 
 # What papers publish and no example-level noise covers: refused by name, with the rule it breaks.

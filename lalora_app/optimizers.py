@@ -4,7 +4,7 @@ All of them see noised gradients only, so that none costs privacy. A tensor with
 keeps its value and its state, bit for bit: a resting factor's filter does not move on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -55,6 +55,13 @@ def plus(groups: list[Group], hyper: Hyper) -> torch.optim.Optimizer:
     return as_configured(scaled, hyper)
 
 
+def _moving(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Tensor, Group]]:
+    """Yield every parameter that has a gradient, with it and its group."""
+    for group in optimizer.param_groups:
+        held = (p for p in group["params"] if p.grad is not None)
+        yield from ((p, p.grad, group) for p in held)
+
+
 class LowPass(torch.optim.Optimizer):
     """DOPPLER: SGD on noised gradients behind a first-order low-pass filter (arXiv:2408.13460).
 
@@ -73,10 +80,8 @@ class LowPass(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Take one step on every tensor that has a gradient."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step(parameter, parameter.grad, group["lr"], group["weight_decay"])
+        for parameter, grad, group in _moving(self):
+            self._step(parameter, grad, group["lr"], group["weight_decay"])
 
     def _step(self, parameter: Tensor, grad: Tensor, lr: float, weight_decay: float) -> None:
         state, a = self.state[parameter], self.COEFFICIENT
@@ -115,10 +120,8 @@ class UnbiasedAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Take one step on every tensor that has a gradient."""
-        for group in self.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    self._step(parameter, parameter.grad, group["lr"], group["weight_decay"])
+        for parameter, grad, group in _moving(self):
+            self._step(parameter, grad, group["lr"], group["weight_decay"])
 
     def _step(self, parameter: Tensor, grad: Tensor, lr: float, weight_decay: float) -> None:
         state, (one, two) = self.state[parameter], self.BETAS

@@ -83,6 +83,31 @@ def directed(theta: Mapping[str, Tensor], rule: Rule) -> dict[str, Tensor]:
     return own
 
 
+def rank_mask(b: str) -> str:
+    """Return the name of a layer's mask of ranks; that of features is A's own ``fixed``."""
+    return sibling(b, "fixed").replace(".lora_fixed.", ".lora_fixed.ranks.")
+
+
+def with_masks(start: Adapter, rule: Rule) -> Adapter:
+    """LoSA: add masks of input features (n,) and ranks (r,); ones, until a server calibrates."""
+    masks = Adapter()
+    for b, a in pairs(start):
+        masks[sibling(a, "fixed")] = np.ones(start[a].shape[1], np.float32)
+        masks[rank_mask(b)] = np.ones(start[a].shape[0], np.float32)
+    return start | masks
+
+
+def masked(theta: Mapping[str, Tensor], rule: Rule) -> dict[str, Tensor]:
+    """LoSA: A becomes A ⊙ (ranks kept)·(features kept)ᵀ (arXiv:2502.14816).
+
+    Privacy: masks are of public inputs; noise on what is masked never reaches the model.
+    """
+    own = _models_own(theta)
+    for b, a in pairs(own):
+        own[a] = theta[rank_mask(b)][:, None] * theta[a] * theta[sibling(a, "fixed")]
+    return own
+
+
 def with_basis(start: Adapter, rule: Rule) -> Adapter:
     """DualLoRA: add room for a basis Φ (r·(tasks − 1), n) of what the tasks before have used."""
     room = {

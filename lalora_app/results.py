@@ -4,6 +4,7 @@ import json
 import math
 import os
 import tempfile
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from lalora_app.adapter import ServerState
-from lalora_app.config import Config, ConfigError, Scalar, flatten, full_path
+from lalora_app.config import Config, ConfigError, Scalar, flatten, from_tables, full_path, parse
 
 _KEPT_CHECKPOINTS = 2
 _DRIFT = "drift."  # before the names of what has moved into the base
@@ -116,6 +117,18 @@ class RunFolder:
 
 def _jsonable(value: Any) -> Any:
     return "inf" if isinstance(value, float) and math.isinf(value) else value
+
+
+def read_config(folder: Path) -> Config:
+    """Return the config that a run left.
+
+    Raises:
+        ConfigError: if the folder is no run's.
+    """
+    file = folder / "config.toml"
+    if not file.is_file():
+        raise ConfigError(f"run={folder} must be the folder of a run")
+    return parse(from_tables(tomllib.loads(file.read_text("utf-8"))))
 
 
 def check_writable(config: Config) -> None:

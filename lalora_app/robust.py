@@ -29,7 +29,8 @@ def median(uploads: Sequence[Adapter], suspects: int) -> Adapter:
 
 def trimmed_mean(uploads: Sequence[Adapter], suspects: int) -> Adapter:
     """Return the mean of every entry without its ``suspects`` lowest and highest values."""
-    share = (suspects + 0.5) / len(uploads)  # Flower rounds share · clients down
+    # Flower rounds share · clients down, and refuses 1/2: there may be 2·suspects + 1 clients.
+    share = (suspects + 0.25) / len(uploads)
     return _each(uploads, lambda stack: np.asarray(trim_mean(stack, share)))
 
 

@@ -13,17 +13,21 @@ from flwr.serverapp import Grid, ServerApp
 
 from lalora_app import backbone as backbones
 from lalora_app import cohorts, wire
-from lalora_app.adapter import ServerState
+from lalora_app.adapter import Adapter, ServerState
+from lalora_app.backbone import Backbone
+from lalora_app.calibrate import sparsified
+from lalora_app.cohorts import Clients
 from lalora_app.comparison import run_plan
 from lalora_app.config import Config, ConfigError, flatten, from_tables, full_path, parse
 from lalora_app.data import split
+from lalora_app.encoding import Encoded
 from lalora_app.methods import method_of
 from lalora_app.partition import CLIENT_NAME, label_counts
 from lalora_app.privacy.attach import LayoutError
 from lalora_app.results import RunFolder, check_writable, new_folder, old_folder
 from lalora_app.runlog import Progress, finish
 from lalora_app.sources import NONE
-from lalora_app.strategy import Clients, LocalAlternation
+from lalora_app.strategy import LocalAlternation
 
 app = ServerApp()
 _log = logging.getLogger("flwr")
@@ -60,6 +64,11 @@ def _refusal(error: wire.RefusedError, config: Config) -> str:
     return f"{error.key}={values[error.key]!r} {error.law}" if error.key in values else str(error)
 
 
+def _require_new(name: str, names: Iterable[str]) -> None:
+    if name in names:
+        raise wire.WireError(f"two clients have the same name {name}")
+
+
 def _ask_names(grid: Grid, config: Config, nodes: list[int]) -> dict[str, tuple[int, int]]:
     """Query every node; return (node, rank) by its stable name.
 
@@ -73,8 +82,7 @@ def _ask_names(grid: Grid, config: Config, nodes: list[int]) -> dict[str, tuple[
     for reply in grid.send_and_receive(queries, timeout=config.round_timeout):
         try:
             hello = wire.parse_hello(reply)
-            if hello.client in names:
-                raise wire.WireError(f"two clients have the same name {hello.client}")
+            _require_new(hello.client, names)
             names[hello.client] = reply.metadata.src_node_id, hello.rank
         except wire.RefusedError as error:
             refusals.append(_refusal(error, config))
@@ -120,6 +128,14 @@ def _partition(config: Config, clients: int) -> dict[str, Any]:
 def _run_name(config: Config) -> str:
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     return f"{config.method}-{stamp}-{secrets.token_hex(3)}"
+
+
+def _begin(config: Config, model: Backbone, test: Encoded, start: Adapter) -> ServerState:
+    """Return the state before the first round."""
+    if not method_of(config).calibrates:
+        return ServerState(start)
+    adapter, drift = sparsified(model, test, start, config.rule)
+    return ServerState(adapter, drift=drift)
 
 
 def _resumed(config: Config) -> tuple[RunFolder, ServerState]:
@@ -176,7 +192,10 @@ def run(grid: Grid, config: Config, settle: float = 0.0) -> None:
             f'resume-from="{config.resume_from}" must have {resumed[0].num_clients()} clients '
             f"again, not {len(clients.nodes)}"
         )
-    folder, state = resumed or (new_folder(config, _run_name(config)), ServerState(start))
+    folder, state = resumed or (
+        new_folder(config, _run_name(config)),
+        _begin(config, model, test, start),
+    )
     folder.write_json("clients.json", {"clients": len(clients.nodes)})
     if clients.simulated and config.data.label_column != NONE:
         folder.write_json("partition.json", _partition(config, len(clients.nodes)))

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass, field
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -14,6 +14,7 @@ from lalora_app.adapter import Adapter, ServerState, at_rank, in_full_units, num
 from lalora_app.aggregate.error import Errors, errors_of
 from lalora_app.aggregate.products import moved
 from lalora_app.aggregate.rule import Round
+from lalora_app.cohorts import Clients
 from lalora_app.config import Config, flatten
 from lalora_app.method import Method
 from lalora_app.robust import robust
@@ -62,25 +63,9 @@ class Attempt:
     seconds: float
 
 
-@dataclass(frozen=True)
-class Clients:
-    """The clients of a run and the cohorts planned for them.
-
-    Attributes:
-        nodes: node id by index; the order is by the clients' own names.
-        cohorts: indices into ``nodes``, one tuple an attempt.
-        simulated: whether they are the parts of one dataset that the server has too.
-        ranks: of the clients, in the same order; none: all have the run's.
-    """
-
-    nodes: Sequence[int]
-    cohorts: Sequence[tuple[int, ...]]
-    simulated: bool = False
-    ranks: Sequence[int] = ()
-
-    def rounds_left(self, client: int, attempt: int) -> int:
-        """Return how many of the attempts from ``attempt`` (from 1) on ask this client."""
-        return sum(client in cohort for cohort in self.cohorts[attempt - 1 :])
+def _require_asked(node: int, asked: Container[int]) -> None:
+    if node not in asked:
+        raise WireError("the reply of a node that was not asked")
 
 
 @dataclass
@@ -181,8 +166,7 @@ class LocalAlternation(Strategy):
             try:
                 # The network's own errors come from no node that was asked.
                 reply = wire.parse_reply(message, expected.get(node, expected[asked[0]]), t)
-                if node not in expected:
-                    raise WireError("the reply of a node that was not asked")
+                _require_asked(node, expected)
                 accepted[node] = reply
             except WireError as error:
                 dropped.append(str(error))

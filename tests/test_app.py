@@ -638,8 +638,10 @@ def cohorts(grid: FakeGrid):
     return asked
 
 
-def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("method", ["la-lora", "fedex-lora", "sd-lora"])
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tiny, tmp_path, monkeypatch, method):
     changes = {
+        "method": method,
         "privacy.noise": "seeded",
         "num-server-rounds": 4,
         "fraction-train": 0.5,  # of 4 clients: everyone takes part twice, with 3 steps

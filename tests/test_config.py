@@ -36,6 +36,8 @@ OUT_OF_RANGE = [
     ("rule.lr-gate", 0.0),
     ("rule.gate-temperature", 0.0),
     ("rule.tasks", 0),
+    ("rule.sparsity", 1.0),
+    ("rule.sparsity", -0.1),
     ("lora.ranks", "4;8"),
     ("lora.ranks", "4,0"),
     ("lora.ranks", ""),

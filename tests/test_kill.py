@@ -12,10 +12,11 @@ import pytest
 from fake_grid import FakeGrid, identify
 from lalora_app import backbone, cli, trainer
 from lalora_app.adapter import ServerState
+from lalora_app.cohorts import Clients
 from lalora_app.partition import partition
 from lalora_app.privacy.accounting import epsilon, second_epsilon
 from lalora_app.privacy.ledger import Ledger, Limit, noise_for
-from lalora_app.strategy import Clients, LocalAlternation
+from lalora_app.strategy import LocalAlternation
 
 KILLS = 20
 ROUNDS = 40

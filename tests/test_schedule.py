@@ -12,7 +12,7 @@ BOTH = ("AB AB AB AB", "AB AB AB AB")
 JOINT = (
     *("dp-lora", "flora", "flexlora", "hetlora", "lora-fair", "lora-fair-cosine", "fedex-lora"),
     *("fedrot-lora", "flat-lora", "lora-plus", "doppler", "dp-fedadamw"),
-    *("beamlora", "sd-lora", "duallora"),
+    *("beamlora", "sd-lora", "duallora", "losa"),
 )
 TABLE = {
     "ffa-lora": (("B B B B", "B B B B"), "B B B B"),

@@ -10,9 +10,10 @@ from conftest import make_config
 from fake_grid import SERVER, identify, over_the_wire
 from lalora_app import wire
 from lalora_app.adapter import ServerState, select
+from lalora_app.cohorts import Clients
 from lalora_app.config import parse
 from lalora_app.methods import METHODS
-from lalora_app.strategy import Clients, LocalAlternation
+from lalora_app.strategy import LocalAlternation
 from lalora_app.wire import TrainReply
 
 A, B, HEAD = "l.lora_A.weight", "l.lora_B.weight", "classifier.weight"

@@ -10,11 +10,12 @@ import numpy as np
 from lalora_app.adapter import Adapter, Array, pairs, sibling
 from lalora_app.aggregate.fold import restarted
 from lalora_app.aggregate.mean import mean
-from lalora_app.aggregate.products import stacked, svd
-from lalora_app.aggregate.rule import Aggregated, Round
+from lalora_app.aggregate.products import NEGLIGIBLE, stacked, svd
+from lalora_app.aggregate.rule import Aggregated, Round, Wide
 from lalora_app.parametrise import fixed_b, split_rows
 
 KEPT = 0.95  # BeamLoRA: the share of the gates' mass that may not be pruned
+NEW = 1e-3  # DualLoRA: the sine of the angle to the basis from which on a direction is new
 
 
 def _task(t: int, info: Round) -> int:
@@ -55,11 +56,18 @@ def freeze_direction(
     return Aggregated(restarted(merged, info))
 
 
-def _grown(basis: Array, place: slice, directions: Array) -> Array:
-    """Return the basis with the parts of ``directions`` that are new to it, orthonormalised."""
-    outside = directions - (directions @ basis.T) @ basis
+def _grown(basis: Array, place: slice, directions: Wide) -> Array:
+    """Return the basis with what is new to it in ``directions``, orthonormal rows or zeros.
+
+    Only that: half of a later task's rows lie inside of the basis, and what remains of them is
+    rounding, of any direction.
+    """
+    inside = basis.astype(np.float64)
+    outside = directions - (directions @ inside.T) @ inside
+    _, sines, rows = np.linalg.svd(outside, full_matrices=False)
+    found = rows[sines > NEW]
     grown = basis.copy()
-    grown[place] = np.linalg.qr(outside.T)[0].T
+    grown[place][: len(found)] = found
     return grown
 
 
@@ -77,18 +85,20 @@ def freeze_subspace(
     for b, a in pairs(current):
         basis, rank = merged[sibling(a, "fixed")], len(merged[a])
         fold[b], fold[a] = merged[b], np.concatenate(split_rows(merged[a], basis))
-        directions = svd(stacked([(1.0, fold[b], fold[a])])).vt[:rank].astype(np.float32)
+        found = svd(stacked([(1.0, fold[b], fold[a])]))
+        used = found.vt[found.s > NEGLIGIBLE * found.s[0]]  # none of a zero product
         place = slice(task * rank, (task + 1) * rank)
-        merged[sibling(a, "fixed")] = _grown(basis, place, directions)
+        merged[sibling(a, "fixed")] = _grown(basis, place, used)
     return Aggregated(restarted(merged, info), fold)
 
 
 def _sources(gate: Array, temperature: float) -> tuple[list[int], list[int]]:
     """Return the directions to prune, weakest first, and the strongest ones to copy."""
-    weights = np.exp((gate - gate.max()) / temperature)
-    order = np.argsort(-weights, kind="stable")
-    kept = int(np.searchsorted(np.cumsum(weights[order]) / weights.sum(), KEPT) + 1)
-    pruned = min(len(gate) - kept, len(gate) // 2)
+    order = np.argsort(-gate, kind="stable")  # of the gates: weights may all but vanish
+    mass = np.cumsum(np.exp((gate[order] - gate.max()) / temperature))
+    kept = int(np.searchsorted(mass, KEPT * mass[-1]) + 1)
+    weaker = int((gate < gate[order[kept - 1]]).sum())  # than all that are kept
+    pruned = min(weaker, len(gate) // 2)
     return [int(i) for i in order[::-1][:pruned]], [int(i) for i in order[:pruned]]
 
 
@@ -100,7 +110,7 @@ def prune_and_expand(
     The smallest set of directions with 95 % of the gates' softmax is kept, at least half of them;
     a copy and its source share their gates' mean (arXiv:2502.13604, Alg. 1). Decided here and not
     by clients, whose directions would no longer be each other's. Copies are of the present
-    factors, not of a snapshot.
+    factors, not of a snapshot. Limit: equal gates prune nothing, at any rank.
 
     Privacy: decided by noised gates; no extra cost.
     """

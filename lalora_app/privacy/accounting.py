@@ -52,15 +52,13 @@ def _upper_bound(groups: tuple[tuple[float, float, int], ...], delta: float) -> 
     history = [(z, q, n) for q, z, n in groups]
     tight, loose = PRVAccountant(), RDPAccountant()
     tight.history = loose.history = history
+    found = math.inf
     # Opacus warns of log(0) at q = 1, and of orders; both leave its bounds valid.
     with warnings.catch_warnings(), np.errstate(divide="ignore"):
         warnings.simplefilter("ignore")
-        # PRV gives up with a RuntimeError where ε is absurd.
-        with contextlib.suppress(RuntimeError):
+        with contextlib.suppress(RuntimeError):  # PRV gives up where ε is absurd
             found = float(tight.get_epsilon(delta=delta, eps_error=EPSILON_ERROR))
-            if found < PRV_TRUSTED:
-                return found
-        return float(loose.get_epsilon(delta=delta))
+        return found if found < PRV_TRUSTED else float(loose.get_epsilon(delta=delta))
 
 
 def epsilon(releases: Sequence[Release], delta: float) -> float:

@@ -138,13 +138,12 @@ def attach(
     owners = linear_layers(model, parameters)
     names = {id(p): name for name, p in parameters.items()}
     done: set[int] = set()
-    candidates = model.named_modules() if kernel in _LORA_KERNELS else ()
-    for path, layer in candidates:
-        if type(layer) is not LoraLinear:
-            continue
-        if reason := _why_not_fused(layer, names):
-            if kernel == "merged":
-                raise LayoutError(f'lora.kernel="merged" does not fit {path}, which {reason}')
+    modules = model.named_modules() if kernel in _LORA_KERNELS else ()
+    for path, layer in ((path, m) for path, m in modules if type(m) is LoraLinear):
+        reason = _why_not_fused(layer, names)
+        if reason and kernel == "merged":
+            raise LayoutError(f'lora.kernel="merged" does not fit {path}, which {reason}')
+        if reason:
             continue
         pair = _lora_parts(layer)[:2]
         keys = (names.get(id(pair[0].weight)), names.get(id(pair[1].weight)))

@@ -41,9 +41,13 @@ def check_layout(engine: PerExampleEngine, losses: Losses, examples: int) -> Non
             _only_row(grads, example)
         _same_with_fewer(losses, rows)
     finally:
-        with torch.no_grad():
-            for name, parameter in engine.parameters.items():
-                parameter.copy_(kept[name])
+        _restore(engine, kept)
+
+
+@torch.no_grad()
+def _restore(engine: PerExampleEngine, kept: dict[str, Tensor]) -> None:
+    for name, parameter in engine.parameters.items():
+        parameter.copy_(kept[name])
 
 
 def _one_loss(losses: Losses, rows: list[int], example: int) -> Tensor:

@@ -45,7 +45,8 @@ class PulledBackEngine(PerExampleEngine):
         resting = {n: p.detach() for n, p in self.parameters.items() if n not in active}
 
         def own(theta: Tensors) -> Tensors:
-            return self._effective(resting | theta)
+            tensors = self._effective(resting | theta)
+            return {name: tensors[name] for name in grads}  # vjp wants the order of ``grads``
 
         pull = torch.func.vjp(own, active)[1]
         (pulled,) = torch.vmap(pull)(grads)

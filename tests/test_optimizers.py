@@ -1,0 +1,289 @@
+"""The local optimisers against float64 loops, and their limits."""
+
+import copy
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from conftest import make_config
+from lalora_app.methods import METHODS
+from lalora_app.optimizers import (
+    Hyper,
+    LowPass,
+    UnbiasedAdamW,
+    as_configured,
+    low_pass,
+    plus,
+    unbiased_adamw,
+)
+from lalora_app.trainer import Local, make_optimizer
+
+SHAPE = (3, 4)
+SEEDS = st.integers(0, 2**32 - 1)
+FEW = settings(max_examples=20, deadline=None, derandomize=True)
+
+
+def hyper(noise_std: float = 0.0, **changes) -> Hyper:
+    config = make_config(**changes)
+    return Hyper(config.train, config.rule, noise_std)
+
+
+def parameter(values: np.ndarray) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.from_numpy(values.copy()))
+
+
+def group(*parameters: Tensor, lr: float, kind: str = "A") -> dict:
+    return {"kind": kind, "params": list(parameters), "lr": lr}
+
+
+def after(optimizer, x: Tensor, grads: np.ndarray) -> list[np.ndarray]:
+    """The values after each step."""
+    values = []
+    for grad in grads:
+        x.grad = torch.from_numpy(grad)
+        optimizer.step()
+        values.append(x.detach().numpy().copy())
+    return values
+
+
+def drawn(seed: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.standard_normal(SHAPE), rng.standard_normal((steps, *SHAPE))
+
+
+# DOPPLER.
+
+
+def doppler_loop(start, grads, lr, a, decay):
+    """m, and the same recursion c on the constant 1; m/c replaces the gradient."""
+    m, c, last, last_one, x, values = 0.0, 0.0, 0.0, 0.0, start, []
+    for grad in grads:
+        m = a * m + (1 - a) / 2 * (grad + last)
+        c = a * c + (1 - a) / 2 * (1 + last_one)
+        last, last_one = grad, 1
+        x = x - lr * decay * x - lr * m / c
+        values.append(x)
+    return values
+
+
+@given(
+    seed=SEEDS, steps=st.integers(1, 8), lr=st.floats(1e-3, 3), decay=st.sampled_from([0.0, 0.05])
+)
+@FEW
+def test_the_low_pass_filter_is_its_loop(seed, steps, lr, decay):
+    start, grads = drawn(seed, steps)
+    x = parameter(start)
+    optimizer = low_pass([group(x, lr=lr)], hyper(**{"train.weight-decay": decay}))
+    found = after(optimizer, x, grads)
+    expected = doppler_loop(start, grads, lr, LowPass.COEFFICIENT, decay)
+    np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-12)
+
+
+def test_a_past_gradient_counts_with_the_filters_impulse_response():
+    a, steps = LowPass.COEFFICIENT, 12
+    response = (1 - a) / 2 * np.array([1, *((1 + a) * a**k for k in range(steps - 1))])
+    start, grads = drawn(0, steps)
+    x = parameter(start)
+    values = [start, *after(LowPass([group(x, lr=1.0)]), x, grads)]
+    for t in range(steps):
+        shares = response[: t + 1][::-1] / response[: t + 1].sum()
+        expected = np.tensordot(shares, grads[: t + 1], axes=1)
+        np.testing.assert_allclose(values[t] - values[t + 1], expected, rtol=1e-10, atol=1e-12)
+
+
+def test_without_memory_two_neighbouring_gradients_are_averaged(monkeypatch):
+    monkeypatch.setattr(LowPass, "COEFFICIENT", 0.0)
+    start, grads = drawn(1, 5)
+    x = parameter(start)
+    moved = -np.diff([start, *after(LowPass([group(x, lr=1.0)]), x, grads)], axis=0)
+    np.testing.assert_allclose(moved[0], grads[0], rtol=1e-12)  # it has no neighbour yet
+    np.testing.assert_allclose(moved[1:], (grads[1:] + grads[:-1]) / 2, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("a", [0.9, 0.5, 0.0])
+def test_stationary_white_noise_keeps_half_of_one_minus_a_of_its_variance(a, monkeypatch):
+    monkeypatch.setattr(LowPass, "COEFFICIENT", a)
+    x = torch.nn.Parameter(torch.zeros(20_000, dtype=torch.float64))
+    optimizer, rng = LowPass([group(x, lr=1.0)]), np.random.default_rng(0)
+    values = after(optimizer, x, rng.standard_normal((80, 20_000)))
+    moved = values[-1] - values[-2]
+    assert moved.var() == pytest.approx((1 - a) / 2, rel=0.05)  # an estimate's error is about 1 %
+
+
+@pytest.mark.parametrize("dtype", [np.float32, np.float64])
+def test_on_a_constant_gradient_the_low_pass_filter_is_sgd_from_the_first_step_on(dtype):
+    start, grads = (array.astype(dtype) for array in drawn(2, 1))
+    x, y = parameter(start), parameter(start)
+    constant = np.repeat(grads, 30, axis=0)
+    found = after(LowPass([group(x, lr=0.1)]), x, constant)
+    expected = after(torch.optim.SGD([y], lr=0.1), y, constant)
+    scale = 100 * np.finfo(dtype).eps
+    np.testing.assert_allclose(found, expected, rtol=scale, atol=scale)
+
+
+# DP-FedAdamW.
+
+
+def unbiased_loop(start, grads, lr, noise_std, decay):
+    m = v = np.zeros(SHAPE)
+    x, values = start, []
+    for k, grad in enumerate(grads, start=1):
+        m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2
+        signal = np.maximum(v / (1 - 0.999**k) - noise_std**2, 0)
+        x = x - lr * decay * x - lr * m / (1 - 0.9**k) / (np.sqrt(signal) + max(noise_std, 1e-8))
+        values.append(x)
+    return values
+
+
+@given(
+    seed=SEEDS,
+    steps=st.integers(1, 8),
+    noise_std=st.sampled_from([0.0, 1e-3, 0.5, 1.0, 3.0]),
+    decay=st.sampled_from([0.0, 0.05]),
+)
+@FEW
+def test_the_noises_variance_is_taken_off_the_second_moment_as_in_the_loop(
+    seed, steps, noise_std, decay
+):
+    start, grads = drawn(seed, steps)
+    x = parameter(start)
+    run = hyper(noise_std, **{"train.weight-decay": decay})
+    found = after(unbiased_adamw([group(x, lr=0.05)], run), x, grads)
+    expected = unbiased_loop(start, grads, 0.05, noise_std, decay)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+def test_without_noise_unbiased_adamw_is_adamw(decay):
+    start, grads = drawn(3, 10)
+    x, y = parameter(start), parameter(start)
+    found = after(UnbiasedAdamW([group(x, lr=0.02)], 0.0, decay), x, grads)
+    adamw = torch.optim.AdamW([y], lr=0.02, eps=1e-8, weight_decay=decay)
+    np.testing.assert_allclose(found, after(adamw, y, grads), rtol=1e-10, atol=1e-12)
+
+
+def test_below_the_noise_the_step_is_the_mean_gradient_over_the_noises_deviation():
+    start, grads = drawn(4, 1)
+    x = parameter(start)
+    (found,) = after(UnbiasedAdamW([group(x, lr=0.02)], 100.0), x, grads)
+    np.testing.assert_allclose(found, start - 0.02 * grads[0] / 100, rtol=1e-12)
+
+
+@given(
+    size=st.integers(-30, 15).map(lambda exponent: 10.0**exponent),
+    noise_std=st.sampled_from([0.0, 1e-30, 1e-6, 1.0, 1e6]),
+    dtype=st.sampled_from([np.float32, np.float64]),
+    seed=SEEDS,
+)
+@FEW
+def test_unbiased_adamw_never_divides_by_zero(size, noise_std, dtype, seed):
+    start, grads = (array.astype(dtype) for array in drawn(seed, 3))
+    grads = grads * dtype(size)
+    grads[:, 0] = 0
+    x = parameter(start)
+    found = after(UnbiasedAdamW([group(x, lr=0.01)], noise_std), x, grads)
+    assert np.isfinite(found).all()
+    np.testing.assert_array_equal(found[-1][0], start[0])  # no gradient, no step
+
+
+# LoRA+.
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_lora_plus_teaches_b_at_the_ratio_times_the_rate_of_a_and_leaves_the_others(optimizer):
+    rates = {"B": 7.0, "A": 0.3, "head": 5.0, "gate": 0.01}
+    groups = [group(parameter(drawn(0, 1)[0]), lr=lr, kind=kind) for kind, lr in rates.items()]
+    before = copy.deepcopy(groups)
+    made = plus(groups, hyper(**{"train.optimizer": optimizer, "rule.lr-ratio": 5.0}))
+    found = {g["kind"]: g["lr"] for g in made.param_groups}
+    assert found == {"B": pytest.approx(1.5), "A": 0.3, "head": 5.0, "gate": 0.01}
+    assert type(made) is {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optimizer]
+    assert [(g["kind"], g["lr"]) for g in groups] == [(g["kind"], g["lr"]) for g in before]
+
+
+def test_lora_plus_with_the_ratio_of_the_run_is_the_plain_optimiser():
+    changes = {"train.lr-a": 0.5, "train.lr-b": 1.5, "rule.lr-ratio": 3.0}
+    rates = {"A": 0.5, "B": 1.5}
+    groups = [group(parameter(drawn(0, 1)[0]), lr=lr, kind=kind) for kind, lr in rates.items()]
+    made, plain = plus(groups, hyper(**changes)), as_configured(groups, hyper(**changes))
+    assert [g["lr"] for g in made.param_groups] == [g["lr"] for g in plain.param_groups]
+
+
+# All of them.
+
+MAKES = {
+    "sgd": (as_configured, {"train.optimizer": "sgd", "train.momentum": 0.9}),
+    "adamw": (as_configured, {"train.optimizer": "adamw"}),
+    "lora-plus": (plus, {"train.optimizer": "adamw"}),
+    "doppler": (low_pass, {}),
+    "dp-fedadamw": (unbiased_adamw, {}),
+}
+
+
+def test_every_optimiser_of_the_table_is_tested_here():
+    makes = {make for make, _ in MAKES.values()}
+    assert {method.optimizer for method in METHODS.values()} <= makes
+
+
+@pytest.mark.parametrize("name", MAKES)
+def test_a_tensor_without_gradient_keeps_value_and_state_to_the_bit(name):
+    make, changes = MAKES[name]
+    active, resting = (parameter(drawn(seed, 1)[0]) for seed in (0, 1))
+    groups = [group(active, lr=0.1), group(resting, lr=0.2, kind="B")]
+    optimizer = make(groups, hyper(0.3, **changes | {"train.weight-decay": 0.1}))
+    for seed in range(3):
+        active.grad, resting.grad = (torch.from_numpy(g) for g in drawn(seed, 2)[1])
+        optimizer.step()
+    value, state = resting.detach().clone(), copy.deepcopy(optimizer.state[resting])
+    assert state
+    for seed in range(3):
+        active.grad, resting.grad = torch.from_numpy(drawn(seed, 1)[1][0]), None
+        before = active.detach().clone()
+        optimizer.step()
+        assert not torch.equal(active, before)
+    assert torch.equal(resting, value)
+    now = optimizer.state[resting]
+    assert now.keys() == state.keys()
+    for key, kept in state.items():
+        assert torch.equal(torch.as_tensor(now[key]), torch.as_tensor(kept)), key
+
+
+@pytest.mark.parametrize("name", ["adamw", "doppler", "dp-fedadamw"])
+def test_weight_decay_is_decoupled_from_the_gradient(name):
+    make, changes = MAKES[name]
+    start, grads = drawn(5, 4)
+    plain, decayed = parameter(start), parameter(start)
+    optimizers = [
+        make([group(x, lr=0.1)], hyper(0.3, **changes | {"train.weight-decay": decay}))
+        for x, decay in ((plain, 0.0), (decayed, 0.5))
+    ]
+    last = start
+    without, found = (after(o, x, grads) for o, x in zip(optimizers, (plain, decayed), strict=True))
+    for step, (old, new) in enumerate(zip([start, *without], without, strict=False)):
+        expected = last * (1 - 0.1 * 0.5) + (new - old)
+        np.testing.assert_allclose(found[step], expected, rtol=1e-10, atol=1e-12)
+        last = found[step]
+
+
+@pytest.mark.parametrize("name", ["doppler", "dp-fedadamw"])
+def test_rates_are_by_kind_and_decay_by_round_and_nothing_fixed_is_optimised(name):
+    config = make_config(**{"train.lr-decay": 0.5, "rule.lr-gate": 0.25})
+    kinds = ("lora_A", "lora_B", "lora_gate", "lora_fixed", "lora_fixed.B")
+    named = {f"q.{part}.weight": parameter(drawn(0, 1)[0]) for part in kinds}
+    named["classifier.weight"] = parameter(drawn(0, 1)[0])
+    local = Local(METHODS[name], 3, 9, config.train, config.rule, 1.0)
+    backbone = SimpleNamespace(engine=SimpleNamespace(parameters=named))
+    made = make_optimizer(backbone, local, 0.7)
+    train = config.train
+    wanted = {"A": train.lr_a, "B": train.lr_b, "head": train.lr_head, "gate": 0.25}
+    assert {g["kind"]: g["lr"] for g in made.param_groups} == {
+        kind: pytest.approx(rate / 4) for kind, rate in wanted.items()
+    }
+    assert getattr(made, "noise_std", 0.7) == 0.7
+    optimised = {id(p) for g in made.param_groups for p in g["params"]}
+    assert optimised == {id(p) for n, p in named.items() if "fixed" not in n}

@@ -1,0 +1,422 @@
+"""Rules that close a task, and the one that prunes and expands, against dense plain readings."""
+
+from functools import cache
+from itertools import pairwise
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from conftest import make_config
+from lalora_app.adapter import Adapter, kind, pairs, select, sibling
+from lalora_app.aggregate.rule import Aggregated, Round
+from lalora_app.aggregate.tasks import (
+    KEPT,
+    closed_task,
+    freeze_direction,
+    freeze_subspace,
+    prune_and_expand,
+)
+from lalora_app.parametrise import (
+    fixed_b,
+    split_rows,
+    with_basis,
+    with_directions,
+    with_gates,
+)
+
+HEAD = "base_model.model.classifier.weight"
+SIZES = {"base_model.model.layer.0": (9, 17), "base_model.model.layer.1": (16, 13)}
+LAYERS = [(f"{path}.lora_B.weight", f"{path}.lora_A.weight") for path in SIZES]
+SEEDS = st.integers(0, 2**32 - 1)
+FEW = settings(max_examples=15, deadline=None, derandomize=True)
+AB = frozenset("AB")
+
+
+@cache
+def numbers(**changes):
+    return make_config(**{f"rule.{key.replace('_', '-')}": v for key, v in changes.items()}).rule
+
+
+def at(t: int, rounds: int, **changes) -> Round:
+    return Round(t=t, rounds=rounds, seed=7, numbers=numbers(**changes))
+
+
+def plain(rng: np.random.Generator, rank: int) -> Adapter:
+    adapter = {HEAD: rng.standard_normal((2, 5))}
+    for (m, n), (b, a) in zip(SIZES.values(), LAYERS, strict=True):
+        adapter |= {a: rng.standard_normal((rank, n)), b: np.zeros((m, rank))}
+    return {name: array.astype(np.float32) for name, array in adapter.items()}
+
+
+def uploads_of(rng: np.random.Generator, current: Adapter, clients: int = 2) -> list[Adapter]:
+    """What clients may send: new values for everything but what is fixed."""
+    travels = select(current, AB)
+    assert not any(kind(name) == "fixed" for name in travels)
+    return [
+        {n: rng.standard_normal(x.shape).astype(np.float32) for n, x in travels.items()}
+        for _ in range(clients)
+    ]
+
+
+def wide(array: np.ndarray) -> np.ndarray:
+    return array.astype(np.float64)
+
+
+def mean_of(uploads: list[Adapter], weights: list[float], current: Adapter) -> Adapter:
+    shares = [weight / sum(weights) for weight in weights]
+    return {
+        n: sum(p * wide(up[n]) for p, up in zip(shares, uploads, strict=True))
+        if n in uploads[0]
+        else wide(x)
+        for n, x in current.items()
+    }
+
+
+def assert_near(found: np.ndarray, expected: np.ndarray, relative: float = 1e-5) -> None:
+    assert found.shape == expected.shape
+    assert np.linalg.norm(found - expected) <= relative * max(np.linalg.norm(expected), 1e-30)
+
+
+# Which rounds close a task.
+
+
+def tasks_of(rounds: int, tasks: int) -> list[int]:
+    """Round by round: the task whose share [i, i + 1)/tasks of the run the round's start is in."""
+    found = []
+    for done in range(rounds):
+        (task,) = [i for i in range(tasks) if i * rounds <= done * tasks < (i + 1) * rounds]
+        found.append(task)
+    return found
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 3, 4, 5, 7, 12, 20])
+def test_a_task_closes_in_the_last_of_its_rounds_and_the_runs_last_task_never(tasks):
+    for rounds in range(1, 26):
+        wanted = tasks_of(rounds, tasks)
+        ends = [one if one != next_one else None for one, next_one in pairwise([*wanted, None])]
+        expected = [*ends[:-1], None]
+        found = [closed_task(at(t, rounds, tasks=tasks)) for t in range(1, rounds + 1)]
+        assert found == expected, rounds
+        closed = [task for task in found if task is not None]
+        assert all(task < tasks - 1 for task in closed)  # there is room for no more
+        assert len(set(closed)) == len(closed)
+        if tasks <= rounds:
+            assert closed == list(range(tasks - 1))
+            lengths = [wanted.count(task) for task in range(tasks)]
+            assert max(lengths) - min(lengths) <= 1
+        else:
+            assert len(closed) == rounds - 1  # a task a round, some without any
+
+
+# SD-LoRA.
+
+
+def directed_product(theta: Adapter, b: str, a: str, tasks: int) -> np.ndarray:
+    """B·A + Σ α_i·B̂_i·Â_i, a task and a direction at a time."""
+    total = wide(theta[b]) @ wide(theta[a])
+    rank = len(theta[a])
+    left, right = wide(theta[fixed_b(b)]), wide(theta[sibling(a, "fixed")])
+    for task in range(tasks - 1):
+        for j in range(task * rank, (task + 1) * rank):
+            total += float(theta[sibling(a, "gate")][task]) * np.outer(left[:, j], right[j])
+    return total
+
+
+def sd_start(rng: np.random.Generator, rank: int, tasks: int) -> Adapter:
+    return with_directions(plain(rng, rank * tasks), numbers(tasks=tasks))
+
+
+@pytest.mark.parametrize(("rank", "tasks", "rounds"), [(2, 3, 3), (1, 4, 6), (3, 2, 5), (2, 5, 3)])
+@pytest.mark.parametrize("seed", range(2))
+def test_at_a_tasks_end_the_product_moves_into_normalised_directions(rank, tasks, rounds, seed):
+    rng = np.random.default_rng(seed)
+    current, weights, frozen = sd_start(rng, rank, tasks), [1.0, 3.0], []
+    for t in range(1, rounds + 1):
+        info = at(t, rounds, tasks=tasks)
+        uploads = uploads_of(rng, current)
+        mean = mean_of(uploads, weights, current)
+        result = freeze_direction(current, weights, uploads, info)
+        assert not result.fold
+        new, task = result.adapter, closed_task(info)
+        assert_near(new[HEAD], mean[HEAD])
+        for b, a in LAYERS:
+            before, after = (directed_product(x, b, a, tasks) for x in (mean, new))
+            assert_near(after, before)
+            left, right, gate = fixed_b(b), sibling(a, "fixed"), sibling(a, "gate")
+            if task is None:
+                assert_near(new[a], mean[a])
+                assert new[left] is current[left]
+                assert new[right] is current[right]
+                continue
+            place = slice(task * rank, (task + 1) * rank)
+            sizes = [np.linalg.norm(mean[name]) for name in (b, a)]
+            assert_near(new[left][:, place], mean[b] / sizes[0])
+            assert_near(new[right][place], mean[a] / sizes[1])
+            assert np.linalg.norm(new[left][:, place]) == pytest.approx(1, rel=1e-5)
+            assert np.linalg.norm(new[right][place]) == pytest.approx(1, rel=1e-5)
+            assert new[gate][task] == pytest.approx(sizes[0] * sizes[1], rel=1e-5)
+            others = np.arange(tasks - 1) != task
+            np.testing.assert_allclose(new[gate][others], mean[gate][others], rtol=1e-5)
+            rest = np.repeat(others, rank)
+            np.testing.assert_array_equal(new[left][:, rest], current[left][:, rest])
+            np.testing.assert_array_equal(new[right][rest], current[right][rest])
+            assert not new[b].any()
+            assert np.abs(new[a]).max() <= new[a].shape[1] ** -0.5
+            assert np.abs(wide(new[a]) - mean[a]).max() > 1e-2
+        frozen += [] if task is None else [task]
+        current = new
+    assert frozen
+
+
+@pytest.mark.parametrize("zero", ["lora_A", "lora_B"])
+def test_a_zero_product_freezes_to_zero_without_dividing_by_it(zero):
+    rng = np.random.default_rng(0)
+    current = sd_start(rng, 2, 2)
+    (upload,) = uploads_of(rng, current, clients=1)
+    upload |= {name: np.zeros_like(x) for name, x in upload.items() if zero in name}
+    new = freeze_direction(current, [1.0], [upload], at(1, 2, tasks=2)).adapter
+    for b, a in LAYERS:
+        assert not directed_product(new, b, a, 2).any()
+    assert all(np.isfinite(array).all() for array in new.values())
+
+
+# DualLoRA.
+
+
+def projected_product(theta: Adapter, b: str, a: str) -> np.ndarray:
+    """B·A with half of A's rows stripped of what is inside of the basis, and half of the rest."""
+    rows, basis, half = wide(theta[a]), wide(theta[sibling(a, "fixed")]), len(theta[a]) // 2
+    for i in range(len(rows)):
+        inside = sum((phi @ rows[i]) * phi for phi in basis)
+        if i < half:
+            rows[i] = rows[i] - inside
+        elif basis.any():
+            rows[i] = inside
+    return wide(theta[b]) @ rows
+
+
+def assert_orthonormal_or_zero(basis: np.ndarray) -> None:
+    gram = wide(basis) @ wide(basis).T
+    diagonal = (np.abs(wide(basis)).max(axis=1) > 0).astype(float)
+    np.testing.assert_allclose(gram, np.diag(diagonal), atol=2e-6)
+
+
+def assert_closed(new: Adapter, current: Adapter, fold: Adapter, task: int) -> None:
+    """The basis is one, it has grown by the task's rows only, and spans what the fold computes."""
+    for b, a in LAYERS:
+        name, rank = sibling(a, "fixed"), len(new[a])
+        basis = new[name]
+        assert_orthonormal_or_zero(basis)
+        rest = np.ones(len(basis), bool)
+        rest[task * rank : (task + 1) * rank] = False
+        np.testing.assert_array_equal(basis[rest], current[name][rest])
+        product, span = wide(fold[b]) @ wide(fold[a]), wide(basis).T @ wide(basis)
+        assert np.linalg.norm(product - product @ span) <= 1e-4 * np.linalg.norm(product)
+        outside, inside = (wide(part) for part in split_rows(new[a], basis))
+        if len(outside):
+            assert np.abs(outside @ basis.T).max() <= 1e-5
+            assert np.linalg.norm(outside) > 1e-3
+        assert np.linalg.norm(inside - inside @ span) <= 1e-5
+
+
+@pytest.mark.parametrize(("rank", "tasks", "rounds"), [(2, 4, 4), (4, 3, 5), (3, 3, 3), (1, 3, 3)])
+@pytest.mark.parametrize("seed", range(2))
+def test_at_a_tasks_end_the_product_moves_into_the_base_and_its_rows_into_the_basis(
+    rank, tasks, rounds, seed
+):
+    rng = np.random.default_rng(seed)
+    current = with_basis(plain(rng, rank), numbers(tasks=tasks))
+    weights, closed = [2.0, 1.0], 0
+    for t in range(1, rounds + 1):
+        info = at(t, rounds, tasks=tasks)
+        uploads = uploads_of(rng, current)
+        mean = mean_of(uploads, weights, current)
+        result: Aggregated = freeze_subspace(current, weights, uploads, info)
+        new, task = result.adapter, closed_task(info)
+        for b, a in LAYERS:
+            before, after = (projected_product(x, b, a) for x in (mean, new))
+            if task is not None:
+                after = after + wide(result.fold[b]) @ wide(result.fold[a])
+            assert_near(after, before)
+        if task is None:
+            assert not result.fold
+        else:
+            assert set(result.fold) == {name for layer in LAYERS for name in layer}
+            assert_closed(new, current, result.fold, task)
+            closed += 1
+        current = new
+    assert closed == tasks - 1
+
+
+def test_what_a_later_task_computes_inside_of_the_basis_adds_nothing_to_it():
+    """Half of its rows lie in the basis: there are as many new directions as the other half has."""
+    rng, rank, tasks = np.random.default_rng(0), 4, 4
+    current = with_basis(plain(rng, rank), numbers(tasks=tasks))
+    for t in range(1, tasks):
+        result = freeze_subspace(current, [1.0], uploads_of(rng, current, 1), at(t, 4, tasks=tasks))
+        current = result.adapter
+    for _, a in LAYERS:
+        blocks = current[sibling(a, "fixed")].reshape(tasks - 1, rank, -1)
+        assert [int(block.any(axis=1).sum()) for block in blocks] == [4, 2, 2]
+
+
+@pytest.mark.parametrize("zero", ["lora_A", "lora_B"])
+def test_a_task_that_has_learnt_nothing_uses_no_direction(zero):
+    rng = np.random.default_rng(1)
+    current = with_basis(plain(rng, 2), numbers(tasks=3))
+    (upload,) = uploads_of(rng, current, clients=1)
+    upload |= {name: np.zeros_like(x) for name, x in upload.items() if zero in name}
+    new = freeze_subspace(current, [1.0], [upload], at(1, 3, tasks=3)).adapter
+    assert not any(new[sibling(a, "fixed")].any() for _, a in LAYERS)
+
+
+def test_a_product_of_lower_rank_uses_as_many_directions_as_it_has():
+    rng = np.random.default_rng(2)
+    current = with_basis(plain(rng, 3), numbers(tasks=2))
+    (upload,) = uploads_of(rng, current, clients=1)
+    for b, _ in LAYERS:
+        upload[b][:, 1:] = upload[b][:, :1]
+    new = freeze_subspace(current, [1.0], [upload], at(1, 2, tasks=2)).adapter
+    for _, a in LAYERS:
+        basis = new[sibling(a, "fixed")]
+        assert int(basis.any(axis=1).sum()) == 1
+        assert_orthonormal_or_zero(basis)
+
+
+def test_a_basis_of_the_whole_space_takes_no_more():
+    rng, rank, tasks = np.random.default_rng(3), 8, 6  # room for 40 directions, in 17 and 13
+    current = with_basis(plain(rng, rank), numbers(tasks=tasks))
+    for t in range(1, tasks):
+        info, uploads = at(t, tasks, tasks=tasks), uploads_of(rng, current, 1)
+        current = freeze_subspace(current, [1.0], uploads, info).adapter
+    for (_, n), (_, a) in zip(SIZES.values(), LAYERS, strict=True):
+        basis = current[sibling(a, "fixed")]
+        assert int(basis.any(axis=1).sum()) == n
+        assert_orthonormal_or_zero(basis)
+
+
+@pytest.mark.parametrize(
+    ("rule", "start"), [(freeze_direction, with_directions), (freeze_subspace, with_basis)]
+)
+@pytest.mark.parametrize(("tasks", "rounds"), [(7, 3), (3, 1), (1, 3), (5, 4)])
+def test_any_number_of_tasks_goes_with_any_number_of_rounds(rule, start, tasks, rounds):
+    rng = np.random.default_rng(0)
+    current = start(plain(rng, tasks), numbers(tasks=tasks))
+    shapes = {name: array.shape for name, array in current.items()}
+    for t in range(1, rounds + 1):
+        info = at(t, rounds, tasks=tasks)
+        uploads = uploads_of(rng, current)
+        kept = {name: array.copy() for name, array in current.items()}
+        new = rule(current, [1.0, 1.0], uploads, info).adapter
+        assert all(np.array_equal(current[name], array) for name, array in kept.items())
+        current = new
+        assert {name: array.shape for name, array in current.items()} == shapes
+        assert all(x.dtype == np.float32 and np.isfinite(x).all() for x in current.values())
+
+
+# BeamLoRA.
+
+
+def shares_of(gate: np.ndarray, temperature: float) -> list[float]:
+    powers = np.exp(wide(gate) / temperature - np.max(wide(gate) / temperature))
+    return list(powers / powers.sum())
+
+
+def expanded(merged: Adapter, temperature: float) -> tuple[Adapter, list[int]]:
+    """Copy the strongest directions over the weakest, one at a time; and how many in each layer."""
+    new, counts = {n: wide(x) for n, x in merged.items()}, []
+    for b, a in pairs(merged):
+        gate = sibling(a, "gate")
+        shares = shares_of(merged[gate], temperature)
+        rank, ranked = len(shares), sorted(range(len(shares)), key=lambda i: -shares[i])
+        sums = [sum(shares[i] for i in ranked[:k]) for k in range(1, rank + 1)]
+        assume(min(abs(total - KEPT) for total in sums) > 1e-5)  # float32 may see it otherwise
+        kept = min(k for k in range(1, rank + 1) if sums[k - 1] >= KEPT)
+        kept = max(kept, rank - rank // 2)
+        for place in range(rank - kept):
+            strong, weak = ranked[place], ranked[rank - 1 - place]
+            new[a][weak], new[b][:, weak] = merged[a][strong], merged[b][:, strong]
+            middle = (float(merged[gate][strong]) + float(merged[gate][weak])) / 2
+            new[gate][strong] = new[gate][weak] = middle
+        counts.append(rank - kept)
+    return new, counts
+
+
+def beam_case(seed: int, rank: int, spread: float) -> tuple[Adapter, list[Adapter]]:
+    rng = np.random.default_rng(seed)
+    current = with_gates(plain(rng, rank), numbers())
+    uploads = uploads_of(rng, current)
+    for upload in uploads:
+        upload |= {n: np.float32(spread) * x for n, x in upload.items() if kind(n) == "gate"}
+    return current, uploads
+
+
+@given(
+    seed=SEEDS,
+    rank=st.integers(1, 12),
+    spread=st.sampled_from([0.0, 0.1, 0.5, 3.0]),
+    temperature=st.sampled_from([0.05, 0.5, 2.0]),
+)
+@settings(max_examples=40, deadline=None, derandomize=True)
+def test_weak_directions_become_copies_of_strong_ones_as_the_paper_says(
+    seed, rank, spread, temperature
+):
+    current, uploads = beam_case(seed, rank, spread)
+    info = at(4, 9, period=2, gate_temperature=temperature)
+    mean = mean_of(uploads, [1.0, 2.0], current)
+    merged = {name: array.astype(np.float32) for name, array in mean.items()}
+    expected, counts = expanded(merged, temperature)
+    result = prune_and_expand(current, [1.0, 2.0], uploads, info)
+    assert not result.fold
+    assert max(counts) <= rank // 2
+    for name, array in expected.items():
+        assert result.adapter[name].dtype == np.float32
+        np.testing.assert_allclose(result.adapter[name], array, rtol=1e-5, atol=1e-6)
+
+
+def test_a_gate_that_has_all_the_mass_prunes_half_and_no_more():
+    current, uploads = beam_case(0, 5, 0.0)
+    for _, a in LAYERS:
+        for upload in uploads:
+            upload[sibling(a, "gate")] = np.array([1, 2, 99, 3, 4], np.float32)
+    new = prune_and_expand(current, [1.0, 1.0], uploads, at(1, 9)).adapter
+    merged = mean_of(uploads, [1.0, 1.0], current)
+    for b, a in LAYERS:
+        source = [2, 4, 2, 3, 4]  # the weakest takes the best, the next the second best
+        assert_near(new[a], merged[a][source])
+        assert_near(new[b], merged[b][:, source])
+        np.testing.assert_array_equal(new[sibling(a, "gate")], [50, 3, 50, 3, 3])
+
+
+@pytest.mark.parametrize("rank", [1, 2, 8, 19, 20, 21, 40, 64, 100])
+def test_equal_gates_prune_nothing_at_any_rank(rank):
+    current, uploads = beam_case(1, rank, 0.0)
+    new = prune_and_expand(current, [1.0, 1.0], uploads, at(1, 9)).adapter
+    merged = mean_of(uploads, [1.0, 1.0], current)
+    for name, array in merged.items():
+        np.testing.assert_array_equal(new[name], array.astype(np.float32))
+
+
+def test_as_strong_as_the_weakest_that_is_kept_is_kept_too():
+    current, uploads = beam_case(2, 30, 0.0)
+    gate = np.zeros(30, np.float32)
+    gate[:10] = -20.0  # the other twenty are 5 % each
+    for _, a in LAYERS:
+        for upload in uploads:
+            upload[sibling(a, "gate")] = gate
+    new = prune_and_expand(current, [1.0, 1.0], uploads, at(1, 9)).adapter
+    merged = mean_of(uploads, [1.0, 1.0], current)
+    for _, a in LAYERS:
+        changed = [i for i in range(30) if np.abs(new[a][i] - merged[a][i]).max() > 1e-5]
+        assert changed == list(range(10))
+
+
+def test_between_the_ends_of_its_periods_beamlora_only_averages():
+    current, uploads = beam_case(3, 6, 3.0)
+    merged = mean_of(uploads, [1.0, 1.0], current)
+    for t in range(1, 8):
+        result = prune_and_expand(current, [1.0, 1.0], uploads, at(t, 9, period=3))
+        same = all(np.allclose(result.adapter[n], x, atol=1e-6) for n, x in merged.items())
+        assert same == (t % 3 != 0), t
