@@ -31,7 +31,7 @@ types: $(VENV)/.dev
 	$(BIN)/mypy
 
 fast: $(VENV)/.dev
-	$(BIN)/pytest -m "not slow" -n auto
+	$(BIN)/pytest -m "not slow and not wide" -n auto
 
 test: lint types
 	$(BIN)/pytest -m "not slow" -n auto

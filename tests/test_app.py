@@ -172,7 +172,21 @@ class Finished(Run):
     books: dict[str, list]
 
 
-@pytest.fixture(scope="module", params=list(METHODS))
+# One of every kind; the others are "wide".
+QUICK = {
+    "dp-lora",
+    "ffa-lora",
+    "rolora",
+    "la-lora",
+    "la-lora-full",
+    "flora",
+    "fedsa-lora",
+    "sd-lora",
+}
+WIDE = [name if name in QUICK else pytest.param(name, marks=pytest.mark.wide) for name in METHODS]
+
+
+@pytest.fixture(scope="module", params=WIDE)
 def finished(request, tmp_path_factory, tiny_model, tiny_data):
     """Every method, three rounds of two steps, two clients."""
     folder = tmp_path_factory.mktemp("contract")

@@ -12,6 +12,8 @@ from lalora_app.diagnostics import intruder_dimensions
 from test_app import open_run as without_budget
 from test_app import run, tokens_of
 
+pytestmark = pytest.mark.wide
+
 quick = test_app.quick  # no waiting for nodes
 RATES = {"train.lr-a": 0.05, "train.lr-b": 0.05, "train.batch-size": 60}
 

@@ -22,6 +22,8 @@ from lalora_app.privacy.randomness import seeded
 from test_app import arrays, local_steps, open_run, run, tokens_of
 from test_mechanism import assert_gaussian, flat
 
+pytestmark = pytest.mark.wide
+
 EXAMPLES, CLIP = 8, 0.05
 quick = test_app.quick  # no waiting for nodes
 
@@ -212,11 +214,11 @@ def test_inexact_methods_say_what_they_lose(tiny, name):
     assert all(row["aggregation_error"] > 1e-6 for row in rows)
     for row in rows:
         assert row["aggregation_spectrum"] == sorted(row["aggregation_spectrum"], reverse=True)
-        assert row["remaining_error"] <= row["aggregation_error"] * (1 + 1e-6)
+        assert row["remaining_error"] <= row["aggregation_error"] * (1 + 1e-4)
         assert -1 <= row["update_cosine"] <= 1
     if name in ("dp-lora", "la-lora-full"):
         for row in rows:
-            assert row["remaining_error"] == pytest.approx(row["aggregation_error"], rel=1e-5)
+            assert row["remaining_error"] == pytest.approx(row["aggregation_error"], rel=1e-4)
 
 
 @pytest.mark.parametrize("kind_of_mean", ["median", "trimmed-mean", "krum"])
