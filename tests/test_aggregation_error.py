@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lalora_app.adapter import Adapter
-from lalora_app.aggregate.mean import mean
 from lalora_app.aggregate.error import aggregation_error
+from lalora_app.aggregate.mean import mean
 
 HEAD = "base_model.model.classifier.weight"
 

@@ -1,4 +1,4 @@
-"""docs/methods.md says what METHODS is: the table is the generator's, and every entry has a card."""
+"""docs/methods.md says what METHODS is: its table is the generator's, every entry has a card."""
 
 import importlib.util
 

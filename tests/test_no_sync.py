@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from conftest import make_config
 from lalora_app.adapter import active_names
-from lalora_app.bases import Bases, base_layers
 from lalora_app.backbone import Backbone, wire_name
+from lalora_app.bases import Bases, base_layers
 from lalora_app.encoding import EncodedTexts
 from lalora_app.methods import METHODS
 from lalora_app.privacy import attach, kernels, mechanism
