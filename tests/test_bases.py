@@ -292,7 +292,7 @@ def test_an_evaluation_sees_the_moved_and_the_shaken_weights(prepared, data, ker
     first = logits(backbone, data)  # a merged kernel has now formed its weight
     for rank, seed in [(2, 0), (3, 1)]:
         drift = drift_of(adapter, rank, seed)
-        backbone.load(adapter, drift)
+        backbone.bases.move(drift)
         expected = logits(dense(backbone, moved_by(before, drift), adapter), data)
         found = logits(backbone, data)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
@@ -307,6 +307,8 @@ def test_an_evaluation_sees_the_moved_and_the_shaken_weights(prepared, data, ker
         torch.testing.assert_close(shaken, wanted, rtol=1e-4, atol=1e-4)
         assert (shaken - found).abs().max() > 1e-2
         assert torch.equal(logits(backbone, data), found)
+    backbone.load(adapter, drift)
+    assert torch.equal(logits(backbone, data), found)
     backbone.load(adapter)
     assert_bits(backbone.model, before)
     assert torch.equal(logits(backbone, data), first)
