@@ -710,3 +710,16 @@ def test_a_new_a_is_uniform_within_one_over_the_root_of_its_width(scene):
         uniform = np.linspace(-1, 1, levels.size)
         assert np.abs(levels - uniform).max() < 0.05  # Kolmogorov-Smirnov at 12,000 draws: 0.036
     assert differ(dict(x=drawn_a[AS[0]]), dict(x=drawn_a[AS[1]]))
+
+
+def test_flexlora_leaves_no_direction_with_two_zero_factors():
+    rng = np.random.default_rng(0)
+    b, a = "l.lora_B.weight", "l.lora_A.weight"
+    draw = rng.standard_normal
+    current = {b: np.zeros((6, 4), "f4"), a: draw((4, 5)).astype("f4")}
+    upload = {b: draw((6, 1)).astype("f4"), a: draw((1, 5)).astype("f4")}
+    info = Round(t=1, rounds=1, seed=0, numbers=make_config().rule)
+    new = product_mean(current, [1.0], [upload], info).adapter
+    assert np.allclose(new[b] @ new[a], upload[b] @ upload[a], atol=1e-5)
+    assert all(row.any() for row in new[a])
+    assert np.array_equal(new[a][1:], current[a][1:])

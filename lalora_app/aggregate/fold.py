@@ -27,7 +27,7 @@ def restarted(merged: Adapter, info: Round) -> Adapter:
 
 
 def _due(info: Round) -> bool:
-    """Tell whether a block of ``rule.period`` rounds ends here; the last of a run ends nothing."""
+    """Tell whether a block of ``rule.period`` rounds ends here."""
     return info.t % info.numbers.period == 0
 
 

@@ -38,6 +38,8 @@ def product_mean(
     for b, a in pairs(current):
         found = svd(stacked((p, up[b], up[a]) for p, up in zip(shares, uploads, strict=True)))
         merged[b], merged[a] = balanced(found, current[a].shape[0])
+        unused = ~merged[b].any(axis=0)  # with both factors zero they would stay so for good
+        merged[a][unused] = current[a][unused]
     return Aggregated(merged)
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from lalora_app.adapter import Adapter, pairs
 from lalora_app.aggregate.mean import mean
-from lalora_app.aggregate.products import Product, balanced, norm, stacked, svd
+from lalora_app.aggregate.products import Product, balanced, norm, rank_of, stacked, svd
 from lalora_app.aggregate.rule import Aggregated, Round, Wide, shares_of
 
 # (what ΔW lacks (m, R)·(R, n), B̄ (m, r), Ā (r, n), round) -> ΔB (m, r)
@@ -34,7 +34,7 @@ def residual_fold(
     fold: Adapter = {}
     for b, a in pairs(current):
         found = svd(_lacking(merged, shares, uploads, b, a))
-        fold[b], fold[a] = balanced(found, len(found.s))
+        fold[b], fold[a] = balanced(found, rank_of(found))
     return Aggregated(merged, fold)
 
 
