@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
+from lalora_app.aggregate.mean import average
 from lalora_app.drawing import Curve, heat_map, house_style, panel, share_height, styles, svg
 from lalora_app.methods import METHODS
 from lalora_app.records import Record, group
@@ -19,6 +20,9 @@ History = list[dict[str, Any]]
 Axis = Callable[[History], list[float]]  # history -> one number a round
 
 _ERROR = Metric("aggregation_error", "relative aggregation error", 1.0, 3, lower_is_better=True)
+
+
+_LEFT = Metric("remaining_error", "relative error left", 1.0, 3, lower_is_better=True)
 
 
 @dataclass(frozen=True)
@@ -182,6 +186,18 @@ def aggregation_error(records: Sequence[Record]) -> Chart:
     return Chart("Aggregation error by round", note, panels)
 
 
+def remaining_error(records: Sequence[Record]) -> list[Chart]:
+    """Return what rules other than plain averaging leave of the error; no chart without one."""
+    known = [record for record in records if record.method in METHODS]
+    correcting = [r for r in known if METHODS[r.method].aggregate is not average]
+    panels = _panels(correcting, _rounds, _LEFT, "round", log=True) if correcting else ()
+    note = (
+        "What the method's own rule leaves of the aggregation error, base drift included, on the "
+        "same scale: rounding for exact methods."
+    )
+    return [Chart("Error left by the server's rule", note, panels)] if panels else []
+
+
 @house_style()
 def partitions(records: Sequence[Record]) -> Chart:
     """Return one picture for each different partition of the data among the clients."""
@@ -219,5 +235,6 @@ def charts(records: Sequence[Record]) -> list[Chart]:
         by_upload(records),
         by_spending(records),
         aggregation_error(records),
+        *remaining_error(records),
         partitions(records),
     ]

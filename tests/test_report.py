@@ -10,6 +10,7 @@ import shutil
 import statistics
 import subprocess
 from collections import Counter
+from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -322,6 +323,22 @@ def test_aggregation_errors_are_drawn_where_there_are_any():
     assert len(chart.panels) == 1
     assert "No curve for la-lora:" in chart.note
     assert "dp-lora" not in chart.note
+
+
+def test_what_a_server_rule_leaves_is_drawn_for_methods_that_correct_and_no_others():
+    def run(method, left):
+        own = record(method, 3.0, 0, error=0.2)
+        for row in own.history:
+            row["remaining_error"] = left
+        return replace(own, method=method)
+
+    averaging, correcting = run("dp-lora", 0.2), run("lora-fair", 0.1)
+    assert plots.remaining_error([averaging]) == []
+    runs = [averaging, correcting, run("flexlora", 0.05)]
+    (chart,) = plots.remaining_error(runs)
+    assert {"lora-fair", "flexlora"} <= set(words(chart.panels[0]))
+    assert "dp-lora" not in words(chart.panels[0])
+    assert chart.title in [found.title for found in charts(runs)]
 
 
 @pytest.mark.parametrize("failed", [(), (2, 3)])

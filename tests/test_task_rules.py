@@ -12,7 +12,6 @@ from conftest import make_config
 from lalora_app.adapter import Adapter, kind, pairs, select, sibling
 from lalora_app.aggregate.rule import Aggregated, Round
 from lalora_app.aggregate.tasks import (
-    KEPT,
     closed_task,
     freeze_direction,
     freeze_subspace,
@@ -332,8 +331,8 @@ def expanded(merged: Adapter, temperature: float) -> tuple[Adapter, list[int]]:
         shares = shares_of(merged[gate], temperature)
         rank, ranked = len(shares), sorted(range(len(shares)), key=lambda i: -shares[i])
         sums = [sum(shares[i] for i in ranked[:k]) for k in range(1, rank + 1)]
-        assume(min(abs(total - KEPT) for total in sums) > 1e-5)  # float32 may see it otherwise
-        kept = min(k for k in range(1, rank + 1) if sums[k - 1] >= KEPT)
+        assume(min(abs(total - 0.95) for total in sums) > 1e-5)  # float32 may see it otherwise
+        kept = min(k for k in range(1, rank + 1) if sums[k - 1] >= 0.95)
         kept = max(kept, rank - rank // 2)
         for place in range(rank - kept):
             strong, weak = ranked[place], ranked[rank - 1 - place]
