@@ -167,6 +167,9 @@ def _late(reserve, run):
 }
 
 
+QUIETLY = ("-p", "no:cacheprovider")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
 def test_a_mutant_turns_its_tests_red(name, tmp_path):
@@ -179,7 +182,7 @@ def test_a_mutant_turns_its_tests_red(name, tmp_path):
     assert source.count(mutant.old) == 1
     path.write_text(source.replace(mutant.old, mutant.new) + HELPERS.get(mutant.file, ""), "utf-8")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-x", "-p", "no:cacheprovider", mutant.tests],
+        [*(sys.executable, "-m", "pytest", "-x", "-m", "not wide"), *QUIETLY, mutant.tests],
         cwd=tmp_path,
         env=os.environ | {"PYTHONPATH": str(tmp_path)},
         capture_output=True,
