@@ -72,6 +72,13 @@ MUTANTS = {
         "return z",
         "tests/test_mechanism.py",
     ),
+    "gates differentiated in the batch's mean": Mutant(
+        "privacy/pullback.py",
+        "        (pulled,) = torch.vmap(pull)(grads)\n",
+        "        grads = {n: g.mean(0, keepdim=True).expand_as(g) for n, g in grads.items()}\n"
+        "        (pulled,) = torch.vmap(pull)(grads)\n",
+        "tests/test_parametrise.py",
+    ),
     "realised batch size": Mutant(
         "trainer.py",
         "    expected = q * len(data)\n",
