@@ -19,7 +19,7 @@ from lalora_app.config import Config, ConfigError, parse
 from lalora_app.data import Examples, check_client
 from lalora_app.data import private_file as read_private_file
 from lalora_app.encoding import Encoded
-from lalora_app.methods import method_of
+from lalora_app.methods import checked_rank, method_of
 from lalora_app.partition import CLIENT_NAME, deal_name, partition
 from lalora_app.privacy import randomness
 from lalora_app.privacy.accounting import Release, epsilon
@@ -79,12 +79,7 @@ def _rank(config: Config, context: Context) -> int:
     if config.lora.ranks != "none":
         turn = [int(rank) for rank in config.lora.ranks.split(",")]
     index = int(context.node_config.get("partition-id", 0))
-    rank = context.node_config.get("rank", turn[index % len(turn)])
-    if type(rank) is not int or not 1 <= rank <= config.lora.rank:
-        raise ConfigError(f"rank={rank!r} must be 1 to lora.rank={config.lora.rank}")
-    if rank != config.lora.rank and not method_of(config).heterogeneous:
-        raise ConfigError(f"rank={rank} must be lora.rank for method {config.method}")
-    return rank
+    return checked_rank(context.node_config.get("rank", turn[index % len(turn)]), config)
 
 
 def _prepared(config: Config, context: Context) -> Prepared:

@@ -204,3 +204,17 @@ def method_of(config: Config) -> Method:
             "rule is not a mean"
         )
     return method
+
+
+def checked_rank(rank: object, config: Config) -> int:
+    """Return a client's rank, which both sides check: neither trusts the other's word.
+
+    Raises:
+        ConfigError: if the run has no room for it, or its method wants one rank for all.
+    """
+    largest = config.lora.rank
+    if type(rank) is not int or not 1 <= rank <= largest:
+        raise ConfigError(f"rank={rank!r} must be 1 to lora.rank={largest}")
+    if rank != largest and not method_of(config).heterogeneous:
+        raise ConfigError(f"rank={rank} must be lora.rank={largest} for method {config.method}")
+    return rank

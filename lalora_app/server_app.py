@@ -21,7 +21,7 @@ from lalora_app.comparison import run_plan
 from lalora_app.config import Config, ConfigError, flatten, from_tables, full_path, parse
 from lalora_app.data import split
 from lalora_app.encoding import Encoded
-from lalora_app.methods import method_of
+from lalora_app.methods import checked_rank, method_of
 from lalora_app.partition import CLIENT_NAME, label_counts
 from lalora_app.privacy.attach import LayoutError
 from lalora_app.results import RunFolder, check_writable, new_folder, old_folder
@@ -83,10 +83,10 @@ def _ask_names(grid: Grid, config: Config, nodes: list[int]) -> dict[str, tuple[
         try:
             hello = wire.parse_hello(reply)
             _require_new(hello.client, names)
-            names[hello.client] = reply.metadata.src_node_id, hello.rank
+            names[hello.client] = reply.metadata.src_node_id, checked_rank(hello.rank, config)
         except wire.RefusedError as error:
             refusals.append(_refusal(error, config))
-        except wire.WireError as error:
+        except (wire.WireError, ConfigError) as error:
             refusals.append(str(error))
     for reason in sorted(set(refusals)):
         _log.error("%d of %d clients: %s", refusals.count(reason), len(nodes), reason)

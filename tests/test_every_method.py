@@ -198,6 +198,20 @@ def test_a_node_may_name_its_rank_and_no_other_than_the_run_has_room_for(tiny):
         server_app.run(FakeGrid(plain, [{"rank": 1}, {}]), plain)
 
 
+@pytest.mark.parametrize(("name", "rank"), [("la-lora", 1), ("la-lora", 99), ("flora", 99)])
+def test_a_server_does_not_take_a_clients_word_for_a_rank(tiny, name, rank):
+    def fault(attempt, partition, reply):
+        if attempt == 0 and partition == 1:
+            reply.content[wire.CONFIG]["rank"] = rank
+        return reply
+
+    config = tiny(**open_run(method=name))
+    grid = FakeGrid(config, 2, fault=fault)
+    with pytest.raises(ConfigError, match=f"rank={rank} must be"):
+        server_app.run(grid, config)
+    assert grid.trained() == []
+
+
 EXACT = [name for name, entry in METHODS.items() if entry.exact]
 
 
