@@ -34,14 +34,6 @@ SWIN_32 = SHARED / "models" / "swin-small-32"
 DINO = SHARED / "models" / "dinov2-vit-s14-saliency"
 
 
-@pytest.fixture(autouse=True)
-def timm_as_it_was(monkeypatch):
-    """model.attention sets a switch of the whole process."""
-    from timm.layers import config
-
-    monkeypatch.setattr(config, "_USE_FUSED_ATTN", config._USE_FUSED_ATTN)
-
-
 @pytest.fixture
 def images(tiny, tiny_timm, tiny_vit, tiny_images) -> Callable[..., Config]:
     """Config factory of a tiny image model: timm's "swin" or "vit", or transformers' "hf-vit"."""
@@ -221,6 +213,15 @@ def test_both_kinds_of_attention_compute_the_same(kind, any_model):
             assert bare(backbone).config._attn_implementation == attention
     for other in steps.values():
         assert_same_step(steps["eager"], other)
+
+
+def test_timms_own_choice_of_attention_comes_back(any_model):
+    from timm.layers import use_fused_attn
+
+    before = use_fused_attn(), use_fused_attn(experimental=True)
+    for attention in ("sdpa", "eager"):
+        randomised(any_model("swin", **{"model.attention": attention}))
+        assert (use_fused_attn(), use_fused_attn(experimental=True)) == before
 
 
 # --- heads, and what a checkpoint does not have -----------------------------------------------

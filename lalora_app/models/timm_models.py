@@ -3,7 +3,8 @@
 import difflib
 import importlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -93,11 +94,18 @@ def _head(base: Any, model: Model) -> str:
     return str(paths[0])
 
 
-def _set_attention(model: Model) -> None:
-    from timm.layers import set_fused_attn
+@contextmanager
+def _attention(model: Model) -> Iterator[None]:
+    """Build with the config's attention; timm's own setting is the process's, and comes back."""
+    from timm.layers import set_fused_attn, use_fused_attn
 
+    before = use_fused_attn(), use_fused_attn(experimental=True)
     # Swin's is among those that timm takes only where it is asked for.
     set_fused_attn(enable=model.attention != "eager", experimental=model.attention == "sdpa")
+    try:
+        yield
+    finally:
+        set_fused_attn(*before)
 
 
 def load_timm(model: Model, num_labels: int) -> Base:
@@ -114,10 +122,10 @@ def load_timm(model: Model, num_labels: int) -> Base:
     """
     if model.task != "image-classification":
         raise ConfigError(f'model.task="{model.task}" must be "image-classification" for timm')
-    _set_attention(model)
     quiet_hub()
     try:
-        base = _load(model, num_labels)
+        with _attention(model):
+            base = _load(model, num_labels)
     except ConfigError:
         raise
     except Exception as error:  # the hub client and timm raise many kinds; all mean the same here
