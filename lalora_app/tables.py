@@ -61,6 +61,8 @@ class Row:
         upload: bytes that one client sends in a round, mean over seeds.
         download: bytes that one client receives in a round, mean over seeds.
         seconds: median over seeds.
+        error_left: of aggregation by the server's rule, relative, mean over rounds and seeds; None
+            where no round has it.
     """
 
     label: str
@@ -72,6 +74,7 @@ class Row:
     upload: float
     download: float
     seconds: float
+    error_left: float | None = None
 
 
 class Cell(NamedTuple):
@@ -84,6 +87,12 @@ class Cell(NamedTuple):
 def _spread(values: Sequence[float]) -> Spread:
     known = len(values) > 1 and all(map(math.isfinite, values))
     return Spread(statistics.fmean(values), statistics.stdev(values) if known else None)
+
+
+def _error_left(runs: Sequence[Record]) -> float | None:
+    rows = [row.get("remaining_error") for run in runs for row in run.history]
+    known = [error for error in rows if error is not None]
+    return statistics.fmean(known) if known else None
 
 
 def _row(label: str, epsilon: float, runs: Sequence[Record]) -> Row:
@@ -99,6 +108,7 @@ def _row(label: str, epsilon: float, runs: Sequence[Record]) -> Row:
         upload=statistics.fmean(s["upload_bytes_per_round"] for s in summaries),
         download=statistics.fmean(s["download_bytes_per_round"] for s in summaries),
         seconds=statistics.median(summary["seconds"] for summary in summaries),
+        error_left=_error_left(runs),
     )
 
 
@@ -127,7 +137,7 @@ def grid(rows: Sequence[Row], infinity: str = "inf") -> tuple[list[str], list[li
     """Return titles and cells of the table; ``infinity`` is how ε = inf is shown."""
     metrics = [m for m in METRICS if any(m.key in row.scores for row in rows)]
     titles = ["method", "ε promised", "seeds", *(m.title for m in metrics)]
-    titles += ["largest client ε", "bytes up", "bytes down", "seconds"]
+    titles += ["largest client ε", "bytes up", "bytes down", "seconds", "error left"]
     leaders = {
         (metric.key, row.label, row.epsilon)
         for metric in metrics
@@ -150,6 +160,7 @@ def grid(rows: Sequence[Row], infinity: str = "inf") -> tuple[list[str], list[li
             *(score(metric, row) for metric in metrics),
             *(number(row.epsilon_reached, ".2f"), number(row.upload, ",.0f")),
             *(number(row.download, ",.0f"), number(row.seconds, ".0f")),
+            Cell("–" if row.error_left is None else f"{row.error_left:.2g}"),
         ]
         for row in rows
     ]

@@ -199,12 +199,22 @@ def test_the_text_is_aligned_and_says_what_the_seeds_were():
     values = [100 * r.summary["accuracy"] for r in runs if (r.label, r.epsilon) == ("la-lora", 1.0)]
     expected = f"{statistics.mean(values):.1f} ± {statistics.stdev(values):.1f}"
     assert cells[:4] == ["la-lora", "1", "3", expected]
-    assert cells[5:] == ["1.00", "150,536", "297,992", "11"]
+    assert cells[5:] == ["1.00", "150,536", "297,992", "11", "–"]
     assert re.split(r"  +", lines[-1])[1] == "inf"
 
 
 def test_one_seed_has_no_deviation():
     assert "±" not in to_text(rows_of([record()]))
+
+
+def test_the_error_left_is_the_mean_of_the_rounds_that_have_one():
+    runs = [record(seed=seed) for seed in (0, 1)]
+    for run, errors in zip(runs, ((0.5, None, 0.1, None), (None, 0.3, None, 2e-8)), strict=True):
+        for row, error in zip(run.history, errors, strict=True):
+            row["remaining_error"] = error
+    assert rows_of(runs)[0].error_left == pytest.approx((0.5 + 0.1 + 0.3 + 2e-8) / 4)
+    assert to_text(rows_of(runs)).splitlines()[1].endswith("  0.23")
+    assert rows_of([record()])[0].error_left is None
 
 
 def test_the_csv_holds_every_run_at_full_precision():
@@ -236,7 +246,7 @@ def test_latex_escapes_its_special_characters():
     assert cells[0] == "".join(escapes.values())
     assert cells[1] == cells[5] == r"$\infty$"
     assert re.findall(r"\\(\w+)rule", text) == ["top", "mid", "bottom"]
-    assert text.count("&") - text.count(r"\&") == 2 * 8
+    assert text.count("&") - text.count(r"\&") == 2 * 9
 
 
 def test_the_best_mean_of_each_epsilon_is_bold_and_equals_share_it():
@@ -262,7 +272,8 @@ def test_a_lower_perplexity_is_better_and_a_metric_that_is_missing_is_a_dash():
     x, y, z = to_markdown(rows_of(runs)).splitlines()[2:]
     assert "| **7.50** |" in x
     assert "| 8.25 |" in y
-    assert x.count("–") == y.count("–") == z.count("–") == 1
+    # One for the metric that it lacks, one for the error left, which none has.
+    assert x.count("–") == y.count("–") == z.count("–") == 2
 
 
 def test_a_perplexity_that_is_infinite_has_no_deviation():
