@@ -6,9 +6,8 @@ import os
 import time
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
@@ -16,127 +15,64 @@ from flwr.clientapp import ClientApp
 from lalora_app import backbone, residents, trainer, wire
 from lalora_app.adapter import Adapter, select
 from lalora_app.config import Config, ConfigError, parse
-from lalora_app.data import Examples, check_client
-from lalora_app.data import private_file as read_private_file
 from lalora_app.encoding import Encoded
-from lalora_app.methods import checked_rank, method_of
-from lalora_app.partition import CLIENT_NAME, deal_name, partition
+from lalora_app.methods import method_of
 from lalora_app.privacy import randomness
 from lalora_app.privacy.accounting import Release, epsilon
-from lalora_app.privacy.ledger import BudgetError, Ledger, Limit, Reservation, noise_for
-from lalora_app.privacy.policy import Policy, read_policy, state_folder
+from lalora_app.privacy.budget import BudgetError, Limit, noise_for
+from lalora_app.privacy.ledger import Reservation
+from lalora_app.privacy.policy import PolicyError
+from lalora_app.site import Site, admit
 from lalora_app.sources import DataError
 
 app = ClientApp()
 _log = logging.getLogger("flwr")
 
 
-Prepared = tuple["LocalData", backbone.Backbone, Adapter, Encoded]
+Prepared = tuple[backbone.Backbone, Adapter, Encoded]
 
 
-@dataclass(frozen=True)
-class LocalData:
-    """A client's examples, its name, and the name under which the ledger knows the dataset."""
-
-    client: str
-    dataset: str
-    examples: Examples
-
-
-def _simulated(config: Config, index: int, clients: int) -> LocalData:
-    data = config.data
-    deal = deal_name(data, config.seed)
-    return LocalData(
-        client=CLIENT_NAME.format(index),
-        dataset=f"simulated {data.name} {deal} {index}/{clients}",
-        examples=partition(data, config.seed, clients)[index],
-    )
-
-
-def _local_data(config: Config, context: Context) -> LocalData:
-    """Find this node's data: its own file, or its part of a simulated deal (Flower Hub's rule)."""
-    node = context.node_config
-    if "data-path" in node:
-        path = str(node["data-path"])
-        dataset = str(node.get("dataset-id", f"file {Path(path).expanduser().resolve()}"))
-        name = str(node.get("name", f"node-{context.node_id}"))
-        return LocalData(name, dataset, read_private_file(path, config.data))
-    if "partition-id" in node and "num-partitions" in node:
-        return _simulated(config, int(node["partition-id"]), int(node["num-partitions"]))
-    raise ConfigError("node config must have data-path, or partition-id and num-partitions")
-
-
-def _checked_data(config: Config, context: Context) -> LocalData:
-    local = _local_data(config, context)
-    batch_size, delta = config.train.batch_size, config.privacy.delta
-    check_client(len(local.examples), batch_size=batch_size, delta=delta)
-    return local
-
-
-def _rank(config: Config, context: Context) -> int:
-    """Return this client's rank: its node's own, or its turn in ``lora.ranks``."""
-    turn = [config.lora.rank]
-    if config.lora.ranks != "none":
-        turn = [int(rank) for rank in config.lora.ranks.split(",")]
-    index = int(context.node_config.get("partition-id", 0))
-    return checked_rank(context.node_config.get("rank", turn[index % len(turn)]), config)
-
-
-def _prepared(config: Config, context: Context) -> Prepared:
+def _prepared(config: Config, site: Site) -> Prepared:
     """Return everything that can fail for a reason of ours: before any budget is spent."""
-    local = _checked_data(config, context)
-    rank = _rank(config, context)
-    model, start = backbone.build(replace(config, lora=replace(config.lora, rank=rank)))
-    return local, model, start, model.encode(local.examples)
+    examples = site.examples(config)
+    model, start = backbone.build(replace(config, lora=replace(config.lora, rank=site.rank)))
+    return model, start, model.encode(examples)
 
 
-def _streams(config: Config, local: LocalData, attempt: int) -> trainer.Streams:
+def _streams(config: Config, client: str, attempt: int) -> trainer.Streams:
     if config.privacy.noise == "secure":
         return trainer.Streams(randomness.secure(), randomness.secure())
-    seed, who = config.seed, local.client
+    seed = config.seed
     return trainer.Streams(
-        randomness.seeded(seed, "sampling", who, attempt),
-        randomness.seeded(seed, "noise", who, attempt),
+        randomness.seeded(seed, "sampling", client, attempt),
+        randomness.seeded(seed, "noise", client, attempt),
     )
 
 
-def _policy(config: Config, context: Context) -> Policy:
-    """Return the node's policy, which no noise that the server can repeat may count under."""
-    policy = read_policy(context.node_config, config.privacy.delta, config.data.public_size)
-    if math.isfinite(policy.limit.epsilon) and config.privacy.noise != "secure":
-        raise ConfigError(
-            f'privacy.noise="{config.privacy.noise}" must be "secure" for a node with '
-            f"max-epsilon={policy.limit.epsilon}"
-        )
-    return policy
-
-
-def _reserve(
-    config: Config, local: LocalData, context: Context, request: wire.TrainRequest
-) -> Reservation:
+def _reserve(config: Config, site: Site, size: int, request: wire.TrainRequest) -> Reservation:
     """Fix the noise, ask the limits, and commit the round's releases to the ledger."""
-    privacy, steps = config.privacy, config.train.local_steps
-    ledger = Ledger(state_folder(context.node_config) / "ledger.sqlite")
-    policy = _policy(config, context)
+    privacy, steps, policy = config.privacy, config.train.local_steps, site.policy
     limit = Limit(privacy.epsilon, privacy.delta)
-    q = config.train.batch_size / len(local.examples)
-    past = ledger.releases(local.dataset, request.run)
+    q = config.train.batch_size / size
+    ledger = site.ledger
+    past = ledger.releases(site.dataset, request.run)
     left = max(request.steps_left, steps)
     noise_multiplier = noise_for(past, limit, sampling_rate=q, steps=left)
+    policy.check_noise(noise_multiplier)
     return ledger.reserve(
-        local.dataset,
+        site.dataset,
         request.run,
         request.round,
         Release(q, noise_multiplier, steps),
         planned=left,
         run_limit=limit,
         node_limit=policy.limit,
+        per_day=policy.max_rounds_per_day,
     )
 
 
-def _spent(config: Config, local: LocalData, context: Context, run: str) -> float:
-    ledger = Ledger(state_folder(context.node_config) / "ledger.sqlite")
-    spent = epsilon(ledger.releases(local.dataset, run), config.privacy.delta)
+def _spent(config: Config, site: Site, run: str) -> float:
+    spent = epsilon(site.ledger.releases(site.dataset, run), config.privacy.delta)
     return spent if math.isinf(spent) else math.ceil(spent * 100) / 100
 
 
@@ -147,24 +83,24 @@ def _config(message: Message, context: Context) -> Config:
 
 def _hello(message: Message, context: Context) -> RecordDict:
     config = _config(message, context)
-    _policy(config, context)
-    return wire.Hello(_prepared(config, context)[0].client, _rank(config, context)).record()
+    site = admit(config, context.node_config, context.node_id)
+    _prepared(config, site)
+    return wire.Hello(site.client, site.rank).record()
 
 
 def _train(message: Message, context: Context) -> RecordDict:
     config = _config(message, context)
     method = method_of(config)
-    request = wire.parse_request(message.content)
-    local, model, like, encoded = _prepared(config, context)
-    policy = _policy(config, context)
+    site = admit(config, context.node_config, context.node_id)
+    request = wire.parse_request(message.content, config)
+    model, like, encoded = _prepared(config, site)
     start = wire.adapter_of(message.content, like)
     drift = wire.drift_of(message.content, like)
-    folder = state_folder(context.node_config)
-    resident = residents.resident_file(folder, local.dataset, request.run)
+    resident = residents.resident_file(site.state, site.dataset, request.run)
     start = residents.substitute(resident, start, request.versions, request.attempt)
 
     clock = [time.monotonic()]
-    reservation = _reserve(config, local, context, request)
+    reservation = _reserve(config, site, len(encoded), request)
     clock.append(time.monotonic())
     result = trainer.run_round(
         model,
@@ -178,16 +114,16 @@ def _train(message: Message, context: Context) -> RecordDict:
             config.train,
             config.rule,
             config.privacy.clip_norm,
-            randomness.seed_of(config.seed, local.client, request.attempt),
+            randomness.seed_of(config.seed, site.client, request.attempt),
         ),
         reservation=reservation,
-        streams=_streams(config, local, request.attempt),
+        streams=_streams(config, site.client, request.attempt),
     )
     clock.append(time.monotonic())
     # For benchmarks, in the client's own log: how long a batch takes is a fact of the data.
     if "LALORA_TIMING" in os.environ:
         account, train = (after - before for before, after in pairwise(clock))
-        _log.info("LaLoRA timing %d %s %.3f %.3f", request.attempt, local.client, account, train)
+        _log.info("LaLoRA timing %d %s %.3f %.3f", request.attempt, site.client, account, train)
     waiting = method.resident(request.round, config.train.local_steps)
     last = request.steps_left <= config.train.local_steps
     waiting = frozenset() if last else waiting
@@ -195,8 +131,8 @@ def _train(message: Message, context: Context) -> RecordDict:
     return wire.TrainReply(
         upload=select(result, method.sent(request.round, last=config.is_last(request.attempt))),
         round=request.round,
-        epsilon=_spent(config, local, context, request.run),
-        num_examples=len(local.examples) if policy.public_size else None,
+        epsilon=_spent(config, site, request.run),
+        num_examples=len(encoded) if site.policy.public_size else None,
     ).record()
 
 
@@ -204,6 +140,8 @@ def _refusal_key(error: Exception) -> str:
     match error:
         case BudgetError():
             return "budget"
+        case PolicyError():
+            return "policy"
         case DataError():
             return error.key
         case ConfigError():

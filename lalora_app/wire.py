@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from lalora_app.adapter import Adapter, pairs
-from lalora_app.config import Scalar
+from lalora_app.config import Config, Scalar
 from lalora_app.schedule import Factor
 
 ARRAYS, CONFIG, METRICS, RUN_CONFIG = "arrays", "config", "metrics", "run"
@@ -22,6 +23,7 @@ _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 # All that a client ever says about a failure: fixed sentences, no values, no exception text.
 REFUSALS = {
     "budget": "a privacy limit of the client would be exceeded",
+    "policy": "the client's policy does not allow this run; see the client's log",
     "config": "the run config or the node config breaks a law; see the client's log",
     "data": "a client must have at least one example",
     "data-path": "data-path must be a folder, or a .jsonl, .json, .csv or .parquet file",
@@ -149,15 +151,17 @@ class TrainRequest:
         return ConfigRecord({"run": self.run, **numbers, **versions})
 
 
-def _count(record: ConfigRecord, key: str, smallest: int) -> int:
+def _count(record: ConfigRecord, key: str, smallest: int, largest: float = math.inf) -> int:
     value = record.get(key)
     if type(value) is not int or value < smallest:
         raise WireError(f"{key}={value!r} must be an integer of at least {smallest}")
+    if value > largest:
+        raise WireError(f"{key}={value!r} must be at most {largest}")
     return value
 
 
-def parse_request(content: RecordDict) -> TrainRequest:
-    """Read a server's order; nothing of it is trusted.
+def parse_request(content: RecordDict, config: Config) -> TrainRequest:
+    """Read a server's order; nothing of it is trusted, and it must keep to the run's own config.
 
     Raises:
         WireError: if a key is missing, mistyped or out of range.
@@ -166,12 +170,13 @@ def parse_request(content: RecordDict) -> TrainRequest:
     run = record.get("run")
     if not isinstance(run, str) or not _RUN_NAME.fullmatch(run):
         raise WireError(f"run={run!r} must be a plain name")
+    rounds = config.num_server_rounds
     return TrainRequest(
         run=run,
-        round=_count(record, "round", 1),
-        attempt=_count(record, "attempt", 1),
-        steps_left=_count(record, "steps-left", 1),
-        versions={"A": _count(record, "version-A", 0), "B": _count(record, "version-B", 0)},
+        round=_count(record, "round", 1, rounds),
+        attempt=_count(record, "attempt", 1, rounds),
+        steps_left=_count(record, "steps-left", 1, rounds * config.train.local_steps),
+        versions={f: _count(record, f"version-{f}", 0, rounds) for f in ("A", "B")},
     )
 
 

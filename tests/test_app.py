@@ -972,7 +972,7 @@ def test_a_node_with_a_budget_takes_no_noise_that_the_server_can_repeat(tiny):
     (node,) = [n for n, index in grid.partitions.items() if index == 1]
     forged = Message(content, dst_node_id=node, message_type="train")
     reply = client_app.app(forged, grid.contexts[node])
-    assert reply.content["config"]["refusal"] == "config"
+    assert reply.content["config"]["refusal"] == "policy"
     assert wire.ARRAYS not in reply.content
     assert len(ledger_entries()) == before
 
@@ -1005,7 +1005,8 @@ def test_real_clients_bring_their_own_files(tiny, tmp_path):
         rows = [{"text": f"hello {index} {i}", "label": i % 2} for i in range(60 + 20 * index)]
         path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
         home = {"state-path": str(tmp_path / f"state-{index}")}
-        nodes.append({"data-path": str(path), "name": f"clinic {index}", **home})
+        limit = {"max-epsilon": float("inf")}
+        nodes.append({"data-path": str(path), "name": f"clinic {index}", **home, **limit})
     nodes[0]["dataset-id"] = "mail of 2026"
     done = run(tiny(**open_run()), nodes)
     names = {e.reply.content["config"]["client"] for e in done.grid.exchanges if not e.attempt}

@@ -15,7 +15,8 @@ from lalora_app.config import ConfigError
 from lalora_app.methods import METHODS
 from lalora_app.privacy import accounting
 from lalora_app.privacy.accounting import Release
-from lalora_app.privacy.ledger import Ledger, Limit
+from lalora_app.privacy.budget import Limit
+from lalora_app.privacy.ledger import Ledger
 
 NO_LIMIT = Limit(float("inf"), 1e-5)
 RELEASE = Release(0.05, 2.0, 4)

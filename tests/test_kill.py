@@ -15,7 +15,8 @@ from lalora_app.adapter import ServerState
 from lalora_app.cohorts import Clients
 from lalora_app.partition import partition
 from lalora_app.privacy.accounting import epsilon, second_epsilon
-from lalora_app.privacy.ledger import Ledger, Limit, noise_for
+from lalora_app.privacy.budget import Limit, noise_for
+from lalora_app.privacy.ledger import Ledger
 from lalora_app.strategy import LocalAlternation
 
 KILLS = 20

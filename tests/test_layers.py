@@ -61,6 +61,7 @@ CORE = {
     "config",
     "privacy.types",
     "privacy.accounting",
+    "privacy.budget",
     "privacy.ledger",
     "privacy.policy",
     "privacy.randomness",
@@ -77,6 +78,7 @@ CORE = {
     "data",
     "partition",
     "residents",
+    "site",
     "sources",
     "diagnostics",
 }

@@ -3,26 +3,40 @@
 import math
 import os
 import random
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
 import time
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
 
 from conftest import ROOT
-from lalora_app.config import ConfigError
 from lalora_app.privacy import accounting
-from lalora_app.privacy import ledger as book
+from lalora_app.privacy import budget as book
+from lalora_app.privacy import ledger as book_file
 from lalora_app.privacy.accounting import Release, calibrate, epsilon
-from lalora_app.privacy.ledger import BudgetError, Ledger, Limit, Reservation, noise_for
-from lalora_app.privacy.policy import read_policy, state_folder
+from lalora_app.privacy.budget import BudgetError, Limit, noise_for
+from lalora_app.privacy.ledger import Ledger, Reservation
 
 pytestmark = pytest.mark.filterwarnings("ignore:Optimal order is the:UserWarning")
 
 DELTA = 1e-5
+
+
+class Clock(datetime):
+    """A clock that stands where a test puts it."""
+
+    moment = datetime(2026, 11, 24, 12, tzinfo=UTC)
+
+    @classmethod
+    def now(cls, tz=None):
+        return cls.moment
+
+
 NO_LIMIT = Limit(math.inf, DELTA)
 ROUND = Release(sampling_rate=0.1, noise_multiplier=1.5, count=4)
 
@@ -172,6 +186,75 @@ def quick_books(monkeypatch):
     monkeypatch.setattr(book, "epsilon", quick_epsilon)
 
 
+def test_a_day_holds_so_many_rounds_of_a_dataset_and_the_next_day_as_many(ledger, monkeypatch):
+    monkeypatch.setattr(book_file, "datetime", Clock)
+    for round_ in (1, 2):
+        reserve(ledger, round_=round_, per_day=2)
+    with pytest.raises(BudgetError, match="2 rounds in 24 hours; max-rounds-per-day=2"):
+        reserve(ledger, per_day=2)
+    reserve(ledger, dataset="another", per_day=2)
+    monkeypatch.setattr(Clock, "moment", Clock.moment + timedelta(hours=25))
+    reserve(ledger, round_=3, per_day=2)
+    assert len(raw_rows(ledger.path)) == 4
+
+
+def test_a_clock_that_is_set_back_makes_a_client_wait_and_nothing_else(ledger, monkeypatch):
+    monkeypatch.setattr(book_file, "datetime", Clock)
+    reserve(ledger, per_day=1)
+    monkeypatch.setattr(Clock, "moment", Clock.moment - timedelta(days=400))
+    with pytest.raises(BudgetError, match="1 rounds in 24 hours"):
+        reserve(ledger, per_day=1)
+    before = epsilon_of(*ledger.releases("data"))
+    reserve(ledger, round_=2)  # a node without such a limit goes on, and its sum only grows
+    assert epsilon_of(*ledger.releases("data")) > before
+    assert [row[2] for row in raw_rows(ledger.path)] == [1, 2]
+
+
+# --- copies and old files ---------------------------------------------------------------------
+
+
+def test_merging_adds_what_is_missing_and_counts_nothing_twice(ledger, tmp_path):
+    reserve(ledger)
+    copy = tmp_path / "copy.sqlite"
+    shutil.copy(ledger.path, copy)
+    other = Ledger(copy)
+    reserve(other)  # looks exactly like a line that both have, and is another release
+    reserve(ledger, round_=2)
+    assert [entry.round for entry in ledger.merge(other)] == [1]
+    assert sorted(row[2] for row in raw_rows(ledger.path)) == [1, 1, 2]
+    assert ledger.merge(other) == []
+    assert other.merge(ledger) != []
+    assert {e.uid for e in ledger.entries()} == {e.uid for e in other.entries()}
+
+
+def test_a_ledger_from_before_lines_had_names_keeps_every_line(tmp_path):
+    path = tmp_path / "old.sqlite"
+    db = sqlite3.connect(path)
+    db.executescript(book_file._SCHEMA.replace(",\n    uid TEXT", ""))
+    row = ("2026-01-01T00:00:00+00:00", "data", "run", 1, 0.1, 1.5, 4)
+    db.executemany(
+        "INSERT INTO releases (time, dataset, run, round, sampling_rate, noise_multiplier, count) "
+        "VALUES (?, ?, ?, ?, ?, ?, ?)",
+        [row, row],
+    )
+    db.commit()
+    db.close()
+    ledger = Ledger(path)
+    assert len({entry.uid for entry in ledger.entries()}) == 2
+    reserve(ledger)
+    assert Ledger(path).releases("data") == [Release(0.1, 1.5, 4)] * 2 + [ROUND]
+
+
+@pytest.mark.parametrize("page", [1, 2])
+def test_a_damaged_file_is_told(ledger, page):
+    reserve(ledger)
+    assert ledger.damage() == ""
+    data = bytearray(ledger.path.read_bytes())
+    data[4096 * page + 2 : 4096 * (page + 1)] = bytes(4094)
+    ledger.path.write_bytes(data)
+    assert ledger.damage()
+
+
 @pytest.mark.usefixtures("quick_books")
 def test_lost_releases_are_paid_for_by_noise_and_not_by_epsilon():
     limit, q = Limit(2.0, DELTA), 0.1
@@ -215,76 +298,14 @@ def test_no_promise_no_noise():
     assert noise_for([Release(0.1, 0.0, 5)], NO_LIMIT, sampling_rate=0.1, steps=5) == 0
 
 
-POLICIES = [
-    ({}, Limit(math.inf, 1e-6), False),
-    ({"max-epsilon": 8, "delta": 1e-7}, Limit(8.0, 1e-7), False),
-    ({"max-epsilon": 0.5, "delta": 1e-7, "public-size": True}, Limit(0.5, 1e-7), True),
-    ({"delta": 1e-7}, Limit(math.inf, 1e-7), False),
-    ({"max-epsilon": math.inf}, Limit(math.inf, 1e-6), False),
-]
-
-
-@pytest.mark.parametrize(("node_config", "limit", "public"), POLICIES)
-def test_a_policy_is_what_the_node_says_and_the_runs_delta_otherwise(node_config, limit, public):
-    policy = read_policy(node_config, run_delta=1e-6, public=False)
-    assert (policy.limit, policy.public_size) == (limit, public)
-
-
-def test_the_nodes_own_word_on_its_size_wins_over_the_runs():
-    assert read_policy({}, 1e-6, public=True).public_size
-    assert not read_policy({"public-size": False}, 1e-6, public=True).public_size
-    assert read_policy({"public-size": True}, 1e-6, public=False).public_size
-
-
-def test_a_size_policy_that_is_no_bool_is_refused_and_not_taken_for_yes():
-    with pytest.raises(ConfigError):
-        read_policy({"public-size": "false"}, 1e-6, public=False)
-
-
-@pytest.mark.parametrize(
-    ("key", "value"),
-    [
-        ("max-epsilon", 0),
-        ("max-epsilon", -1.0),
-        ("max-epsilon", math.nan),
-        ("max-epsilon", "8"),
-        ("max-epsilon", True),
-        ("delta", 0.0),
-        ("delta", 1.0),
-        ("delta", math.nan),
-        ("delta", "1e-5"),
-    ],
-)
-def test_a_policy_out_of_range_is_named_in_one_line(key, value):
-    with pytest.raises(ConfigError) as caught:
-        read_policy({"max-epsilon": 8.0, "delta": 1e-5} | {key: value}, 1e-6, public=False)
-    message = str(caught.value)
-    assert message.startswith(f"node config {key}=")
-    assert str(value) in message
-    assert "\n" not in message
-
-
-def test_a_lifetime_limit_needs_its_own_delta():
-    with pytest.raises(ConfigError, match="needs a delta"):
-        read_policy({"max-epsilon": 8.0}, 1e-6, public=False)
-
-
-def test_the_state_folder_is_the_nodes_then_the_environments_then_the_users(monkeypatch):
-    monkeypatch.setenv("HOME", "/home/somebody")
-    monkeypatch.setenv("LALORA_HOME", "~/elsewhere")
-    assert state_folder({"state-path": "~/own"}) == Path("/home/somebody/own")
-    assert state_folder({}) == Path("/home/somebody/elsewhere")
-    monkeypatch.delenv("LALORA_HOME")
-    assert state_folder({}) == Path("/home/somebody/.lalora")
-
-
 # The accountant is replaced by a count that takes its time: what is tested is the transaction.
 RACER = """
 import sys, time
 from pathlib import Path
-from lalora_app.privacy import ledger as book
+from lalora_app.privacy import budget as book
 from lalora_app.privacy.accounting import Release
-from lalora_app.privacy.ledger import BudgetError, Ledger, Limit
+from lalora_app.privacy.budget import BudgetError, Limit
+from lalora_app.privacy.ledger import Ledger
 
 def slow_count(releases, delta):
     time.sleep(0.005)
@@ -338,7 +359,8 @@ VICTIM = """
 import os, sys
 from pathlib import Path
 from lalora_app.privacy.accounting import Release
-from lalora_app.privacy.ledger import Ledger, Limit
+from lalora_app.privacy.budget import Limit
+from lalora_app.privacy.ledger import Ledger
 
 ledger, run = Ledger(Path(sys.argv[1])), sys.argv[2]
 drawn = os.open(sys.argv[3], os.O_WRONLY | os.O_APPEND | os.O_CREAT)

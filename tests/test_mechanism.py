@@ -17,7 +17,8 @@ from lalora_app.backbone import Backbone, build, wire_name
 from lalora_app.data import split
 from lalora_app.encoding import EncodedTexts
 from lalora_app.privacy.accounting import Release
-from lalora_app.privacy.ledger import BudgetError, Reservation
+from lalora_app.privacy.budget import BudgetError
+from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.mechanism import (
     CLIP_MARGIN,
     add_noise,

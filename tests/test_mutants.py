@@ -93,9 +93,9 @@ MUTANTS = {
     ),
     "a step not counted, and the guard gone": Mutant(
         "privacy/ledger.py",
-        "            numbers = (release.sampling_rate, release.noise_multiplier, release.count)\n",
-        "            count = max(release.count - 1, 1)\n"
-        "            numbers = (release.sampling_rate, release.noise_multiplier, count)\n",
+        "    numbers = (release.sampling_rate, release.noise_multiplier, release.count)\n",
+        "    count = max(release.count - 1, 1)\n"
+        "    numbers = (release.sampling_rate, release.noise_multiplier, count)\n",
         "tests/test_app.py",
     ),
     "more steps than reserved": Mutant(
@@ -106,12 +106,12 @@ MUTANTS = {
     ),
     "ledger written after training": Mutant(
         "client_app.py",
-        "    reservation = _reserve(config, local, context, request)\n    clock.append(time.monotonic())\n"
+        "    reservation = _reserve(config, site, len(encoded), request)\n    clock.append(time.monotonic())\n"
         "    result = trainer.run_round(\n",
         "    fields = (config.train.batch_size / len(encoded), 1.0, config.train.local_steps)\n"
         "    reservation = Reservation(Release(*fields))\n"
         "    clock.append(time.monotonic())\n"
-        "    result = _late(lambda: _reserve(config, local, context, request), trainer.run_round)(\n",
+        "    result = _late(lambda: _reserve(config, site, len(encoded), request), trainer.run_round)(\n",
         "tests/test_kill.py",
     ),
     "ledger not committed": Mutant(

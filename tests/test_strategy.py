@@ -94,7 +94,7 @@ def test_a_request_holds_the_whole_adapter_and_its_order():
         assert same_bits(
             wire.from_record(request.content.array_records[wire.ARRAYS], adapter(0)), noisy(0)
         )
-        order = wire.parse_request(request.content)
+        order = wire.parse_request(request.content, strategy.config)
         assert order == wire.TrainRequest("run-1", 1, 1, 12, {"A": 0, "B": 0})
 
 
@@ -103,7 +103,8 @@ def test_only_the_cohort_is_asked_and_its_steps_are_counted_down():
     left = []
     for _ in range(3):
         requests = asked(strategy)
-        orders = {r.metadata.dst_node_id: wire.parse_request(r.content) for r in requests}
+        config = strategy.config
+        orders = {r.metadata.dst_node_id: wire.parse_request(r.content, config) for r in requests}
         left.append({NODES.index(node): order.steps_left for node, order in orders.items()})
         strategy.aggregate_train(1, good(strategy, requests))
     assert left == [{0: 4, 2: 4}, {1: 4, 2: 2}, {0: 2, 1: 2}]
@@ -138,7 +139,7 @@ def test_the_phase_moves_with_successful_aggregations_only(method):
 def test_flowers_own_round_number_plays_no_part():
     strategy = make()
     requests = list(strategy.configure_train(77, ArrayRecord(), ConfigRecord(), None))
-    assert {wire.parse_request(r.content).round for r in requests} == {1}
+    assert {wire.parse_request(r.content, strategy.config).round for r in requests} == {1}
     strategy.aggregate_train(78, good(strategy, requests))
     assert strategy.state.round == 1
 
@@ -157,7 +158,7 @@ def test_a_failed_attempt_moves_nothing_but_the_count_of_attempts(answers):
     assert strategy.state.attempts == before.attempts + 1
     attempt = strategy.attempts[-1]
     assert (attempt.aggregated, attempt.replies, attempt.round) == (False, answers, 2)
-    again = [wire.parse_request(r.content) for r in asked(strategy)]
+    again = [wire.parse_request(r.content, strategy.config) for r in asked(strategy)]
     assert {(order.round, order.attempt) for order in again} == {(2, 3)}
 
 

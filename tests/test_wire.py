@@ -10,12 +10,15 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, MetricRec
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import make_config
 from fake_grid import identify, over_the_wire
 from lalora_app import backbone, wire
 from lalora_app.adapter import num_bytes, select
 from lalora_app.methods import METHODS
 from lalora_app.wire import Hello, TrainReply, TrainRequest, WireError
 
+ROUNDS, STEPS = 10, 2
+RUN = make_config(**{"num-server-rounds": ROUNDS, "train.local-steps": STEPS})
 A, B, HEAD = "m.lora_A.weight", "m.lora_B.weight", "classifier.bias"
 fuzz = settings(deadline=None, database=None, derandomize=True, max_examples=300)
 
@@ -207,7 +210,7 @@ def test_request_survives_the_wire():
         run="la-lora-1", round=3, attempt=4, steps_left=12, versions={"A": 1, "B": 2}
     )
     content = answer(RecordDict({wire.CONFIG: sent.record()})).content
-    assert wire.parse_request(content) == sent
+    assert wire.parse_request(content, RUN) == sent
 
 
 @pytest.mark.parametrize(
@@ -219,7 +222,7 @@ def test_request_survives_the_wire():
 )
 def test_a_run_name_is_a_plain_name(run):
     with pytest.raises(WireError, match=r"\Arun="):
-        wire.parse_request(order(run=run))
+        wire.parse_request(order(run=run), RUN)
 
 
 @pytest.mark.parametrize(
@@ -227,16 +230,30 @@ def test_a_run_name_is_a_plain_name(run):
     [("round", 1), ("attempt", 1), ("steps-left", 1), ("version-A", 0), ("version-B", 0)],
 )
 def test_numbers_of_a_request(key, smallest):
-    assert wire.parse_request(order(**{key: smallest}))
+    assert wire.parse_request(order(**{key: smallest}), RUN)
     for bad in (smallest - 1, -(10**9), True, False, 1.0, float("nan"), "1", [1], None):
         with pytest.raises(WireError, match=rf"\A{key}="):
-            wire.parse_request(order(**{key: bad}))
+            wire.parse_request(order(**{key: bad}), RUN)
+
+
+@pytest.mark.parametrize(
+    ("key", "largest"),
+    [
+        *(("round", ROUNDS), ("attempt", ROUNDS), ("steps-left", ROUNDS * STEPS)),
+        *(("version-A", ROUNDS), ("version-B", ROUNDS)),
+    ],
+)
+def test_a_request_keeps_to_the_runs_own_number_of_rounds(key, largest):
+    assert wire.parse_request(order(**{key: largest}), RUN)
+    for bad in (largest + 1, 10**6, 2**62):
+        with pytest.raises(WireError, match=rf"\A{key}={bad} must be at most {largest}"):
+            wire.parse_request(order(**{key: bad}), RUN)
 
 
 def test_a_request_without_its_record_is_a_wire_error():
     for content in (RecordDict(), RecordDict({wire.CONFIG: MetricRecord({"round": 1})})):
         with pytest.raises(WireError, match="run="):
-            wire.parse_request(content)
+            wire.parse_request(content, RUN)
 
 
 scalars = st.one_of(
@@ -254,7 +271,7 @@ keys = st.sampled_from(["run", "round", "attempt", "steps-left", "version-A", "v
 def test_any_request_is_read_or_a_wire_error(changes):
     content = order(**changes)
     try:
-        request = wire.parse_request(content)
+        request = wire.parse_request(content, RUN)
     except WireError as error:
         assert any(str(error).startswith(f"{key}=") for key in changes)  # noqa: PT017
         return

@@ -1,14 +1,15 @@
 """The client's ledger: an SQLite file in which every release is committed before it is drawn."""
 
-import math
+import secrets
 import sqlite3
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from lalora_app.privacy.accounting import Release, calibrate, epsilon
+from lalora_app.privacy.accounting import Release
+from lalora_app.privacy.budget import BudgetError, Limit, check
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS releases (
@@ -19,23 +20,20 @@ CREATE TABLE IF NOT EXISTS releases (
     round INTEGER NOT NULL,
     sampling_rate REAL NOT NULL,
     noise_multiplier REAL NOT NULL,
-    count INTEGER NOT NULL CHECK (count > 0)
+    count INTEGER NOT NULL CHECK (count > 0),
+    uid TEXT
 );
 CREATE INDEX IF NOT EXISTS releases_of ON releases (dataset, run);
 """
+# Of ledgers from before lines had names: two copies that get them apart count twice when merged.
+_NAME_LINES = """
+BEGIN IMMEDIATE;
+UPDATE releases SET uid = lower(hex(randomblob(16))) WHERE uid IS NULL;
+CREATE UNIQUE INDEX IF NOT EXISTS release_names ON releases (uid);
+COMMIT;
+"""
+_COLUMNS = "time, dataset, run, round, sampling_rate, noise_multiplier, count, uid"
 _WAIT = 120.0  # seconds that a process waits for another one's transaction
-
-
-class BudgetError(RuntimeError):
-    """A limit would be exceeded; nothing was spent."""
-
-
-@dataclass(frozen=True)
-class Limit:
-    """A promise (ε, δ) that no sequence of releases may break."""
-
-    epsilon: float
-    delta: float
 
 
 class Reservation:
@@ -63,13 +61,14 @@ class Reservation:
 
 @dataclass(frozen=True)
 class Entry:
-    """One line of the ledger."""
+    """One line of the ledger; ``uid`` is its own, in whatever copy it stands."""
 
     time: str
     dataset: str
     run: str
     round: int
     release: Release
+    uid: str
 
 
 class Ledger:
@@ -84,6 +83,7 @@ class Ledger:
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._open() as db:
             db.executescript(_SCHEMA)
+            _name_lines(db)
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
@@ -116,6 +116,28 @@ class Ledger:
         """Return what has been released about a dataset, in one run or in all."""
         return [entry.release for entry in self.entries(dataset, run)]
 
+    def damage(self) -> str:
+        """Return what SQLite finds wrong with the file; nothing if it is whole."""
+        with self._open() as db:
+            try:
+                found = str(db.execute("PRAGMA integrity_check").fetchone()[0])
+            except sqlite3.DatabaseError as error:  # too damaged to be checked
+                return str(error)
+        return "" if found == "ok" else found
+
+    def merge(self, other: "Ledger") -> list[Entry]:
+        """Add the lines of another ledger that this one does not have; return them.
+
+        Lines are told apart by their own names: what stands in both counts once, and two releases
+        that look alike count twice.
+        """
+        with self._exclusive() as db:
+            known = {entry.uid for entry in _read(db, None, None)}
+            new = [entry for entry in other.entries() if entry.uid not in known]
+            for entry in new:
+                _write(db, entry)
+        return new
+
     def reserve(
         self,
         dataset: str,
@@ -126,6 +148,7 @@ class Ledger:
         planned: int,
         run_limit: Limit,
         node_limit: Limit,
+        per_day: int | None = None,
     ) -> Reservation:
         """Commit ``release`` durably, then hand out the right to draw it.
 
@@ -138,6 +161,8 @@ class Ledger:
                 run that a limit cannot see to its end is refused at once.
             run_limit: what all lines of this run may sum up to.
             node_limit: what all lines of this dataset may sum up to.
+            per_day: rounds of this dataset in 24 hours; None: any number. A line from the future
+                counts: a clock that was set back makes a client wait, and nothing else.
 
         Raises:
             BudgetError: if a limit would be exceeded; nothing is written then.
@@ -147,60 +172,48 @@ class Ledger:
         with self._exclusive() as db:
             for limit, scope in ((run_limit, run), (node_limit, None)):
                 past = [entry.release for entry in _read(db, dataset, scope)]
-                _check(past, plan, limit, "run" if scope else "node")
-            now = datetime.now(UTC).isoformat(timespec="seconds")
-            row = (now, dataset, run, round_)
-            numbers = (release.sampling_rate, release.noise_multiplier, release.count)
-            db.execute(
-                "INSERT INTO releases (time, dataset, run, round, sampling_rate, "
-                "noise_multiplier, count) VALUES (?, ?, ?, ?, ?, ?, ?)",
-                (*row, *numbers),
-            )
+                check(past, plan, limit, "run" if scope else "node")
+            now = datetime.now(UTC)
+            if per_day is not None:
+                _check_day(_read(db, dataset, None), now, per_day)
+            uid = secrets.token_hex(16)
+            _write(db, Entry(_stamp(now), dataset, run, round_, release, uid))
         return Reservation(release)
+
+
+def _stamp(moment: datetime) -> str:
+    return moment.isoformat(timespec="seconds")
+
+
+def _name_lines(db: sqlite3.Connection) -> None:
+    if "uid" not in {column[1] for column in db.execute("PRAGMA table_info(releases)")}:
+        with suppress(sqlite3.OperationalError):  # another process was faster
+            db.execute("ALTER TABLE releases ADD COLUMN uid TEXT")
+    if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'release_names'").fetchone():
+        db.executescript(_NAME_LINES)
+
+
+def _write(db: sqlite3.Connection, entry: Entry) -> None:
+    release = entry.release
+    row = (entry.time, entry.dataset, entry.run, entry.round)
+    numbers = (release.sampling_rate, release.noise_multiplier, release.count)
+    db.execute(
+        f"INSERT INTO releases ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (*row, *numbers, entry.uid),
+    )
 
 
 def _read(db: sqlite3.Connection, dataset: str | None, run: str | None) -> list[Entry]:
     rows = db.execute(
-        "SELECT time, dataset, run, round, sampling_rate, noise_multiplier, count FROM releases "
+        f"SELECT {_COLUMNS} FROM releases "
         "WHERE (?1 IS NULL OR dataset = ?1) AND (?2 IS NULL OR run = ?2) ORDER BY id",
         (dataset, run),
     )
-    return [Entry(t, d, r, n, Release(q, z, c)) for t, d, r, n, q, z, c in rows]
+    return [Entry(t, d, r, n, Release(q, z, c), uid) for t, d, r, n, q, z, c, uid in rows]
 
 
-def _check(past: list[Release], plan: Release, limit: Limit, whose: str) -> None:
-    if math.isinf(limit.epsilon):
-        return
-    spent = epsilon([*past, plan], limit.delta)
-    if spent > limit.epsilon:
-        raise BudgetError(
-            f"the {whose}'s epsilon would be {spent:.3f}, and must be at most {limit.epsilon}"
-        )
-
-
-def noise_for(past: list[Release], limit: Limit, *, sampling_rate: float, steps: int) -> float:
-    """Return the noise multiplier for the rest of a run: constant as long as all goes as planned.
-
-    Args:
-        past: the run's releases so far.
-        limit: the run's promise; ε = inf gives 0.
-        sampling_rate: q of the next releases.
-        steps: planned releases from now to the end of the run, this round's included.
-
-    If releases were lost on the way (a killed client, a repeated round), the rest gets more noise
-    instead of more ε.
-
-    Raises:
-        BudgetError: if the past leaves nothing to spend.
-    """
-    if past and past[-1].sampling_rate == sampling_rate:
-        last = past[-1].noise_multiplier
-        planned = Release(sampling_rate, last, steps)
-        if epsilon([*past, planned], limit.delta) <= limit.epsilon:
-            return last
-    try:
-        return calibrate(
-            limit.epsilon, limit.delta, sampling_rate=sampling_rate, steps=steps, past=past
-        )
-    except ValueError as error:
-        raise BudgetError(str(error)) from error
+def _check_day(entries: list[Entry], now: datetime, most: int) -> None:
+    since = _stamp(now - timedelta(days=1))
+    rounds = sum(entry.time > since for entry in entries)
+    if rounds >= most:
+        raise BudgetError(f"{rounds} rounds in 24 hours; max-rounds-per-day={most}")

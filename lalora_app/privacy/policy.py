@@ -1,13 +1,25 @@
-"""The client's own limits, from its node config: they cap what any server may ask."""
+"""The client's own limits, of a TOML file or of its node config: they cap what any server asks."""
 
 import math
 import os
+import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from lalora_app.config import ConfigError, full_path
-from lalora_app.privacy.ledger import Limit
+from lalora_app.config import Config, ConfigError, full_path
+from lalora_app.privacy.budget import Limit
+
+_INLINE = ("max-epsilon", "delta", "public-size")
+_KEYS = (
+    *(*_INLINE, "min-noise-multiplier", "max-rounds", "max-rounds-per-day"),
+    *("methods", "models", "datasets"),
+)
+
+
+class PolicyError(RuntimeError):
+    """A server asks for what the client's policy does not allow; nothing was spent."""
 
 
 @dataclass(frozen=True)
@@ -17,43 +29,182 @@ class Policy:
     Attributes:
         limit: lifetime (ε, δ) of the client's dataset over all runs; ε = inf: only each run's.
         public_size: whether the client's number of examples may be sent.
+        min_noise_multiplier: the smallest noise of a release, in clip norms.
+        max_rounds: of one run; None: any number.
+        max_rounds_per_day: in which the dataset may take part; None: any number.
+        methods: that may be run; None: all.
+        models: values of ``model.name`` that may be loaded; None: all.
     """
 
     limit: Limit
-    public_size: bool
+    public_size: bool = False
+    min_noise_multiplier: float = 0.0
+    max_rounds: int | None = None
+    max_rounds_per_day: int | None = None
+    methods: frozenset[str] | None = None
+    models: frozenset[str] | None = None
+
+    def check_run(self, config: Config) -> None:
+        """Check what a run asks for, before its model is loaded.
+
+        Raises:
+            PolicyError: naming key and value, for the client's own log.
+        """
+        most = math.inf if self.max_rounds is None else self.max_rounds
+        _require_listed("method", config.method, self.methods)
+        _require_listed("model.name", config.model.name, self.models)
+        if config.num_server_rounds > most:
+            raise PolicyError(f"num-server-rounds={config.num_server_rounds} must be <= {most}")
+        self.check_noise(math.inf if config.privacy.private else 0.0)
+        if math.isfinite(self.limit.epsilon) and config.privacy.noise != "secure":
+            raise PolicyError(
+                f'privacy.noise="{config.privacy.noise}" must be "secure" for a node with '
+                f"max-epsilon={self.limit.epsilon}: the server could repeat it"
+            )
+
+    def check_noise(self, noise_multiplier: float) -> None:
+        """Check the noise of a round, before anything of it is on the ledger.
+
+        Raises:
+            PolicyError: if it is too small.
+        """
+        if noise_multiplier < self.min_noise_multiplier:
+            raise PolicyError(
+                f"the noise multiplier would be {noise_multiplier:.4g}, and must be at least "
+                f"min-noise-multiplier={self.min_noise_multiplier}"
+            )
 
 
-def _number(node_config: Mapping[str, object], key: str, default: float) -> float:
-    value = node_config.get(key, default)
+def _require_listed(key: str, value: str, allowed: frozenset[str] | None) -> None:
+    if allowed is not None and value not in allowed:
+        raise PolicyError(f'{key}="{value}" must be one of {", ".join(sorted(allowed))}')
+
+
+def _number(values: Mapping[str, object], key: str, default: float, source: str) -> float:
+    value = values.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"node config {key}={value!r} must be a number")
+        raise ConfigError(f"{source} {key}={value!r} must be a number")
     return float(value)
 
 
-def read_policy(node_config: Mapping[str, object], run_delta: float, public: bool) -> Policy:
-    """Read ``max-epsilon``, ``delta`` and ``public-size`` from the node config.
+def _limit(values: Mapping[str, object], run_delta: float, source: str) -> Limit:
+    limit = _number(values, "max-epsilon", math.inf, source)
+    delta = _number(values, "delta", run_delta, source)
+    if not limit > 0:
+        raise ConfigError(f"{source} max-epsilon={limit} must be greater than 0")
+    if not 0 < delta < 1:
+        raise ConfigError(f"{source} delta={delta} must be in (0, 1)")
+    if math.isfinite(limit) and "delta" not in values:
+        raise ConfigError(f"{source} max-epsilon={limit} needs a delta beside it")
+    return Limit(limit, delta)
+
+
+def _public_size(values: Mapping[str, object], default: bool, source: str) -> bool:
+    declared = values.get("public-size", default)
+    if not isinstance(declared, bool):
+        raise ConfigError(f"{source} public-size={declared!r} must be true or false")
+    return declared
+
+
+def _rounds(values: Mapping[str, object], key: str, source: str) -> int | None:
+    value = values.get(key)
+    if value is not None and (type(value) is not int or value < 1):
+        raise ConfigError(f"{source} {key}={value!r} must be an integer of at least 1")
+    return value
+
+
+def _names(values: Mapping[str, object], key: str, source: str) -> frozenset[str] | None:
+    value = values.get(key)
+    if value is None:
+        return None
+    if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
+        raise ConfigError(f"{source} {key}={value!r} must be a list of at least one name")
+    return frozenset(value)
+
+
+def _tables(path: Path, source: str) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{source} must be a readable file: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:  # of the encoding or of TOML
+        raise ConfigError(f"{source} must be TOML: {error}") from error
+
+
+def _of_dataset(tables: Mapping[str, Any], dataset: str, source: str) -> dict[str, Any]:
+    """Return the policy's keys for one dataset: its own limit, where it has one."""
+    datasets = tables.get("datasets", {})
+    if not isinstance(datasets, dict) or not all(isinstance(t, dict) for t in datasets.values()):
+        raise ConfigError(f"{source} datasets must be tables, one a dataset-id")
+    for table in datasets.values():
+        _require_known(table, ("max-epsilon", "delta"), f"{source} datasets:")
+        _limit({**tables, **table}, 0.5, source)
+    return {**tables, **datasets.get(dataset, {})}
+
+
+def _require_known(values: Mapping[str, object], known: tuple[str, ...], source: str) -> None:
+    for key in sorted(set(values) - set(known)):
+        raise ConfigError(f"{source} {key} must be one of {', '.join(known)}")
+
+
+def read_policy_file(path: Path, dataset: str = "") -> Policy:
+    """Read a site's policy.
 
     Args:
-        node_config: of the SuperNode.
-        run_delta: δ of the run, used where the node declares no limit of its own.
-        public: what the run config declares for simulated clients; a node's own word wins.
+        path: of the TOML file.
+        dataset: whose own table under ``datasets`` wins over the limit of all.
 
     Raises:
-        ConfigError: if a limit is not a number greater than 0 or comes without its δ, or if
-            public-size is no boolean.
+        ConfigError: naming file, key and value, if it cannot be read or breaks a law.
     """
-    limit = _number(node_config, "max-epsilon", math.inf)
-    delta = _number(node_config, "delta", run_delta)
-    if not limit > 0:
-        raise ConfigError(f"node config max-epsilon={limit} must be greater than 0")
-    if not 0 < delta < 1:
-        raise ConfigError(f"node config delta={delta} must be in (0, 1)")
-    if math.isfinite(limit) and "delta" not in node_config:
-        raise ConfigError(f"node config max-epsilon={limit} needs a delta beside it")
-    declared = node_config.get("public-size", public)
-    if not isinstance(declared, bool):
-        raise ConfigError(f"node config public-size={declared!r} must be true or false")
-    return Policy(Limit(limit, delta), declared)
+    source = f"policy {path}:"
+    tables = _tables(path, source)
+    _require_known(tables, _KEYS, source)
+    for key in ("max-epsilon", "delta"):
+        if key not in tables:
+            raise ConfigError(f"{source} {key} must be there")
+    values = _of_dataset(tables, dataset, source)
+    noise = _number(values, "min-noise-multiplier", 0.0, source)
+    if not 0 <= noise < math.inf:
+        raise ConfigError(f"{source} min-noise-multiplier={noise} must be at least 0, and finite")
+    return Policy(
+        _limit(values, 0.5, source),
+        _public_size(values, False, source),
+        noise,
+        _rounds(values, "max-rounds", source),
+        _rounds(values, "max-rounds-per-day", source),
+        _names(values, "methods", source),
+        _names(values, "models", source),
+    )
+
+
+def read_policy(
+    node_config: Mapping[str, object], run_delta: float, public: bool, dataset: str = ""
+) -> Policy:
+    """Read the policy that a node config names, or the few keys that it can hold itself.
+
+    Args:
+        node_config: of the SuperNode: ``policy``, or ``max-epsilon``, ``delta``, ``public-size``.
+        run_delta: δ of the run, used where the node declares no limit of its own.
+        public: what the run config declares for simulated clients; a node's own word wins.
+        dataset: the ledger's name of the client's data.
+
+    Raises:
+        ConfigError: if a value breaks a law, or if a node with data of its own sets no limit:
+            any server could then ask for all of it without noise.
+    """
+    inline = [key for key in _INLINE if key in node_config]
+    if "policy" in node_config:
+        if inline:
+            raise ConfigError(f"node config {inline[0]} must be in the policy file")
+        return read_policy_file(full_path(str(node_config["policy"])), dataset)
+    if "data-path" in node_config and "max-epsilon" not in node_config:
+        raise ConfigError(
+            "node config must have policy, or max-epsilon and delta, beside data-path; "
+            "max-epsilon=inf leaves the limit to each run"
+        )
+    limit = _limit(node_config, run_delta, "node config")
+    return Policy(limit, _public_size(node_config, public, "node config"))
 
 
 def state_folder(node_config: Mapping[str, object]) -> Path:

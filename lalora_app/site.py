@@ -1,0 +1,103 @@
+"""The client's side of the agreement, from its node config: its data, name, rank and policy."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from lalora_app.config import Config, ConfigError
+from lalora_app.data import Examples, check_client
+from lalora_app.data import private_file as read_private_file
+from lalora_app.methods import checked_rank
+from lalora_app.partition import CLIENT_NAME, deal_name, partition
+from lalora_app.privacy.ledger import Ledger
+from lalora_app.privacy.policy import Policy, read_policy, state_folder
+
+
+@dataclass(frozen=True)
+class Site:
+    """One client.
+
+    Attributes:
+        client: its name, the same in every round.
+        dataset: the name under which the ledger knows its data.
+        rank: of its adapter.
+        policy: what it allows.
+        state: folder of its ledger and of what waits between rounds.
+        load: reads its examples.
+    """
+
+    client: str
+    dataset: str
+    rank: int
+    policy: Policy
+    state: Path
+    load: Callable[[], Examples]
+
+    @property
+    def ledger(self) -> Ledger:
+        """The client's ledger, made if missing."""
+        return Ledger(self.state / "ledger.sqlite")
+
+    def examples(self, config: Config) -> Examples:
+        """Return the client's examples, if they can take part in the run.
+
+        Raises:
+            DataError: if they cannot.
+        """
+        examples = self.load()
+        batch_size, delta = config.train.batch_size, config.privacy.delta
+        check_client(len(examples), batch_size=batch_size, delta=delta)
+        return examples
+
+
+def _rank(config: Config, node: Mapping[str, object]) -> int:
+    """Return this client's rank: its node's own, or its turn in ``lora.ranks``."""
+    turn = [config.lora.rank]
+    if config.lora.ranks != "none":
+        turn = [int(rank) for rank in config.lora.ranks.split(",")]
+    index = int(str(node.get("partition-id", 0)))
+    return checked_rank(node.get("rank", turn[index % len(turn)]), config)
+
+
+Data = tuple[str, str, Callable[[], Examples]]  # client, dataset, load
+
+
+def _own(config: Config, node: Mapping[str, object], node_id: int) -> Data:
+    path = str(node["data-path"])
+    dataset = str(node.get("dataset-id", f"file {Path(path).expanduser().resolve()}"))
+    name = str(node.get("name", f"node-{node_id}"))
+    return name, dataset, lambda: read_private_file(path, config.data)
+
+
+def _simulated(config: Config, node: Mapping[str, object]) -> Data:
+    data, seed = config.data, config.seed
+    index, clients = int(str(node["partition-id"])), int(str(node["num-partitions"]))
+    dataset = f"simulated {data.name} {deal_name(data, seed)} {index}/{clients}"
+    return CLIENT_NAME.format(index), dataset, lambda: partition(data, seed, clients)[index]
+
+
+def _data(config: Config, node: Mapping[str, object], node_id: int) -> Data:
+    """Find this node's data: its own file, or its part of a simulated deal (Flower Hub's rule)."""
+    if "data-path" in node:
+        return _own(config, node, node_id)
+    if "partition-id" in node and "num-partitions" in node:
+        return _simulated(config, node)
+    raise ConfigError("node config must have data-path, or partition-id and num-partitions")
+
+
+def admit(config: Config, node: Mapping[str, object], node_id: int) -> Site:
+    """Return this client, if its policy allows the run. Neither data nor model is loaded yet.
+
+    Args:
+        config: of the run.
+        node: the node config.
+        node_id: names a client that has no name of its own.
+
+    Raises:
+        ConfigError: if the node config breaks a law.
+        PolicyError: if the run is outside the policy.
+    """
+    client, dataset, load = _data(config, node, node_id)
+    policy = read_policy(node, config.privacy.delta, config.data.public_size, dataset)
+    policy.check_run(config)
+    return Site(client, dataset, _rank(config, node), policy, state_folder(node), load)
