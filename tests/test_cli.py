@@ -1,6 +1,8 @@
 """The command line: what it prints, its exit codes, and bad input before anything is started."""
 
+import csv
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -10,7 +12,7 @@ import time
 import pytest
 
 from conftest import ROOT
-from lalora_app import cli, launcher
+from lalora_app import books, cli, launcher
 from lalora_app.config import ConfigError
 from lalora_app.methods import METHODS
 from lalora_app.privacy import accounting
@@ -94,10 +96,61 @@ def test_two_accountants_agree_about_a_ledger(ledger, capsys):
 
 @pytest.mark.parametrize("factor", [0.9, 1.2])
 def test_verify_fails_when_the_accountants_disagree(ledger, capsys, monkeypatch, factor):
-    honest = cli.second_epsilon
-    monkeypatch.setattr(cli, "second_epsilon", lambda *args: factor * honest(*args))
+    honest = books.second_epsilon
+    monkeypatch.setattr(books, "second_epsilon", lambda *args: factor * honest(*args))
     assert cli.main(["ledger", "verify", "--dataset", "mail"]) == 1
     assert capsys.readouterr().out.count("DISAGREE") == 3
+
+
+def test_export_is_every_line_as_csv(ledger, capsys):
+    assert cli.main(["ledger", "export", "--path", str(ledger.path)]) == 0
+    lines = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    entries = ledger.entries()
+    assert [line["uid"] for line in lines] == [entry.uid for entry in entries]
+    for line, entry in zip(lines, entries, strict=True):
+        assert float(line["noise_multiplier"]) == entry.release.noise_multiplier
+        assert (line["dataset"], int(line["count"])) == (entry.dataset, entry.release.count)
+
+
+def test_merge_says_which_lines_are_new(ledger, tmp_path, capsys):
+    copy = tmp_path / "copy.sqlite"
+    shutil.copy(ledger.path, copy)
+    booked(Ledger(copy), "other", "run-9", 7)
+    before = len(ledger.entries())
+    command = ["ledger", "merge", "--path", str(ledger.path), str(copy)]
+    assert cli.main(command) == 0
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("other  |  run-9  |  round 7")
+    assert last.endswith(f"1 of the {before + 1} lines of {copy} are new")
+    assert cli.main(command) == 0
+    assert capsys.readouterr().out.startswith(f"{ledger.path}: 0 of")
+    assert len(ledger.entries()) == before + 1
+
+
+def test_verify_fails_on_a_damaged_file(ledger, capsys):
+    data = bytearray(ledger.path.read_bytes())
+    data[2 * 4096 + 2 : 3 * 4096] = bytes(4094)
+    ledger.path.write_bytes(data)
+    assert cli.main(["ledger", "verify", "--path", str(ledger.path)]) == 2
+    assert "must be" in capsys.readouterr().err
+
+
+def test_policy_says_what_a_file_allows(tmp_path, capsys):
+    path = tmp_path / "policy.toml"
+    text = "max-epsilon = 8.0\ndelta = 1e-6\nmethods = ['la-lora']\n[datasets.a]\nmax-epsilon = 2.0"
+    path.write_text(text)
+    assert cli.main(["policy", str(path), "--dataset", "a"]) == 0
+    out = capsys.readouterr().out
+    for line in (
+        "epsilon up to 2 at delta 1e-06",
+        "methods: la-lora\n",
+        "models: all",
+        "not be sent",
+    ):
+        assert line in out
+    path.write_text("max-epsilon = 8.0")
+    assert cli.main(["policy", str(path)]) == 2
+    assert "delta must be there" in capsys.readouterr().err
 
 
 def test_verify_fails_above_a_maximal_epsilon(ledger, capsys):

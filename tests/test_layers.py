@@ -12,7 +12,7 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "lalora_app"
 USES_FLWR = {"robust", "wire", "strategy", "client_app", "server_app", "runlog", "comparison"}
-SHELL = USES_FLWR | {"cli", "launcher", "compare"}
+SHELL = USES_FLWR | {"cli", "books", "launcher", "compare"}
 TORCH_ROOMS = {
     "trainer",
     "backbone",

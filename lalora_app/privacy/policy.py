@@ -62,6 +62,18 @@ class Policy:
                 f"max-epsilon={self.limit.epsilon}: the server could repeat it"
             )
 
+    def lines(self) -> list[str]:
+        """Return what it allows, a line a law."""
+        any_of = {"methods": self.methods, "models": self.models}
+        most = {"of one run": self.max_rounds, "in 24 hours": self.max_rounds_per_day}
+        return [
+            f"epsilon up to {self.limit.epsilon:g} at delta {self.limit.delta:g}, over all runs",
+            f"noise of at least {self.min_noise_multiplier:g} clip norms",
+            *(f"{'any number of' if n is None else n} rounds {what}" for what, n in most.items()),
+            *(f"{key}: {', '.join(sorted(v)) if v else 'all'}" for key, v in any_of.items()),
+            f"the number of examples may {'' if self.public_size else 'not '}be sent",
+        ]
+
     def check_noise(self, noise_multiplier: float) -> None:
         """Check the noise of a round, before anything of it is on the ledger.
 
