@@ -5,14 +5,16 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
+from safetensors import SafetensorError
 
-from lalora_app import backbone, residents, trainer, wire
+from lalora_app import backbone, replies, residents, trainer, wire
 from lalora_app.adapter import Adapter, select
 from lalora_app.config import Config, ConfigError, parse
 from lalora_app.encoding import Encoded
@@ -88,6 +90,26 @@ def _hello(message: Message, context: Context) -> RecordDict:
     return wire.Hello(site.client, site.rank).record()
 
 
+def _reply(
+    config: Config, site: Site, request: wire.TrainRequest, size: int, upload: Adapter
+) -> RecordDict:
+    return wire.TrainReply(
+        upload=upload,
+        round=request.round,
+        epsilon=_spent(config, site, request.run),
+        num_examples=size if site.policy.public_size else None,
+    ).record()
+
+
+@contextmanager
+def _losing_at_most_a_file() -> Iterator[None]:
+    """Go on where the disk is full: the reply is paid for, and the server's copy will do."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        _log.error("LaLoRA client: what waits for the next round is lost: %s", error)
+
+
 def _train(message: Message, context: Context) -> RecordDict:
     config = _config(message, context)
     method = method_of(config)
@@ -95,6 +117,10 @@ def _train(message: Message, context: Context) -> RecordDict:
     request = wire.parse_request(message.content, config)
     model, like, encoded = _prepared(config, site)
     start = wire.adapter_of(message.content, like)
+    digest = wire.digest(message.content, config)
+    said = replies.reply_file(site.state, site.dataset, site.client)
+    if (upload := replies.again(said, digest)) is not None:
+        return _reply(config, site, request, len(encoded), upload)
     drift = wire.drift_of(message.content, like)
     resident = residents.resident_file(site.state, site.dataset, request.run)
     start = residents.substitute(resident, start, request.versions, request.attempt)
@@ -127,13 +153,11 @@ def _train(message: Message, context: Context) -> RecordDict:
     waiting = method.resident(request.round, config.train.local_steps)
     last = request.steps_left <= config.train.local_steps
     waiting = frozenset() if last else waiting
-    residents.keep(resident, result, waiting, request.versions, request.attempt)
-    return wire.TrainReply(
-        upload=select(result, method.sent(request.round, last=config.is_last(request.attempt))),
-        round=request.round,
-        epsilon=_spent(config, site, request.run),
-        num_examples=len(encoded) if site.policy.public_size else None,
-    ).record()
+    upload = select(result, method.sent(request.round, last=config.is_last(request.attempt)))
+    with _losing_at_most_a_file():
+        residents.keep(resident, result, waiting, request.versions, request.attempt)
+        replies.keep(said, digest, upload)
+    return _reply(config, site, request, len(encoded), upload)
 
 
 def _refusal_key(error: Exception) -> str:

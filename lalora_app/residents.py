@@ -55,11 +55,14 @@ def keep(
     }
     new = path.with_suffix(f".{os.getpid()}.tmp")
     metadata = {"attempt": str(attempt)} | {str(f): str(v) for f, v in versions.items()}
-    save_file(tensors, new, metadata=metadata)
-    if _attempt_of(path) < attempt:
-        with contextlib.suppress(FileNotFoundError):
-            path.replace(_previous(path))
-    new.replace(path)
+    try:
+        save_file(tensors, new, metadata=metadata)
+        if _attempt_of(path) < attempt:
+            with contextlib.suppress(FileNotFoundError):
+                path.replace(_previous(path))
+        new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
 def _attempt_of(path: Path) -> int:

@@ -5,7 +5,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -13,7 +13,7 @@ import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
 from lalora_app.adapter import Adapter, pairs
-from lalora_app.config import Config, Scalar
+from lalora_app.config import Config, Scalar, flatten
 from lalora_app.schedule import Factor
 
 ARRAYS, CONFIG, METRICS, RUN_CONFIG = "arrays", "config", "metrics", "run"
@@ -178,6 +178,22 @@ def parse_request(content: RecordDict, config: Config) -> TrainRequest:
         steps_left=_count(record, "steps-left", 1, rounds * config.train.local_steps),
         versions={f: _count(record, f"version-{f}", 0, rounds) for f in ("A", "B")},
     )
+
+
+def digest(content: RecordDict, config: Config) -> str:
+    """Return a SHA-256 of all that a request asks for; where the server keeps it plays no part.
+
+    Args:
+        content: of the request.
+        config: of its run.
+    """
+    config = replace(config, resume_from="none", output="", compare="none")
+    order = sorted(content.config_records.get(CONFIG, ConfigRecord()).items())
+    found = hashlib.sha256(json.dumps([code_hash(), flatten(config), repr(order)]).encode())
+    for part in (ARRAYS, DRIFT):
+        for name, array in sorted(content.array_records.get(part, ArrayRecord()).items()):
+            found.update(f"{part} {name} {array.dtype} {array.shape}\0".encode() + array.data)
+    return found.hexdigest()
 
 
 def refusal(key: str) -> RecordDict:

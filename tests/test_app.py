@@ -16,12 +16,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from flwr.app import Context, Message, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from safetensors.numpy import load_file
 
 from conftest import make_config
 from fake_grid import FakeGrid, identify, wire_bytes
-from lalora_app import backbone, client_app, residents, server_app, trainer, wire
+from lalora_app import backbone, client_app, residents, server_app, site, trainer, wire
 from lalora_app.adapter import kind
 from lalora_app.aggregate.mean import average
 from lalora_app.config import Config, ConfigError, flatten, from_tables, parse
@@ -29,6 +29,7 @@ from lalora_app.data import split
 from lalora_app.methods import METHODS
 from lalora_app.privacy.accounting import Release, epsilon
 from lalora_app.privacy.ledger import Ledger
+from lalora_app.privacy.policy import state_folder
 from lalora_app.privacy.types import NoisedGrads
 from lalora_app.results import RunFolder
 from lalora_app.sources import DataError
@@ -108,7 +109,7 @@ def run(config: Config, nodes=2, **faults) -> Run:
 
 
 def ledger_entries():
-    path = client_app.state_folder({}) / "ledger.sqlite"
+    path = state_folder({}) / "ledger.sqlite"
     return Ledger(path).entries() if path.exists() else []
 
 
@@ -333,9 +334,14 @@ def test_byte_counts_are_those_of_the_traffic(finished):
     assert summary["download_bytes_per_round"] == pytest.approx(down)
 
 
-def test_nothing_waits_on_the_clients_after_the_last_round(finished):
+def test_nothing_but_the_last_replies_waits_on_the_clients_after_the_last_round(finished):
     home = finished.folder.path.parents[1] / "home"
-    assert sorted(path.name for path in home.rglob("*") if path.is_file()) == ["ledger.sqlite"]
+    files = {path for path in home.rglob("*") if path.is_file()} - {home / "ledger.sqlite"}
+    assert {path.parent for path in files} == {home / "replies"}
+    assert len(files) == len(finished.grid.contexts)
+    kept = [load_file(path) for path in files]
+    sent = [arrays(exchange.reply) for exchange in finished.grid.trained(3)]
+    assert all(any(same_bits(one, other) for other in sent) for one in kept)
 
 
 # --- the local step ---------------------------------------------------------------------------
@@ -565,7 +571,7 @@ def damage(path: Path):
 def test_a_lost_resident_factor_means_the_servers_copy(tiny, rounds, harm):
     def fault(attempt, partition, reply):
         if attempt == 1 and partition == 0:  # asked first: no other file is there yet
-            (path,) = (client_app.state_folder({}) / "resident").iterdir()
+            (path,) = (state_folder({}) / "resident").iterdir()
             harm(path)
         return reply
 
@@ -623,16 +629,23 @@ def crash_before(attempt: int) -> Callable[[int], None]:
 
 
 def crash_after_training(attempt: int, clients: int):
-    """CrashError once the clients of an attempt have trained, before the server has a reply."""
+    """CrashError once clients of an attempt have trained, before the server has a reply."""
     seen = []
 
     def fault(now: int, partition: int, reply):
         seen.append(now)
         if seen.count(attempt) == clients:
+            seen.clear()  # the next test begins anew
             raise CrashError
         return reply
 
     return fault
+
+
+def lose_replies() -> None:
+    """Leave the clients as they are when killed before they could keep their replies."""
+    for path in (state_folder({}) / "replies").iterdir():
+        path.unlink()
 
 
 def interrupted(config: Config, nodes: int, **faults) -> tuple[Run, Config]:
@@ -652,8 +665,24 @@ def cohorts(grid: FakeGrid):
     return asked
 
 
-@pytest.mark.parametrize("method", ["la-lora", "fedex-lora", "sd-lora"])
-def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tiny, tmp_path, monkeypatch, method):
+CRASHES = {
+    "before a round": {"before": crash_before(3)},
+    "in a round": {"fault": crash_after_training(3, clients=1)},
+    "after a round": {"fault": crash_after_training(3, clients=2)},
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "moment"),
+    [
+        *(("la-lora", moment) for moment in CRASHES),
+        ("fedex-lora", "in a round"),
+        ("sd-lora", "before a round"),
+    ],
+)
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
+    tiny, tmp_path, monkeypatch, method, moment
+):
     changes = {
         "method": method,
         "privacy.noise": "seeded",
@@ -664,13 +693,13 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tiny, tmp_path, mon
     }
     whole = run(fresh(tiny, tmp_path, monkeypatch, "whole", **changes), 4)
     config = fresh(tiny, tmp_path, monkeypatch, "halves", **changes)
-    first, later = interrupted(config, 4, before=crash_before(3))
-    assert cohorts(first.grid).keys() == {1, 2}
+    first, later = interrupted(config, 4, **CRASHES[moment])
+    assert cohorts(first.grid).keys() >= {1, 2}
     assert (first.folder.latest().round, first.folder.latest().attempts) == (2, 2)
     second = run(later, 4)
     assert second.folder.path == first.folder.path
     assert cohorts(second.grid).keys() == {3, 4}
-    assert cohorts(first.grid) | cohorts(second.grid) == cohorts(whole.grid)
+    assert {**cohorts(first.grid), **cohorts(second.grid)} == cohorts(whole.grid)
     for key in ("attempt", "round", "phase", "aggregated", "accuracy", "epsilon_max"):
         assert [row[key] for row in second.rows] == [row[key] for row in whole.rows], key
     assert same_bits(second.adapter, whole.adapter)
@@ -682,9 +711,46 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tiny, tmp_path, mon
         assert epsilon([entry.release for entry in book], DELTA) <= EPSILON
 
 
+def test_a_round_that_was_answered_is_answered_again_and_costs_nothing(tiny, rounds):
+    config = tiny(**sized())
+    first, later = interrupted(config, 2, fault=crash_after_training(2, clients=2))
+    second = run(later)
+    for exchange in second.grid.trained(2):
+        (before,) = [e for e in first.grid.trained(2) if e.partition == exchange.partition]
+        assert same_bits(arrays(exchange.reply), arrays(before.reply))
+    assert [r.t for r in rounds] == [1, 1, 2, 2, 3, 3]
+    for book in by_dataset(ledger_entries()).values():
+        assert [entry.round for entry in book] == [1, 2, 3]
+        assert len({entry.release.noise_multiplier for entry in book}) == 1
+
+
+def test_another_request_is_never_answered_with_an_old_reply(tiny, rounds):
+    done = run(tiny(**sized() | {"num-server-rounds": 1}))
+    exchange = done.grid.trained(1)[0]
+    node = exchange.request.metadata.dst_node_id
+    content = dict(exchange.request.content)
+    config, order = wire.run_config_of(exchange.request.content), dict(content[wire.CONFIG])
+    start = dict(content[wire.ARRAYS])
+    head = next(name for name in start if ".lora_" not in name)
+    moved = start | {head: Array(start[head].numpy() + np.float32(1e-7))}
+    others = [
+        {wire.CONFIG: ConfigRecord(order | {"run": "another"})},
+        {wire.ARRAYS: ArrayRecord(moved)},
+        {wire.RUN_CONFIG: wire.run_config(config | {"train.lr-b": 1e-4})},
+    ]
+    for change in others:
+        before = len(rounds)
+        message = Message(RecordDict(content | change), dst_node_id=node, message_type="train")
+        reply = client_app.app(message, done.grid.contexts[node])
+        told = reply.content["config"].get("refusal")  # a budget that is spent is an answer too
+        assert (len(rounds), told) in ((before + 1, None), (before, "budget"))
+    assert len(rounds) > 2
+
+
 def test_a_repeated_round_costs_more_noise_and_not_more_epsilon(tiny, tmp_path, monkeypatch):
     config = fresh(tiny, tmp_path, monkeypatch, "run")
     first, later = interrupted(config, 2, fault=crash_after_training(2, clients=2))
+    lose_replies()
     second = run(later)
     assert second.json("summary.json")["status"] == "completed"
     books = by_dataset(ledger_entries())
@@ -701,6 +767,7 @@ def test_a_repeated_round_costs_more_noise_and_not_more_epsilon(tiny, tmp_path, 
 def test_a_repeated_round_starts_where_its_first_try_did(tiny, rounds):
     config = tiny(**open_run() | {"privacy.noise": "seeded"})
     _, later = interrupted(config, 2, fault=crash_after_training(2, clients=2))
+    lose_replies()
     run(later)
     tries = [r for r in rounds if r.t == 2]
     first, again = tries[:2], tries[2:]
@@ -905,7 +972,7 @@ def test_no_text_of_an_exception_leaves_a_client(tiny, monkeypatch, where, error
         raise error
 
     module, name = {
-        "query": (client_app, "partition"),
+        "query": (site, "partition"),
         "before the ledger": (residents, "substitute"),
         "after the ledger": (trainer, "run_round"),
     }[where]
@@ -1141,7 +1208,8 @@ def test_a_run_without_a_checkpoint_cannot_be_resumed(refused, tiny):
 
 
 def test_unfit_nodes_are_told_before_any_training(refused):
-    message = refused({}, nodes=[{}, {"data-path": "/no/such/own.csv"}])
+    own = {"data-path": "/no/such/own.csv", "max-epsilon": INF}
+    message = refused({}, nodes=[{}, own])
     assert "1 of 2 clients can take part" in message
     assert wire.REFUSALS["data-path"] in message
 
@@ -1158,8 +1226,15 @@ def test_two_clients_with_one_name_are_told(refused, tmp_path):
     path = tmp_path / "own.jsonl"
     rows = [{"text": f"hello {i}", "label": i % 2} for i in range(60)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-    twin = {"data-path": str(path), "name": "clinic"}
-    assert "same name" in refused({}, nodes=[twin, twin, {"data-path": str(path)}])
+    own = {"data-path": str(path), "max-epsilon": INF}
+    twin = own | {"name": "clinic"}
+    assert "same name" in refused({}, nodes=[twin, twin, own])
+
+
+def test_a_node_with_data_of_its_own_and_no_limit_is_told(refused, tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps({"text": "hello", "label": 1}) + "\n", "utf-8")
+    assert "node config breaks a law" in refused({}, nodes=[{}, {"data-path": str(path)}])
 
 
 def test_a_refused_run_leaves_no_folder(refused, tmp_path):

@@ -77,6 +77,7 @@ CORE = {
     "cohorts",
     "data",
     "partition",
+    "replies",
     "residents",
     "site",
     "sources",
