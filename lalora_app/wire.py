@@ -18,6 +18,7 @@ from lalora_app.schedule import Factor
 
 ARRAYS, CONFIG, METRICS, RUN_CONFIG = "arrays", "config", "metrics", "run"
 DRIFT = "drift"  # what has moved into the base since the run began
+_LARGEST = 1e6  # no factor that trains comes near it, and sums of such numbers stay finite
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 # All that a client ever says about a failure: fixed sentences, no values, no exception text.
@@ -73,8 +74,8 @@ def _array(name: str, array: Array, like: np.ndarray) -> np.ndarray:
     if not fits or not array.data.startswith(header):
         raise WireError(f"{name} must be the bytes of one array of its shape and type")
     values = np.frombuffer(array.data, like.dtype, offset=len(header)).reshape(like.shape)
-    if not np.isfinite(values).all():
-        raise WireError(f"{name} must hold finite {like.dtype}{like.shape}")
+    if not (np.abs(values) <= _LARGEST).all():  # nor NaN
+        raise WireError(f"{name} must hold finite {like.dtype}{like.shape} up to {_LARGEST:g}")
     return values.copy()
 
 
@@ -252,7 +253,7 @@ def run_config_of(content: RecordDict) -> dict[str, object]:
     text = content.config_records.get(RUN_CONFIG, ConfigRecord()).get("run-config", "{}")
     try:
         values = json.loads(str(text))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise WireError("run-config must be JSON") from error
     if not isinstance(values, dict):
         raise WireError("run-config must be a JSON object")

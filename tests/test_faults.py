@@ -94,6 +94,15 @@ def resumed(config):
     return parse(flatten(config) | {"resume-from": str(folder_of(config).path)})
 
 
+def ask_again(grid, exchange, **order) -> Message:
+    """Send a request once more, with another order."""
+    node = exchange.request.metadata.dst_node_id
+    content = RecordDict(dict(exchange.request.content))
+    content[wire.CONFIG] = ConfigRecord({**content[wire.CONFIG], **order})
+    message = Message(content, dst_node_id=node, message_type="train")
+    return client_app.app(message, grid.contexts[node])
+
+
 # --- a full disk ------------------------------------------------------------------------------
 
 
@@ -105,12 +114,8 @@ def test_a_ledger_that_cannot_be_written_is_a_refusal_and_nothing_is_drawn(tiny,
     drawn = []
     monkeypatch.setattr("lalora_app.trainer.add_noise", lambda *a, **k: drawn.append(a))
     exchange = grid.trained(1)[0]
-    node = exchange.request.metadata.dst_node_id
-    content = RecordDict(dict(exchange.request.content))
-    content[wire.CONFIG] = ConfigRecord({**content[wire.CONFIG], "run": "another"})
-    message = Message(content, dst_node_id=node, message_type="train")
     with full_disk():
-        reply = client_app.app(message, grid.contexts[node])
+        reply = ask_again(grid, exchange, run="another")
     assert reply.content["config"]["refusal"] == "internal"
     assert drawn == []
     assert books().entries() == before
@@ -154,6 +159,39 @@ def test_a_server_without_space_fails_and_its_resumed_run_ends_the_same(
     later = resumed(config)
     server_app.run(FakeGrid(later, 2), later)
     assert result(config) == result(whole)
+
+
+def test_a_damaged_ledger_is_a_refusal_and_nothing_is_drawn(tiny, monkeypatch):
+    config = tiny(**{"num-server-rounds": 1})
+    grid = FakeGrid(config, 2)
+    server_app.run(grid, config)
+    drawn = []
+    monkeypatch.setattr("lalora_app.trainer.add_noise", lambda *a, **k: drawn.append(a))
+    books().path.write_bytes(b"SQLite format 3\0" + bytes(4096))
+    exchange = grid.trained(1)[0]
+    reply = ask_again(grid, exchange, run="another")
+    assert reply.content["config"]["refusal"] == "internal"
+    assert drawn == []
+
+
+# --- too few, for long ------------------------------------------------------------------------
+
+
+def test_ten_rounds_with_too_few_replies_move_nothing_and_the_run_goes_on(tiny):
+    def lost(attempt, partition, reply):
+        return None if 1 <= attempt <= 10 and partition == 0 else reply
+
+    config = tiny(**{"num-server-rounds": 12, "min-replies": 2, "method": "la-lora"})
+    server_app.run(FakeGrid(config, 2, fault=lost), config)
+    rows = folder_of(config).history()
+    assert [row["aggregated"] for row in rows] == [False] * 10 + [True] * 2
+    assert [row["phase"] for row in rows] == ["B"] * 11 + ["A"]
+    assert {row["dropped"][0] for row in rows[:10]} == {"1 did not answer in time"}
+    summary = json.loads((folder_of(config).path / "summary.json").read_text("utf-8"))
+    assert summary["status"] == "completed, 10 rounds failed"
+    for dataset in {entry.dataset for entry in books().entries()}:
+        assert len(books().releases(dataset)) == 12  # what was drawn is paid, used or not
+        assert epsilon(books().releases(dataset), 1e-5) <= config.privacy.epsilon
 
 
 # --- two nodes, one dataset -------------------------------------------------------------------

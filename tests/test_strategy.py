@@ -236,6 +236,7 @@ def changed(request, upload, change: Callable[[RecordDict], None]):
 def bad_replies(request, upload):
     nan, inf = ({**upload, B: upload[B].copy()} for _ in range(2))
     nan[B][0, 0], inf[B][-1, -1] = np.nan, np.inf
+    huge = {**upload, B: upload[B] * np.float32(1e20)}
     unreadable = Array("float32", SHAPES[B], "numpy.ndarray", b"\x93NUMPY")
 
     def other_code(content):
@@ -255,6 +256,7 @@ def bad_replies(request, upload):
         "its node is gone": (error(5, SERVER), "error 5"),
         "NaN": (answer(request, nan), B),
         "infinity": (answer(request, inf), B),
+        "a huge norm": (answer(request, huge), B),
         "shape": (answer(request, {**upload, B: upload[B][:1]}), B),
         "dtype": (answer(request, {**upload, B: upload[B].astype(np.float64)}), B),
         "damaged": (changed(request, upload, damaged), B),
