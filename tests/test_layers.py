@@ -37,6 +37,12 @@ TORCH_ROOMS = {
     "diagnose",
     "export",
     "curvature",
+    "audit.canaries",
+    "audit.step",
+    "audit.broken",
+    "audit.federation",
+    "audit.run",
+    "audit.audit",
 }
 CORE = {
     "schedule",
@@ -79,6 +85,10 @@ CORE = {
     "residents",
     "sources",
     "diagnostics",
+    "audit",
+    "audit.estimators",
+    "audit.published",
+    "audit.report",
 }
 
 

@@ -91,9 +91,7 @@ def _in_parts(clip: Callable[[Rows, float], Rows], excess: Callable[[Any], float
         taken = _with_noise(reservation, 1 / loose)
         parts = _Loosened(backbone, lambda rows: clip(rows, clip_norm))
         wide = loose * clip_norm
-        return private_gradient(
-            cast(Any, parts), data, reservation=taken, clip_norm=wide, **rest
-        )
+        return private_gradient(cast(Any, parts), data, reservation=taken, clip_norm=wide, **rest)
 
     return step
 
