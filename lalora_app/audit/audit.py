@@ -13,6 +13,7 @@ from lalora_app.audit.step import (
     Plan,
     alone,
     bounded,
+    by_curve,
     observe,
     planned,
     side_by_side,
@@ -108,10 +109,10 @@ def plan_of(request: Request) -> Plan:
     )
 
 
-def _row(name: str, bound: Bound) -> Row:
+def _row(name: str, bound: Bound, curve: float | None = None) -> Row:
     guesses = bound.guesses
     said = f"{guesses.correct} of {guesses.made} guesses right by {bound.attack}"
-    return Row(name, bound.epsilon, bound.curve, said)
+    return Row(name, bound.epsilon, curve, said)
 
 
 def _crowd(request: Request, plan: Plan, seed: int, confidence: float) -> Row:
@@ -130,7 +131,8 @@ def _crowd(request: Request, plan: Plan, seed: int, confidence: float) -> Row:
         for i in range(runs)
     ]
     attacks = {**ATTACKS, **(broken.attacks if broken else {})}
-    return _row("step", bounded(side_by_side(seen), plan, confidence, attacks))
+    bound = bounded(side_by_side(seen), plan, confidence, attacks)
+    return _row("step", bound, None if broken else by_curve(bound, plan, confidence))
 
 
 def _lonely(request: Request, plan: Plan, seed: int, confidence: float) -> Row:
@@ -174,8 +176,7 @@ def _published(request: Request, seed: int) -> Report:
         said = f"{seen.errors.false_alarms + seen.errors.misses} errors in {2 * trials} trials"
         said += f", {seen.distance:.0f} deviations of the noise apart"
         rows.append(Row(name, seen.bound(privacy.delta, confidence), None, said))
-    facts = {"delta": privacy.delta, "seed": seed}
-    return Report(PUBLISHED, privacy.epsilon, request.confidence, rows=rows, **facts)  # type: ignore[arg-type]
+    return Report(PUBLISHED, privacy.epsilon, request.confidence, privacy.delta, seed, rows)
 
 
 def audited(request: Request, seed: int, say: Say) -> Report:

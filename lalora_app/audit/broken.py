@@ -45,9 +45,10 @@ def same_noise(backbone: Any, data: Any, *, streams: Streams, **rest: Any) -> No
 def empty_skipped(
     backbone: Any, data: Any, *, reservation: Reservation, streams: Streams, **rest: Any
 ) -> NoisedGrads:
-    """Skip the noise of an empty batch."""
+    """Skip the noise where no example came: a record without content is none."""
     ahead = copy.deepcopy(streams.sampling)
-    empty = not len(poisson_batch(len(data), reservation.sampling_rate, ahead))
+    drawn = poisson_batch(len(data), reservation.sampling_rate, ahead)
+    empty = next(data.micro_batches(drawn, 1), None) is None
     taken = _with_noise(reservation, 0.0 if empty else 1.0)
     return private_gradient(backbone, data, reservation=taken, streams=streams, **rest)
 

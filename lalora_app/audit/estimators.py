@@ -15,6 +15,7 @@ from scipy.optimize import brentq
 from lalora_app.privacy.accounting import Release, epsilon, total_variation
 
 _LARGEST = 64.0  # no number of canaries shows an ε beyond it
+_STEP = 1e-4  # of a bound on ε, downwards
 _MOST_NOISE = 2.0**10  # a noise multiplier whose ε is 0 to every digit that is printed
 _LEAST_NOISE = 2.0**-3
 
@@ -40,11 +41,13 @@ class Errors:
 
 def _one_run_p_value(guesses: Guesses, epsilon_: float, delta: float) -> float:
     """Return the largest chance of so many hits under (ε, δ)-DP: Theorem 5.2 of 2305.08846."""
-    law = stats.binom(guesses.made, 1 / (1 + math.exp(-epsilon_)))
-    plain = float(law.sf(guesses.correct - 1))
-    fewer = np.arange(1, guesses.correct + 1)
-    mass = np.cumsum(law.pmf(guesses.correct - fewer))  # P(correct - i <= hits < correct)
-    slope = float(np.max(mass / fewer, initial=0.0))
+    chance, right = 1 / (1 + math.exp(-epsilon_)), guesses.correct
+    plain = float(stats.binom.sf(right - 1, guesses.made, chance))
+    if delta == 0 or right == 0:
+        return plain
+    fewer = np.arange(1, right + 1)
+    mass = np.cumsum(stats.binom.pmf(right - fewer, guesses.made, chance))
+    slope = float(np.max(mass / fewer))  # mass: P(right - i <= hits < right)
     return min(1.0, plain + 2 * guesses.canaries * delta * slope)
 
 
@@ -55,7 +58,7 @@ def _largest_rejected(p_value: Callable[[float], float], level: float) -> float:
     if p_value(_LARGEST) < level:
         return _LARGEST
     low, high = 0.0, _LARGEST
-    while high - low > 1e-6:
+    while high - low > _STEP:
         middle = (low + high) / 2
         low, high = (middle, high) if p_value(middle) < level else (low, middle)
     return low

@@ -72,8 +72,9 @@ class Sent:
 
 
 def mislabelled(config: Config, count: int) -> Examples:
-    """Return public test examples with another label than their own: no client has them."""
-    test = split(config.data)[1].take(range(count))
+    """Return public test examples with another label than their own, at most ``count``."""
+    test = split(config.data)[1]
+    test = test.take(range(min(count, len(test))))
     wrong = tuple((label + 1) % config.data.num_labels for label in test.labels)
     return Examples(test.contents, wrong)
 

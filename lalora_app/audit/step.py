@@ -183,14 +183,12 @@ class Bound:
         epsilon: the bound that assumes (ε, δ)-DP alone.
         attack: which attack was chosen, on the half of the canaries that the bound leaves out.
         guesses: of that attack on the other half.
-        curve: the bound if the mechanism is the accountant's with an unknown noise.
         errors: of the likelihood attack at its threshold 0, on all canaries.
     """
 
     epsilon: float
     attack: str
     guesses: Guesses
-    curve: float
     errors: Errors
 
 
@@ -220,16 +218,16 @@ def bounded(
     seen: Observed, plan: Plan, confidence: float, attacks: Mapping[str, Attack] = ATTACKS
 ) -> Bound:
     """Attack what was seen. Even canaries choose the attack, odd ones pay for the bound."""
-    rate, steps = plan.release.sampling_rate, plan.release.count
+    rate = plan.release.sampling_rate
     scores = {name: attack(seen, rate) for name, attack in attacks.items()}
     first = {name: values[::2] for name, values in scores.items()}
     name, share = _chosen(first, seen.members[::2], plan.delta, confidence)
     guesses = guessed(scores[name][1::2], seen.members[1::2], share)
     errors = errors_of(scores["likelihood"], seen.members)
-    return Bound(
-        one_run(guesses, plan.delta, confidence),
-        name,
-        guesses,
-        subsampled(errors, plan.delta, confidence, sampling_rate=rate, steps=steps),
-        errors,
-    )
+    return Bound(one_run(guesses, plan.delta, confidence), name, guesses, errors)
+
+
+def by_curve(bound: Bound, plan: Plan, confidence: float) -> float:
+    """Return the bound if the mechanism is the accountant's with an unknown noise."""
+    rate, steps = plan.release.sampling_rate, plan.release.count
+    return subsampled(bound.errors, plan.delta, confidence, sampling_rate=rate, steps=steps)
