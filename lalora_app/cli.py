@@ -166,6 +166,20 @@ def _list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
     return parse
 
 
+def _add_audit(commands: Any) -> None:
+    audit = commands.add_parser("audit", help="attack the private step; fails when it is broken")
+    audit.add_argument("--app", type=Path, default=Path(), help="folder of the app")
+    audit.add_argument("--epsilon", type=_limit, help="promise to test (default: the run's)")
+    audit.add_argument("--delta", type=_delta, help="of the promise (default: the run's)")
+    audit.add_argument("--seeds", "--seed", type=_list_of(int), default=[0], metavar="S,S")
+    audit.add_argument("--nodes", type=_at_least_one, default=4, help="simulated clients")
+    audit.add_argument("--confidence", type=_delta, default=0.95, help="of the lower bound")
+    audit.add_argument("--mechanism", default="lalora", help="or one that is known to be broken")
+    audit.add_argument("--fast", action="store_true", help="the step audit only, and smaller")
+    audit.add_argument("--json", action="store_true", help="one object a seed and line")
+    audit.set_defaults(act=_audit)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lalora", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -192,17 +206,7 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--latex", action="store_true", help="print the table in LaTeX as well")
     compare.set_defaults(act=_compare)
 
-    audit = commands.add_parser("audit", help="attack the private step; fails when it is broken")
-    audit.add_argument("--app", type=Path, default=Path(), help="folder of the app")
-    audit.add_argument("--epsilon", type=_limit, help="promise to test (default: the run's)")
-    audit.add_argument("--delta", type=_delta, help="of the promise (default: the run's)")
-    audit.add_argument("--seeds", "--seed", type=_list_of(int), default=[0], metavar="S,S")
-    audit.add_argument("--nodes", type=_at_least_one, default=4, help="simulated clients")
-    audit.add_argument("--confidence", type=_delta, default=0.95, help="of the lower bound")
-    audit.add_argument("--mechanism", default="lalora", help="or one that is known to be broken")
-    audit.add_argument("--fast", action="store_true", help="the step audit only, and smaller")
-    audit.add_argument("--json", action="store_true", help="one object a seed and line")
-    audit.set_defaults(act=_audit)
+    _add_audit(commands)
 
     methods = commands.add_parser("methods", help="list METHODS")
     methods.set_defaults(act=_methods)

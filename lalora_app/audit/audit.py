@@ -196,7 +196,8 @@ def audited(request: Request, seed: int, say: Say) -> Report:
     real = request.mechanism == REAL
     whole = real and request.size.planted > 0
     each = 1 - (1 - request.confidence) / (1 + real + whole)
-    rows, facts = [], {}
+    rows: list[Row] = []
+    facts: dict[str, object] = {}
     if not (broken and broken.alone):
         rows.append(_crowd(request, plan, seed, each))
         say(f"step: at least {rows[-1].epsilon:.2f}")

@@ -60,7 +60,7 @@ def _batches(setting: Setting, rng: np.random.Generator) -> tuple[np.ndarray, np
 
 
 @dataclass(frozen=True)
-class Broken:
+class Attacked:
     """What one step of the published mechanism gives away.
 
     Attributes:
@@ -78,10 +78,11 @@ class Broken:
 
 def _log_density(x: np.ndarray, centre: np.ndarray, deviation: float) -> np.ndarray:
     squares: np.ndarray = ((x - centre) ** 2).sum(axis=(1, 2)) / (2 * deviation**2)
-    return -squares - centre.size * np.log(deviation)
+    density: np.ndarray = -squares - centre.size * np.log(deviation)
+    return density
 
 
-def attacked(setting: Setting, trials: int, seed: int) -> Broken:
+def attacked(setting: Setting, trials: int, seed: int) -> Attacked:
     """Tell steps with one example from steps without it, ``trials`` times each."""
     rng = seeded(seed, "published")
     sides = [clipped_mean(batch, setting) for batch in _batches(setting, rng)]
@@ -95,4 +96,4 @@ def attacked(setting: Setting, trials: int, seed: int) -> Broken:
             count += int(((inside > out) != bool(truth)).sum())
         wrong.append(count)
     gap = float(np.linalg.norm(sides[1][0] - sides[0][0]))
-    return Broken(Errors(wrong[0], trials, wrong[1], trials), gap / max(s for _, s in sides))
+    return Attacked(Errors(wrong[0], trials, wrong[1], trials), gap / max(s for _, s in sides))
