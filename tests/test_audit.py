@@ -16,13 +16,14 @@ from lalora_app.audit.estimators import (
     Errors,
     Guesses,
     at_most,
+    counted_p_value,
     gaussian,
     gaussian_epsilon,
     one_run,
     subsampled,
     two_sided,
 )
-from lalora_app.audit.report import Report, Row
+from lalora_app.audit.report import SURE, Report, Row
 from lalora_app.audit.step import (
     ATTACKS,
     Observed,
@@ -229,7 +230,15 @@ def test_a_broken_step_proves_more_than_the_ledger_counts(name):
     plan, broken = plan_at(1.0), BROKEN[name]
     seen = observe(plan, WIDE, 12_000, 0, blanks=256, step=broken.make())
     found = bounded(seen, plan, 0.95, ATTACKS | dict(broken.attacks))
-    assert found.epsilon > plan.epsilon
+    unlikely = counted_p_value(found.errors, [plan.release]) < SURE
+    assert unlikely if name == "half-noise" else found.epsilon > plan.epsilon
+
+
+def test_the_real_step_errs_as_much_as_what_was_counted():
+    plan = plan_at(1.0)
+    found = bounded(observe(plan, WIDE, 12_000, 0, blanks=256), plan, 0.95)
+    assert 1e-3 < counted_p_value(found.errors, [plan.release])
+    assert found.epsilon <= plan.epsilon
 
 
 @pytest.mark.slow
@@ -263,8 +272,8 @@ def test_the_published_clip_is_that_of_the_batch_and_its_median():
 # --- the report and the command ----------------------------------------------------------------
 
 
-def report(lower: float) -> Report:
-    rows = [Row("step", lower, 2.9, "said"), Row("run", 0.0, None, "said")]
+def report(lower: float, p_value: float = 0.3) -> Report:
+    rows = [Row("step", lower, 2.9, "said", p_value), Row("run", 0.0, None, "said")]
     return Report("lalora", 3.0, 0.95, DELTA, 4, rows)
 
 
@@ -272,10 +281,11 @@ def test_the_report_has_both_epsilons_and_a_verdict():
     found = json.loads(report(1.5).json())
     names = ("epsilon_upper", "epsilon_lower", "confidence", "mechanism", "seed")
     assert [found[name] for name in names] == [3.0, 1.5, 0.95, "lalora", 4]
-    assert found["parts"]["step"] == {"epsilon": 1.5, "curve": 2.9}
+    assert found["parts"]["step"] == {"epsilon": 1.5, "curve": 2.9, "p_value": 0.3}
     assert "consistent" in report(1.5).text()
     assert (report(1.5).broken, report(3.1).broken) == (False, True)
     assert "BROKEN" in report(3.1).text()
+    assert report(1.5, p_value=1e-5).broken
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from lalora_app.audit import published
 from lalora_app.audit.broken import BROKEN
+from lalora_app.audit.estimators import counted_p_value
 from lalora_app.audit.report import Report, Row
 from lalora_app.audit.step import (
     ATTACKS,
@@ -109,10 +110,10 @@ def plan_of(request: Request) -> Plan:
     )
 
 
-def _row(name: str, bound: Bound, curve: float | None = None) -> Row:
+def _row(name: str, bound: Bound, plan: Plan, curve: float | None = None) -> Row:
     guesses = bound.guesses
     said = f"{guesses.correct} of {guesses.made} guesses right by {bound.attack}"
-    return Row(name, bound.epsilon, curve, said)
+    return Row(name, bound.epsilon, curve, said, counted_p_value(bound.errors, [plan.release]))
 
 
 def _crowd(request: Request, plan: Plan, seed: int, confidence: float) -> Row:
@@ -132,7 +133,7 @@ def _crowd(request: Request, plan: Plan, seed: int, confidence: float) -> Row:
     ]
     attacks = {**ATTACKS, **(broken.attacks if broken else {})}
     bound = bounded(side_by_side(seen), plan, confidence, attacks)
-    return _row("step", bound, None if broken else by_curve(bound, plan, confidence))
+    return _row("step", bound, plan, None if broken else by_curve(bound, plan, confidence))
 
 
 def _lonely(request: Request, plan: Plan, seed: int, confidence: float) -> Row:
@@ -140,7 +141,7 @@ def _lonely(request: Request, plan: Plan, seed: int, confidence: float) -> Row:
     broken = BROKEN.get(request.mechanism)
     more = {"step": broken.make()} if broken else {}
     seen = alone(plan, request.size.alone, seed, **more)
-    return _row("step, alone", bounded(seen, plan, confidence))
+    return _row("step, alone", bounded(seen, plan, confidence), plan)
 
 
 def _end_to_end(request: Request, seed: int, confidence: float) -> tuple[Row, dict[str, object]]:

@@ -5,7 +5,7 @@ curve, reach further, and are named after what they assume.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -120,6 +120,17 @@ def gaussian(errors: Errors, delta: float, confidence: float) -> float:
     """
     alarm, miss = _rates(errors, confidence)
     return gaussian_epsilon(float(stats.norm.ppf(1 - alarm) - stats.norm.ppf(miss)), delta)
+
+
+def counted_p_value(errors: Errors, releases: Sequence[Release]) -> float:
+    """Return the chance of so few errors, at most, if the mechanism is what was counted.
+
+    Under the composition of ``releases`` a guess about a fair coin is right with a chance of at
+    most ``(1 + TV)/2``. Assumes independent trials.
+    """
+    trials = errors.outs + errors.ins
+    right = trials - errors.false_alarms - errors.misses
+    return float(stats.binom.sf(right - 1, trials, (1 + total_variation(releases)) / 2))
 
 
 def _noise_behind(advantage: float, sampling_rate: float, steps: int) -> float:

@@ -4,6 +4,8 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+SURE = 1e-4  # p-value below which the verdict is "broken": one false alarm in 10,000 audits
+
 
 @dataclass(frozen=True)
 class Row:
@@ -14,12 +16,14 @@ class Row:
         epsilon: lower bound that assumes (ε, δ)-DP alone.
         curve: lower bound if the mechanism is the accountant's with an unknown noise; None: none.
         said: what the bound comes from.
+        p_value: of so few errors under what the ledger has counted; None: not tested.
     """
 
     name: str
     epsilon: float
     curve: float | None
     said: str
+    p_value: float | None = None
 
 
 @dataclass(frozen=True)
@@ -51,15 +55,17 @@ class Report:
 
     @property
     def broken(self) -> bool:
-        """Whether the attack proves more than is promised."""
-        return self.epsilon_lower > self.epsilon_upper
+        """Whether an attack proves more than is promised, or errs less than what was counted."""
+        unlikely = any(row.p_value is not None and row.p_value < SURE for row in self.rows)
+        return unlikely or self.epsilon_lower > self.epsilon_upper
 
     def text(self) -> str:
         """Return the report as lines."""
         lines = [f"seed {self.seed}  {self.mechanism}, delta {self.delta:g}"]
         for row in self.rows:
-            curve = "" if row.curve is None else f", {row.curve:.2f} by the accountant's curve"
-            lines.append(f"  {row.name}: at least {row.epsilon:.2f}{curve}  ({row.said})")
+            more = "" if row.curve is None else f", {row.curve:.2f} by the accountant's curve"
+            more += "" if row.p_value is None else f", p-value {row.p_value:.2g}"
+            lines.append(f"  {row.name}: at least {row.epsilon:.2f}{more}  ({row.said})")
         verdict = "BROKEN: more is proved than promised" if self.broken else "consistent"
         lines.append(
             f"  epsilon_upper {self.epsilon_upper:.3f}  epsilon_lower {self.epsilon_lower:.3f}  "
@@ -76,6 +82,10 @@ class Report:
             "mechanism": self.mechanism,
             "delta": self.delta,
             "seed": self.seed,
+            "broken": self.broken,
         }
-        parts = {row.name: {"epsilon": row.epsilon, "curve": row.curve} for row in self.rows}
+        parts = {
+            row.name: {"epsilon": row.epsilon, "curve": row.curve, "p_value": row.p_value}
+            for row in self.rows
+        }
         return json.dumps({**head, "parts": parts, **self.facts})
