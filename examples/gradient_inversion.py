@@ -23,7 +23,7 @@ from lalora_app.privacy.randomness import secure
 
 SIDE, RANK, LABELS = 64, 8, 10
 CLIP_NORM, LEARNING_RATE, DELTA = 0.5, 2.0, 1e-5
-EPSILONS = (1000.0, 100.0, 3.0)
+EPSILONS = (100.0, 8.0, 3.0)
 EXPECTED_BATCH = 1.0  # the attacker's best case: a client with this one example
 
 
