@@ -28,13 +28,15 @@ def _open_ledger(path: Path | None) -> Ledger:
         raise ConfigError(f"ledger={file} must be a ledger: {error}") from error
 
 
-def _delta(text: str) -> float:
+def to_delta(text: str) -> float:
+    """Read a number in (0, 1) from the command line."""
     if not 0 < (value := float(text)) < 1:
         raise argparse.ArgumentTypeError(f"{text} must be in (0, 1)")
     return value
 
 
-def _limit(text: str) -> float:
+def to_limit(text: str) -> float:
+    """Read a number greater than 0 from the command line."""
     if not (value := float(text)) > 0:
         raise argparse.ArgumentTypeError(f"{text} must be greater than 0")
     return value
@@ -112,9 +114,9 @@ def add_ledger(commands: Any) -> None:
         action = actions.add_parser(name)
         action.add_argument("--path", type=Path, help="the SQLite file (default: this machine's)")
         action.add_argument("--dataset", help="only this dataset")
-        action.add_argument("--delta", type=_delta, default=1e-5)
+        action.add_argument("--delta", type=to_delta, default=1e-5)
         action.set_defaults(act=act)
-    action.add_argument("--max-epsilon", type=_limit, default=math.inf, help="fail above it")
+    action.add_argument("--max-epsilon", type=to_limit, default=math.inf, help="fail above it")
     export = actions.add_parser("export", help="every line, as CSV")
     export.add_argument("--path", type=Path, help="the SQLite file (default: this machine's)")
     export.add_argument("--dataset", help="only this dataset")

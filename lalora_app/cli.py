@@ -1,4 +1,4 @@
-"""The command ``lalora``: run with an honest exit code, list methods, read and verify ledgers."""
+"""The command ``lalora``: run with an honest exit code, audit, list methods, verify ledgers."""
 
 import argparse
 import sys
@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lalora_app.books import add_ledger
+from lalora_app.books import add_ledger, to_delta, to_limit
 from lalora_app.config import ConfigError
 from lalora_app.privacy.policy import read_policy_file
 
@@ -70,6 +70,23 @@ def _compare(args: argparse.Namespace) -> int:
     return code
 
 
+def _audit(args: argparse.Namespace) -> int:
+    from lalora_app.audit.audit import FAST, FULL, Request, audited
+    from lalora_app.config import parse
+    from lalora_app.launcher import app_defaults
+
+    given = {"privacy.epsilon": args.epsilon, "privacy.delta": args.delta}
+    values = app_defaults(args.app) | {k: v for k, v in given.items() if v is not None}
+    size = FAST if args.fast else FULL
+    request = Request(parse(values), args.mechanism, args.nodes, args.confidence, size)
+    broken = False
+    for seed in args.seeds:
+        found = audited(request, seed, lambda line: print(f"lalora: {line}", file=sys.stderr))
+        broken |= found.broken
+        print(found.json() if args.json else found.text(), flush=True)
+    return 1 if broken else 0
+
+
 def _diagnose(args: argparse.Namespace) -> int:
     from lalora_app.diagnose import report
 
@@ -90,6 +107,20 @@ def _list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:
         return [kind(part) for part in text.split(",")]
 
     return parse
+
+
+def _add_audit(commands: Any) -> None:
+    audit = commands.add_parser("audit", help="attack the private step; fails when it is broken")
+    audit.add_argument("--app", type=Path, default=Path(), help="folder of the app")
+    audit.add_argument("--epsilon", type=to_limit, help="promise to test (default: the run's)")
+    audit.add_argument("--delta", type=to_delta, help="of the promise (default: the run's)")
+    audit.add_argument("--seeds", "--seed", type=_list_of(int), default=[0], metavar="S,S")
+    audit.add_argument("--nodes", type=_at_least_one, default=4, help="simulated clients")
+    audit.add_argument("--confidence", type=to_delta, default=0.95, help="of the lower bound")
+    audit.add_argument("--mechanism", default="lalora", help="or one that is known to be broken")
+    audit.add_argument("--fast", action="store_true", help="the step audit only, and smaller")
+    audit.add_argument("--json", action="store_true", help="one object a seed and line")
+    audit.set_defaults(act=_audit)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -117,6 +148,8 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--table-only", action="store_true", help="of what is done; run nothing")
     compare.add_argument("--latex", action="store_true", help="print the table in LaTeX as well")
     compare.set_defaults(act=_compare)
+
+    _add_audit(commands)
 
     methods = commands.add_parser("methods", help="list METHODS")
     methods.set_defaults(act=_methods)

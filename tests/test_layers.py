@@ -37,6 +37,12 @@ TORCH_ROOMS = {
     "diagnose",
     "export",
     "curvature",
+    "audit.canaries",
+    "audit.step",
+    "audit.broken",
+    "audit.federation",
+    "audit.run",
+    "audit.audit",
 }
 CORE = {
     "schedule",
@@ -82,6 +88,10 @@ CORE = {
     "site",
     "sources",
     "diagnostics",
+    "audit",
+    "audit.estimators",
+    "audit.published",
+    "audit.report",
 }
 
 

@@ -66,6 +66,26 @@ MUTANTS = {
         "alpha=2 / 3 * noise_std)",
         "tests/test_mechanism.py",
     ),
+    "noise halved": Mutant(
+        "privacy/mechanism.py",
+        "alpha=noise_std)",
+        "alpha=noise_std / 2)",
+        "tests/test_mechanism.py",
+    ),
+    "the same noise in every step": Mutant(
+        "privacy/mechanism.py",
+        "        return torch.from_numpy(rng.standard_normal(size)).to(like)\n",
+        "        rng = np.random.default_rng(0)\n"
+        "        return torch.from_numpy(rng.standard_normal(size)).to(like)\n",
+        "tests/test_mechanism.py",
+    ),
+    "no noise on one factor": Mutant(
+        "privacy/mechanism.py",
+        "    noised = torch._foreach_add(totals, shaped, alpha=noise_std)\n",
+        '    shaped = [s * (".lora_A." not in n) for n, s in zip(sums, shaped, strict=True)]\n'
+        "    noised = torch._foreach_add(totals, shaped, alpha=noise_std)\n",
+        "tests/test_mechanism.py",
+    ),
     "noise without the clip norm": Mutant(
         "trainer.py",
         "return z * clip_norm if z > 0 else 0.0",

@@ -11,12 +11,14 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from scipy.optimize import brentq
 
 EPSILON_ERROR = 0.003  # additive; both accountants then agree to 1 % from ε = 0.3 upwards
 PRV_TRUSTED = 500.0  # above, its floating-point numbers saturate; RDP is looser and safe there
+_COARSE = 1e-3  # ten times Google's own width: an audit's bound moves by less than 1e-4 of itself
 SMALLEST_NOISE = 2.0**-6
 LARGEST_NOISE = 2.0**12  # a noise multiplier beyond it trains nothing
 RELATIVE_TOLERANCE = 1e-3  # of the calibrated noise multiplier, always on the private side
@@ -73,19 +75,38 @@ def epsilon(releases: Sequence[Release], delta: float) -> float:
     return math.inf if any(z == 0 for _, z, _ in groups) else _upper_bound(groups, delta)
 
 
-def second_epsilon(releases: Sequence[Release], delta: float) -> float:
-    """Return ε like :func:`epsilon`, by an accountant that shares no code with it (PLD)."""
+def _composed(groups: tuple[tuple[float, float, int], ...], width: float = 1e-4) -> Any:
+    """Return Google's accountant with all releases in it, its privacy losses ``width`` apart."""
     import dp_accounting
     from dp_accounting.pld import PLDAccountant
 
-    groups = _grouped(releases)
-    if any(z == 0 for _, z, _ in groups):
-        return math.inf
-    accountant = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE)
+    accountant = PLDAccountant(dp_accounting.NeighboringRelation.ADD_OR_REMOVE_ONE, width)
     for q, z, n in groups:
         event = dp_accounting.PoissonSampledDpEvent(q, dp_accounting.GaussianDpEvent(z))
         accountant.compose(dp_accounting.SelfComposedDpEvent(event, n))
-    return float(accountant.get_epsilon(delta)) if groups else 0.0
+    return accountant
+
+
+def second_epsilon(releases: Sequence[Release], delta: float) -> float:
+    """Return ε like :func:`epsilon`, by an accountant that shares no code with it (PLD)."""
+    groups = _grouped(releases)
+    if any(z == 0 for _, z, _ in groups):
+        return math.inf
+    return float(_composed(groups).get_epsilon(delta)) if groups else 0.0
+
+
+def total_variation(releases: Sequence[Release]) -> float:
+    """Return the most by which any test's hits and false alarms can differ: δ at ε = 0 (PLD).
+
+    Limits: no releases give 0; a release without noise is refused.
+
+    Raises:
+        ValueError: for a noise multiplier of 0.
+    """
+    groups = _grouped(releases)
+    if any(z == 0 for _, z, _ in groups):
+        raise ValueError("noise multiplier 0 must be greater than 0 for a total variation")
+    return float(_composed(groups, _COARSE).get_delta(0.0)) if groups else 0.0
 
 
 def _smallest(excess: Callable[[float], float], high: float) -> float:

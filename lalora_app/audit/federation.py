@@ -1,0 +1,185 @@
+"""A whole federation in this process, with mislabelled examples planted at one client.
+
+The trainer, the server rule and the files of resident factors are the app's own; only the network
+is left out.
+"""
+
+import tempfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lalora_app import residents, trainer
+from lalora_app.adapter import Adapter, Kind, ServerState, kind, select
+from lalora_app.aggregate.products import moved
+from lalora_app.aggregate.rule import Round
+from lalora_app.backbone import build
+from lalora_app.config import Config
+from lalora_app.data import Examples, split
+from lalora_app.encoding import Batch, Encoded, Indices
+from lalora_app.methods import method_of
+from lalora_app.partition import partition
+from lalora_app.privacy.accounting import Release, calibrate, epsilon
+from lalora_app.privacy.ledger import Reservation
+from lalora_app.privacy.randomness import seed_of, seeded
+from lalora_app.schedule import Factors
+
+_VICTIM = 0
+
+
+@dataclass(frozen=True)
+class Planted(Encoded):
+    """A client's examples and the canaries; those that are out are records without content."""
+
+    inner: Encoded
+    absent: frozenset[int]
+
+    def __len__(self) -> int:
+        """Return the number of records, the empty ones included."""
+        return len(self.inner)
+
+    def length(self, index: int) -> int:
+        """Return what batches are sorted by."""
+        return self.inner.length(index)
+
+    def batch(self, indices: Indices) -> Batch:
+        """Return the given examples."""
+        return self.inner.batch(indices)
+
+    def micro_batches(self, indices: Iterable[int], size: int) -> Iterator[Batch]:
+        """Yield the given examples but the absent ones, which add nothing to any sum."""
+        present = [index for index in indices if index not in self.absent]
+        yield from self.inner.micro_batches(present, size)
+
+
+@dataclass(frozen=True)
+class Sent:
+    """What the victim computed in a round: the change of each of its tensors.
+
+    Attributes:
+        t: the round.
+        start: the global adapter that it was sent.
+        change: of all its tensors against ``start``; those of the kinds in ``kinds`` travelled.
+        kinds: that travelled.
+    """
+
+    t: int
+    start: Adapter
+    change: Adapter
+    kinds: frozenset[Kind]
+
+
+def mislabelled(config: Config, count: int) -> Examples:
+    """Return public test examples with another label than their own, at most ``count``."""
+    test = split(config.data)[1]
+    test = test.take(range(min(count, len(test))))
+    wrong = tuple((label + 1) % config.data.num_labels for label in test.labels)
+    return Examples(test.contents, wrong)
+
+
+@dataclass(frozen=True)
+class Site:
+    """A simulated client."""
+
+    data: Encoded
+    release: Release
+    residents: Path
+
+
+def _joined(own: Examples, more: Examples) -> Examples:
+    return Examples(own.contents + more.contents, own.labels + more.labels)
+
+
+class Federation:
+    """The rounds of a run in which every client takes part.
+
+    Args:
+        config: of the run.
+        canaries: examples for the victim.
+        members: (canaries,), which of them are in its data.
+        clients: their number.
+        seed: of batches and noise; the canaries are public, and the result is thrown away.
+    """
+
+    def __init__(
+        self, config: Config, canaries: Examples, members: np.ndarray, clients: int, seed: int
+    ):
+        self.config, self.method, self.seed = config, method_of(config), seed
+        self.backbone, start = build(config)
+        self.state = ServerState(start)
+        self._folder = tempfile.TemporaryDirectory()
+        parts = partition(config.data, config.seed, clients)
+        own = [parts[i] if i != _VICTIM else _joined(parts[i], canaries) for i in range(clients)]
+        absent = len(parts[_VICTIM]) + np.flatnonzero(~members)
+        self.sites = [
+            self._site(i, data, frozenset(absent.tolist()) if i == _VICTIM else frozenset())
+            for i, data in enumerate(own)
+        ]
+
+    def _site(self, index: int, data: Examples, absent: frozenset[int]) -> Site:
+        privacy, train = self.config.privacy, self.config.train
+        rate = train.batch_size / len(data)
+        steps = self.config.num_server_rounds * train.local_steps
+        noise = calibrate(privacy.epsilon, privacy.delta, sampling_rate=rate, steps=steps)
+        planted = Planted(self.backbone.encode(data), absent)
+        folder = Path(self._folder.name) / str(index) / "waiting.safetensors"
+        return Site(planted, Release(rate, noise, train.local_steps), folder)
+
+    @property
+    def epsilon(self) -> float:
+        """The victim's ε over the whole run, by the accountant."""
+        rounds = self.config.num_server_rounds
+        return epsilon([self.sites[_VICTIM].release] * rounds, self.config.privacy.delta)
+
+    def _trained(self, index: int) -> Adapter:
+        """Return a client's result of the round under way."""
+        site, config, t = self.sites[index], self.config, self.state.round + 1
+        versions = self.state.versions
+        start = residents.substitute(site.residents, self.state.adapter, versions, t)
+        local = trainer.Local(
+            self.method,
+            t,
+            config.num_server_rounds,
+            config.train,
+            config.rule,
+            config.privacy.clip_norm,
+            seed_of(self.seed, index, t),
+        )
+        streams = trainer.Streams(
+            seeded(self.seed, "audit sampling", index, t),
+            seeded(self.seed, "audit noise", index, t),
+        )
+        result = trainer.run_round(
+            self.backbone,
+            site.data,
+            start,
+            self.state.drift,
+            local=local,
+            reservation=Reservation(site.release),
+            streams=streams,
+        )
+        waiting = self.method.resident(t, config.train.local_steps)
+        residents.keep(site.residents, result, waiting, versions, t)
+        return result
+
+    def rounds(self) -> Iterator[Sent]:
+        """Run all rounds; yield what the victim computed in each."""
+        for t in range(1, self.config.num_server_rounds + 1):
+            before = self.state.adapter
+            results = [self._trained(i) for i in range(len(self.sites))]
+            synced = self.method.sent(t, last=self.config.is_last(t))
+            self._aggregate(t, [select(result, synced) for result in results], synced)
+            result = results[_VICTIM]
+            change = {name: result[name] - before[name] for name in result}
+            kinds = frozenset(kind(name) for name in select(result, synced))
+            yield Sent(t, before, change, kinds)
+
+    def _aggregate(self, t: int, uploads: list[Adapter], synced: Factors) -> None:
+        config, state = self.config, self.state
+        info = Round(t=t, rounds=config.num_server_rounds, seed=config.seed, numbers=config.rule)
+        new = self.method.aggregate(state.adapter, [1.0] * len(uploads), uploads, info)
+        scale = config.lora.alpha / config.lora.rank
+        drift = moved(state.drift, new.fold, scale) if new.fold else None
+        self.state = state.advanced(new.adapter, synced, drift)

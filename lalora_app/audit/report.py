@@ -1,0 +1,91 @@
+"""What an audit found, as text and as JSON."""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+SURE = 1e-4  # p-value below which the verdict is "broken": one false alarm in 10,000 audits
+
+
+@dataclass(frozen=True)
+class Row:
+    """One attack's outcome.
+
+    Attributes:
+        name: of the part of the audit.
+        epsilon: lower bound that assumes (ε, δ)-DP alone.
+        curve: lower bound if the mechanism is the accountant's with an unknown noise; None: none.
+        said: what the bound comes from.
+        p_value: of so few errors under what the ledger has counted; None: not tested.
+    """
+
+    name: str
+    epsilon: float
+    curve: float | None
+    said: str
+    p_value: float | None = None
+
+
+@dataclass(frozen=True)
+class Report:
+    """An audit of one seed.
+
+    Attributes:
+        mechanism: what was attacked.
+        epsilon_upper: what the ledger counts, or what is claimed.
+        confidence: of ``epsilon_lower``; the rows share it, so all of them hold together.
+        delta: of both.
+        seed: of the audit.
+        rows: one a part of the audit.
+        facts: more numbers, for the JSON.
+    """
+
+    mechanism: str
+    epsilon_upper: float
+    confidence: float
+    delta: float
+    seed: int
+    rows: Sequence[Row]
+    facts: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def epsilon_lower(self) -> float:
+        """The largest bound that assumes nothing but (ε, δ)-DP."""
+        return max(row.epsilon for row in self.rows)
+
+    @property
+    def broken(self) -> bool:
+        """Whether an attack proves more than is promised, or errs less than what was counted."""
+        unlikely = any(row.p_value is not None and row.p_value < SURE for row in self.rows)
+        return unlikely or self.epsilon_lower > self.epsilon_upper
+
+    def text(self) -> str:
+        """Return the report as lines."""
+        lines = [f"seed {self.seed}  {self.mechanism}, delta {self.delta:g}"]
+        for row in self.rows:
+            more = "" if row.curve is None else f", {row.curve:.2f} by the accountant's curve"
+            more += "" if row.p_value is None else f", p-value {row.p_value:.2g}"
+            lines.append(f"  {row.name}: at least {row.epsilon:.2f}{more}  ({row.said})")
+        verdict = "BROKEN: more is proved than promised" if self.broken else "consistent"
+        lines.append(
+            f"  epsilon_upper {self.epsilon_upper:.3f}  epsilon_lower {self.epsilon_lower:.3f}  "
+            f"confidence {self.confidence:g}  {verdict}"
+        )
+        return "\n".join(lines)
+
+    def json(self) -> str:
+        """Return the report as one line of JSON."""
+        head = {
+            "epsilon_upper": self.epsilon_upper,
+            "epsilon_lower": self.epsilon_lower,
+            "confidence": self.confidence,
+            "mechanism": self.mechanism,
+            "delta": self.delta,
+            "seed": self.seed,
+            "broken": self.broken,
+        }
+        parts = {
+            row.name: {"epsilon": row.epsilon, "curve": row.curve, "p_value": row.p_value}
+            for row in self.rows
+        }
+        return json.dumps({**head, "parts": parts, **self.facts})
