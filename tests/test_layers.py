@@ -79,6 +79,7 @@ CORE = {
     "residents",
     "sources",
     "diagnostics",
+    "credentials",
 }
 
 
