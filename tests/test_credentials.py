@@ -1,5 +1,6 @@
 """Keys and certificates of a deployment, tried in a TLS handshake as OpenSSL's strictest."""
 
+import contextlib
 import ssl
 import stat
 from pathlib import Path
@@ -31,10 +32,8 @@ def shake_hands(server: Path, ca: Path, host: str) -> str:
     client = asking.wrap_bio(down, up, server_hostname=host)
     other = accepting.wrap_bio(up, down, server_side=True)
     for side in (client, other, client, other):
-        try:
+        with contextlib.suppress(ssl.SSLWantReadError):
             side.do_handshake()
-        except ssl.SSLWantReadError:
-            pass
     return str(client.version())
 
 
@@ -44,7 +43,7 @@ def test_the_servers_certificate_holds_for_its_names(server, host):
 
 
 def test_another_name_and_another_ca_are_rejected(server, tmp_path):
-    with pytest.raises(ssl.SSLCertVerificationError, match="[Hh]ostname mismatch"):
+    with pytest.raises(ssl.SSLCertVerificationError, match="mismatch"):
         shake_hands(server, server, "other.example.org")
     make_ca(tmp_path / "other")
     # Both CAs have one name; what differs is the key.
