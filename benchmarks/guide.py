@@ -22,7 +22,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = ROOT / "docs" / "deployment.md"
 _BLOCK = re.compile(r"^```sh(?: +(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_GRACE = 15.0  # seconds to end by itself
+_GRACE = 60.0  # seconds to end by itself
 
 
 @dataclass(frozen=True)
@@ -145,10 +145,6 @@ class Guide:
             until(lambda p=port, s=service: _listens(p) or s.poll() is not None, timeout, name)
             if service.poll() is not None:
                 raise RuntimeError(f"{name} ended: {self.log(name)[-4000:]}")
-
-    def pid(self, name: str) -> int:
-        """Return the process of a service, below its shell."""
-        return psutil.Process(self.services[name].pid).children()[0].pid
 
     def stop(self, name: str, how: int = signal.SIGTERM) -> None:
         """End a service and what it has started."""
