@@ -79,8 +79,10 @@ def _spent(config: Config, site: Site, run: str) -> float:
 
 
 def _config(message: Message, context: Context) -> Config:
-    """Return the config of the run that the message belongs to."""
-    return parse({**context.run_config, **wire.run_config_of(message.content)})
+    """Return the config of the run that the message belongs to; the device is the node's own."""
+    node = context.node_config
+    own = {"model.device": node["device"]} if "device" in node else {}
+    return parse({**context.run_config, **wire.run_config_of(message.content), **own})
 
 
 def _hello(message: Message, context: Context) -> RecordDict:

@@ -1021,6 +1021,18 @@ def test_a_nodes_lifetime_budget_counts_over_runs(tiny):
     assert [len(exchanges) for exchanges in answered] == [1, 0]
 
 
+def test_a_nodes_own_device_goes_before_the_runs(tiny, monkeypatch):
+    built, honest = Counter(), backbone.build
+
+    def spy(config):
+        built[config.model.device] += 1
+        return honest(config)
+
+    monkeypatch.setattr(backbone, "build", spy)
+    run(tiny(**open_run() | {"num-server-rounds": 1}), [{"device": "cpu"}, {}])
+    assert built["cpu"] == 2  # to answer the query, and in the round
+
+
 def test_a_node_with_a_budget_takes_no_noise_that_the_server_can_repeat(tiny):
     config = tiny(**sized(2) | {"privacy.noise": "seeded"})
     nodes = [{}, {"max-epsilon": 5.0, "delta": DELTA}]
@@ -1052,6 +1064,7 @@ BAD_POLICIES = [
     {"max-epsilon": float("nan"), "delta": DELTA},
     {"max-epsilon": 5.0, "delta": 1.5},
     {"max-epsilon": True, "delta": DELTA},
+    {"device": "tpu"},
 ]
 
 

@@ -92,6 +92,7 @@ CORE = {
     "audit.estimators",
     "audit.published",
     "audit.report",
+    "credentials",
 }
 
 

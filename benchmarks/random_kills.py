@@ -1,0 +1,262 @@
+"""Kills a deployment at random, over and over, and looks at what is left.
+
+python benchmarks/random_kills.py FOLDER --kills 50 --rounds 120
+
+Brings up the guide's deployment (docs/deployment.md: SuperLink, three SuperNodes, TLS, keys) with
+SuperNodes that a supervisor restarts, as systemd does, and a user who resumes a run that has ended.
+Kills are SIGKILL of one process: a ClientApp at work, a SuperNode, or the ServerApp. Writes a line
+a kill to FOLDER/kills.jsonl, and at the end FOLDER/outcome.json: whether the run reached its end,
+and for every client its ledger's releases beside those that its log shows as drawn.
+"""
+
+import argparse
+import json
+import random
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import tomllib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import guide as guides
+import psutil
+from guide import ROOT, Guide
+
+from lalora_app.config import from_tables
+from lalora_app.privacy.ledger import Ledger
+
+SITES = ("site-0", "site-1", "site-2")
+VICTIMS = ("client", "site", "server")
+_PROGRAMS = {"client": "flwr-clientapp", "site": "flower-supernode", "server": "flwr-serverapp"}
+_RETRY = 5.0  # seconds: a killed node may not come back while its heartbeat is fresh
+_DRAWN = re.compile(r"LaLoRA timing (\d+) ")
+
+
+def write(file: Path, values: Mapping[str, Any]) -> None:
+    """Write flat keys of a run config as TOML."""
+    file.write_text("".join(f"{k} = {json.dumps(v)}\n" for k, v in values.items()), "utf-8")
+
+
+def live(made: Guide, program: str) -> list[psutil.Process]:
+    """Return the guide's running processes of a Flower program, without their shells."""
+    return [
+        process
+        for process in made.processes(program)
+        if any(Path(word).name == program for word in process.info["cmdline"][:2])
+    ]
+
+
+@dataclass
+class Supervisor:
+    """Restarts SuperNodes that have ended, until stopped; counts starts and refusals."""
+
+    made: Guide
+    starts: Counter[str] = field(default_factory=Counter)
+    _over: threading.Event = field(default_factory=threading.Event)
+
+    def __enter__(self) -> "Supervisor":
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._over.wait(_RETRY):
+            for name in SITES:
+                service = self.made.services.get(name)
+                if service is not None and service.poll() is not None:
+                    self.starts[name] += 1
+                    self.made.start(name)
+
+
+@dataclass
+class Submission:
+    """One run that is submitted again, with ``resume-from``, whenever its ServerApp is gone.
+
+    Args:
+        made: the deployment.
+        tables: the run config.
+    """
+
+    made: Guide
+    tables: dict[str, Any]
+    submitted: int = 0
+    begun: set[Path] = field(default_factory=set)
+
+    @property
+    def results(self) -> Path:
+        """Where runs leave their folders."""
+        return self.made.folder / "lalora-results"
+
+    def folder(self) -> Path | None:
+        """Return the newest run folder of this submission that can be resumed."""
+        found = {path.parents[1] for path in self.results.glob("*/checkpoints/attempt-*")}
+        return max(found - self.begun, key=lambda path: path.stat().st_mtime, default=None)
+
+    def done(self) -> bool:
+        """Tell whether the run has reached its end."""
+        folder = self.folder()
+        file = folder / "summary.json" if folder else None
+        if file is None or not file.is_file():
+            return False
+        return str(json.loads(file.read_text("utf-8"))["status"]).startswith("completed")
+
+    def submit(self) -> None:
+        """Submit the run: from its last checkpoint, where it has one."""
+        folder = self.folder()
+        values = self.tables | ({"resume-from": str(folder)} if folder else {})
+        file = self.made.folder / f"submission-{self.submitted}.toml"
+        write(file, values)
+        self.submitted += 1
+        self.made.run(f'flwr run . deployment -c "{file}"', log="submissions")
+
+    def keep_going(self) -> None:
+        """Submit again if the run is neither done nor at work."""
+        if not self.done() and not live(self.made, _PROGRAMS["server"]):
+            self.submit()
+            server = _PROGRAMS["server"]
+            guides.until(lambda: live(self.made, server) or self.done(), 120, "ServerApp")
+
+
+def _victim(made: Guide, kind: str, chance: random.Random, patience: float) -> psutil.Process:
+    """Wait for a process of the kind, then for a random moment of its life."""
+    deadline = time.monotonic() + patience
+    while time.monotonic() < deadline:
+        if found := live(made, _PROGRAMS[kind]):
+            chosen = chance.choice(found)
+            time.sleep(chance.uniform(0.0, 6.0))
+            if chosen.is_running():
+                return chosen
+        time.sleep(0.2)
+    raise TimeoutError(f"no {_PROGRAMS[kind]} to kill within {patience} s")
+
+
+def kill_one(
+    made: Guide, run: Submission, kind: str, chance: random.Random, patience: float = 300.0
+) -> dict[str, Any]:
+    """Kill one process of a kind at a random moment of the run; say what it was.
+
+    Raises:
+        TimeoutError: if the run ends, or shows no such process within ``patience`` seconds.
+    """
+    run.keep_going()
+    process = _victim(made, kind, chance, patience)
+    age = time.time() - process.create_time()
+    process.send_signal(signal.SIGKILL)
+    folder = run.folder()
+    rows = (folder / "history.jsonl").read_text("utf-8").splitlines() if folder else []
+    return {"kind": kind, "pid": process.pid, "age": round(age, 1), "attempts_done": len(rows)}
+
+
+def finish(run: Submission, seconds: float) -> bool:
+    """Let the run reach its end, resuming it as often as it takes."""
+    deadline = time.monotonic() + seconds
+    while not run.done() and time.monotonic() < deadline:
+        run.keep_going()
+        time.sleep(1.0)
+    return run.done()
+
+
+def ledgers(made: Guide, state: str = "rehearsal") -> dict[str, dict[str, Any]]:
+    """Return for every site what its ledger counts, what its log shows as drawn, and the verdict.
+
+    A ClientApp logs a line after its last draw of a round, so the log counts no more than was
+    drawn; `lalora ledger verify` recomputes epsilon with another accountant.
+    """
+    found = {}
+    for site in SITES:
+        path = made.state / site / state / "ledger.sqlite"
+        entries = Ledger(path).entries() if path.is_file() else []
+        rounds = len(_DRAWN.findall(made.log(site)))
+        verify = [sys.executable, "-m", "lalora_app.cli", "ledger", "verify", "--path", str(path)]
+        code = subprocess.run(verify, cwd=ROOT, env=made.environment, check=False).returncode
+        steps = max((entry.release.count for entry in entries), default=0)
+        counted = sum(entry.release.count for entry in entries)
+        found[site] = {
+            "counted": counted,
+            "drawn_at_least": rounds * steps,
+            "verify": code,
+            "under_reported": counted < rounds * steps,
+        }
+    return found
+
+
+def deploy(made: Guide) -> None:
+    """Execute the guide up to its rehearsal: three SuperNodes, whose ledgers set no limit."""
+    for block in guides.execute(made, set()):
+        if block.name == "rehearsal":
+            break
+    made.ready()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Kill, resume, verify; 0 if the run reached its end and no ledger is short."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--kills", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--victims", default=",".join(VICTIMS))
+    parser.add_argument("-c", "--run-config", type=Path, help="TOML; the default run otherwise")
+    parser.add_argument("--rounds", type=int, default=120)
+    parser.add_argument("--hours", type=float, default=3.0, help="for all of it")
+    args = parser.parse_args(argv)
+    text = args.run_config.read_text("utf-8") if args.run_config else ""
+    tables = from_tables(tomllib.loads(text))
+    tables |= {"num-server-rounds": args.rounds, "min-clients": 3, "min-replies": 1}
+    rehearsal = args.folder / "rehearsal.toml"
+    args.folder.mkdir(parents=True, exist_ok=True)
+    write(rehearsal, tables)
+    variables = {"REHEARSAL": str(rehearsal), "FIRST_RUN": str(rehearsal), "LALORA_TIMING": "1"}
+    with guides.guide(args.folder, **variables) as made:
+        outcome = _campaign(made, tables, args)
+    (args.folder / "outcome.json").write_text(json.dumps(outcome, indent=2) + "\n", "utf-8")
+    print(json.dumps(outcome, indent=2))
+    short = any(site["under_reported"] or site["verify"] for site in outcome["ledgers"].values())
+    return 0 if outcome["completed"] and not short else 1
+
+
+def _campaign(made: Guide, tables: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
+    chance, deadline = random.Random(args.seed), time.monotonic() + 3600 * args.hours
+    run, killed = Submission(made, tables), Counter[str]()
+    deploy(made)
+    with Supervisor(made) as supervisor:
+        while sum(killed.values()) < args.kills and time.monotonic() < deadline:
+            line = _attempt(made, run, chance.choice(args.victims.split(",")), chance)
+            if line is None:
+                break
+            killed[line["kind"]] += 1
+            with (args.folder / "kills.jsonl").open("a") as file:
+                file.write(json.dumps({"kill": sum(killed.values())} | line) + "\n")
+        completed = finish(run, max(60.0, deadline - time.monotonic()))
+    return {
+        "kills": dict(killed),
+        "submissions": run.submitted,
+        "supernode_starts": dict(supervisor.starts),
+        "completed": completed,
+        "ledgers": ledgers(made),
+    }
+
+
+def _attempt(
+    made: Guide, run: Submission, kind: str, chance: random.Random
+) -> dict[str, Any] | None:
+    """Return the line of a kill; None once the run is over."""
+    try:
+        return {"time": round(time.time(), 1)} | kill_one(made, run, kind, chance)
+    except (TimeoutError, psutil.NoSuchProcess) as error:
+        print(f"random_kills: {error}", file=sys.stderr)
+        return None if run.done() else _attempt(made, run, kind, chance)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
