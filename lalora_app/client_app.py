@@ -25,6 +25,9 @@ from lalora_app.privacy import randomness
 from lalora_app.privacy.accounting import Release, epsilon
 from lalora_app.privacy.ledger import BudgetError, Ledger, Limit, Reservation, noise_for
 from lalora_app.privacy.policy import Policy, read_policy, state_folder
+from lalora_app.secagg import client as secagg
+from lalora_app.secagg.fixed_point import RangeError
+from lalora_app.secagg.records import StageError
 from lalora_app.sources import DataError
 
 app = ClientApp()
@@ -157,11 +160,14 @@ def _train(message: Message, context: Context) -> RecordDict:
     request = wire.parse_request(message.content)
     local, model, like, encoded = _prepared(config, context)
     policy = _policy(config, context)
-    start = wire.adapter_of(message.content, like)
+    start = received = wire.adapter_of(message.content, like)
     drift = wire.drift_of(message.content, like)
     folder = state_folder(context.node_config)
     resident = residents.resident_file(folder, local.dataset, request.run)
     start = residents.substitute(resident, start, request.versions, request.attempt)
+
+    # Out of order, a stage of secure aggregation is refused here, before anything is spent.
+    seal = secagg.SEALS[config.secure_aggregation](message.content, context, request)
 
     clock = [time.monotonic()]
     reservation = _reserve(config, local, context, request)
@@ -188,12 +194,14 @@ def _train(message: Message, context: Context) -> RecordDict:
     if "LALORA_TIMING" in os.environ:
         account, train = (after - before for before, after in pairwise(clock))
         _log.info("LaLoRA timing %d %s %.3f %.3f", request.attempt, local.client, account, train)
+    sent = method.sent(request.round, last=config.is_last(request.attempt))
+    upload = seal(select(result, sent), select(received, sent))
     waiting = method.resident(request.round, config.train.local_steps)
     last = request.steps_left <= config.train.local_steps
     waiting = frozenset() if last else waiting
     residents.keep(resident, result, waiting, request.versions, request.attempt)
     return wire.TrainReply(
-        upload=select(result, method.sent(request.round, last=config.is_last(request.attempt))),
+        upload=upload,
         round=request.round,
         epsilon=_spent(config, local, context, request.run),
         num_examples=len(local.examples) if policy.public_size else None,
@@ -208,6 +216,10 @@ def _refusal_key(error: Exception) -> str:
             return error.key
         case ConfigError():
             return "config"
+        case StageError():
+            return "stage"
+        case RangeError():
+            return "update"
         case wire.WireError():
             return "request"
     return "internal"
@@ -236,3 +248,21 @@ def query(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Train one round under the client's own ledger and policy, or refuse."""
     return _answer(message, context, _train)
+
+
+@app.train("advertise")
+def advertise(message: Message, context: Context) -> Message:
+    """Begin an attempt under secure aggregation with fresh keys. Spends nothing."""
+    return _answer(message, context, secagg.advertise)
+
+
+@app.train("share")
+def share(message: Message, context: Context) -> Message:
+    """Share the secrets of this attempt's masks among its clients. Spends nothing."""
+    return _answer(message, context, secagg.share)
+
+
+@app.train("unmask")
+def unmask(message: Message, context: Context) -> Message:
+    """Help to take the masks off the sum, if enough of it is there. Spends nothing."""
+    return _answer(message, context, secagg.unmask)
