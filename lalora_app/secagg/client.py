@@ -243,8 +243,8 @@ def unmask(message: Message, context: Context) -> RecordDict:
     """
     record = record_of(message.content)
     state = _after(MASKED_SENT, context, order_of(record))
-    arrived, lost = clients_of(record, "arrived"), clients_of(record, "lost")
     replace(state, stage=DONE, seed_shares={}, key_shares={}).keep(context)
+    arrived, lost = clients_of(record, "arrived"), clients_of(record, "lost")
     _require(not set(arrived) & set(lost), "no vector is both there and lost")
     _require({*arrived, *lost} == set(state.seed_shares), "every client's vector is there or lost")
     _require(state.client in arrived, "the own vector was sent")
