@@ -5,11 +5,12 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from safetensors import SafetensorError
@@ -24,8 +25,11 @@ from lalora_app.privacy.accounting import Release, epsilon
 from lalora_app.privacy.budget import BudgetError, Limit, noise_for
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.policy import PolicyError
+from lalora_app.secagg import client as secagg
+from lalora_app.secagg.fixed_point import RangeError
+from lalora_app.secagg.records import StageError
 from lalora_app.site import Site, admit
-from lalora_app.sources import DataError
+from lalora_app.sources import NONE, DataError
 
 app = ClientApp()
 _log = logging.getLogger("flwr")
@@ -93,7 +97,11 @@ def _hello(message: Message, context: Context) -> RecordDict:
 
 
 def _reply(
-    config: Config, site: Site, request: wire.TrainRequest, size: int, upload: Adapter
+    config: Config,
+    site: Site,
+    request: wire.TrainRequest,
+    size: int,
+    upload: Mapping[str, np.ndarray],
 ) -> RecordDict:
     return wire.TrainReply(
         upload=upload,
@@ -118,14 +126,20 @@ def _train(message: Message, context: Context) -> RecordDict:
     site = admit(config, context.node_config, context.node_id)
     request = wire.parse_request(message.content, config)
     model, like, encoded = _prepared(config, site)
-    start = wire.adapter_of(message.content, like)
+    start = received = wire.adapter_of(message.content, like)
     digest = wire.digest(message.content, config)
     said = replies.reply_file(site.state, site.dataset, site.client)
-    if (upload := replies.again(said, digest)) is not None:
-        return _reply(config, site, request, len(encoded), upload)
+    # Under secure aggregation every answer has masks of its own: sums of one round over different
+    # clients would tell them apart.
+    old = replies.again(said, digest) if config.secure_aggregation == NONE else None
+    if old is not None:
+        return _reply(config, site, request, len(encoded), old)
     drift = wire.drift_of(message.content, like)
     resident = residents.resident_file(site.state, site.dataset, request.run)
     start = residents.substitute(resident, start, request.versions, request.attempt)
+
+    # Out of order, a stage of secure aggregation is refused here, before anything is spent.
+    seal = secagg.SEALS[config.secure_aggregation](message.content, context, request)
 
     clock = [time.monotonic()]
     reservation = _reserve(config, site, len(encoded), request)
@@ -155,10 +169,12 @@ def _train(message: Message, context: Context) -> RecordDict:
     waiting = method.resident(request.round, config.train.local_steps)
     last = request.steps_left <= config.train.local_steps
     waiting = frozenset() if last else waiting
-    upload = select(result, method.sent(request.round, last=config.is_last(request.attempt)))
+    sent = method.sent(request.round, last=config.is_last(request.attempt))
+    upload = seal(select(result, sent), select(received, sent))
     with _losing_at_most_a_file():
         residents.keep(resident, result, waiting, request.versions, request.attempt)
-        replies.keep(said, digest, upload)
+        if config.secure_aggregation == NONE:
+            replies.keep(said, digest, dict(upload))
     return _reply(config, site, request, len(encoded), upload)
 
 
@@ -172,6 +188,10 @@ def _refusal_key(error: Exception) -> str:
             return error.key
         case ConfigError():
             return "config"
+        case StageError():
+            return "stage"
+        case RangeError():
+            return "update"
         case wire.WireError():
             return "request"
     return "internal"
@@ -200,3 +220,21 @@ def query(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Train one round under the client's own ledger and policy, or refuse."""
     return _answer(message, context, _train)
+
+
+@app.train("advertise")
+def advertise(message: Message, context: Context) -> Message:
+    """Begin an attempt under secure aggregation with fresh keys. Spends nothing."""
+    return _answer(message, context, secagg.advertise)
+
+
+@app.train("share")
+def share(message: Message, context: Context) -> Message:
+    """Share the secrets of this attempt's masks among its clients. Spends nothing."""
+    return _answer(message, context, secagg.share)
+
+
+@app.train("unmask")
+def unmask(message: Message, context: Context) -> Message:
+    """Help to take the masks off the sum, if enough of it is there. Spends nothing."""
+    return _answer(message, context, secagg.unmask)

@@ -135,6 +135,7 @@ class Config:
     node_timeout: float = positive()
     weighting: str = one_of("uniform", "public-size")
     robust: str = one_of("none", "median", "trimmed-mean", "krum")
+    secure_aggregation: str = one_of("none", "secagg+")
     suspects: int = law("must not be negative", lambda v: v >= 0)
     seed: int = law("must not be negative", lambda v: v >= 0)
     output: str = path()

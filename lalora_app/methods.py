@@ -10,6 +10,7 @@ from lalora_app.config import Config, ConfigError
 from lalora_app.filters import binomial, identity, permuted, scaled
 from lalora_app.method import Method
 from lalora_app.perturb import row_noise
+from lalora_app.secagg import laws
 
 _BOTH = Method(paper="arXiv:2312.17493", trains=schedule.both, syncs=schedule.both)
 _ONLY_B = Method(
@@ -203,6 +204,7 @@ def method_of(config: Config) -> Method:
             f'robust="{config.robust}" must be "none" for method {config.method}, whose server '
             "rule is not a mean"
         )
+    laws.check(config, linear=method.linear)
     return method
 
 

@@ -94,6 +94,7 @@ def _privacy_report(config: Config, rows: list[dict[str, Any]]) -> dict[str, Any
         "mechanism": f"Gaussian, on sums of gradients clipped to {config.privacy.clip_norm}",
         "accountant": ACCOUNTANT,
         "noise": config.privacy.noise,
+        "secure_aggregation": config.secure_aggregation,
         "participation": "balanced; no amplification by client sampling is claimed",
         "composition": "all rounds of this run; other runs on the same data: lalora ledger show",
         "not_covered": "hyper-parameter tuning, floating-point noise, timing side channels",

@@ -26,11 +26,13 @@ from lalora_app.partition import CLIENT_NAME, label_counts
 from lalora_app.privacy.attach import LayoutError
 from lalora_app.results import RunFolder, check_writable, new_folder, old_folder
 from lalora_app.runlog import Progress, finish
+from lalora_app.secagg.strategy import SecureAlternation
 from lalora_app.sources import NONE
 from lalora_app.strategy import LocalAlternation
 
 app = ServerApp()
 _log = logging.getLogger("flwr")
+STRATEGIES = {"none": LocalAlternation, "secagg+": SecureAlternation}
 _POLL = 1.0  # seconds between looks at the list of nodes
 _SETTLE = 3.0  # seconds that the list must stay the same
 
@@ -201,7 +203,8 @@ def run(grid: Grid, config: Config, settle: float = 0.0) -> None:
         folder.write_json("partition.json", _partition(config, len(clients.nodes)))
     rows = [row for row in folder.history() if row["attempt"] <= state.attempts]
     spent = float(rows[-1]["epsilon_max"]) if rows else 0.0
-    strategy = LocalAlternation(config, method, folder.name, clients, state, spent)
+    kind = STRATEGIES[config.secure_aggregation]
+    strategy = kind(config, method, folder.name, clients, state, spent)
     progress = Progress(config, folder, strategy, model, test, rows, began)
     try:
         _train(grid, strategy, progress)

@@ -2,9 +2,10 @@
 
 import logging
 import time
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
@@ -38,12 +39,12 @@ class Attempt:
         download_bytes: tensors of one client's request.
         epsilon_max: the largest ε that any client can have spent so far in this run.
         aggregation_error: of averaging the factors apart, relative to the mean of the clients'
-            products; None where only one factor travelled.
+            products; None where only one factor travelled, or only a sum of them.
         aggregation_spectrum: the largest singular values of that error.
         remaining_error: of what the method's own rule made of them, on the same scale; None where
             the clients' products are not known.
         remaining_spectrum: the largest singular values of that.
-        update_cosine: mean cosine between two clients' updates.
+        update_cosine: mean cosine between two clients' updates; None where only a sum travelled.
         seconds: from the request to the aggregate.
     """
 
@@ -145,18 +146,19 @@ class LocalAlternation(Strategy):
         last = self.config.is_last(self.state.attempts + 1)
         return self.method.sent(self.state.round + 1, last=last)
 
-    def _asked(self) -> list[int]:
-        """Return the nodes of the attempt under way, in the order of the clients' names."""
-        return [self.clients.nodes[i] for i in self.clients.cohorts[self.state.attempts]]
+    def _asked(self) -> dict[int, int]:
+        """Return client by node of those asked to train, in the order of the clients' names."""
+        return {self.clients.nodes[i]: i for i in self.clients.cohorts[self.state.attempts]}
+
+    def _expected(self, client: int) -> Mapping[str, np.ndarray]:
+        """Return the tensors that a client's reply must hold, for names, shapes and type."""
+        return select(self._download(client), self._synced())
 
     def _judge(self, replies: Iterable[Message]) -> tuple[dict[int, TrainReply], list[str]]:
         """Return the valid replies by node, in the clients' order, and why others are not."""
         t, asked = self.state.round + 1, self._asked()
-        cohort = self.clients.cohorts[self.state.attempts]
-        expected = {
-            node: select(self._download(client), self._synced())
-            for node, client in zip(asked, cohort, strict=True)
-        }
+        expected = {node: self._expected(client) for node, client in asked.items()}
+        some = next(iter(expected.values()), {})
         accepted: dict[int, TrainReply] = {}
         dropped: list[str] = []
         answered = set()
@@ -165,7 +167,7 @@ class LocalAlternation(Strategy):
             answered.add(message.metadata.reply_to_message_id)
             try:
                 # The network's own errors come from no node that was asked.
-                reply = wire.parse_reply(message, expected.get(node, expected[asked[0]]), t)
+                reply = wire.parse_reply(message, expected.get(node, some), t)
                 _require_asked(node, expected)
                 accepted[node] = reply
             except WireError as error:
@@ -195,12 +197,21 @@ class LocalAlternation(Strategy):
         for node in self._asked():
             self.epsilons[node] = self._reported[node] if node in accepted else promise
 
+    def _enough(self, accepted: dict[int, TrainReply], dropped: list[str]) -> bool:
+        """Tell whether the valid replies make a round."""
+        return len(accepted) >= self.config.min_replies
+
+    def _uploads(self, accepted: dict[int, TrainReply]) -> tuple[list[float], list[Adapter]]:
+        """Return the weights and tensors to average, in units of the global scale."""
+        asked, full = self._asked(), self.config.lora.rank
+        ranks = {node: self._rank(asked[node]) for node in accepted}
+        uploads = [in_full_units(r.upload, ranks[node], full) for node, r in accepted.items()]
+        return self._weights(list(accepted.values())), uploads
+
     def _aggregate(self, accepted: dict[int, TrainReply], synced: Factors) -> Errors:
         """Move the state on, and measure what that loses of the clients' products."""
         full, config = self.config.lora.rank, self.config
-        ranks = {node: self._rank(i) for i, node in enumerate(self.clients.nodes)}
-        weights = self._weights(list(accepted.values()))
-        uploads = [in_full_units(r.upload, ranks[node], full) for node, r in accepted.items()]
+        weights, uploads = self._uploads(accepted)
         before = self.state.adapter
         shares, kept = robust(config.robust, config.suspects, weights, uploads)
         info = Round(
@@ -233,7 +244,7 @@ class LocalAlternation(Strategy):
         self._without_size(accepted, dropped)
         t, synced = self.state.round + 1, self._synced()
         good = list(accepted.values())
-        enough = len(good) >= self.config.min_replies
+        enough = self._enough(accepted, dropped)
         sizes = [num_bytes(reply.upload) for reply in good]
         asked = self.clients.cohorts[self.state.attempts]
         download = sum(num_bytes(self._download(client)) for client in asked) // len(asked)

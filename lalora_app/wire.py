@@ -37,6 +37,8 @@ REFUSALS = {
     "data.test-fraction": "data.test-fraction must leave both sides an example",
     "train.batch-size": "train.batch-size must be at most the client's number of examples",
     "privacy.delta": "privacy.delta must be below 1/n, n the client's number of examples",
+    "stage": "the stages of secure aggregation must come in order, from one attempt",
+    "update": "the update must be finite, and within the range of secure aggregation",
     "request": "the request does not fit the client's model or run config",
     "internal": "the client failed; see the client's log",
 }
@@ -152,7 +154,12 @@ class TrainRequest:
         return ConfigRecord({"run": self.run, **numbers, **versions})
 
 
-def _count(record: ConfigRecord, key: str, smallest: int, largest: float = math.inf) -> int:
+def count_of(record: ConfigRecord, key: str, smallest: int, largest: float = math.inf) -> int:
+    """Read an integer.
+
+    Raises:
+        WireError: if it is none, or not from ``smallest`` to ``largest``.
+    """
     value = record.get(key)
     if type(value) is not int or value < smallest:
         raise WireError(f"{key}={value!r} must be an integer of at least {smallest}")
@@ -174,10 +181,10 @@ def parse_request(content: RecordDict, config: Config) -> TrainRequest:
     rounds = config.num_server_rounds
     return TrainRequest(
         run=run,
-        round=_count(record, "round", 1, rounds),
-        attempt=_count(record, "attempt", 1, rounds),
-        steps_left=_count(record, "steps-left", 1, rounds * config.train.local_steps),
-        versions={f: _count(record, f"version-{f}", 0, rounds) for f in ("A", "B")},
+        round=count_of(record, "round", 1, rounds),
+        attempt=count_of(record, "attempt", 1, rounds),
+        steps_left=count_of(record, "steps-left", 1, rounds * config.train.local_steps),
+        versions={f: count_of(record, f"version-{f}", 0, rounds) for f in ("A", "B")},
     )
 
 
@@ -220,13 +227,13 @@ class TrainReply:
     """What a round sends up: the synced tensors, and the accounting of this run.
 
     Attributes:
-        upload: synced factors and head.
+        upload: synced factors and head; under secure aggregation one masked vector.
         round: of the request.
         epsilon: spent by this client in this run, rounded up to 0.01.
         num_examples: only where the client has declared its size public.
     """
 
-    upload: Adapter
+    upload: Mapping[str, np.ndarray]
     round: int
     epsilon: float
     num_examples: int | None = None
@@ -260,8 +267,12 @@ def run_config_of(content: RecordDict) -> dict[str, object]:
     return values
 
 
-def _accepted(reply: Message) -> RecordDict:
-    """Return the content of a reply that carries neither an error nor a refusal."""
+def accepted(reply: Message) -> RecordDict:
+    """Return the content of a reply that carries neither an error nor a refusal.
+
+    Raises:
+        WireError: saying which, or that the client runs other code.
+    """
     if reply.has_error():
         raise WireError(f"error {reply.error.code} from the network or the client's process")
     config = reply.content.config_records.get(CONFIG, ConfigRecord())
@@ -278,11 +289,11 @@ def parse_hello(reply: Message) -> Hello:
     Raises:
         WireError: if it refuses, failed, or runs other code.
     """
-    said = _accepted(reply).config_records[CONFIG]
+    said = accepted(reply).config_records[CONFIG]
     client = said.get("client")
     if not isinstance(client, str) or not client:
         raise WireError("client must be a name")
-    return Hello(client, _count(said, "rank", 1))
+    return Hello(client, count_of(said, "rank", 1))
 
 
 def parse_reply(reply: Message, expected: Mapping[str, np.ndarray], t: int) -> TrainReply:
@@ -296,7 +307,7 @@ def parse_reply(reply: Message, expected: Mapping[str, np.ndarray], t: int) -> T
     Raises:
         WireError: saying what is wrong with it; the caller drops it and goes on.
     """
-    content = _accepted(reply)
+    content = accepted(reply)
     metrics = content.metric_records.get(METRICS, MetricRecord())
     if metrics.get("round") != t:
         raise WireError(f"round={metrics.get('round')!r} must be {t}: a stale reply")

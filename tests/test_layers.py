@@ -11,7 +11,10 @@ import pytest
 from conftest import ROOT
 
 PACKAGE = ROOT / "lalora_app"
-USES_FLWR = {"robust", "wire", "strategy", "client_app", "server_app", "runlog", "comparison"}
+USES_FLWR = {
+    *("robust", "wire", "strategy", "client_app", "server_app", "runlog", "comparison"),
+    *("secagg.masks", "secagg.records", "secagg.client", "secagg.session", "secagg.strategy"),
+}
 SHELL = USES_FLWR | {"cli", "books", "launcher", "compare"}
 TORCH_ROOMS = {
     "trainer",
@@ -93,6 +96,9 @@ CORE = {
     "audit.published",
     "audit.report",
     "credentials",
+    "secagg",
+    "secagg.fixed_point",
+    "secagg.laws",
 }
 
 

@@ -1,0 +1,211 @@
+"""What secure aggregation costs: bytes of a client and round, and CPU seconds of both sides.
+
+python benchmarks/secagg.py                     # 4 and 20 clients, a tiny and the default adapter
+python benchmarks/secagg.py --clients 100 --rounds 1
+python benchmarks/secagg.py --simulate          # and rounds of `lalora run` by the clock
+
+The real Strategy and the real stages of a client run in this process, over a grid that serialises
+every message. Clients do not train: they add normal noise to what they were sent, so all that is
+measured is the protocol. Writes benchmarks/results/secagg.json and prints medians over the rounds:
+
+up, down   bytes of all messages of a client, as serialised, the run config in its request included
+client     CPU seconds of one client besides training: keys, shares, masks, help to unmask
+server     CPU seconds of the server: messages, unmasking, aggregating
+error      largest difference to the mean of the uploads in float64, the rounding of the adapter to
+           float32 included (all of it, without secure aggregation), beside the bound of the sum
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
+from flwr.common.serde import message_from_proto, message_to_proto
+from flwr.serverapp import Grid
+from flwr.supercore.task_identity import TaskIdentity
+
+from lalora_app import wire
+from lalora_app.adapter import Adapter, ServerState, select
+from lalora_app.cohorts import Clients
+from lalora_app.config import Config, from_tables, parse
+from lalora_app.methods import method_of
+from lalora_app.secagg import client, fixed_point
+from lalora_app.server_app import STRATEGIES
+
+APP = Path(__file__).resolve().parents[1]
+OUTPUT = Path(__file__).parent / "results" / "secagg.json"
+SHAPES = {"tiny": (4, 16, 2), "default": (12, 384, 8)}  # target layers, width, rank
+FACTOR = 1 << 40  # node ids are large numbers
+STAGES = {"advertise": client.advertise, "share": client.share, "unmask": client.unmask}
+
+
+def adapter_of(size: str) -> Adapter:
+    """Return a random adapter of a size's shapes, with a head for two labels."""
+    layers, width, rank = SHAPES[size]
+    rng = np.random.default_rng(0)
+    shapes: dict[str, tuple[int, ...]] = {"score.weight": (2, width), "score.bias": (2,)}
+    for layer in range(layers):
+        shapes[f"layer.{layer}.lora_A.weight"] = (rank, width)
+        shapes[f"layer.{layer}.lora_B.weight"] = (width, rank)
+    return {n: 0.05 * rng.standard_normal(s, np.float32) for n, s in shapes.items()}
+
+
+class Loopback(Grid):
+    """Clients in this process; every message is serialised, counted and timed."""
+
+    def __init__(self, config: Config, like: Adapter, clients: int):
+        self.config, self.like = config, like
+        nodes = [FACTOR + i for i in range(clients)]
+        self.contexts = {n: Context(1, n, {}, RecordDict(), {}) for n in nodes}
+        self.rng = np.random.default_rng(1)
+        self.uploads: list[Adapter] = []
+        self.totals: dict[str, float] = defaultdict(float)
+
+    def _trained(self, message: Message, context: Context) -> RecordDict:
+        """Reply as a client does, with noise for the result of its training."""
+        request = wire.parse_request(message.content)
+        start = select(wire.adapter_of(message.content, self.like), frozenset("B"))
+        upload = {
+            n: x + 0.05 * self.rng.standard_normal(x.shape, np.float32) for n, x in start.items()
+        }
+        self.uploads.append(upload)
+        seal = client.SEALS[self.config.secure_aggregation](message.content, context, request)
+        return wire.TrainReply(seal(upload, start), request.round, 1.0).record()
+
+    def _answer(self, message: Message) -> Message:
+        context = self.contexts[message.metadata.dst_node_id]
+        stage = message.metadata.message_type.partition(".")[2]
+        return Message(STAGES.get(stage, self._trained)(message, context), reply_to=message)
+
+    def send_and_receive(self, messages, *, timeout=None):
+        """Deliver; the clock of the clients runs here, the server's everywhere else."""
+        replies = []
+        for message in messages:
+            message.metadata.__dict__["_message_id"] = str(len(replies))
+            request = message_to_proto(message)
+            began = time.process_time()
+            reply = message_to_proto(self._answer(message_from_proto(request)))
+            self.totals["client"] += time.process_time() - began
+            self.totals["down"] += request.ByteSize()
+            self.totals["up"] += reply.ByteSize()
+            replies.append(message_from_proto(reply))
+        return replies
+
+    def push_messages(self, messages):
+        """Not used by a Strategy."""
+        raise NotImplementedError
+
+    pull_messages = create_message = set_run = push_messages
+
+    def get_node_ids(self):
+        """Return the nodes."""
+        return set(self.contexts)
+
+    @property
+    def run(self):
+        """Not used by a Strategy."""
+        raise NotImplementedError
+
+
+def config_of(secure: str, clients: int, rounds: int) -> Config:
+    """Return the default run's config, for so many clients."""
+    text = (APP / "pyproject.toml").read_text("utf-8")
+    values = from_tables(tomllib.loads(text)["tool"]["flwr"]["app"]["config"])
+    changes = {"secure-aggregation": secure, "min-clients": clients, "num-server-rounds": rounds}
+    return parse(values | changes | {"method": "ffa-lora", "weighting": "uniform"})
+
+
+def mean_of(uploads: list[Adapter]) -> dict[str, np.ndarray]:
+    """Return the mean of the uploads in float64."""
+    return {n: np.mean([u[n] for u in uploads], axis=0, dtype=np.float64) for n in uploads[0]}
+
+
+def one_round(strategy, grid: Loopback) -> dict[str, float]:
+    """Run one round; return its bytes and seconds a client, and the error of its mean."""
+    grid.totals.clear()
+    grid.uploads.clear()
+    began = time.process_time()
+    requests = strategy.configure_train(1, ArrayRecord(), ConfigRecord(), grid)
+    strategy.aggregate_train(1, grid.send_and_receive(requests))
+    seconds = time.process_time() - began - grid.totals["client"]
+    assert strategy.attempts[-1].aggregated, strategy.attempts[-1].dropped
+    clients = len(grid.contexts)
+    found = {name: total / clients for name, total in grid.totals.items()}
+    error = max(
+        float(np.abs(strategy.state.adapter[n] - mean).max())
+        for n, mean in mean_of(grid.uploads).items()
+    )
+    return found | {"server": seconds, "error": error}
+
+
+def measure(size: str, clients: int, rounds: int, secure: str) -> dict[str, object]:
+    """Return the medians of one case."""
+    TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
+    config, start = config_of(secure, clients, rounds), adapter_of(size)
+    grid = Loopback(config, start, clients)
+    cohorts = [tuple(range(clients))] * rounds
+    members = Clients(list(grid.contexts), cohorts)
+    kind = STRATEGIES[secure]
+    strategy = kind(config, method_of(config), "run", members, ServerState(start))
+    rows = [one_round(strategy, grid) for _ in range(rounds)]
+    medians = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
+    bound = fixed_point.error_bound(clients) if secure != "none" else 0.0
+    case = {"adapter": size, "clients": clients, "secure": secure}
+    tensors = strategy.attempts[-1].upload_bytes
+    return case | medians | {"error_bound": bound, "tensors": tensors}
+
+
+def simulated(clients: int, rounds: int, secure: str) -> float:
+    """Return the median seconds of a round of `lalora run`, without its first two."""
+    changes = "data.dirichlet-alpha=inf train.batch-size=16 train.local-steps=2"
+    with tempfile.TemporaryDirectory() as folder:
+        own = f'num-server-rounds={rounds} min-clients={clients} output="{folder}"'
+        keys = f'{changes} {own} secure-aggregation="{secure}"'
+        command = [sys.executable, "-m", "lalora_app.cli", "run", str(APP)]
+        command += ["--nodes", str(clients), "-c", keys]
+        subprocess.run(command, check=True, capture_output=True)
+        (history,) = Path(folder).glob("*/history.jsonl")
+        rows = [json.loads(line) for line in history.read_text("utf-8").splitlines()]
+    return statistics.median(row["seconds"] for row in rows[2:])
+
+
+def show(found: dict[str, object]) -> None:
+    """Print one line of the table."""
+    print(
+        "{adapter:8} {clients:>3} clients {secure:8} up {up:>9,.0f} B  down {down:>9,.0f} B  "
+        "client {client:6.3f} s  server {server:6.2f} s  error {error:.1e} of {error_bound:.1e}"
+        "".format(**found),
+        flush=True,
+    )
+
+
+def main() -> None:
+    """Measure every case, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--clients", type=int, nargs="+", default=[4, 20])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--simulate", action="store_true", help="seconds of `lalora run`, too")
+    arguments = parser.parse_args()
+    results = []
+    for size, clients in [(size, clients) for size in SHAPES for clients in arguments.clients]:
+        for secure in STRATEGIES:
+            results.append(measure(size, clients, arguments.rounds, secure))
+            show(results[-1])
+    for clients in arguments.clients if arguments.simulate else []:
+        for secure in STRATEGIES:
+            seconds = simulated(clients, 2 + arguments.rounds, secure)
+            results.append({"simulated": clients, "secure": secure, "seconds": seconds})
+            print(f"lalora run, {clients} clients, {secure}: {seconds:.2f} s a round", flush=True)
+    OUTPUT.write_text(json.dumps(results, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
