@@ -57,12 +57,16 @@ def keep(
     metadata = {"attempt": str(attempt)} | {str(f): str(v) for f, v in versions.items()}
     try:
         save_file(tensors, new, metadata=metadata)
-        if _attempt_of(path) < attempt:
-            with contextlib.suppress(FileNotFoundError):
-                path.replace(_previous(path))
-        new.replace(path)
+        _move_into_place(new, path, attempt)
     finally:
         new.unlink(missing_ok=True)
+
+
+def _move_into_place(new: Path, path: Path, attempt: int) -> None:
+    if _attempt_of(path) < attempt:
+        with contextlib.suppress(FileNotFoundError):
+            path.replace(_previous(path))
+    new.replace(path)
 
 
 def _attempt_of(path: Path) -> int:
