@@ -4,7 +4,6 @@ The trainer, the server rule and the files of resident factors are the app's own
 is left out.
 """
 
-import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,15 +100,22 @@ class Federation:
         members: (canaries,), which of them are in its data.
         clients: their number.
         seed: of batches and noise; the canaries are public, and the result is thrown away.
+        folder: of the resident factors.
     """
 
     def __init__(
-        self, config: Config, canaries: Examples, members: np.ndarray, clients: int, seed: int
+        self,
+        config: Config,
+        canaries: Examples,
+        members: np.ndarray,
+        clients: int,
+        seed: int,
+        folder: Path,
     ):
         self.config, self.method, self.seed = config, method_of(config), seed
         self.backbone, start = build(config)
         self.state = ServerState(start)
-        self._folder = tempfile.TemporaryDirectory()
+        self._folder = folder
         parts = partition(config.data, config.seed, clients)
         own = [parts[i] if i != _VICTIM else _joined(parts[i], canaries) for i in range(clients)]
         absent = len(parts[_VICTIM]) + np.flatnonzero(~members)
@@ -124,7 +130,7 @@ class Federation:
         steps = self.config.num_server_rounds * train.local_steps
         noise = calibrate(privacy.epsilon, privacy.delta, sampling_rate=rate, steps=steps)
         planted = Planted(self.backbone.encode(data), absent)
-        folder = Path(self._folder.name) / str(index) / "waiting.safetensors"
+        folder = self._folder / str(index) / "waiting.safetensors"
         return Site(planted, Release(rate, noise, train.local_steps), folder)
 
     @property

@@ -4,9 +4,11 @@ Half of the mislabelled canaries, by a coin each, are in the data of one client.
 the server: it sees what that client sends in each round, and the final adapter.
 """
 
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,12 +20,14 @@ from lalora_app.audit.federation import Federation, Sent, mislabelled
 from lalora_app.audit.step import guessed
 from lalora_app.backbone import Backbone
 from lalora_app.config import Config
+from lalora_app.data import Examples
 from lalora_app.encoding import Batch, Encoded
 from lalora_app.privacy.mechanism import clip_scales
 from lalora_app.privacy.randomness import seeded
 
 _SHARE = 0.25  # of the canaries guessed on either side, fixed before anything is seen
 _BATCH = 32
+_RIDGE = 0.01  # of the mean squared norm of the canaries' gradients
 
 
 @dataclass(frozen=True)
@@ -78,24 +82,47 @@ def _in_order(canaries: Encoded) -> Iterator[Batch]:
         yield canaries.batch(range(start, min(start + _BATCH, len(canaries))))
 
 
-def alignment(
-    backbone: Backbone, canaries: Encoded, sent: Sent, clip_norm: float
-) -> dict[Kind, np.ndarray]:
-    """Return (canaries,) by kind: how far the change goes down each canary's clipped gradient."""
-    backbone.load(sent.start)
+def _gradients(
+    backbone: Backbone, canaries: Encoded, start: Adapter, clip_norm: float
+) -> dict[str, np.ndarray]:
+    """Return (canaries, entries) by tensor: each canary's clipped gradient at ``start``."""
+    backbone.load(start)
     backbone.engine.activate(frozenset(backbone.engine.parameters))
-    scores: dict[Kind, list[np.ndarray]] = {}
+    parts: dict[str, list[np.ndarray]] = {}
     for batch in _in_order(canaries):
         count = len(batch.labels)
         grads = backbone.engine.gradients(partial(backbone.losses, batch), count)
-        scales = clip_scales(grads.norms(), clip_norm).cpu().numpy()
-        sums: dict[Kind, np.ndarray] = {}
+        scales = clip_scales(grads.norms(), clip_norm).cpu().numpy()[:, None]
         for name, each in grads.dense().items():
-            along = each.reshape(count, -1).cpu().numpy() @ sent.change[name].reshape(-1)
-            sums[kind(name)] = sums.get(kind(name), 0.0) - scales * along
-        for which, values in sums.items():
-            scores.setdefault(which, []).append(values)
-    return {which: np.concatenate(values) for which, values in scores.items()}
+            parts.setdefault(name, []).append(scales * each.reshape(count, -1).cpu().numpy())
+    return {name: np.concatenate(rows) for name, rows in parts.items()}
+
+
+def _shares(gradients: np.ndarray, change: np.ndarray) -> np.ndarray:
+    """Return (canaries,): how much of each one's gradient explains the change; ridge regression.
+
+    Gradients of canaries resemble each other, so that an inner product alone would say little.
+    """
+    gram = gradients @ gradients.T
+    ridge = _RIDGE * np.trace(gram) / len(gram)
+    if ridge == 0:  # A has no gradient while B is zero
+        return np.zeros(len(gram))
+    wanted: np.ndarray = np.linalg.solve(gram + ridge * np.eye(len(gram)), -gradients @ change)
+    return wanted
+
+
+def membership(
+    backbone: Backbone, canaries: Encoded, sent: Sent, clip_norm: float
+) -> dict[Kind, np.ndarray]:
+    """Return (canaries,) by kind: each canary's share in what the client's tensors became."""
+    gradients = _gradients(backbone, canaries, sent.start, clip_norm)
+    scores: dict[Kind, np.ndarray] = {}
+    for which in sorted({kind(name) for name in gradients}):
+        names = [name for name in gradients if kind(name) == which]
+        rows = np.hstack([gradients[name] for name in names])
+        change = np.concatenate([sent.change[name].reshape(-1) for name in names])
+        scores[which] = _shares(rows.astype(float), change.astype(float))
+    return scores
 
 
 @torch.inference_mode()
@@ -130,13 +157,22 @@ def audit_run(
     """
     planted = mislabelled(config, canaries)
     members = seeded(seed, "audit coins").random(len(planted)) < 0.5
-    federation = Federation(config, planted, members, clients, seed)
-    backbone, clip_norm = federation.backbone, config.privacy.clip_norm
+    with tempfile.TemporaryDirectory() as folder:
+        federation = Federation(config, planted, members, clients, seed, Path(folder))
+        return _attacked(federation, planted, members, confidence)
+
+
+def _attacked(
+    federation: Federation, planted: Examples, members: np.ndarray, confidence: float
+) -> RunBound:
+    """Run the federation to its end and score every canary."""
+    config, backbone = federation.config, federation.backbone
+    clip_norm = config.privacy.clip_norm
     encoded = backbone.encode(planted)
     before = _losses(backbone, encoded, federation.state.adapter)
     parts, travelled, everything = [], np.zeros(len(planted)), np.zeros(len(planted))
     for sent in federation.rounds():
-        for which, scores in alignment(backbone, encoded, sent, clip_norm).items():
+        for which, scores in membership(backbone, encoded, sent, clip_norm).items():
             parts.append(Part(sent.t, which, which in sent.kinds, auc(scores, members)))
             everything += _standard(scores)
             travelled += _standard(scores) * (which in sent.kinds)
