@@ -85,17 +85,17 @@ def _kept(context: Context) -> State:
     record = context.state.config_records.get(SECAGG, ConfigRecord())
     if not record:
         raise StageError("no stage of this attempt has been here: keys come first")
-    run, attempt = order_of(record)
     return State(
-        stage=str(record["stage"]),
-        run=run,
-        attempt=attempt,
+        str(record["stage"]),
+        *order_of(record),
         client=count_of(record, "client", 0),
-        **{name: bytes_of(record, name) for name in ("mask_key", "cipher_key", "seed")},
-        **{
-            name: column_of(record, name)
-            for name in ("mask_keys", "cipher_keys", "seed_shares", "key_shares")
-        },
+        mask_key=bytes_of(record, "mask_key"),
+        cipher_key=bytes_of(record, "cipher_key"),
+        seed=bytes_of(record, "seed"),
+        mask_keys=column_of(record, "mask_keys"),
+        cipher_keys=column_of(record, "cipher_keys"),
+        seed_shares=column_of(record, "seed_shares"),
+        key_shares=column_of(record, "key_shares"),
     )
 
 
@@ -160,8 +160,8 @@ def share(message: Message, context: Context) -> RecordDict:
         for other, public in state.cipher_keys.items()
         if other != own
     }
-    held = {"seed_shares": {own: seeds[own]}, "key_shares": {own: keys[own]}}
-    replace(state, stage=SHARED, seed=seed, **held).keep(context)
+    held = replace(state, seed_shares={own: seeds[own]}, key_shares={own: keys[own]})
+    replace(held, stage=SHARED, seed=seed).keep(context)
     commitment = hashlib.sha256(seed).digest()
     return reply_of(columns("shares", sealed) | {"seed": commitment})
 
@@ -218,8 +218,8 @@ def masking(content: RecordDict, context: Context, request: TrainRequest) -> Sea
     def seal(upload: Adapter, start: Adapter) -> Upload:
         masked = _masked(state, upload, start)
         # The own secrets have done their work: others hold shares of them.
-        spent = {"mask_key": b"", "cipher_key": b"", "seed": b""}
-        replace(state, stage=MASKED_SENT, **spent).keep(context)
+        spent = replace(state, mask_key=b"", cipher_key=b"", seed=b"")
+        replace(spent, stage=MASKED_SENT).keep(context)
         return masked
 
     return seal

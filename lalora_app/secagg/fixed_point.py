@@ -86,4 +86,4 @@ def mean_of(total: Words, clients: int, summands: int) -> Wide:
         clients: as the summands were quantised for.
         summands: how many there are, at most ``clients``.
     """
-    return total.view(np.int32) * (step(clients) / summands)
+    return total.view(np.int32).astype(np.float64) * (step(clients) / summands)

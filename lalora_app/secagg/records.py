@@ -6,7 +6,11 @@ from flwr.app import ConfigRecord, RecordDict
 
 from lalora_app.wire import CONFIG, WireError, code_hash, count_of
 
-Value = str | int | bytes | list[int] | list[bytes]
+# Flower's own union of what a ConfigRecord takes.
+Value = (
+    int | float | str | bytes | bool
+    | list[int] | list[float] | list[str] | list[bytes] | list[bool]
+)  # fmt: skip
 
 SECAGG = "secagg"  # the record, in every message of a stage and in a client's state
 MASKED = "masked"  # the array of a reply in the place of the tensors
@@ -64,8 +68,9 @@ def column_of(record: ConfigRecord, name: str) -> dict[int, bytes]:
     Raises:
         WireError: if it is anything else.
     """
-    clients, found = clients_of(record, f"{name}-of"), record.get(name)
-    if not isinstance(found, list) or not all(isinstance(value, bytes) for value in found):
+    clients, listed = clients_of(record, f"{name}-of"), record.get(name)
+    found = [v for v in listed if isinstance(v, bytes)] if isinstance(listed, list) else []
+    if not isinstance(listed, list) or len(found) != len(listed):
         raise WireError(f"{name} must be a list of bytes")
     if len(found) != len(clients):
         raise WireError(f"{name} must have one entry a client")

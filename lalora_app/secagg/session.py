@@ -52,7 +52,7 @@ class Session:
     commitments: dict[int, bytes] = field(default_factory=dict)
 
     def _message(self, client: int, stage: str, values: Mapping[str, Value]) -> Message:
-        order = {"run": self.run, "attempt": self.attempt}
+        order: dict[str, Value] = {"run": self.run, "attempt": self.attempt}
         content = RecordDict({SECAGG: ConfigRecord(order | dict(values))})
         return Message(
             content,
@@ -164,7 +164,7 @@ class Session:
         if len(arrived) < (needed := masks.threshold(len(self.mask_keys))):
             raise WireError(f"{len(arrived)} masked vectors arrived, and unmasking takes {needed}")
         shares = self._collected(arrived, lost)
-        total = np.sum(list(vectors.values()), axis=0, dtype=np.uint32)
+        total: Words = np.add.reduce(list(vectors.values()), dtype=np.uint32)
         for client in arrived:
             total = total - masks.mask(self._seed(client, shares[client]), total.size)
         for client in lost:
