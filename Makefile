@@ -35,7 +35,8 @@ fast: $(VENV)/.dev
 
 test: lint types
 	$(BIN)/pytest -m "not slow" -n auto
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest tests/test_mutants.py -n auto
+	$(BIN)/pytest -m slow --ignore tests/test_mutants.py
 
 mutants: $(VENV)/.dev
 	$(BIN)/pytest tests/test_mutants.py
