@@ -113,27 +113,29 @@ class LocalAlternation(Strategy):
         """Ask the attempt's cohort for round t; Flower's own round number plays no part."""
         self._asked_at = time.monotonic()
         attempt = self.state.attempts + 1
-        steps = self.config.train.local_steps
-        for client in self.clients.cohorts[attempt - 1]:
-            request = wire.TrainRequest(
-                run=self.run,
-                round=self.state.round + 1,
-                attempt=attempt,
-                steps_left=steps * self.clients.rounds_left(client, attempt),
-                versions=self.state.versions,
-            )
-            content: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {
-                wire.ARRAYS: wire.to_record(self._download(client)),
-                wire.DRIFT: wire.to_record(self.state.drift),
-                wire.CONFIG: request.record(),
-                wire.RUN_CONFIG: wire.run_config(flatten(self.config)),
-            }
-            yield Message(
-                RecordDict(content),
-                dst_node_id=self.clients.nodes[client],
-                message_type="train",
-                group_id=str(attempt),
-            )
+        # A list: Flower's grid goes through it twice, and a generator is empty the second time.
+        return [self._request(client, attempt) for client in self.clients.cohorts[attempt - 1]]
+
+    def _request(self, client: int, attempt: int) -> Message:
+        request = wire.TrainRequest(
+            run=self.run,
+            round=self.state.round + 1,
+            attempt=attempt,
+            steps_left=self.config.train.local_steps * self.clients.rounds_left(client, attempt),
+            versions=self.state.versions,
+        )
+        content: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {
+            wire.ARRAYS: wire.to_record(self._download(client)),
+            wire.DRIFT: wire.to_record(self.state.drift),
+            wire.CONFIG: request.record(),
+            wire.RUN_CONFIG: wire.run_config(flatten(self.config)),
+        }
+        return Message(
+            RecordDict(content),
+            dst_node_id=self.clients.nodes[client],
+            message_type="train",
+            group_id=str(attempt),
+        )
 
     def _rank(self, client: int) -> int:
         return self.clients.ranks[client] if self.clients.ranks else self.config.lora.rank

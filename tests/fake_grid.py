@@ -134,7 +134,9 @@ class FakeGrid(Grid):
         self._replies[message_id] = exchange.delivered
 
     def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        checked = sum(message.metadata.dst_node_id in self.contexts for message in messages)
         outgoing = list(messages)
+        assert len(outgoing) == checked, "Flower's grid goes through the messages twice"
         for attempt in sorted({int(m.metadata.group_id or 0) for m in outgoing}):
             self.before(attempt)
         ids = [secrets.token_hex(8) for _ in outgoing]
