@@ -27,6 +27,7 @@ OUT_OF_RANGE = [
     ("node-timeout", -1.0),
     ("weighting", "size"),
     ("robust", "mean"),
+    ("secure-aggregation", "on"),
     ("suspects", -1),
     ("rule.period", 0),
     ("rule.fair-weight", -0.1),
