@@ -4,10 +4,11 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 ARGS ?=
 
-.PHONY: run test fast lint types mutants study bench help
+.PHONY: run test fast lint types deployment mutants study bench help
 help:
 	@echo "make run    the default federation, ARGS='-c method=\"rolora\"' for another one"
 	@echo "make test   lint, types, every test    make fast   the quick tests only"
+	@echo "make deployment  SuperLink and SuperNodes with TLS, as docs/deployment.md says"
 	@echo "make bench  the private step against stock PEFT and Opacus, ARGS='--quick' for a look"
 
 $(VENV)/.run: pyproject.toml
@@ -36,7 +37,10 @@ fast: $(VENV)/.dev
 test: lint types
 	$(BIN)/pytest -m "not slow" -n auto
 	$(BIN)/pytest tests/test_mutants.py -n auto
-	$(BIN)/pytest -m slow --ignore tests/test_mutants.py
+	$(BIN)/pytest -m "slow and not deployment" --ignore tests/test_mutants.py
+
+deployment: $(VENV)/.dev
+	$(BIN)/pytest -m deployment
 
 mutants: $(VENV)/.dev
 	$(BIN)/pytest tests/test_mutants.py

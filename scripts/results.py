@@ -62,7 +62,7 @@ def pictures(found: list[Record], name: str) -> str:
     return "\n".join(lines)
 
 
-def section(folder: Path, file: str) -> str:
+def section(folder: Path, file: str, *, illustrated: bool) -> str:
     """Return what the page says of a comparison."""
     plan = load(folder)
     found = records(plan, folder)
@@ -80,7 +80,9 @@ def section(folder: Path, file: str) -> str:
             f"(seed {plan.tuning.seed}, ε = {plan.tuning.epsilon:g}):"
         )
         parts.append(tuning(plan, folder))
-    return "\n\n".join([*parts, pictures(found, plan.name)])
+    if illustrated:
+        parts.append(pictures(found, plan.name))
+    return "\n\n".join(parts)
 
 
 def main() -> None:
@@ -88,11 +90,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("file", help="the plan, as the command names it")
+    parser.add_argument("--no-pictures", action="store_true", help="where lines are too many")
     args = parser.parse_args()
     begin, end = f"<!-- {args.folder.name} -->", f"<!-- end {args.folder.name} -->"
     before, rest = PAGE.read_text("utf-8").split(begin)
     after = rest.split(end)[1]
-    text = f"{before}{begin}\n{section(args.folder.expanduser(), args.file)}\n{end}{after}"
+    body = section(args.folder.expanduser(), args.file, illustrated=not args.no_pictures)
+    text = f"{before}{begin}\n{body}\n{end}{after}"
     PAGE.write_text(text, "utf-8")
 
 

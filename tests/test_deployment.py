@@ -75,6 +75,7 @@ def executed(tmp_path_factory, tiny_keys) -> Iterator[Executed]:
     if os.environ.get("LALORA_DEPLOYMENT_MODEL") != "default":
         seeded = {"privacy.noise": "seeded", "min-replies": 3, "num-server-rounds": 4}
         mixed = {"method": "flexlora", "min-replies": 2, "num-server-rounds": 2}
+        variables["MODEL"] = tiny_keys["model.name"]
         variables["REHEARSAL"] = written(folder / "rehearsal.toml", tiny_keys | seeded)
         variables["FIRST_RUN"] = written(folder / "first.toml", tiny_keys | mixed)
     with guide(folder / "machine", **variables) as made:
@@ -135,6 +136,7 @@ def test_systemd_takes_the_units(unit, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.deployment
 @pytest.mark.timeout(1800)
 def test_the_rehearsal_ends_with_the_adapter_of_the_simulation(executed):
     deployed, simulated, _ = executed.runs()
@@ -148,6 +150,7 @@ def test_the_rehearsal_ends_with_the_adapter_of_the_simulation(executed):
 
 
 @pytest.mark.slow
+@pytest.mark.deployment
 @pytest.mark.timeout(1800)
 def test_the_private_run_keeps_every_sites_own_limit(executed):
     summary = json.loads((executed.runs()[2] / "summary.json").read_text("utf-8"))
@@ -170,6 +173,7 @@ def stranger(made: Guide, ca: Path, key: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.deployment
 @pytest.mark.timeout(1800)
 def test_a_key_that_was_not_registered_is_refused(executed, tmp_path):
     make_node(tmp_path, "unknown")
@@ -179,6 +183,7 @@ def test_a_key_that_was_not_registered_is_refused(executed, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.deployment
 @pytest.mark.timeout(1800)
 def test_a_site_with_another_ca_does_not_talk_to_the_server(executed, tmp_path):
     make_ca(tmp_path)
@@ -189,6 +194,7 @@ def test_a_site_with_another_ca_does_not_talk_to_the_server(executed, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.deployment
 @pytest.mark.timeout(1800)
 def test_a_killed_client_site_and_server_cost_no_ledger_a_release(executed, tiny_keys):
     made, chance = executed.guide, random.Random(0)

@@ -23,6 +23,7 @@ max-rounds-per-day = 20
 methods = ["la-lora", "rolora"]
 models = ["demo:all-MiniLM-L6-v2"]
 public-size = true
+require-secure-aggregation = true
 
 [datasets."ward 7"]
 max-epsilon = 2.0
@@ -112,6 +113,7 @@ def test_a_file_says_all_of_it(policy):
     assert found.min_noise_multiplier == 0.5
     assert (found.max_rounds, found.max_rounds_per_day) == (100, 20)
     assert found.methods == {"la-lora", "rolora"}
+    assert found.require_secure_aggregation
     assert found.models == {"demo:all-MiniLM-L6-v2"}
 
 
@@ -144,7 +146,8 @@ def test_a_short_file_allows_every_method_and_model_within_its_limit(policy):
         ('["la-lora", "rolora"]', "[]", "must be a list of at least one name"),
         ('["la-lora", "rolora"]', '"la-lora"', "methods='la-lora' must be a list"),
         ('["demo:all-MiniLM-L6-v2"]', "[1]", r"models=\[1\] must be a list"),
-        ("= true", "= 1", "public-size=1 must be true or false"),
+        ("public-size = true", "public-size = 1", "public-size=1 must be true or false"),
+        ("aggregation = true", "aggregation = 1", "aggregation=1 must be true or false"),
         ("max-rounds = ", "max-round = ", "max-round must be one of max-epsilon, delta"),
         ("max-epsilon = 2.0", "max-epsilon = -2.0", "max-epsilon=-2.0 must be greater"),
         ("max-epsilon = 2.0", "epsilon = 2.0", "datasets: epsilon must be one of"),
@@ -259,6 +262,17 @@ def test_too_little_noise_is_refused_before_the_ledger(tiny, policy):
     assert reply.content["config"]["refusal"] == "policy"
     books = {entry.dataset for entry in Ledger(state_folder({}) / "ledger.sqlite").entries()}
     assert [dataset.split()[-1] for dataset in books] == ["0/2"]
+
+
+def test_a_site_may_send_under_masks_only(tiny, policy):
+    path = policy(f"max-epsilon = 8.0\ndelta = {DELTA}\nrequire-secure-aggregation = true\n")
+    config = tiny()
+    with pytest.raises(ConfigError, match="the client's policy does not allow this run"):
+        server_app.run(FakeGrid(config, [{}, {"policy": str(path)}]), config)
+    found = read_policy_file(path)
+    found.check_run(tiny(**{"secure-aggregation": "secagg+"}))
+    with pytest.raises(PolicyError, match='secure-aggregation="none" must be "secagg\\+"'):
+        found.check_run(config)
 
 
 def test_a_refusal_says_what_and_a_client_keeps_why_for_itself(tiny, policy, caplog):

@@ -14,7 +14,7 @@ from lalora_app.privacy.budget import Limit
 _INLINE = ("max-epsilon", "delta", "public-size")
 _KEYS = (
     *(*_INLINE, "min-noise-multiplier", "max-rounds", "max-rounds-per-day"),
-    *("methods", "models", "datasets"),
+    *("methods", "models", "datasets", "require-secure-aggregation"),
 )
 
 
@@ -34,6 +34,7 @@ class Policy:
         max_rounds_per_day: in which the dataset may take part; None: any number.
         methods: that may be run; None: all.
         models: values of ``model.name`` that may be loaded; None: all.
+        require_secure_aggregation: whether uploads may leave under masks only.
     """
 
     limit: Limit
@@ -43,6 +44,7 @@ class Policy:
     max_rounds_per_day: int | None = None
     methods: frozenset[str] | None = None
     models: frozenset[str] | None = None
+    require_secure_aggregation: bool = False
 
     def check_run(self, config: Config) -> None:
         """Check what a run asks for, before its model is loaded.
@@ -55,6 +57,8 @@ class Policy:
         _require_listed("model.name", config.model.name, self.models)
         if config.num_server_rounds > most:
             raise PolicyError(f"num-server-rounds={config.num_server_rounds} must be <= {most}")
+        if self.require_secure_aggregation and config.secure_aggregation == "none":
+            raise PolicyError('secure-aggregation="none" must be "secagg+"')
         self.check_noise(math.inf if config.privacy.private else 0.0)
         if math.isfinite(self.limit.epsilon) and config.privacy.noise != "secure":
             raise PolicyError(
@@ -65,6 +69,7 @@ class Policy:
     def lines(self) -> list[str]:
         """Return what it allows, a line a law."""
         any_of = {"methods": self.methods, "models": self.models}
+        masked = self.require_secure_aggregation
         most = {"of one run": self.max_rounds, "in 24 hours": self.max_rounds_per_day}
         return [
             f"epsilon up to {self.limit.epsilon:g} at delta {self.limit.delta:g}, over all runs",
@@ -72,6 +77,7 @@ class Policy:
             *(f"{'any number of' if n is None else n} rounds {what}" for what, n in most.items()),
             *(f"{key}: {', '.join(sorted(v)) if v else 'all'}" for key, v in any_of.items()),
             f"the number of examples may {'' if self.public_size else 'not '}be sent",
+            f"uploads leave {'under masks only' if masked else 'with or without masks'}",
         ]
 
     def check_noise(self, noise_multiplier: float) -> None:
@@ -111,11 +117,11 @@ def _limit(values: Mapping[str, object], run_delta: float, source: str) -> Limit
     return Limit(limit, delta)
 
 
-def _public_size(values: Mapping[str, object], default: bool, source: str) -> bool:
-    declared = values.get("public-size", default)
-    if not isinstance(declared, bool):
-        raise ConfigError(f"{source} public-size={declared!r} must be true or false")
-    return declared
+def _flag(values: Mapping[str, object], key: str, default: bool, source: str) -> bool:
+    value = values.get(key, default)
+    if not isinstance(value, bool):
+        raise ConfigError(f"{source} {key}={value!r} must be true or false")
+    return value
 
 
 def _rounds(values: Mapping[str, object], key: str, source: str) -> int | None:
@@ -181,12 +187,13 @@ def read_policy_file(path: Path, dataset: str = "") -> Policy:
         raise ConfigError(f"{source} min-noise-multiplier={noise} must be at least 0, and finite")
     return Policy(
         _limit(values, 0.5, source),
-        _public_size(values, False, source),
+        _flag(values, "public-size", False, source),
         noise,
         _rounds(values, "max-rounds", source),
         _rounds(values, "max-rounds-per-day", source),
         _names(values, "methods", source),
         _names(values, "models", source),
+        _flag(values, "require-secure-aggregation", False, source),
     )
 
 
@@ -216,7 +223,7 @@ def read_policy(
             "max-epsilon=inf leaves the limit to each run"
         )
     limit = _limit(node_config, run_delta, "node config")
-    return Policy(limit, _public_size(node_config, public, "node config"))
+    return Policy(limit, _flag(node_config, "public-size", public, "node config"))
 
 
 def state_folder(node_config: Mapping[str, object]) -> Path:
