@@ -157,9 +157,17 @@ def _key(name: str, prefix: str) -> str:
     return prefix + name.replace("_", "-")
 
 
+def as_float(value: float) -> float:
+    """Return a number as a float; an integer beyond all of them is infinite."""
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
 def _typed(key: str, value: object, wanted: type) -> Scalar:
     if wanted is float and type(value) is int:
-        return float(value) if abs(value) < 2**1023 else math.copysign(math.inf, value)
+        return as_float(value)
     if type(value) is not wanted:
         kind = type(value).__name__
         raise ConfigError(f"{key}={value!r} must be of type {wanted.__name__}, not {kind}")
@@ -249,7 +257,8 @@ def parse(run_config: Mapping[str, object]) -> Config:
     config = _build(Config, flat)
     for key in flat:
         nearest = difflib.get_close_matches(key, list(_keys(Config)), n=1, cutoff=0.0)[0]
-        raise ConfigError(f'{key}={flat[key]!r} is no key of a run; did you mean "{nearest}"?')
+        shown = key if key.isprintable() else repr(key)  # an error is one line
+        raise ConfigError(f'{shown}={flat[key]!r} is no key of a run; did you mean "{nearest}"?')
     _check_together(config)
     return config
 

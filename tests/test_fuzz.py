@@ -168,6 +168,18 @@ def test_any_tensor_is_finite_or_a_wire_error(data, shape, dtype, part):
     assert all(np.isfinite(array).all() for array in found.values())
 
 
+@pytest.mark.parametrize("value", [10**400, -(10**400)])
+def test_an_integer_beyond_all_floats_is_an_error_and_no_crash(tmp_path, value):
+    with pytest.raises(ConfigError):
+        parse({**DEFAULTS, "train.lr-a": value})
+    with pytest.raises(ConfigError):
+        read_policy({"max-epsilon": 1.0, "delta": value}, 1e-5, public=False)
+    path = tmp_path / "policy.toml"
+    path.write_text(f"max-epsilon = 1.0\ndelta = {value}")
+    with pytest.raises(ConfigError):
+        read_policy_file(path)
+
+
 @pytest.mark.parametrize("depth", [10**3, 10**5])
 def test_deep_nesting_is_an_error_and_no_crash(tmp_path, depth):
     path = tmp_path / "policy.toml"

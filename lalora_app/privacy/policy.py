@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lalora_app.config import Config, ConfigError, full_path
+from lalora_app.config import Config, ConfigError, as_float, full_path
 from lalora_app.privacy.budget import Limit
 
 _INLINE = ("max-epsilon", "delta", "public-size")
@@ -102,7 +102,7 @@ def _number(values: Mapping[str, object], key: str, default: float, source: str)
     value = values.get(key, default)
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ConfigError(f"{source} {key}={value!r} must be a number")
-    return float(value)
+    return as_float(value)
 
 
 def _limit(values: Mapping[str, object], run_delta: float, source: str) -> Limit:
