@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -80,6 +81,7 @@ class Guide:
     variables: dict[str, str]
     services: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
     texts: dict[str, str] = field(default_factory=dict)
+    _one: threading.RLock = field(default_factory=threading.RLock)  # a supervisor starts services
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -133,9 +135,10 @@ class Guide:
 
     def start(self, name: str, text: str | None = None) -> None:
         """Start a service anew, by its last text unless another is given; ends the one before."""
-        self.stop(name)
-        self.texts[name] = text or self.texts[name]
-        self.services[name] = self._popen(self.texts[name], name)
+        with self._one:
+            self.stop(name)
+            self.texts[name] = text or self.texts[name]
+            self.services[name] = self._popen(self.texts[name], name)
 
     def ready(self, timeout: float = 300.0) -> None:
         """Wait until every service listens at its port; RuntimeError if one has ended."""
@@ -148,7 +151,8 @@ class Guide:
 
     def stop(self, name: str, how: int = signal.SIGTERM) -> None:
         """End a service and what it has started."""
-        service = self.services.pop(name, None)
+        with self._one:
+            service = self.services.pop(name, None)
         if service is None:
             return
         with contextlib.suppress(ProcessLookupError):

@@ -4,12 +4,14 @@ python benchmarks/random_kills.py FOLDER --kills 50 --rounds 120
 
 Brings up the guide's deployment (docs/deployment.md: SuperLink, three SuperNodes, TLS, keys) with
 SuperNodes that a supervisor restarts, as systemd does, and a user who resumes a run that has ended.
-Kills are SIGKILL of one process: a ClientApp at work, a SuperNode, or the ServerApp. Writes a line
-a kill to FOLDER/kills.jsonl, and at the end FOLDER/outcome.json: whether the run reached its end,
-and for every client its ledger's releases beside those that its log shows as drawn.
+Kills are SIGKILL of one process: a ClientApp at work, a SuperNode, or the ServerApp; with --victims
+also the SuperLink, and a SuperNode that comes back with another key and so another id. Writes a
+line a kill to FOLDER/kills.jsonl, and at the end FOLDER/outcome.json: whether the run reached its
+end, and for every client its ledger's releases beside those that its log shows as drawn.
 """
 
 import argparse
+import contextlib
 import json
 import random
 import re
@@ -34,7 +36,13 @@ from lalora_app.privacy.ledger import Ledger
 
 SITES = ("site-0", "site-1", "site-2")
 VICTIMS = ("client", "site", "server")
-_PROGRAMS = {"client": "flwr-clientapp", "site": "flower-supernode", "server": "flwr-serverapp"}
+_PROGRAMS = {
+    "client": "flwr-clientapp",
+    "site": "flower-supernode",
+    "server": "flwr-serverapp",
+    "superlink": "flower-superlink",
+    "new-key": "flower-supernode",
+}
 _RETRY = 5.0  # seconds: a killed node may not come back while its heartbeat is fresh
 _DRAWN = re.compile(r"LaLoRA timing (.+)")  # its times to 1 ms tell a round from its repetition
 
@@ -55,7 +63,7 @@ def live(made: Guide, program: str) -> list[psutil.Process]:
 
 @dataclass
 class Supervisor:
-    """Restarts SuperNodes that have ended, until stopped; counts starts and refusals."""
+    """Restarts services that have ended, until stopped, and counts how often."""
 
     made: Guide
     starts: Counter[str] = field(default_factory=Counter)
@@ -72,11 +80,10 @@ class Supervisor:
 
     def _watch(self) -> None:
         while not self._over.wait(_RETRY):
-            for name in SITES:
-                service = self.made.services.get(name)
-                if service is not None and service.poll() is not None:
-                    self.starts[name] += 1
-                    self.made.start(name)
+            ended = [n for n, s in list(self.made.services.items()) if s.poll() is not None]
+            for name in ended:
+                self.starts[name] += 1
+                self.made.start(name)
 
 
 @dataclass
@@ -122,9 +129,11 @@ class Submission:
 
     def keep_going(self) -> None:
         """Submit again if the run is neither done nor at work."""
-        if not self.done() and not live(self.made, _PROGRAMS["server"]):
+        server = _PROGRAMS["server"]
+        if self.done() or live(self.made, server):
+            return
+        with contextlib.suppress(RuntimeError, TimeoutError):  # no SuperLink yet: tried again
             self.submit()
-            server = _PROGRAMS["server"]
             guides.until(lambda: live(self.made, server) or self.done(), 120, "ServerApp")
 
 
@@ -141,6 +150,19 @@ def _victim(made: Guide, kind: str, chance: random.Random, patience: float) -> p
     raise TimeoutError(f"no {_PROGRAMS[kind]} to kill within {patience} s")
 
 
+def _new_key(made: Guide, process: psutil.Process, number: int) -> None:
+    """Register another key for a killed SuperNode's site: it comes back with another node id."""
+    words = " ".join(process.info["cmdline"])
+    site = next(name for name in SITES if f"/{name}/" in words)
+    own = f"$DEPLOY/{site}/{site}"
+    made.run(
+        f'lalora credentials node "$DEPLOY/{site}" {site}-{number}\n'
+        f'flwr supernode register "{own}-{number}.pub" deployment'
+    )
+    key = re.compile(rf'(--auth-supernode-private-key) "{re.escape(own)}[^"]*"')
+    made.start(site, key.sub(rf'\1 "{own}-{number}"', made.texts[site]))
+
+
 def kill_one(
     made: Guide, run: Submission, kind: str, chance: random.Random, patience: float = 300.0
 ) -> dict[str, Any]:
@@ -153,6 +175,8 @@ def kill_one(
     process = _victim(made, kind, chance, patience)
     age = time.time() - process.create_time()
     process.send_signal(signal.SIGKILL)
+    if kind == "new-key":
+        _new_key(made, process, number=process.pid)
     folder = run.folder()
     rows = (folder / "history.jsonl").read_text("utf-8").splitlines() if folder else []
     return {"kind": kind, "pid": process.pid, "age": round(age, 1), "attempts_done": len(rows)}
