@@ -1,5 +1,6 @@
 """kill -9 of a client between reservation and reply: the ledger never says less than was drawn."""
 
+import itertools
 import os
 import random
 import signal
@@ -24,11 +25,14 @@ ROUNDS = 40
 DELTA = 1e-5
 
 
-def _mark_every_draw(side: Path):
-    """Let the mechanism append a line to ``side``, on disk, whenever noise has been drawn."""
+def _mark_every_draw(side: Path, die_at: int | None):
+    """Append a line to ``side``, on disk, whenever noise was drawn; die before draw ``die_at``."""
     add_noise = trainer.add_noise
+    draws = itertools.count()
 
     def marked(*args, **kwargs):
+        if next(draws) == die_at:
+            os.kill(os.getpid(), signal.SIGKILL)  # the worst moment: reserved, and not drawn
         noised = add_noise(*args, **kwargs)
         with side.open("a") as file:
             file.write("drawn\n")
@@ -39,9 +43,9 @@ def _mark_every_draw(side: Path):
     trainer.add_noise = marked
 
 
-def _client(config, side: Path, run: str):
+def _client(config, side: Path, run: str, die_at: int | None):
     """Answer train messages until killed."""
-    _mark_every_draw(side)
+    _mark_every_draw(side, die_at)
     grid = FakeGrid(config, 1)
     _, start = backbone.build(config)
     node = next(iter(grid.contexts))
@@ -87,26 +91,29 @@ def test_the_ledger_never_under_reports_when_the_client_is_killed(tiny, tmp_path
     ledger, side = tmp_path / "home" / "ledger.sqlite", tmp_path / "drawn"
     side.touch()
     chance = random.Random(0)
-    killed_between = 0
+    killed_between = lost_before = 0
     for kill in range(KILLS):
+        die_at = kill // 2 if kill % 2 else None  # odd ones die by themselves, even ones by chance
+        before = _counted(ledger)
         pid = os.fork()
         if pid == 0:
             try:
-                _client(config, side, f"run-{kill}")
+                _client(config, side, f"run-{kill}", die_at)
             finally:
                 os._exit(0)
-        before = _counted(ledger)
         deadline = time.monotonic() + 60
         while _counted(ledger) == before and time.monotonic() < deadline:
             time.sleep(0.005)  # its first reservation: from here on the kill can come between
-        time.sleep(chance.uniform(0, 0.1))
-        os.kill(pid, signal.SIGKILL)
+        if die_at is None:
+            time.sleep(chance.uniform(0, 0.1))
+            os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
         assert os.WIFSIGNALED(status)  # it was still at work
-        drawn, counted = len(side.read_text().splitlines()), _counted(ledger)
-        assert counted >= drawn
-        killed_between += counted > drawn
-    assert killed_between > 0  # some kills did fall between reservation and reply
+        lost = _counted(ledger) - len(side.read_text().splitlines())
+        assert lost >= lost_before  # what is drawn was counted
+        killed_between += lost > lost_before
+        lost_before = lost
+    assert killed_between >= KILLS // 2  # at least those that died by themselves
     _verify(ledger)
 
 
