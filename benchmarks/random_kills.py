@@ -191,25 +191,28 @@ def finish(run: Submission, seconds: float) -> bool:
     return run.done()
 
 
-def ledgers(made: Guide, state: str = "rehearsal") -> dict[str, dict[str, Any]]:
-    """Return for every site what its ledger counts, what its log shows as drawn, and the verdict.
+def _verified(made: Guide, path: Path) -> bool:
+    verify = [sys.executable, "-m", "lalora_app.cli", "ledger", "verify", "--path", str(path)]
+    return subprocess.run(verify, cwd=ROOT, env=made.environment, check=False).returncode == 0
+
+
+def ledgers(made: Guide) -> dict[str, dict[str, Any]]:
+    """Return for every site what its ledgers count, what its log shows as drawn, and the verdict.
 
     A ClientApp logs a line after its last draw of a round, so the log counts no more than was
     drawn; `lalora ledger verify` recomputes epsilon with another accountant.
     """
     found = {}
     for site in SITES:
-        path = made.state / site / state / "ledger.sqlite"
-        entries = Ledger(path).entries() if path.is_file() else []
+        paths = sorted((made.state / site).glob("*/ledger.sqlite"))  # of rehearsal and private runs
+        entries = [entry for path in paths for entry in Ledger(path).entries()]
         rounds = len(set(_DRAWN.findall(made.log(site))))  # two handlers may log a line twice
-        verify = [sys.executable, "-m", "lalora_app.cli", "ledger", "verify", "--path", str(path)]
-        code = subprocess.run(verify, cwd=ROOT, env=made.environment, check=False).returncode
         steps = max((entry.release.count for entry in entries), default=0)
         counted = sum(entry.release.count for entry in entries)
         found[site] = {
             "counted": counted,
             "drawn_at_least": rounds * steps,
-            "verify": code,
+            "verified": bool(paths) and all(_verified(made, path) for path in paths),
             "under_reported": counted < rounds * steps,
         }
     return found
@@ -245,7 +248,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         outcome = _campaign(made, tables, args)
     (args.folder / "outcome.json").write_text(json.dumps(outcome, indent=2) + "\n", "utf-8")
     print(json.dumps(outcome, indent=2))
-    short = any(site["under_reported"] or site["verify"] for site in outcome["ledgers"].values())
+    short = any(
+        site["under_reported"] or not site["verified"] for site in outcome["ledgers"].values()
+    )
     return 0 if outcome["completed"] and not short else 1
 
 
