@@ -1,6 +1,6 @@
 """Kills a deployment at random, over and over, and looks at what is left.
 
-python benchmarks/random_kills.py FOLDER --kills 50 --rounds 120
+python benchmarks/random_kills.py FOLDER --kills 50 --rounds 60
 
 Brings up the guide's deployment (docs/deployment.md: SuperLink, three SuperNodes, TLS, keys) with
 SuperNodes that a supervisor restarts, as systemd does, and a user who resumes a run that has ended.
@@ -182,6 +182,14 @@ def kill_one(
     return {"kind": kind, "pid": process.pid, "age": round(age, 1), "attempts_done": len(rows)}
 
 
+def _pause(run: Submission, seconds: float) -> None:
+    """Let the run go on for a while, submitting it again if it has ended early."""
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        run.keep_going()
+        time.sleep(1.0)
+
+
 def finish(run: Submission, seconds: float) -> bool:
     """Let the run reach its end, resuming it as often as it takes."""
     deadline = time.monotonic() + seconds
@@ -234,7 +242,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--victims", default=",".join(VICTIMS))
     parser.add_argument("-c", "--run-config", type=Path, help="TOML; the default run otherwise")
-    parser.add_argument("--rounds", type=int, default=120)
+    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--pause", type=float, default=20.0, help="mean seconds between kills")
     parser.add_argument("--hours", type=float, default=3.0, help="for all of it")
     args = parser.parse_args(argv)
     text = args.run_config.read_text("utf-8") if args.run_config else ""
@@ -260,6 +269,7 @@ def _campaign(made: Guide, tables: dict[str, Any], args: argparse.Namespace) -> 
     deploy(made)
     with Supervisor(made) as supervisor:
         while sum(killed.values()) < args.kills and time.monotonic() < deadline:
+            _pause(run, chance.expovariate(1 / args.pause))
             line = _attempt(made, run, chance.choice(args.victims.split(",")), chance)
             if line is None:
                 break
