@@ -5,17 +5,18 @@ import math
 import os
 import time
 import traceback
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 
 import numpy as np
 from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from safetensors import SafetensorError
 
-from lalora_app import backbone, replies, residents, trainer, wire
+from lalora_app import backbone, downlink, replies, residents, trainer, wire
 from lalora_app.adapter import Adapter, select
 from lalora_app.config import Config, ConfigError, parse
 from lalora_app.encoding import Encoded
@@ -120,23 +121,51 @@ def _losing_at_most_a_file() -> Iterator[None]:
         _log.error("LaLoRA client: what waits for the next round is lost: %s", error)
 
 
+@dataclass(frozen=True)
+class _Received:
+    """What the server sent, whole, and a digest of all that it asks for."""
+
+    adapter: Adapter
+    drift: Adapter
+    digest: str
+
+
+def _received(content: RecordDict, config: Config, like: Adapter, held: Path) -> _Received:
+    """Return a request's tensors with those that it left out, which the client holds."""
+    whole = downlink.completed(content, held)
+    adapter, drift = wire.adapter_of(whole, like), wire.drift_of(whole, like)
+    with _losing_at_most_a_file():
+        downlink.keep(held, adapter, drift)
+    return _Received(adapter, drift, wire.digest(whole, config))
+
+
+def _tell_times(request: wire.TrainRequest, client: str, clock: Sequence[float]) -> None:
+    """Log the seconds of accounting and training, for benchmarks and in the client's own log.
+
+    How long a batch takes is a fact of the data.
+    """
+    if "LALORA_TIMING" in os.environ:
+        account, train = (after - before for before, after in pairwise(clock))
+        _log.info("LaLoRA timing %d %s %.3f %.3f", request.attempt, client, account, train)
+
+
 def _train(message: Message, context: Context) -> RecordDict:
     config = _config(message, context)
     method = method_of(config)
     site = admit(config, context.node_config, context.node_id)
     request = wire.parse_request(message.content, config)
     model, like, encoded = _prepared(config, site)
-    start = received = wire.adapter_of(message.content, like)
-    digest = wire.digest(message.content, config)
+    held = downlink.download_file(site.state, site.dataset, site.client, request.run)
+    received = _received(message.content, config, like, held)
     said = replies.reply_file(site.state, site.dataset, site.client)
     # Under secure aggregation every answer has masks of its own: sums of one round over different
     # clients would tell them apart.
-    old = replies.again(said, digest) if config.secure_aggregation == NONE else None
+    plain = config.secure_aggregation == NONE
+    old = replies.again(said, received.digest) if plain else None
     if old is not None:
         return _reply(config, site, request, len(encoded), old)
-    drift = wire.drift_of(message.content, like)
     resident = residents.resident_file(site.state, site.dataset, request.run)
-    start = residents.substitute(resident, start, request.versions, request.attempt)
+    start = residents.substitute(resident, received.adapter, request.versions, request.attempt)
 
     # Out of order, a stage of secure aggregation is refused here, before anything is spent.
     seal = secagg.SEALS[config.secure_aggregation](message.content, context, request)
@@ -148,7 +177,7 @@ def _train(message: Message, context: Context) -> RecordDict:
         model,
         encoded,
         start,
-        drift,
+        received.drift,
         local=trainer.Local(
             method,
             request.round,
@@ -162,39 +191,36 @@ def _train(message: Message, context: Context) -> RecordDict:
         streams=_streams(config, site.client, request.attempt),
     )
     clock.append(time.monotonic())
-    # For benchmarks, in the client's own log: how long a batch takes is a fact of the data.
-    if "LALORA_TIMING" in os.environ:
-        account, train = (after - before for before, after in pairwise(clock))
-        _log.info("LaLoRA timing %d %s %.3f %.3f", request.attempt, site.client, account, train)
-    waiting = method.resident(request.round, config.train.local_steps)
+    _tell_times(request, site.client, clock)
     last = request.steps_left <= config.train.local_steps
-    waiting = frozenset() if last else waiting
+    waiting = frozenset() if last else method.resident(request.round, config.train.local_steps)
     sent = method.sent(request.round, last=config.is_last(request.attempt))
-    upload = seal(select(result, sent), select(received, sent))
+    upload = seal(select(result, sent), select(received.adapter, sent))
     with _losing_at_most_a_file():
         residents.keep(resident, result, waiting, request.versions, request.attempt)
-        if config.secure_aggregation == NONE:
-            replies.keep(said, digest, dict(upload))
+        if plain:
+            replies.keep(said, received.digest, dict(upload))
+        if last:
+            held.unlink(missing_ok=True)
     return _reply(config, site, request, len(encoded), upload)
 
 
+# Which refusal tells of an error; the first that fits.
+_REFUSAL_KEYS: tuple[tuple[type[Exception], str], ...] = (
+    (BudgetError, "budget"),
+    (PolicyError, "policy"),
+    (ConfigError, "config"),
+    (StageError, "stage"),
+    (RangeError, "update"),
+    (downlink.HeldError, "held"),
+    (wire.WireError, "request"),
+)
+
+
 def _refusal_key(error: Exception) -> str:
-    match error:
-        case BudgetError():
-            return "budget"
-        case PolicyError():
-            return "policy"
-        case DataError():
-            return error.key
-        case ConfigError():
-            return "config"
-        case StageError():
-            return "stage"
-        case RangeError():
-            return "update"
-        case wire.WireError():
-            return "request"
-    return "internal"
+    if isinstance(error, DataError):
+        return error.key
+    return next((key for kind, key in _REFUSAL_KEYS if isinstance(error, kind)), "internal")
 
 
 def _answer(

@@ -17,6 +17,7 @@ from lalora_app.aggregate.products import moved
 from lalora_app.aggregate.rule import Round
 from lalora_app.cohorts import Clients
 from lalora_app.config import Config, flatten
+from lalora_app.downlink import Downlink
 from lalora_app.method import Method
 from lalora_app.robust import robust
 from lalora_app.schedule import Factors
@@ -36,7 +37,7 @@ class Attempt:
         replies: valid replies.
         dropped: one reason a reply that was not used; no values of a client.
         upload_bytes: tensors of one client's reply, mean over the replies.
-        download_bytes: tensors of one client's request.
+        download_bytes: tensors of one client's request, mean over those asked.
         epsilon_max: the largest ε that any client can have spent so far in this run.
         aggregation_error: of averaging the factors apart, relative to the mean of the clients'
             products; None where only one factor travelled, or only a sum of them.
@@ -92,6 +93,7 @@ class LocalAlternation(Strategy):
     epsilons: dict[int, float] = field(default_factory=dict)
     _reported: dict[int, float] = field(default_factory=dict)
     _asked_at: float = 0.0
+    _downlink: Downlink = field(default_factory=Downlink)
 
     def summary(self) -> None:
         """Log what the run is."""
@@ -124,15 +126,15 @@ class LocalAlternation(Strategy):
             steps_left=self.config.train.local_steps * self.clients.rounds_left(client, attempt),
             versions=self.state.versions,
         )
+        node = self.clients.nodes[client]
         content: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {
-            wire.ARRAYS: wire.to_record(self._download(client)),
-            wire.DRIFT: wire.to_record(self.state.drift),
+            **self._downlink.records(node, self._download(client), self.state.drift),
             wire.CONFIG: request.record(),
             wire.RUN_CONFIG: wire.run_config(flatten(self.config)),
         }
         return Message(
             RecordDict(content),
-            dst_node_id=self.clients.nodes[client],
+            dst_node_id=node,
             message_type="train",
             group_id=str(attempt),
         )
@@ -242,6 +244,7 @@ class LocalAlternation(Strategy):
         successful aggregations only.
         """
         accepted, dropped = self._judge(replies)
+        self._downlink.answered(accepted)
         self._account(accepted)
         self._without_size(accepted, dropped)
         t, synced = self.state.round + 1, self._synced()
@@ -249,8 +252,7 @@ class LocalAlternation(Strategy):
         enough = self._enough(accepted, dropped)
         sizes = [num_bytes(reply.upload) for reply in good]
         asked = self.clients.cohorts[self.state.attempts]
-        download = sum(num_bytes(self._download(client)) for client in asked) // len(asked)
-        download += num_bytes(self.state.drift)
+        downloads = [self._downlink.bytes[self.clients.nodes[client]] for client in asked]
         found = Errors()
         if enough:
             found = self._aggregate(accepted, synced)
@@ -263,7 +265,7 @@ class LocalAlternation(Strategy):
             replies=len(good),
             dropped=tuple(dropped),
             upload_bytes=sum(sizes) // max(len(sizes), 1),
-            download_bytes=download,
+            download_bytes=sum(downloads) // len(downloads),
             epsilon_max=max([self.epsilon_before, *self.epsilons.values()]),
             aggregation_error=found.averaging,
             aggregation_spectrum=found.averaging_spectrum,

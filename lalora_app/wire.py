@@ -41,6 +41,7 @@ REFUSALS = {
     "privacy.delta": "privacy.delta must be below 1/n, n the client's number of examples",
     "stage": "the stages of secure aggregation must come in order, from one attempt",
     "update": "the update must be finite, and within the range of secure aggregation",
+    "held": "the client does not hold what the server left out; it is sent all the next time",
     "request": "the request does not fit the client's model or run config",
     "internal": "the client failed; see the client's log",
 }

@@ -12,6 +12,7 @@ from lalora_app import wire
 from lalora_app.adapter import ServerState, select
 from lalora_app.cohorts import Clients
 from lalora_app.config import parse
+from lalora_app.downlink import LEFT_OUT
 from lalora_app.methods import METHODS
 from lalora_app.strategy import LocalAlternation
 from lalora_app.wire import TrainReply
@@ -85,10 +86,11 @@ def succeed(strategy, seed=1):
 def test_a_request_holds_the_whole_adapter_and_its_order():
     strategy = make()
     requests = asked(strategy)
+    expected = [wire.ARRAYS, wire.DRIFT, wire.CONFIG, wire.RUN_CONFIG, LEFT_OUT]
     assert {r.metadata.dst_node_id for r in requests} == set(NODES)
     for request in requests:
         assert request.metadata.message_type == "train"
-        assert set(request.content) == {wire.ARRAYS, wire.DRIFT, wire.CONFIG, wire.RUN_CONFIG}
+        assert {*request.content} == {*expected}
         assert not request.content[wire.DRIFT]
         assert parse(wire.run_config_of(request.content)) == strategy.config
         assert same_bits(
