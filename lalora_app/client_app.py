@@ -16,7 +16,7 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from safetensors import SafetensorError
 
-from lalora_app import backbone, downlink, replies, residents, trainer, wire
+from lalora_app import backbone, downlink, encoded_files, replies, residents, trainer, wire
 from lalora_app.adapter import Adapter, select
 from lalora_app.config import Config, ConfigError, parse
 from lalora_app.encoding import Encoded
@@ -41,9 +41,19 @@ Prepared = tuple[backbone.Backbone, Adapter, Encoded]
 
 def _prepared(config: Config, site: Site) -> Prepared:
     """Return everything that can fail for a reason of ours: before any budget is spent."""
-    examples = site.examples(config)
-    model, start = backbone.build(replace(config, lora=replace(config.lora, rank=site.rank)))
-    return model, start, model.encode(examples)
+    own = replace(config, lora=replace(config.lora, rank=site.rank))
+    kept = encoded_files.kept(site, config)
+    old = kept.read() if kept else None
+    if old is not None:
+        site.require_size(len(old), config)
+        return (*backbone.build(own), old)
+    examples = site.examples(config)  # before the model: what is wrong with data is said first
+    model, start = backbone.build(own)
+    encoded = model.encode(examples)
+    if kept:
+        with _losing_at_most_a_file():
+            kept.write(encoded)
+    return model, start, encoded
 
 
 def _streams(config: Config, client: str, attempt: int) -> trainer.Streams:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lalora_app.config import Config, ConfigError
+from lalora_app.config import Config, ConfigError, full_path
 from lalora_app.data import Examples, check_client
 from lalora_app.data import private_file as read_private_file
 from lalora_app.methods import checked_rank
@@ -24,6 +24,7 @@ class Site:
         policy: what it allows.
         state: folder of its ledger and of what waits between rounds.
         load: reads its examples.
+        cache: folder where they may stay encoded, and their own file or folder; None: nowhere.
     """
 
     client: str
@@ -32,6 +33,7 @@ class Site:
     policy: Policy
     state: Path
     load: Callable[[], Examples]
+    cache: tuple[Path, str] | None = None
 
     @property
     def ledger(self) -> Ledger:
@@ -45,9 +47,17 @@ class Site:
             DataError: if they cannot.
         """
         examples = self.load()
-        batch_size, delta = config.train.batch_size, config.privacy.delta
-        check_client(len(examples), batch_size=batch_size, delta=delta)
+        self.require_size(len(examples), config)
         return examples
+
+    def require_size(self, size: int, config: Config) -> None:
+        """Check that a client of ``size`` examples can be promised what the run asks for.
+
+        Raises:
+            DataError: if it cannot.
+        """
+        batch_size, delta = config.train.batch_size, config.privacy.delta
+        check_client(size, batch_size=batch_size, delta=delta)
 
 
 def _rank(config: Config, node: Mapping[str, object]) -> int:
@@ -85,6 +95,14 @@ def _data(config: Config, node: Mapping[str, object], node_id: int) -> Data:
     raise ConfigError("node config must have data-path, or partition-id and num-partitions")
 
 
+def _cache(node: Mapping[str, object]) -> tuple[Path, str] | None:
+    if "data-cache" not in node:
+        return None
+    if "data-path" not in node:
+        raise ConfigError("node config data-cache must be beside data-path")
+    return full_path(str(node["data-cache"])), str(node["data-path"])
+
+
 def admit(config: Config, node: Mapping[str, object], node_id: int) -> Site:
     """Return this client, if its policy allows the run. Neither data nor model is loaded yet.
 
@@ -100,4 +118,5 @@ def admit(config: Config, node: Mapping[str, object], node_id: int) -> Site:
     client, dataset, load = _data(config, node, node_id)
     policy = read_policy(node, config.privacy.delta, config.data.public_size, dataset)
     policy.check_run(config)
-    return Site(client, dataset, _rank(config, node), policy, state_folder(node), load)
+    rank, state = _rank(config, node), state_folder(node)
+    return Site(client, dataset, rank, policy, state, load, _cache(node))

@@ -1,5 +1,6 @@
 """Where data comes from: the bundled demo, local files and folders, the Hugging Face hub."""
 
+import hashlib
 import json
 import logging
 import tempfile
@@ -53,6 +54,14 @@ def _columns(table: Any, wanted: Iterable[str]) -> Columns:
         if isinstance(feature, Image):
             table = table.cast_column(name, Image(decode=False))
     return {name: table[name][:] for name in wanted}  # at once: row by row takes ten times longer
+
+
+def stamp(name: str) -> str:
+    """Return names, sizes and times of change of a file, or of all files of a folder, hashed."""
+    root = full_path(name)
+    files = sorted(path for path in root.rglob("*") if path.is_file()) if root.is_dir() else [root]
+    listed = [(str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return hashlib.sha256(json.dumps([str(root), listed]).encode()).hexdigest()
 
 
 def _arguments(key: str, path: Path, split: str) -> dict[str, Any]:

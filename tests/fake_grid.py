@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 import torch
 from flwr.app import Context, Error, Message, RecordDict
 from flwr.common.serde import (
@@ -49,11 +50,16 @@ def wire_bytes(message: Message) -> bytes:
 
 @dataclass
 class Exchange:
-    """One request, the client's own reply to it, and what the network made of that."""
+    """One request, the client's own reply to it, and what the network made of that.
+
+    ``start`` and ``drift`` are all of the server's tensors, with those that the request left out.
+    """
 
     attempt: int
     partition: int
     request: Message
+    start: dict[str, np.ndarray] = field(default_factory=dict)
+    drift: dict[str, np.ndarray] = field(default_factory=dict)
     reply: Message | None = None
     delivered: list[Message] = field(default_factory=list)
 
@@ -91,6 +97,7 @@ class FakeGrid(Grid):
         self.contexts: dict[int, Context] = {}
         self.partitions: dict[int, int] = {}
         self._replies: dict[str, list[Message]] = {}
+        self._sent: dict[tuple[int, str], dict[str, np.ndarray]] = {}
         self._order = random.Random(secrets.randbits(64))
         for index, extra in enumerate(extras):
             simulated = {"partition-id": index, "num-partitions": len(extras)}
@@ -115,6 +122,13 @@ class FakeGrid(Grid):
         """Return everything that any client has ever sent, as it was before any fault."""
         return [e.reply for e in self.exchanges if e.reply is not None]
 
+    def _whole(self, node: int, record: str, request: Message) -> dict[str, np.ndarray]:
+        """Return what a node was sent last of each tensor."""
+        sent = request.content.array_records.get(record, {})
+        arrays = {name: array.numpy() for name, array in sent.items()}
+        self._sent[node, record] = self._sent.get((node, record), {}) | arrays
+        return self._sent[node, record]
+
     def _deliver(self, message: Message, message_id: str) -> None:
         message.metadata.__dict__["_message_id"] = message_id
         request = over_the_wire(message)
@@ -122,6 +136,8 @@ class FakeGrid(Grid):
         attempt = int(request.metadata.group_id or 0)
         exchange = Exchange(attempt, self.partitions[node], request)
         self.exchanges.append(exchange)
+        exchange.start = self._whole(node, "arrays", request)
+        exchange.drift = self._whole(node, "drift", request)
         try:
             reply = client_app.app(over_the_wire(message), self.contexts[node])
         except Exception as error:  # as Flower does: the exception's text goes to the server

@@ -217,7 +217,7 @@ def finished(request, tmp_path_factory, tiny_model, tiny_data):
 def test_a_reply_holds_exactly_the_synced_factors_and_the_head(finished):
     method = METHODS[finished.config.method]
     for exchange in finished.grid.trained():
-        request = arrays(exchange.request)
+        request = exchange.start
         assert {kind(name) for name in request} - {"gate", "fixed"} == {"A", "B", "head"}
         sent, t = arrays(exchange.reply), exchange.order["round"]
         wanted = method.sent(t, last=t == 3) | {"head", "gate"}
@@ -229,7 +229,7 @@ def test_a_reply_holds_exactly_the_synced_factors_and_the_head(finished):
 def test_a_round_starts_from_the_server_and_the_clients_own_resident_factors(finished):
     method, previous = METHODS[finished.config.method], {}
     for exchange, local in zip(finished.grid.trained(), finished.rounds, strict=True):
-        server = arrays(exchange.request)
+        server = exchange.start
         own = method.resident(local.t - 1, 2) if local.t > 1 else frozenset()
         for which in ("A", "B", "head"):
             source = previous[exchange.partition] if which in own else server
@@ -243,7 +243,7 @@ def test_what_a_round_does_not_sync_stays_bit_identical(finished):
     method = METHODS[finished.config.method]
     if method.aggregate is not average:
         pytest.skip("its server rule moves what did not travel too: tests/test_rules.py")
-    states = [arrays(finished.grid.trained(attempt)[0].request) for attempt in (1, 2, 3)]
+    states = [finished.grid.trained(attempt)[0].start for attempt in (1, 2, 3)]
     states.append(finished.folder.latest().adapter)
     for t in (1, 2, 3):
         before, after = states[t - 1], states[t]
@@ -454,7 +454,7 @@ def test_one_client_without_noise_is_plain_central_training(tiny, method, steps)
     )
     done = run(config, 1)
     exchanges = done.grid.trained()
-    start = arrays(exchanges[0].request)
+    start = exchanges[0].start
     model = plain_peft(config, start)
     inputs, labels = tokens_of(config, 0)
     assert len(labels) == TRAIN_SIZE
@@ -533,14 +533,14 @@ def rounds_of(done: Run, rounds, partition):
 def test_la_lora_goes_on_from_its_own_resident_factor(tiny, rounds):
     done = run(tiny(**open_run()))
     first, second, third = rounds_of(done, rounds, 1)
-    server = arrays(second[0].request)
+    server = second[0].start
     own_a, server_a = of_kind(first[1].result, "A"), of_kind(server, "A")
     assert same_bits(of_kind(second[1].start, "A"), own_a)
     assert not same_bits(own_a, server_a)
     for which in ("B", "head"):  # travelled in round 1: the server's mean
         assert same_bits(of_kind(second[1].start, which), of_kind(server, which))
     # Round 3 trains on from the resident B of round 2, and the A that was aggregated in round 2.
-    server = arrays(third[0].request)
+    server = third[0].start
     assert same_bits(of_kind(third[1].start, "B"), of_kind(second[1].result, "B"))
     assert not same_bits(of_kind(third[1].start, "B"), of_kind(server, "B"))
     assert same_bits(of_kind(third[1].start, "A"), of_kind(server, "A"))
@@ -554,7 +554,7 @@ def test_a_resident_factor_that_was_aggregated_meanwhile_is_dropped(tiny, rounds
     assert returning  # asked in rounds 1 and 3, so their A of round 1 is older than round 2
     for partition in returning:
         first, last = rounds_of(done, rounds, partition)
-        server = arrays(last[0].request)
+        server = last[0].start
         assert not same_bits(of_kind(first[1].result, "A"), of_kind(server, "A"))
         assert same_bits(last[1].start, server)
 
@@ -577,8 +577,8 @@ def test_a_lost_resident_factor_means_the_servers_copy(tiny, rounds, harm):
 
     done = run(tiny(**open_run()), fault=fault)
     (_, first), (request, second), _ = rounds_of(done, rounds, 0)
-    assert not same_bits(of_kind(first.result, "A"), of_kind(arrays(request.request), "A"))
-    assert same_bits(second.start, arrays(request.request))
+    assert not same_bits(of_kind(first.result, "A"), of_kind(request.start, "A"))
+    assert same_bits(second.start, request.start)
     (_, first), (request, second), _ = rounds_of(done, rounds, 1)  # the other one kept its own
     assert same_bits(of_kind(second.start, "A"), of_kind(first.result, "A"))
 
@@ -605,7 +605,7 @@ def test_a_seeded_run_is_repeatable_to_the_bit(tiny, tmp_path, monkeypatch):
 
 def test_secure_noise_never_repeats(tiny, tmp_path, monkeypatch):
     one, two = (run(fresh(tiny, tmp_path, monkeypatch, name)) for name in ("a", "b"))
-    starts = [arrays(done.grid.trained(1)[0].request) for done in (one, two)]
+    starts = [done.grid.trained(1)[0].start for done in (one, two)]
     assert same_bits(*starts)
     for name, array in one.adapter.items():
         assert array.tobytes() != two.adapter[name].tobytes()
@@ -850,7 +850,7 @@ def test_a_failed_attempt_is_repeated_and_told(tiny):
     for failed in (1, 3):
         assert done.rows[failed]["dropped"] == ["1 did not answer in time"]
         assert done.rows[failed]["accuracy"] == done.rows[failed - 1]["accuracy"]
-    before, after, last = (arrays(done.grid.trained(i)[0].request) for i in (2, 3, 4))
+    before, after, last = (done.grid.trained(i)[0].start for i in (2, 3, 4))
     assert same_bits(before, after)
     assert same_bits(done.adapter, last)  # and not what the last client to train left in memory
     summary = done.json("summary.json")
@@ -907,7 +907,7 @@ def test_nothing_but_the_allowed_keys_leaves_a_client(tiny, public):
             assert got == {"config": {"refusal"}}
         else:
             synced = METHODS["la-lora"].syncs(exchange.order["round"]) | {"head"}
-            allowed = {n for n in arrays(exchange.request) if kind(n) in synced}
+            allowed = {n for n in exchange.start if kind(n) in synced}
             metrics = {"round", "epsilon"} | sizes
             assert got == {"arrays": allowed, "metrics": metrics, "config": {"code"}}
             if public:

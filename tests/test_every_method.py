@@ -103,7 +103,7 @@ def test_deer_clips_where_its_noise_is(tiny):
     """‖ΔB·A‖_F ≤ C for what one example adds to B, in every state that the server hands out."""
     done = run(tiny(**open_run(method="deer", **{"num-server-rounds": 4})))
     for exchange in done.grid.trained():
-        sent, t = arrays(exchange.request), exchange.order["round"]
+        sent, t = exchange.start, exchange.order["round"]
         for b, a in pairs(sent):
             resting = sent[a] if t % 2 else sent[b].T
             assert np.allclose(resting @ resting.T, np.eye(len(resting)), atol=1e-5)
@@ -155,8 +155,8 @@ def test_clients_of_different_ranks_train_their_own_and_are_aggregated_in_one_sc
                 assert sent[a].shape[0] == sent[b].shape[1] == ranks[exchange.partition]
     first = done.grid.trained(1)
     second = done.grid.trained(2)[-1]
-    whole = arrays(second.request)  # of the client of full rank: the global adapter
-    drift = {n: x.numpy() for n, x in second.request.content[wire.DRIFT].items()}
+    whole = second.start  # of the client of full rank: the global adapter
+    drift = second.drift
     for b, a in pairs(whole):
         scales = [config.lora.alpha / rank for rank in ranks]
         uploads = sorted(first, key=lambda e: e.partition)
@@ -260,9 +260,7 @@ def test_a_late_client_gets_all_that_moved_the_base(tiny):
     config = tiny(**open_run(4, method="fedex-lora") | changes | {"train.batch-size": 8})
     grid = run(config, 4).grid
     for attempt in (1, 2, 3):
-        drifts = [
-            wire.drift_of(e.request.content, arrays(e.request)) for e in grid.trained(attempt)
-        ]
+        drifts = [e.drift for e in grid.trained(attempt)]
         assert all((attempt > 1) == bool(drift) for drift in drifts)
         for drift in drifts:
             assert test_app.same_bits(drift, drifts[0])

@@ -12,7 +12,8 @@ from conftest import ROOT
 
 PACKAGE = ROOT / "lalora_app"
 USES_FLWR = {
-    *("robust", "tensors", "wire", "strategy", "client_app", "server_app", "runlog", "comparison"),
+    *("robust", "tensors", "wire", "downlink", "strategy", "client_app", "server_app"),
+    *("runlog", "comparison"),
     *("secagg.masks", "secagg.records", "secagg.client", "secagg.session", "secagg.strategy"),
 }
 SHELL = USES_FLWR | {"cli", "books", "launcher", "compare"}

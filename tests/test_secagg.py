@@ -166,11 +166,7 @@ def uploads(done, rounds, attempt):
 def states(done):
     """The global adapter before each attempt, and the last one."""
     attempts = range(1, done.config.num_server_rounds + 1)
-    known = [
-        arrays(exchange.request)
-        for attempt in attempts
-        for exchange in done.grid.trained(attempt)[:1]
-    ]
+    known = [exchange.start for attempt in attempts for exchange in done.grid.trained(attempt)[:1]]
     return [*known, done.folder.latest().adapter]
 
 
@@ -266,7 +262,7 @@ def test_no_message_to_the_server_holds_a_clients_factor(tiny, rounds):
     everything = [wire_bytes(reply) for reply in done.grid.replies()]
     assert len(done.grid.trained()) == len(rounds) == 3 * CLIENTS
     for exchange, local in zip(done.grid.trained(), rounds, strict=True):
-        start = arrays(exchange.request)
+        start = exchange.start
         sent = uploads(done, rounds, exchange.attempt)[exchange.partition]
         start = {name: start[name] for name in sent}
         words = words_of(sent, start)
@@ -340,7 +336,7 @@ def test_with_too_few_clients_left_nothing_moves_and_the_run_goes_on(tiny, stage
     assert [row["phase"] for row in done.rows] == ["B", "A", "A"]
     assert any("did not answer in time" in reason for reason in done.rows[1]["dropped"])
     if done.grid.trained(2):
-        before, after = (arrays(done.grid.trained(i)[0].request) for i in (2, 3))
+        before, after = (done.grid.trained(i)[0].start for i in (2, 3))
         assert same_bits(before, after)
     messages = Counter(
         e.request.metadata.message_type for e in done.grid.exchanges if e.attempt == 2

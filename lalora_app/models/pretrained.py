@@ -5,7 +5,7 @@ import importlib.util
 from pathlib import Path
 
 from lalora_app.config import ConfigError, full_path
-from lalora_app.sources import is_local
+from lalora_app.sources import is_local, stamp
 
 TIMM = "timm:"  # before the name of an architecture or folder of timm
 DEMO = "demo:all-MiniLM-L6-v2"
@@ -49,6 +49,21 @@ def source(name: str) -> str:
             raise ConfigError(f'model.name="{name}" must be a folder with a config.json')
         return str(folder)
     return name
+
+
+def revision(name: str) -> str:
+    """Return what tells one state of a model's files from another, without loading any.
+
+    Limit: a hub id that is not in the local cache yet has none.
+    """
+    plain = name.removeprefix(TIMM)
+    if name == DEMO:
+        return _DEMO_SHA256
+    if is_local(plain):
+        return stamp(plain)
+    from huggingface_hub import try_to_load_from_cache
+
+    return str(try_to_load_from_cache(plain, "config.json"))  # its path names the commit
 
 
 def public_name(name: str) -> str:

@@ -1,0 +1,123 @@
+"""Encoded examples kept on the client's disk: in deployment every message is a new process.
+
+A file is used while its fingerprint fits: names, sizes and times of change of the files of data and
+model, the keys of the run that encoding depends on, and the code. It holds private data, so it is
+kept only where a site names a folder for it.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from itertools import accumulate, pairwise
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lalora_app.config import Config, flatten
+from lalora_app.encoding import Encoded, EncodedImages, EncodedSequences, EncodedTexts
+from lalora_app.models.pretrained import revision
+from lalora_app.site import Site
+from lalora_app.sources import stamp
+from lalora_app.wire import code_hash
+
+# What decides on how an example is encoded; the device, or how it is trained on, does not.
+_KEYS = ("data.", "model.name", "model.task", "model.max-length", "model.image-", "model.weights")
+_LIBRARIES = ("transformers", "tokenizers", "pillow")
+
+
+def fingerprint(config: Config, data_path: str) -> str:
+    """Return a SHA-256 of all that encoding a client's own data depends on.
+
+    Args:
+        config: of the run.
+        data_path: the client's file or folder.
+    """
+    keys = {key: value for key, value in flatten(config).items() if key.startswith(_KEYS)}
+    libraries = [version(library) for library in _LIBRARIES]
+    parts = [code_hash(), libraries, keys, stamp(data_path), revision(config.model.name)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def _flat(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
+    tokens = torch.tensor([token for row in rows for token in row], dtype=torch.int32)
+    return {"tokens": tokens, "lengths": torch.tensor([len(row) for row in rows])}
+
+
+def _rows(tensors: dict[str, Tensor]) -> tuple[tuple[int, ...], ...]:
+    tokens = tensors["tokens"].tolist()
+    ends = accumulate(tensors["lengths"].tolist(), initial=0)
+    return tuple(tuple(tokens[start:end]) for start, end in pairwise(ends))
+
+
+def _packed(encoded: Encoded) -> tuple[dict[str, Tensor], dict[str, str]]:
+    match encoded:
+        case EncodedTexts(tokens, labels, pad):
+            kept = _flat(tokens) | {"labels": torch.tensor(labels)}
+            return kept, {"kind": "texts", "pad": str(pad)}
+        case EncodedSequences(tokens):
+            return _flat(tokens), {"kind": "sequences"}
+        case EncodedImages(pixels, labels):
+            return {"pixels": pixels, "labels": torch.tensor(labels)}, {"kind": "images"}
+    raise TypeError(f"{type(encoded).__name__} must be texts, sequences or images")
+
+
+def _unpacked(tensors: dict[str, Tensor], said: dict[str, str]) -> Encoded:
+    if said["kind"] == "sequences":
+        return EncodedSequences(_rows(tensors))
+    labels = tuple(tensors["labels"].tolist())
+    if said["kind"] == "images":
+        return EncodedImages(tensors["pixels"], labels)  # mapped: a batch reads its own rows
+    return EncodedTexts(_rows(tensors), labels, int(said["pad"]))
+
+
+@dataclass(frozen=True)
+class Kept:
+    """One client's file.
+
+    Attributes:
+        path: of the file; the one before is replaced.
+        fingerprint: that it must have.
+    """
+
+    path: Path
+    fingerprint: str
+
+    def read(self) -> Encoded | None:
+        """Return the examples as they were encoded; None: they were not, or something changed."""
+        with (
+            contextlib.suppress(SafetensorError, OSError, KeyError, ValueError),
+            safe_open(self.path, framework="pt") as file,
+        ):
+            said = file.metadata() or {}
+            if said.get("fingerprint") == self.fingerprint:
+                names = file.keys()
+                return _unpacked({name: file.get_tensor(name) for name in names}, said)
+        return None
+
+    def write(self, encoded: Encoded) -> None:
+        """Keep the examples, for this user only, in place of those kept before; atomically."""
+        tensors, said = _packed(encoded)
+        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        new = self.path.with_suffix(f".{os.getpid()}.tmp")
+        try:
+            new.touch(mode=0o600)
+            save_file(tensors, new, metadata=said | {"fingerprint": self.fingerprint})
+            new.replace(self.path)
+        finally:
+            new.unlink(missing_ok=True)
+
+
+def kept(site: Site, config: Config) -> Kept | None:
+    """Return a client's file in the folder that its site names; None: it names none."""
+    if site.cache is None:
+        return None
+    folder, data_path = site.cache
+    name = hashlib.sha256(f"{site.dataset}\n{site.client}".encode()).hexdigest()[:32]
+    return Kept(folder / f"{name}.safetensors", fingerprint(config, data_path))
