@@ -9,7 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from lalora_app.adapter import Adapter, num_bytes, select
+from lalora_app.aggregate.rule import Round
 from lalora_app.config import Config, from_tables, parse
+from lalora_app.downlink import content_hash, parts
 from lalora_app.method import Method
 from lalora_app.methods import METHODS
 
@@ -18,7 +20,7 @@ PAGE = ROOT / "docs" / "methods.md"
 BEGIN, END = "<!-- table -->", "<!-- end table -->"
 WIDTH, TARGETS = 384, 12  # MiniLM-L6: query and value of six layers
 HEADER = (
-    "| method | local steps train | a round sends | bytes up | bytes down | exact | sums suffice "
+    "| method | local steps train | a round sends | bytes up | bytes down at first | later | exact | sums suffice "
     "| moves the base | mixed ranks | keeps state |"
 )
 
@@ -45,6 +47,23 @@ def _turns(first: frozenset[str], second: frozenset[str]) -> str:
     return one if one == two else f"{one}, {two} in turn"
 
 
+def moved(method: Method, start: Adapter, config: Config) -> int:
+    """Return the bytes of the kinds of tensors that a round of two clients moves."""
+    rng = np.random.default_rng(0)
+    uploads = [
+        {n: x + rng.standard_normal(x.shape, np.float32) for n, x in sent.items()}
+        for sent in [select(start, method.syncs(1))] * 2
+    ]
+    info = Round(t=1, rounds=config.num_server_rounds, seed=config.seed, numbers=config.rule)
+    after = parts(method.aggregate(start, [1.0, 1.0], uploads, info).adapter, {})
+    before = parts(start, {})
+    return sum(
+        num_bytes(part)
+        for which, part in after.items()
+        if content_hash(part) != content_hash(before[which])
+    )
+
+
 def row(name: str, method: Method, config: Config) -> str:
     """Return a method's line of the table."""
     start = initial(method, config)
@@ -54,7 +73,8 @@ def row(name: str, method: Method, config: Config) -> str:
     sends = _turns(method.syncs(1), method.syncs(2))
     if method.finally_syncs - method.syncs(1):
         sends += "; at last " + " and ".join(sorted(method.finally_syncs))
-    down = f"{num_bytes(start):,}" + (" + drift" if method.moves_base else "")
+    drift = " + drift" if method.moves_base else ""
+    down, later = f"{num_bytes(start):,}{drift}", f"{moved(method, start, config):,}{drift}"
     flags = (
         method.exact,
         method.linear,
@@ -63,7 +83,15 @@ def row(name: str, method: Method, config: Config) -> str:
         method.keeps_client_state,
     )
     up = f"{num_bytes(select(start, method.syncs(1))):,}"
-    cells = [f"`{name}`", steps, sends, up, down, *("yes" if flag else "–" for flag in flags)]
+    cells = [
+        f"`{name}`",
+        steps,
+        sends,
+        up,
+        down,
+        later,
+        *("yes" if flag else "–" for flag in flags),
+    ]
     return "| " + " | ".join(cells) + " |"
 
 
