@@ -20,8 +20,8 @@ PAGE = ROOT / "docs" / "methods.md"
 BEGIN, END = "<!-- table -->", "<!-- end table -->"
 WIDTH, TARGETS = 384, 12  # MiniLM-L6: query and value of six layers
 HEADER = (
-    "| method | local steps train | a round sends | bytes up | bytes down at first | later | exact | sums suffice "
-    "| moves the base | mixed ranks | keeps state |"
+    "| method | local steps train | a round sends | bytes up | bytes down at first | later | exact "
+    "| sums suffice | moves the base | mixed ranks | keeps state |"
 )
 
 
