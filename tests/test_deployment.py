@@ -28,6 +28,7 @@ import random_kills
 from guide import Guide, blocks, execute, free_ports, guide
 
 UNITS = sorted((ROOT / "deploy").glob("*.service"))
+DEFAULT_MODEL = os.environ.get("LALORA_DEPLOYMENT_MODEL") == "default"
 KILL_ROUNDS = 6
 LIMITS = {"site-0": 8.0, "site-1": 6.0, "site-2": 4.0}  # as the guide has them
 
@@ -72,7 +73,7 @@ def _executed(made: Guide, rounds: int) -> Executed:
 def executed(tmp_path_factory, tiny_keys) -> Iterator[Executed]:
     folder = tmp_path_factory.mktemp("deployment")
     variables = {"LALORA_TIMING": "1"}
-    if os.environ.get("LALORA_DEPLOYMENT_MODEL") != "default":
+    if not DEFAULT_MODEL:
         seeded = {"privacy.noise": "seeded", "min-replies": 3, "num-server-rounds": 4}
         mixed = {"method": "flexlora", "min-replies": 2, "num-server-rounds": 2}
         variables["MODEL"] = tiny_keys["model.name"]
@@ -198,7 +199,8 @@ def test_a_site_with_another_ca_does_not_talk_to_the_server(executed, tmp_path):
 @pytest.mark.timeout(1800)
 def test_a_killed_client_site_and_server_cost_no_ledger_a_release(executed, tiny_keys):
     made, chance = executed.guide, random.Random(0)
-    keys = tiny_keys | {"min-replies": 1, "num-server-rounds": KILL_ROUNDS, "method": "flexlora"}
+    own = {"min-clients": 3} if DEFAULT_MODEL else tiny_keys  # site-0's policy names the model
+    keys = own | {"min-replies": 1, "num-server-rounds": KILL_ROUNDS, "method": "flexlora"}
     run = random_kills.Submission(made, keys, begun=set(executed.runs()))
     with random_kills.Supervisor(made):
         killed = [random_kills.kill_one(made, run, kind, chance) for kind in random_kills.VICTIMS]
