@@ -249,6 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = args.run_config.read_text("utf-8") if args.run_config else ""
     tables = from_tables(tomllib.loads(text))
     tables |= {"num-server-rounds": args.rounds, "min-clients": 3, "min-replies": 1}
+    tables |= {"round-timeout": 60.0}  # what a killed SuperNode took with it is waited for so long
     rehearsal = args.folder / "rehearsal.toml"
     args.folder.mkdir(parents=True, exist_ok=True)
     write(rehearsal, tables)

@@ -10,6 +10,7 @@ from typing import Literal
 
 Factor = Literal["A", "B"]
 Factors = frozenset[Factor]
+PERIOD = 2  # steps after which every schedule begins again
 Trains = Callable[[int, int], Factors]
 Syncs = Callable[[int], Factors]
 
@@ -45,4 +46,4 @@ def alternate_steps(t: int, k: int) -> Factors:
 
 def trained(trains: Trains, t: int, local_steps: int) -> Factors:
     """Return the factors that round ``t`` trains: the union of ``trains(t, k)`` over its steps."""
-    return frozenset().union(*(trains(t, k) for k in range(local_steps)))
+    return frozenset().union(*(trains(t, k) for k in range(min(local_steps, PERIOD))))

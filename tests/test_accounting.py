@@ -5,6 +5,7 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from opacus.accountants import RDPAccountant
 from scipy.optimize import brentq
 from scipy.stats import norm
 
@@ -130,3 +131,25 @@ def test_nothing_left_to_spend_is_said_and_not_calibrated_around():
     assert epsilon(past, DELTA) == math.inf
     with pytest.raises(ValueError, match=r"leave nothing of epsilon=1\.0"):
         calibrate(1.0, DELTA, sampling_rate=0.1, steps=1, past=past)
+
+
+@pytest.mark.parametrize("count", [10**6, 10**9])
+def test_any_count_is_accounted_for_in_little_memory(count):
+    """A request may ask for any number of steps: the tight accountant's grid would be terabytes."""
+    noise = calibrate(3.0, 1e-5, sampling_rate=0.06, steps=count)
+    assert 2.5 < epsilon([Release(0.06, noise, count)], 1e-5) <= 3.0
+    with pytest.raises(ValueError, match=f"too little for {count**2} releases"):
+        calibrate(3.0, 1e-5, sampling_rate=0.06, steps=count**2)
+
+
+def test_beyond_the_tight_accountants_grid_epsilon_does_not_fall():
+    """Around the count at which RDP takes over."""
+    counts = [2**k for k in range(10, 24)]
+    found = [epsilon([Release(0.06, 8.0, count)], 1e-5) for count in counts]
+    assert found == sorted(found)
+    edge = max(i for i, (e, n) in enumerate(zip(found, counts, strict=True)) if e * n**0.5 < 2_000)
+    assert 0 < edge < len(counts) - 2  # both were in use
+    for value, count in zip(found, counts, strict=True):
+        rdp = RDPAccountant()
+        rdp.history = [(8.0, 0.06, count)]
+        assert value <= rdp.get_epsilon(delta=1e-5)

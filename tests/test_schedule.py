@@ -4,7 +4,7 @@ import pytest
 
 from lalora_app import schedule
 from lalora_app.aggregate.mean import average
-from lalora_app.methods import METHODS
+from lalora_app.methods import METHODS, lookup
 
 # Four local steps of rounds 1 and 2, and what rounds 1 to 4 send up.
 ALTERNATE_STEPS = ("B A B A", "B A B A")
@@ -102,3 +102,13 @@ def test_averaging_is_exact_where_one_factor_moves_and_nothing_is_resident():
         sends_one = all(len(method.syncs(t)) == 1 for t in (1, 2))
         resident = any(method.resident(t, 2) for t in (1, 2))
         assert method.exact == (sends_one and not resident), name
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_a_schedule_begins_again_after_its_period_and_any_number_of_steps_is_looked_up(name):
+    method = METHODS[name]
+    for t in (1, 2, 3):
+        for k in range(12):
+            assert method.trains(t, k) == method.trains(t, k + schedule.PERIOD)
+        assert method.resident(t, 2**63) == method.resident(t, 2 * schedule.PERIOD)
+    assert lookup(name, 2**63) is method

@@ -19,6 +19,9 @@ from scipy.optimize import brentq
 EPSILON_ERROR = 0.003  # additive; both accountants then agree to 1 % from ε = 0.3 upwards
 PRV_TRUSTED = 500.0  # above, its floating-point numbers saturate; RDP is looser and safe there
 _COARSE = 1e-3  # ten times Google's own width: an audit's bound moves by less than 1e-4 of itself
+# PRV's grid grows with ε·√count: at 2,000 it takes about a gigabyte, and a request may ask for any
+# count. Beyond, RDP: a tenth looser, and safe.
+PRV_GRID = 2_000.0
 SMALLEST_NOISE = 2.0**-6
 LARGEST_NOISE = 2.0**12  # a noise multiplier beyond it trains nothing
 RELATIVE_TOLERANCE = 1e-3  # of the calibrated noise multiplier, always on the private side
@@ -54,13 +57,15 @@ def _upper_bound(groups: tuple[tuple[float, float, int], ...], delta: float) -> 
     history = [(z, q, n) for q, z, n in groups]
     tight, loose = PRVAccountant(), RDPAccountant()
     tight.history = loose.history = history
-    found = math.inf
     # Opacus warns of log(0) at q = 1, and of orders; both leave its bounds valid.
     with warnings.catch_warnings(), np.errstate(divide="ignore"):
         warnings.simplefilter("ignore")
+        safe, found = float(loose.get_epsilon(delta=delta)), math.inf
+        if safe * math.sqrt(sum(n for _, _, n in groups)) > PRV_GRID:
+            return safe
         with contextlib.suppress(RuntimeError):  # PRV gives up where ε is absurd
             found = float(tight.get_epsilon(delta=delta, eps_error=EPSILON_ERROR))
-        return found if found < PRV_TRUSTED else float(loose.get_epsilon(delta=delta))
+        return found if found < PRV_TRUSTED else safe
 
 
 def epsilon(releases: Sequence[Release], delta: float) -> float:
