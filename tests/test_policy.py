@@ -20,6 +20,7 @@ delta = 1e-6
 min-noise-multiplier = 0.5
 max-rounds = 100
 max-rounds-per-day = 20
+max-local-steps = 70
 methods = ["la-lora", "rolora"]
 models = ["demo:all-MiniLM-L6-v2"]
 public-size = true
@@ -112,6 +113,7 @@ def test_a_file_says_all_of_it(policy):
     assert found.public_size
     assert found.min_noise_multiplier == 0.5
     assert (found.max_rounds, found.max_rounds_per_day) == (100, 20)
+    assert found.max_local_steps == 70
     assert found.methods == {"la-lora", "rolora"}
     assert found.require_secure_aggregation
     assert found.models == {"demo:all-MiniLM-L6-v2"}
@@ -142,6 +144,7 @@ def test_a_short_file_allows_every_method_and_model_within_its_limit(policy):
         ("= 0.5", "= inf", "min-noise-multiplier=inf must be at least 0, and finite"),
         ("= 100", "= 0", "max-rounds=0 must be an integer of at least 1"),
         ("= 20", "= 2.5", "max-rounds-per-day=2.5 must be an integer"),
+        ("= 70", "= 0", "max-local-steps=0 must be an integer of at least 1"),
         ("= 20", "= true", "max-rounds-per-day=True must be an integer"),
         ('["la-lora", "rolora"]', "[]", "must be a list of at least one name"),
         ('["la-lora", "rolora"]', '"la-lora"', "methods='la-lora' must be a list"),
@@ -195,6 +198,7 @@ def guarded(tiny, policy):
     honest = tiny(**{"num-server-rounds": 1, "min-replies": 1, "method": "la-lora"})
     path = policy(
         f"max-epsilon = 8.0\ndelta = {DELTA}\nmin-noise-multiplier = 0.3\nmax-rounds = 5\n"
+        "max-local-steps = 9\n"
         f"methods = ['la-lora']\nmodels = ['{honest.model.name}']\n"
     )
     grid = FakeGrid(honest, [{}, {"policy": str(path)}])
@@ -219,6 +223,7 @@ ATTACKS = {
     "noise that it knows": ({"privacy.noise": "seeded"}, {}, ("policy",)),
     "delta of a half": ({"privacy.delta": 0.5}, {}, ("privacy.delta",)),
     "a million rounds": ({"num-server-rounds": 10**6}, {}, ("policy",)),
+    "a billion steps a round": ({"train.local-steps": 10**9}, {}, ("policy",)),
     "more steps than its run has": ({}, {"steps-left": 10**6}, ("request",)),
     "a round after the last": ({}, {"round": 10**6}, ("request",)),
     "another method": ({"method": "dp-lora"}, {}, ("policy",)),

@@ -14,6 +14,7 @@ from lalora_app.privacy.budget import Limit
 _INLINE = ("max-epsilon", "delta", "public-size")
 _KEYS = (
     *(*_INLINE, "min-noise-multiplier", "max-rounds", "max-rounds-per-day"),
+    "max-local-steps",
     *("methods", "models", "datasets", "require-secure-aggregation"),
 )
 
@@ -32,6 +33,7 @@ class Policy:
         min_noise_multiplier: the smallest noise of a release, in clip norms.
         max_rounds: of one run; None: any number.
         max_rounds_per_day: in which the dataset may take part; None: any number.
+        max_local_steps: of one round; None: any number.
         methods: that may be run; None: all.
         models: values of ``model.name`` that may be loaded; None: all.
         require_secure_aggregation: whether uploads may leave under masks only.
@@ -42,6 +44,7 @@ class Policy:
     min_noise_multiplier: float = 0.0
     max_rounds: int | None = None
     max_rounds_per_day: int | None = None
+    max_local_steps: int | None = None
     methods: frozenset[str] | None = None
     models: frozenset[str] | None = None
     require_secure_aggregation: bool = False
@@ -52,11 +55,10 @@ class Policy:
         Raises:
             PolicyError: naming key and value, for the client's own log.
         """
-        most = math.inf if self.max_rounds is None else self.max_rounds
         _require_listed("method", config.method, self.methods)
         _require_listed("model.name", config.model.name, self.models)
-        if config.num_server_rounds > most:
-            raise PolicyError(f"num-server-rounds={config.num_server_rounds} must be <= {most}")
+        _require_at_most("num-server-rounds", config.num_server_rounds, self.max_rounds)
+        _require_at_most("train.local-steps", config.train.local_steps, self.max_local_steps)
         if self.require_secure_aggregation and config.secure_aggregation == "none":
             raise PolicyError('secure-aggregation="none" must be "secagg+"')
         self.check_noise(math.inf if config.privacy.private else 0.0)
@@ -74,7 +76,8 @@ class Policy:
         return [
             f"epsilon up to {self.limit.epsilon:g} at delta {self.limit.delta:g}, over all runs",
             f"noise of at least {self.min_noise_multiplier:g} clip norms",
-            *(f"{'any number of' if n is None else n} rounds {what}" for what, n in most.items()),
+            *(f"{_any(n)} rounds {what}" for what, n in most.items()),
+            f"{_any(self.max_local_steps)} local steps of a round",
             *(f"{key}: {', '.join(sorted(v)) if v else 'all'}" for key, v in any_of.items()),
             f"the number of examples may {'' if self.public_size else 'not '}be sent",
             f"uploads leave {'under masks only' if masked else 'with or without masks'}",
@@ -91,6 +94,15 @@ class Policy:
                 f"the noise multiplier would be {noise_multiplier:.4g}, and must be at least "
                 f"min-noise-multiplier={self.min_noise_multiplier}"
             )
+
+
+def _any(most: int | None) -> str:
+    return "any number of" if most is None else str(most)
+
+
+def _require_at_most(key: str, value: int, most: int | None) -> None:
+    if most is not None and value > most:
+        raise PolicyError(f"{key}={value} must be at most {most}")
 
 
 def _require_listed(key: str, value: str, allowed: frozenset[str] | None) -> None:
@@ -191,6 +203,7 @@ def read_policy_file(path: Path, dataset: str = "") -> Policy:
         noise,
         _rounds(values, "max-rounds", source),
         _rounds(values, "max-rounds-per-day", source),
+        _rounds(values, "max-local-steps", source),
         _names(values, "methods", source),
         _names(values, "models", source),
         _flag(values, "require-secure-aggregation", False, source),
