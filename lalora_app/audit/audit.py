@@ -113,7 +113,8 @@ def plan_of(request: Request) -> Plan:
 def _row(name: str, bound: Bound, plan: Plan, curve: float | None = None) -> Row:
     guesses = bound.guesses
     said = f"{guesses.correct} of {guesses.made} guesses right by {bound.attack}"
-    return Row(name, bound.epsilon, curve, said, counted_p_value(bound.errors, [plan.release]))
+    p_value = counted_p_value(bound.errors, [plan.release])
+    return Row(name, bound.epsilon, curve, said, p_value, bound.roc)
 
 
 def _crowd(request: Request, plan: Plan, seed: int, confidence: float) -> Row:

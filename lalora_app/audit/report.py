@@ -3,8 +3,11 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 SURE = 1e-4  # p-value below which the verdict is "broken": one false alarm in 10,000 audits
+CARD_ROW = "| ε, lower bound (audit) |"  # how the line of a model card begins
+NOT_AUDITED = f"{CARD_ROW} not audited: `lalora audit --run` with the folder of the run |"
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,7 @@ class Row:
         curve: lower bound if the mechanism is the accountant's with an unknown noise; None: none.
         said: what the bound comes from.
         p_value: of so few errors under what the ledger has counted; None: not tested.
+        roc: (false alarm rate, hit rate) by threshold; empty: one threshold alone.
     """
 
     name: str
@@ -24,6 +28,7 @@ class Row:
     curve: float | None
     said: str
     p_value: float | None = None
+    roc: Sequence[tuple[float, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -73,8 +78,16 @@ class Report:
         )
         return "\n".join(lines)
 
-    def json(self) -> str:
-        """Return the report as one line of JSON."""
+    def card_row(self) -> str:
+        """Return the line of a model card that tells the lower bound."""
+        verdict = "; **the audit says: broken**" if self.broken else ""
+        return (
+            f"{CARD_ROW} {self.epsilon_lower:.2f} at {self.confidence:.0%} confidence "
+            f"(`lalora audit`, seed {self.seed}; ledger {self.epsilon_upper:.2f}){verdict} |"
+        )
+
+    def fields(self) -> dict[str, Any]:
+        """Return the report as plain values."""
         head = {
             "epsilon_upper": self.epsilon_upper,
             "epsilon_lower": self.epsilon_lower,
@@ -84,8 +97,10 @@ class Report:
             "seed": self.seed,
             "broken": self.broken,
         }
-        parts = {
-            row.name: {"epsilon": row.epsilon, "curve": row.curve, "p_value": row.p_value}
-            for row in self.rows
-        }
-        return json.dumps({**head, "parts": parts, **self.facts})
+        keys = ("epsilon", "curve", "p_value", "roc")
+        parts = {row.name: {key: getattr(row, key) for key in keys} for row in self.rows}
+        return {**head, "parts": parts, **self.facts}
+
+    def json(self) -> str:
+        """Return the report as one line of JSON."""
+        return json.dumps(self.fields())

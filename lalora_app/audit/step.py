@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from lalora_app.audit.canaries import SPREAD, Canaries, CanaryBackbone, CanaryData
-from lalora_app.audit.estimators import Errors, Guesses, one_run, subsampled
+from lalora_app.audit.estimators import Errors, Guesses, one_run, roc, subsampled
 from lalora_app.privacy.accounting import Release, epsilon
 from lalora_app.privacy.budget import Limit, noise_for
 from lalora_app.privacy.ledger import Ledger, Reservation
@@ -186,12 +186,14 @@ class Bound:
         attack: which attack was chosen, on the half of the canaries that the bound leaves out.
         guesses: of that attack on the other half.
         errors: of the likelihood attack at its threshold 0, on all canaries.
+        roc: of the chosen attack, on all canaries.
     """
 
     epsilon: float
     attack: str
     guesses: Guesses
     errors: Errors
+    roc: list[tuple[float, float]]
 
 
 def _chosen(
@@ -226,7 +228,8 @@ def bounded(
     name, share = _chosen(first, seen.members[::2], plan.delta)
     guesses = guessed(scores[name][1::2], seen.members[1::2], share)
     errors = errors_of(scores["likelihood"], seen.members)
-    return Bound(one_run(guesses, plan.delta, confidence), name, guesses, errors)
+    found = one_run(guesses, plan.delta, confidence)
+    return Bound(found, name, guesses, errors, roc(scores[name], seen.members))
 
 
 def by_curve(bound: Bound, plan: Plan, confidence: float) -> float:
