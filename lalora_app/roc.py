@@ -19,7 +19,8 @@ def most_hits(alarms: NDArray[np.float64], epsilon: float, delta: float) -> NDAr
     """Return the largest hit rate that (ε, δ)-DP allows a test at each false alarm rate."""
     low = np.exp(epsilon) * alarms + delta
     high = 1 - np.exp(-epsilon) * (1 - delta - alarms)
-    return np.minimum(low, high).clip(0, 1)
+    most: NDArray[np.float64] = np.minimum(low, high).clip(0, 1)
+    return most
 
 
 def _logarithmic(axes: Axes, lowest: float) -> None:

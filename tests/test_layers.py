@@ -44,6 +44,7 @@ TORCH_ROOMS = {
     "audit.step",
     "audit.broken",
     "audit.federation",
+    "audit.shares",
     "audit.run",
     "audit.audit",
 }

@@ -137,8 +137,13 @@ def alone(plan: Plan, trials: int, seed: int, *, step: Step = private_gradient) 
     return side_by_side(runs)
 
 
-def likelihood(seen: Observed, rate: float) -> np.ndarray:
-    """Return (canaries,): log P(seen | in) / P(seen | out) under Poisson sampling at ``rate``."""
+def likelihood(seen: Observed, rate: float | np.ndarray) -> np.ndarray:
+    """Return (canaries,): log P(seen | in) / P(seen | out) under Poisson sampling at ``rate``.
+
+    Args:
+        seen: by the attacker.
+        rate: q, of all releases, or (releases, 1).
+    """
     noise = np.maximum(seen.noise, _FLOOR)
     shift = (2 * seen.x - 1) / (2 * noise**2)
     with np.errstate(divide="ignore"):  # rate 1: the canary is in every batch
