@@ -289,8 +289,11 @@ def test_the_report_has_both_epsilons_and_a_verdict():
     assert found["parts"]["step"] == step
     assert "consistent" in report(1.5).text()
     assert (report(1.5).broken, report(3.1).broken) == (False, True)
-    assert "BROKEN" in report(3.1).text()
+    assert "BROKEN: more is proved than promised" in report(3.1).text()
     assert report(1.5, p_value=1e-5).broken
+    assert "not the mechanism that was counted" in report(1.5, p_value=1e-5).text()
+    assert "BROKEN" in report(3.1).card_row()
+    assert "BROKEN" not in report(1.5).card_row()
 
 
 @pytest.mark.parametrize(

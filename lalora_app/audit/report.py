@@ -59,10 +59,23 @@ class Report:
         return max(row.epsilon for row in self.rows)
 
     @property
+    def unlikely(self) -> bool:
+        """Whether an attack errs less often than it would under what was counted."""
+        return any(row.p_value is not None and row.p_value < SURE for row in self.rows)
+
+    @property
     def broken(self) -> bool:
-        """Whether an attack proves more than is promised, or errs less than what was counted."""
-        unlikely = any(row.p_value is not None and row.p_value < SURE for row in self.rows)
-        return unlikely or self.epsilon_lower > self.epsilon_upper
+        """Whether more is proved than promised, or the mechanism is not what was counted."""
+        return self.unlikely or self.epsilon_lower > self.epsilon_upper
+
+    @property
+    def verdict(self) -> str:
+        """What follows, in a few words."""
+        if self.epsilon_lower > self.epsilon_upper:
+            return "BROKEN: more is proved than promised"
+        return (
+            "BROKEN: this is not the mechanism that was counted" if self.unlikely else "consistent"
+        )
 
     def text(self) -> str:
         """Return the report as lines."""
@@ -71,16 +84,15 @@ class Report:
             more = "" if row.curve is None else f", {row.curve:.2f} by the accountant's curve"
             more += "" if row.p_value is None else f", p-value {row.p_value:.2g}"
             lines.append(f"  {row.name}: at least {row.epsilon:.2f}{more}  ({row.said})")
-        verdict = "BROKEN: more is proved than promised" if self.broken else "consistent"
         lines.append(
             f"  epsilon_upper {self.epsilon_upper:.3f}  epsilon_lower {self.epsilon_lower:.3f}  "
-            f"confidence {self.confidence:g}  {verdict}"
+            f"confidence {self.confidence:g}  {self.verdict}"
         )
         return "\n".join(lines)
 
     def card_row(self) -> str:
         """Return the line of a model card that tells the lower bound."""
-        verdict = "; **the audit says: broken**" if self.broken else ""
+        verdict = f"; **{self.verdict}**" if self.broken else ""
         return (
             f"{CARD_ROW} {self.epsilon_lower:.2f} at {self.confidence:.0%} confidence "
             f"(`lalora audit`, seed {self.seed}; ledger {self.epsilon_upper:.2f}){verdict} |"
