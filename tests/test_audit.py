@@ -353,6 +353,7 @@ def finished_run(folder, config):
 SMALL = audit.Size(canaries=2000, runs=1, alone=3, planted=0, trials=100)
 
 
+@pytest.mark.slow
 def test_an_audit_of_a_run_is_told_in_its_report_and_its_model_card(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(audit, "FAST", SMALL)
     folder = finished_run(tmp_path / "run", make_config(**{"privacy.epsilon": 2.0}))
