@@ -113,13 +113,19 @@ def _draw(axes: Axes, line: Curve, style: Style) -> None:
     axes.plot(line.x[line.failed], line.mean[line.failed], **_FAILED)
 
 
-def _legend(figure: Figure, marks: Mapping[str, Style]) -> None:
+def add_legend(figure: Figure, marks: Mapping[str, Style]) -> None:
     """Put the legend below the axes, and make the figure taller by as much."""
     names = [_plain(name) for name in marks]
     columns = min(3, len(names), max(1, 54 // (max(map(len, names)) + 6)))
     figure.set_figheight(_HEIGHT + 0.21 * math.ceil(len(names) / columns) + 0.1)
     handles = [Line2D([], [], **style) for style in marks.values()]
     figure.legend(handles, names, loc="outside lower center", ncols=columns)
+
+
+def blank() -> tuple[Figure, Axes]:
+    """Return a figure of a panel's size and its empty axes."""
+    figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
+    return figure, figure.add_subplot()
 
 
 def panel(curves: Mapping[str, Curve], looks: Mapping[str, Style], *, log: bool = False) -> Figure:
@@ -130,8 +136,7 @@ def panel(curves: Mapping[str, Curve], looks: Mapping[str, Style], *, log: bool 
         looks: styles by label, of every panel beside this one; a single label needs no legend.
         log: whether the height is logarithmic.
     """
-    figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
-    axes = figure.add_subplot()
+    figure, axes = blank()
     for label, line in curves.items():
         _draw(axes, line, looks[label])
     if log:
@@ -143,7 +148,7 @@ def panel(curves: Mapping[str, Curve], looks: Mapping[str, Style], *, log: bool 
     if any(line.failed.any() for line in curves.values()):
         marks |= {"failed round": _FAILED}
     if marks:
-        _legend(figure, marks)
+        add_legend(figure, marks)
     return figure
 
 

@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from lalora_app.adapter import Adapter, ServerState, pairs
 from lalora_app.aggregate.products import balanced, rank_of, stacked, svd
+from lalora_app.audit.report import NOT_AUDITED
 from lalora_app.backbone import Backbone
 from lalora_app.config import Config
 from lalora_app.models.pretrained import TIMM, public_name
@@ -66,7 +67,8 @@ logits = (out * mask).sum(1) / mask.sum(1)      # the mean over the tokens class
 _PRIVATE = """
 | privacy | |
 |---|---|
-| ε | {epsilon:.2f} (the largest of all clients) |
+| ε, upper bound (ledger) | {epsilon:.2f} (the largest of all clients) |
+{audit}
 | δ | {delta:g} |
 | unit | {adjacency} |
 | accountant | {accountant} |
@@ -81,9 +83,12 @@ _NOT_PRIVATE = """
 def privacy_sentence(config: Config, epsilon: float) -> str:
     """Return what the model card says about privacy."""
     if config.privacy.private:
-        delta = config.privacy.delta
         return _PRIVATE.format(
-            epsilon=epsilon, delta=delta, adjacency=ADJACENCY, accountant=ACCOUNTANT
+            epsilon=epsilon,
+            delta=config.privacy.delta,
+            audit=NOT_AUDITED,
+            adjacency=ADJACENCY,
+            accountant=ACCOUNTANT,
         )
     seeded = config.privacy.noise == "seeded"
     return _NOT_PRIVATE.format(

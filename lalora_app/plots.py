@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
+from lalora_app import roc
 from lalora_app.aggregate.mean import average
 from lalora_app.drawing import Curve, heat_map, house_style, panel, share_height, styles, svg
 from lalora_app.methods import METHODS
@@ -221,6 +222,25 @@ def partitions(records: Sequence[Record]) -> Chart:
     return Chart(title, note, tuple(pictures))
 
 
+@house_style()
+def _roc_panel(record: Record, audit: dict[str, Any]) -> str:
+    name = f"{record.label} at ε = {record.epsilon:g}, seed {record.seed}"
+    drawn = roc.figure(audit)
+    drawn.axes[0].set(title=name)
+    return svg(drawn, f"ROC of the audit of {name}")
+
+
+def attacks(records: Sequence[Record]) -> list[Chart]:
+    """Return the ROC of every audited run's audit; no chart where none is audited."""
+    panels = tuple(_roc_panel(r, r.audit) for r in records if r.audit is not None)
+    note = (
+        "How well lalora audit tells whether an example was in a client's data: through the "
+        "private step (step; alone: as its only record), and from what a client of a whole run "
+        "sent (run). On logarithmic axes, so that an attack that is sure of few examples shows."
+    )
+    return [Chart("Membership attack", note, panels)] if panels else []
+
+
 def charts(records: Sequence[Record]) -> list[Chart]:
     """Return every figure of a report, in its order.
 
@@ -236,5 +256,6 @@ def charts(records: Sequence[Record]) -> list[Chart]:
         by_spending(records),
         aggregation_error(records),
         *remaining_error(records),
+        *attacks(records),
         partitions(records),
     ]

@@ -28,6 +28,7 @@ class Record:
             where the server does not know it.
         privacy: of privacy.json.
         clients: how many took part; None where it is not recorded.
+        audit: of audit.json, which ``lalora audit --run`` leaves; None: not audited.
     """
 
     label: str
@@ -40,6 +41,7 @@ class Record:
     partition: dict[str, Any] | None
     privacy: dict[str, Any]
     clients: int | None
+    audit: dict[str, Any] | None = None
 
     @property
     def private(self) -> bool:
@@ -62,8 +64,10 @@ def _read(folder: Path, label: str | None) -> Record:
     summary = _read_json(folder / "summary.json")
     if not (history := RunFolder(folder).history()):
         raise ValueError("history.jsonl is missing or empty")
-    path = folder / "partition.json"
-    partition = json.loads(path.read_text("utf-8")) if path.is_file() else None
+    partition, audit = (
+        json.loads(path.read_text("utf-8")) if path.is_file() else None
+        for path in (folder / "partition.json", folder / "audit.json")
+    )
     return Record(
         label=summary["method"] if label is None else label,
         method=summary["method"],
@@ -75,6 +79,7 @@ def _read(folder: Path, label: str | None) -> Record:
         partition=partition,
         privacy=_read_json(folder / "privacy.json"),
         clients=len(partition["clients"]) if partition else RunFolder(folder).num_clients(),
+        audit=audit,
     )
 
 

@@ -85,6 +85,18 @@ def _warnings(records: Sequence[Record]) -> list[str]:
     return found
 
 
+def _audits(records: Sequence[Record]) -> list[str]:
+    """Say both ε of every audited run."""
+    return [
+        f"Audit of {r.label} at ε = {r.epsilon:g}, seed {r.seed}: the attack proves an ε of at "
+        f"least {r.audit['epsilon_lower']:.2f} at {r.audit['confidence']:.0%} confidence; the "
+        f"ledger counts at most {r.audit['epsilon_upper']:.2f} at δ = {r.audit['delta']:g}. "
+        + ("This mechanism is BROKEN." if r.audit["broken"] else "The two are consistent.")
+        for r in records
+        if r.audit is not None
+    ]
+
+
 def _privacy(records: Sequence[Record]) -> list[str]:
     private = [record for record in records if record.private]
     if not private:
@@ -202,7 +214,7 @@ def to_html(records: Sequence[Record], title: str) -> str:
         title=title,
         subject=_subject(records),
         warnings=_warnings(records),
-        privacy=_privacy(records),
+        privacy=[*_privacy(records), *_audits(records)],
         tiles=_tiles(rows),
         titles=titles,
         lines=_lines(rows, cells),

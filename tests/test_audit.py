@@ -9,8 +9,9 @@ import pytest
 from scipy import stats
 from scipy.optimize import brentq
 
+from conftest import make_config
 from lalora_app import cli
-from lalora_app.audit import published
+from lalora_app.audit import audit, published
 from lalora_app.audit.broken import BROKEN
 from lalora_app.audit.canaries import SPREAD, Canaries
 from lalora_app.audit.estimators import (
@@ -21,6 +22,7 @@ from lalora_app.audit.estimators import (
     gaussian,
     gaussian_epsilon,
     one_run,
+    roc,
     subsampled,
     two_sided,
 )
@@ -38,9 +40,11 @@ from lalora_app.audit.step import (
     planned,
     side_by_side,
 )
+from lalora_app.export import privacy_sentence
 from lalora_app.privacy.accounting import Release, epsilon
 from lalora_app.privacy.budget import Limit
 from lalora_app.privacy.mechanism import CLIP_MARGIN, clipped_sum
+from lalora_app.results import RunFolder
 
 DELTA = 1e-5
 SHAPES = {f"layer.{i}.lora_B.weight": (64, 8) for i in range(12)} | {"head": (3,)}
@@ -281,11 +285,15 @@ def test_the_report_has_both_epsilons_and_a_verdict():
     found = json.loads(report(1.5).json())
     names = ("epsilon_upper", "epsilon_lower", "confidence", "mechanism", "seed")
     assert [found[name] for name in names] == [3.0, 1.5, 0.95, "lalora", 4]
-    assert found["parts"]["step"] == {"epsilon": 1.5, "curve": 2.9, "p_value": 0.3}
+    step = {"epsilon": 1.5, "curve": 2.9, "p_value": 0.3, "roc": []}
+    assert found["parts"]["step"] == step
     assert "consistent" in report(1.5).text()
     assert (report(1.5).broken, report(3.1).broken) == (False, True)
-    assert "BROKEN" in report(3.1).text()
+    assert "BROKEN: more is proved than promised" in report(3.1).text()
     assert report(1.5, p_value=1e-5).broken
+    assert "not the mechanism that was counted" in report(1.5, p_value=1e-5).text()
+    assert "BROKEN" in report(3.1).card_row()
+    assert "BROKEN" not in report(1.5).card_row()
 
 
 @pytest.mark.parametrize(
@@ -310,48 +318,71 @@ def test_the_command_fails_for_the_published_mechanism(capsys):
     assert found["mechanism"] == "la-lora-published"
 
 
-# --- end to end --------------------------------------------------------------------------------
+def test_a_roc_has_one_point_a_threshold_and_begins_at_one_false_alarm():
+    scores = np.array([9.0, 8.0, 8.0, 7.0, 1.0, 0.0])
+    members = np.array([True, True, False, True, False, False])
+    third = 1 / 3
+    assert roc(scores, members) == pytest.approx(
+        np.array([(third, 1.0), (2 * third, 1.0), (1.0, 1.0)])
+    )
+    assert roc(np.zeros(6), members) == [(1.0, 1.0)]
+    many = np.random.default_rng(0).normal(size=10_000)
+    found = np.array(roc(many, np.arange(10_000) % 2 == 0))
+    assert len(found) <= 60
+    assert found[0, 0] == 1 / 5000
+    assert (np.diff(found, axis=0) >= 0).all()
+    assert np.abs(found[:, 0] - found[:, 1]).max() < 0.05
 
 
-def audited_run(config, seed=0):
-    from lalora_app.audit.run import audit_run
-
-    return audit_run(config, canaries=40, clients=2, seed=seed, confidence=0.95)
-
-
-def test_a_whole_run_is_attacked_by_round_and_by_factor(tiny):
-    found = audited_run(tiny(**{"privacy.epsilon": 3.0, "train.batch-size": 32}))
-    assert 2.9 < found.ledger <= 3
-    assert 0 <= found.epsilon <= found.ledger
-    sent = {(part.t, part.kind): part.sent for part in found.parts}
-    assert sent == {
-        (1, "A"): False,
-        (1, "B"): True,
-        (1, "head"): True,
-        (2, "A"): True,
-        (2, "B"): False,
-        (2, "head"): True,
-    }
-    assert all(0 <= part.auc <= 1 for part in found.parts)
+def finished_run(folder, config):
+    """A folder as a finished run leaves it, as far as an audit reads it."""
+    run = RunFolder(folder)
+    run.adapter.mkdir(parents=True)
+    run.write_config(config)
+    row = {"attempt": 1, "aggregated": True, "upload_bytes": 8, "epsilon_max": 2.9}
+    run.write_history([row | {"accuracy": 0.5}])
+    summary = {"upload_bytes_per_round": 8, "download_bytes_per_round": 8, "seconds": 1.0}
+    scores = {"method": "la-lora", "delta": 1e-5, "epsilon_max": 2.9, "accuracy": 0.5}
+    run.write_json("summary.json", scores | summary)
+    run.write_json("privacy.json", {"unit": "one example", "accountant": "PRV"})
+    run.write_json("clients.json", {"clients": 3})
+    (run.adapter / "README.md").write_text("# adapter\n" + privacy_sentence(config, 2.9), "utf-8")
+    return folder
 
 
-def test_the_run_s_attack_undoes_a_plain_sum_of_gradients_and_is_lost_in_noise():
-    from lalora_app.audit.run import _shares, auc
-
-    rng = np.random.default_rng(0)
-    common = rng.normal(size=400)  # gradients resemble each other
-    gradients = common + 0.3 * rng.normal(size=(60, 400))
-    members = rng.random(60) < 0.5
-    change = -gradients[members].sum(axis=0)
-    assert auc(_shares(gradients, change), members) == 1.0
-    assert not _shares(np.zeros((60, 400)), change).any()
-    noised = [auc(_shares(gradients, change + rng.normal(0, 100, 400)), members) for _ in range(20)]
-    assert abs(np.mean(noised) - 0.5) < 0.1
+SMALL = audit.Size(canaries=2000, runs=1, alone=3, planted=0, trials=100)
 
 
-def test_auc_is_the_chance_that_a_member_scores_higher():
-    from lalora_app.audit.run import auc
+@pytest.mark.slow
+def test_an_audit_of_a_run_is_told_in_its_report_and_its_model_card(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(audit, "FAST", SMALL)
+    folder = finished_run(tmp_path / "run", make_config(**{"privacy.epsilon": 2.0}))
+    card = folder / "adapter" / "README.md"
+    assert "| ε, upper bound (ledger) | 2.90" in card.read_text("utf-8")
+    assert "| ε, lower bound (audit) | not audited" in card.read_text("utf-8")
+    for _ in range(2):  # an audit replaces the one before
+        assert cli.main(["audit", "--fast", "--json", "--run", str(folder)]) == 0
+        found = json.loads((folder / "audit.json").read_text("utf-8"))
+        assert found == json.loads(capsys.readouterr().out)
+        assert found["epsilon_upper"] == pytest.approx(2, abs=0.05)
+        row = f"| ε, lower bound (audit) | {found['epsilon_lower']:.2f} at 95% confidence"
+        assert card.read_text("utf-8").count(row) == 1
+        assert "not audited" not in card.read_text("utf-8")
+    page = (folder / "report.html").read_text("utf-8")
+    assert f"at least {found['epsilon_lower']:.2f} at 95% confidence" in page
+    assert "Membership attack" in page
 
-    members = np.array([True, True, False, False])
-    assert auc(np.array([3.0, 1.0, 2.0, 0.0]), members) == 0.75
-    assert auc(np.zeros(4), members) == 0.5
+
+@pytest.mark.parametrize(
+    "options", [["--epsilon", "1"], ["--seeds", "0..1"], ["--mechanism", "half-noise"]]
+)
+def test_a_run_is_audited_as_it_was_and_once(tmp_path, options, capsys):
+    assert cli.main(["audit", "--run", str(tmp_path), *options]) == 2
+    assert "must be audited as it was" in capsys.readouterr().err
+    assert cli.main(["audit", "--run", str(tmp_path / "none")]) == 2
+
+
+def test_seeds_are_a_list_or_a_range():
+    assert cli.seeds_of("0..19") == list(range(20))
+    assert cli.seeds_of("3,5") == [3, 5]
+    assert cli.seeds_of("7") == [7]

@@ -45,6 +45,7 @@ TORCH_ROOMS = {
     "audit.step",
     "audit.broken",
     "audit.federation",
+    "audit.shares",
     "audit.run",
     "audit.audit",
 }
@@ -95,7 +96,9 @@ CORE = {
     "audit",
     "audit.estimators",
     "audit.published",
+    "audit.publish",
     "audit.report",
+    "roc",
     "credentials",
     "secagg",
     "secagg.fixed_point",

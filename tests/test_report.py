@@ -20,7 +20,7 @@ import pytest
 from matplotlib.image import imread
 
 from conftest import defaults, make_config
-from lalora_app import plots
+from lalora_app import plots, roc
 from lalora_app.config import ConfigError
 from lalora_app.plots import charts, curve
 from lalora_app.records import Record, group, read_record
@@ -364,6 +364,37 @@ def test_language_models_have_curves_of_perplexity():
     found = {chart.title for chart in charts([record(second="perplexity")])}
     assert "Perplexity by round" in found
     assert "Balanced accuracy by round" not in found
+
+
+PART = {"epsilon": 0.8, "curve": 2.4, "p_value": 0.5, "roc": [[0.001, 0.004], [0.01, 0.03], [1, 1]]}
+AUDIT = {
+    **{"epsilon_upper": 3.0, "epsilon_lower": 0.8, "confidence": 0.95, "mechanism": "lalora"},
+    **{"delta": 1e-5, "seed": 0, "broken": False, "parts": {"step": PART, "run": PART}},
+}
+
+
+def test_an_audited_run_tells_both_epsilons_and_draws_the_attack():
+    tried = replace(record(), audit=AUDIT)
+    page = to_html([tried], "run")
+    assert "at least 0.80 at 95% confidence" in page
+    assert "counts at most 3.00 at δ = 1e-05. The two are consistent." in page
+    assert "BROKEN" in to_html([replace(tried, audit=AUDIT | {"broken": True})], "run")
+    (chart,) = plots.attacks([tried, record(seed=1)])
+    (panel,) = chart.panels
+    assert {"step", "run", "guessing", "allowed at ε = 3", "false alarm rate"} <= set(words(panel))
+    assert plots.attacks([record()]) == []
+    assert "Membership attack" not in to_html([record()], "run")
+
+
+def test_the_hits_allowed_are_those_of_the_definition():
+    alarms = np.geomspace(1e-6, 1, 50)
+    hits = roc.most_hits(alarms, 1.5, 1e-3)
+    left = math.exp(1.5) * alarms + 1e-3 - hits
+    right = math.exp(1.5) * (1 - hits) + 1e-3 - (1 - alarms)
+    assert np.abs(np.minimum(left, right)[hits < 1]).max() < 1e-12
+    assert (left > -1e-12).all()
+    assert (right > -1e-12).all()
+    assert hits[-1] == 1
 
 
 def test_a_small_partition_has_its_counts_written_in():

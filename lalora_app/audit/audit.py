@@ -113,7 +113,8 @@ def plan_of(request: Request) -> Plan:
 def _row(name: str, bound: Bound, plan: Plan, curve: float | None = None) -> Row:
     guesses = bound.guesses
     said = f"{guesses.correct} of {guesses.made} guesses right by {bound.attack}"
-    return Row(name, bound.epsilon, curve, said, counted_p_value(bound.errors, [plan.release]))
+    p_value = counted_p_value(bound.errors, [plan.release])
+    return Row(name, bound.epsilon, curve, said, p_value, bound.roc)
 
 
 def _crowd(request: Request, plan: Plan, seed: int, confidence: float) -> Row:
@@ -156,14 +157,10 @@ def _end_to_end(request: Request, seed: int, confidence: float) -> tuple[Row, di
         confidence=confidence,
     )
     guesses = bound.guesses
-    said = f"{guesses.correct} of {guesses.made} guesses right, AUC {bound.auc:.3f}"
-    facts = {
-        "auc": bound.auc,
-        "auc_everything": bound.auc_everything,
-        "auc_final": bound.auc_final,
-        "by_round": [[p.t, p.kind, p.sent, p.auc] for p in bound.parts],
-    }
-    return Row("run", bound.epsilon, None, said), facts
+    said = f"{guesses.correct} of {guesses.made} guesses right, AUC {bound.aucs['sent']:.3f}"
+    by_round = [[p.t, p.kind, p.sent, p.spread, p.auc, p.auc_drawn] for p in bound.parts]
+    facts: dict[str, object] = {"auc": bound.aucs, "by_round": by_round}
+    return Row("run", bound.epsilon, None, said, roc=bound.roc), facts
 
 
 def _published(request: Request, seed: int) -> Report:

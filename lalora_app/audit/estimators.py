@@ -18,6 +18,7 @@ _LARGEST = 64.0  # no number of canaries shows an ε beyond it
 _STEP = 1e-4  # of a bound on ε, downwards
 _MOST_NOISE = 2.0**10  # a noise multiplier whose ε is 0 to every digit that is printed
 _LEAST_NOISE = 2.0**-3
+_POINTS = 60  # of a ROC: as many as a figure shows
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,20 @@ class Errors:
     outs: int
     misses: int
     ins: int
+
+
+def roc(scores: np.ndarray, members: np.ndarray) -> list[tuple[float, float]]:
+    """Return (false alarm rate, hit rate) of "in at this score and above", at most _POINTS.
+
+    The false alarm rates are spread evenly on a logarithmic axis, from one false alarm upwards.
+    """
+    order = np.argsort(-scores, kind="stable")
+    ends = np.append(np.diff(scores[order]) != 0, True)  # equal scores share a threshold
+    alarms = np.cumsum(~members[order])[ends] / (~members).sum()
+    hits = np.cumsum(members[order])[ends] / members.sum()
+    levels = np.geomspace(1 / (~members).sum(), 1.0, _POINTS)
+    last = np.unique(np.searchsorted(alarms, levels * (1 + 1e-9), side="right") - 1)
+    return [(float(alarms[i]), float(hits[i])) for i in last if i >= 0]
 
 
 def _one_run_p_value(guesses: Guesses, epsilon_: float, delta: float) -> float:

@@ -4,14 +4,14 @@ The trainer, the server rule and the files of resident factors are the app's own
 is left out.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from lalora_app import residents, trainer
-from lalora_app.adapter import Adapter, Kind, ServerState, kind, select
+from lalora_app.adapter import Adapter, Kind, ServerState, active_names, kind, select
 from lalora_app.aggregate.products import moved
 from lalora_app.aggregate.rule import Round
 from lalora_app.backbone import build
@@ -30,10 +30,17 @@ _VICTIM = 0
 
 @dataclass(frozen=True)
 class Planted(Encoded):
-    """A client's examples and the canaries; those that are out are records without content."""
+    """A client's examples and the canaries; those that are out are records without content.
+
+    Attributes:
+        inner: all of them.
+        absent: those that are out.
+        drawn: of every batch so far, who was in it, for a check of the attack.
+    """
 
     inner: Encoded
     absent: frozenset[int]
+    drawn: list[frozenset[int]] = field(default_factory=list)
 
     def __len__(self) -> int:
         """Return the number of records, the empty ones included."""
@@ -50,6 +57,7 @@ class Planted(Encoded):
     def micro_batches(self, indices: Iterable[int], size: int) -> Iterator[Batch]:
         """Yield the given examples but the absent ones, which add nothing to any sum."""
         present = [index for index in indices if index not in self.absent]
+        self.drawn.append(frozenset(present))
         yield from self.inner.micro_batches(present, size)
 
 
@@ -60,14 +68,19 @@ class Sent:
     Attributes:
         t: the round.
         start: the global adapter that it was sent.
+        drift: what had moved into the base by then.
         change: of all its tensors against ``start``; those of the kinds in ``kinds`` travelled.
         kinds: that travelled.
+        steps: by kind, the run's steps that its change is made of; what waited for its turn has
+            those of the rounds before too.
     """
 
     t: int
     start: Adapter
+    drift: Adapter
     change: Adapter
     kinds: frozenset[Kind]
+    steps: Mapping[Kind, list[int]]
 
 
 def mislabelled(config: Config, count: int) -> Examples:
@@ -82,7 +95,7 @@ def mislabelled(config: Config, count: int) -> Examples:
 class Site:
     """A simulated client."""
 
-    data: Encoded
+    data: Planted
     release: Release
     residents: Path
 
@@ -96,7 +109,7 @@ class Federation:
 
     Args:
         config: of the run.
-        canaries: examples for the victim.
+        canaries: examples for the victim, behind its own.
         members: (canaries,), which of them are in its data.
         clients: their number.
         seed: of batches and noise; the canaries are public, and the result is thrown away.
@@ -119,6 +132,7 @@ class Federation:
         parts = partition(config.data, config.seed, clients)
         own = [parts[i] if i != _VICTIM else _joined(parts[i], canaries) for i in range(clients)]
         absent = len(parts[_VICTIM]) + np.flatnonzero(~members)
+        self.records = self.backbone.encode(own[_VICTIM])
         self.sites = [
             self._site(i, data, frozenset(absent.tolist()) if i == _VICTIM else frozenset())
             for i, data in enumerate(own)
@@ -134,10 +148,20 @@ class Federation:
         return Site(planted, Release(rate, noise, train.local_steps), folder)
 
     @property
+    def release(self) -> Release:
+        """What the victim releases in each round."""
+        return self.sites[_VICTIM].release
+
+    @property
     def epsilon(self) -> float:
         """The victim's ε over the whole run, by the accountant."""
-        rounds = self.config.num_server_rounds
-        return epsilon([self.sites[_VICTIM].release] * rounds, self.config.privacy.delta)
+        releases = [self.release] * self.config.num_server_rounds
+        return epsilon(releases, self.config.privacy.delta)
+
+    def drawn(self, steps: Iterable[int]) -> frozenset[int]:
+        """Return which of the victim's records were in the batches of the given steps."""
+        batches = self.sites[_VICTIM].data.drawn
+        return frozenset().union(*(batches[step] for step in steps))
 
     def _trained(self, index: int) -> Adapter:
         """Return a client's result of the round under way."""
@@ -173,14 +197,26 @@ class Federation:
     def rounds(self) -> Iterator[Sent]:
         """Run all rounds; yield what the victim computed in each."""
         for t in range(1, self.config.num_server_rounds + 1):
-            before = self.state.adapter
+            before, drift = self.state.adapter, self.state.drift
             results = [self._trained(i) for i in range(len(self.sites))]
             synced = self.method.sent(t, last=self.config.is_last(t))
             self._aggregate(t, [select(result, synced) for result in results], synced)
             result = results[_VICTIM]
             change = {name: result[name] - before[name] for name in result}
             kinds = frozenset(kind(name) for name in select(result, synced))
-            yield Sent(t, before, change, kinds)
+            steps = {which: self._steps(t, which) for which in {kind(name) for name in result}}
+            yield Sent(t, before, drift, change, kinds, steps)
+
+    def _steps(self, t: int, which: Kind) -> list[int]:
+        """Return the steps since the start that the server has of a kind of tensor."""
+        count, trains = self.config.train.local_steps, self.method.trains
+        own = [
+            (t - 1) * count + k
+            for k in range(count)
+            if which in {kind(n) for n in active_names(self.state.adapter, trains(t, k))}
+        ]
+        waited = t > 1 and which in self.method.resident(t - 1, count)
+        return (self._steps(t - 1, which) if waited else []) + own
 
     def _aggregate(self, t: int, uploads: list[Adapter], synced: Factors) -> None:
         config, state = self.config, self.state

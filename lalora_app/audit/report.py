@@ -3,8 +3,11 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 SURE = 1e-4  # p-value below which the verdict is "broken": one false alarm in 10,000 audits
+CARD_ROW = "| ε, lower bound (audit) |"  # how the line of a model card begins
+NOT_AUDITED = f"{CARD_ROW} not audited: `lalora audit --run` with the folder of the run |"
 
 
 @dataclass(frozen=True)
@@ -17,6 +20,7 @@ class Row:
         curve: lower bound if the mechanism is the accountant's with an unknown noise; None: none.
         said: what the bound comes from.
         p_value: of so few errors under what the ledger has counted; None: not tested.
+        roc: (false alarm rate, hit rate) by threshold; empty: one threshold alone.
     """
 
     name: str
@@ -24,6 +28,7 @@ class Row:
     curve: float | None
     said: str
     p_value: float | None = None
+    roc: Sequence[tuple[float, float]] = ()
 
 
 @dataclass(frozen=True)
@@ -54,10 +59,23 @@ class Report:
         return max(row.epsilon for row in self.rows)
 
     @property
+    def unlikely(self) -> bool:
+        """Whether an attack errs less often than it would under what was counted."""
+        return any(row.p_value is not None and row.p_value < SURE for row in self.rows)
+
+    @property
     def broken(self) -> bool:
-        """Whether an attack proves more than is promised, or errs less than what was counted."""
-        unlikely = any(row.p_value is not None and row.p_value < SURE for row in self.rows)
-        return unlikely or self.epsilon_lower > self.epsilon_upper
+        """Whether more is proved than promised, or the mechanism is not what was counted."""
+        return self.unlikely or self.epsilon_lower > self.epsilon_upper
+
+    @property
+    def verdict(self) -> str:
+        """What follows, in a few words."""
+        if self.epsilon_lower > self.epsilon_upper:
+            return "BROKEN: more is proved than promised"
+        return (
+            "BROKEN: this is not the mechanism that was counted" if self.unlikely else "consistent"
+        )
 
     def text(self) -> str:
         """Return the report as lines."""
@@ -66,15 +84,22 @@ class Report:
             more = "" if row.curve is None else f", {row.curve:.2f} by the accountant's curve"
             more += "" if row.p_value is None else f", p-value {row.p_value:.2g}"
             lines.append(f"  {row.name}: at least {row.epsilon:.2f}{more}  ({row.said})")
-        verdict = "BROKEN: more is proved than promised" if self.broken else "consistent"
         lines.append(
             f"  epsilon_upper {self.epsilon_upper:.3f}  epsilon_lower {self.epsilon_lower:.3f}  "
-            f"confidence {self.confidence:g}  {verdict}"
+            f"confidence {self.confidence:g}  {self.verdict}"
         )
         return "\n".join(lines)
 
-    def json(self) -> str:
-        """Return the report as one line of JSON."""
+    def card_row(self) -> str:
+        """Return the line of a model card that tells the lower bound."""
+        verdict = f"; **{self.verdict}**" if self.broken else ""
+        return (
+            f"{CARD_ROW} {self.epsilon_lower:.2f} at {self.confidence:.0%} confidence "
+            f"(`lalora audit`, seed {self.seed}; ledger {self.epsilon_upper:.2f}){verdict} |"
+        )
+
+    def fields(self) -> dict[str, Any]:
+        """Return the report as plain values."""
         head = {
             "epsilon_upper": self.epsilon_upper,
             "epsilon_lower": self.epsilon_lower,
@@ -84,8 +109,10 @@ class Report:
             "seed": self.seed,
             "broken": self.broken,
         }
-        parts = {
-            row.name: {"epsilon": row.epsilon, "curve": row.curve, "p_value": row.p_value}
-            for row in self.rows
-        }
-        return json.dumps({**head, "parts": parts, **self.facts})
+        keys = ("epsilon", "curve", "p_value", "roc")
+        parts = {row.name: {key: getattr(row, key) for key in keys} for row in self.rows}
+        return {**head, "parts": parts, **self.facts}
+
+    def json(self) -> str:
+        """Return the report as one line of JSON."""
+        return json.dumps(self.fields())

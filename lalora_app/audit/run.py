@@ -5,29 +5,25 @@ the server: it sees what that client sends in each round, and the final adapter.
 """
 
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy import stats
 
-from lalora_app.adapter import Adapter, Kind, kind
-from lalora_app.audit.estimators import Guesses, one_run
+from lalora_app.adapter import Adapter, Kind
+from lalora_app.audit.estimators import Guesses, one_run, roc
 from lalora_app.audit.federation import Federation, Sent, mislabelled
-from lalora_app.audit.step import guessed
+from lalora_app.audit.shares import Shares, batches, check, shares
+from lalora_app.audit.step import Observed, guessed, likelihood
 from lalora_app.backbone import Backbone
 from lalora_app.config import Config
-from lalora_app.data import Examples
-from lalora_app.encoding import Batch, Encoded
-from lalora_app.privacy.mechanism import clip_scales
+from lalora_app.encoding import Encoded
+from lalora_app.methods import method_of
 from lalora_app.privacy.randomness import seeded
 
 _SHARE = 0.25  # of the canaries guessed on either side, fixed before anything is seen
-_BATCH = 32
-_RIDGE = 0.01  # of the mean squared norm of the canaries' gradients
 
 
 @dataclass(frozen=True)
@@ -38,13 +34,17 @@ class Part:
         t: the round.
         kind: A, B or head.
         sent: whether it travelled.
-        auc: of the membership scores; 0.5: nothing is learnt.
+        spread: of the attack's estimate of how often a canary was drawn.
+        auc: of members against the others; 0.5: nothing is learnt.
+        auc_drawn: of the canaries that were in one of its batches against the others.
     """
 
     t: int
     kind: Kind
     sent: bool
+    spread: float
     auc: float
+    auc_drawn: float
 
 
 @dataclass(frozen=True)
@@ -55,18 +55,18 @@ class RunBound:
         epsilon: lower bound that assumes (ε, δ)-DP alone, from all that travelled.
         ledger: the victim's ε by the accountant.
         guesses: behind the bound.
-        auc: of the scores from all that travelled.
-        auc_everything: had every tensor travelled in every round.
-        auc_final: from the final adapter alone, by the canaries' losses.
+        roc: of the scores from all that travelled.
+        aucs: of members against the others: by kind of what travelled, of all that travelled
+            ("sent"), of what did not ("not sent"), of both ("everything"), by the canaries'
+            losses under the final adapter ("final"), and if every draw were known ("ceiling").
         parts: by round and kind.
     """
 
     epsilon: float
     ledger: float
     guesses: Guesses
-    auc: float
-    auc_everything: float
-    auc_final: float
+    roc: list[tuple[float, float]]
+    aucs: dict[str, float]
     parts: tuple[Part, ...]
 
 
@@ -74,55 +74,9 @@ def auc(scores: np.ndarray, members: np.ndarray) -> float:
     """Return the chance that a member scores higher than another; 0.5: nothing is learnt."""
     ranks = stats.rankdata(scores)
     ins, outs = int(members.sum()), int((~members).sum())
+    if not ins or not outs:
+        return 0.5
     return float((ranks[members].sum() - ins * (ins + 1) / 2) / (ins * outs))
-
-
-def _in_order(canaries: Encoded) -> Iterator[Batch]:
-    for start in range(0, len(canaries), _BATCH):
-        yield canaries.batch(range(start, min(start + _BATCH, len(canaries))))
-
-
-def _gradients(
-    backbone: Backbone, canaries: Encoded, start: Adapter, clip_norm: float
-) -> dict[str, np.ndarray]:
-    """Return (canaries, entries) by tensor: each canary's clipped gradient at ``start``."""
-    backbone.load(start)
-    backbone.engine.activate(frozenset(backbone.engine.parameters))
-    parts: dict[str, list[np.ndarray]] = {}
-    for batch in _in_order(canaries):
-        count = len(batch.labels)
-        grads = backbone.engine.gradients(partial(backbone.losses, batch), count)
-        scales = clip_scales(grads.norms(), clip_norm).cpu().numpy()[:, None]
-        for name, each in grads.dense().items():
-            parts.setdefault(name, []).append(scales * each.reshape(count, -1).cpu().numpy())
-    return {name: np.concatenate(rows) for name, rows in parts.items()}
-
-
-def _shares(gradients: np.ndarray, change: np.ndarray) -> np.ndarray:
-    """Return (canaries,): how much of each one's gradient explains the change; ridge regression.
-
-    Gradients of canaries resemble each other, so that an inner product alone would say little.
-    """
-    gram = gradients @ gradients.T
-    ridge = _RIDGE * np.trace(gram) / len(gram)
-    if ridge == 0:  # A has no gradient while B is zero
-        return np.zeros(len(gram))
-    wanted: np.ndarray = np.linalg.solve(gram + ridge * np.eye(len(gram)), -gradients @ change)
-    return wanted
-
-
-def membership(
-    backbone: Backbone, canaries: Encoded, sent: Sent, clip_norm: float
-) -> dict[Kind, np.ndarray]:
-    """Return (canaries,) by kind: each canary's share in what the client's tensors became."""
-    gradients = _gradients(backbone, canaries, sent.start, clip_norm)
-    scores: dict[Kind, np.ndarray] = {}
-    for which in sorted({kind(name) for name in gradients}):
-        names = [name for name in gradients if kind(name) == which]
-        rows = np.hstack([gradients[name] for name in names])
-        change = np.concatenate([sent.change[name].reshape(-1) for name in names])
-        scores[which] = _shares(rows.astype(float), change.astype(float))
-    return scores
 
 
 @torch.inference_mode()
@@ -130,17 +84,19 @@ def _losses(backbone: Backbone, canaries: Encoded, adapter: Adapter) -> np.ndarr
     backbone.load(adapter)
     parts = [
         backbone.task.losses(backbone.logits(batch), batch.labels.to(backbone.device))
-        for batch in _in_order(canaries)
+        for batch in batches(canaries)
     ]
     losses: np.ndarray = torch.cat(parts).cpu().numpy()
     return losses
 
 
-def _standard(scores: np.ndarray) -> np.ndarray:
-    """Return scores of mean 0 and deviation 1, or zeros where all are the same."""
-    spread = float(scores.std())
-    result: np.ndarray = (scores - scores.mean()) / spread if spread > 0 else 0.0 * scores
-    return result
+def scored(found: list[Shares], members: np.ndarray) -> np.ndarray:
+    """Return (canaries,): the likelihood ratio of "in" over several releases; none: zeros."""
+    if not found:
+        return np.zeros(len(members))
+    x = np.stack([part.x for part in found])
+    noise, rates = np.stack([part.spread for part in found]), [[part.rate] for part in found]
+    return likelihood(Observed(x, noise, members), np.array(rates))
 
 
 def audit_run(
@@ -154,36 +110,69 @@ def audit_run(
         clients: number of simulated clients.
         seed: of coins, batches and noise.
         confidence: of the lower bound.
+
+    Raises:
+        ConfigError: if the client's optimiser is not plain SGD.
     """
+    check(config, method_of(config))
     planted = mislabelled(config, canaries)
     members = seeded(seed, "audit coins").random(len(planted)) < 0.5
     with tempfile.TemporaryDirectory() as folder:
         federation = Federation(config, planted, members, clients, seed, Path(folder))
-        return _attacked(federation, planted, members, confidence)
+        return _attacked(federation, federation.backbone.encode(planted), members, confidence)
+
+
+def _drawn(federation: Federation, steps: list[int], canaries: int) -> np.ndarray:
+    first = len(federation.records) - canaries
+    drawn = federation.drawn(steps)
+    return np.array([first + i in drawn for i in range(canaries)])
+
+
+def _part(
+    federation: Federation, sent: Sent, which: Kind, found: Shares, members: np.ndarray
+) -> Part:
+    scores = scored([found], members)
+    drawn = _drawn(federation, sent.steps[which], len(members))
+    own = auc(scores, members), auc(scores, drawn)
+    return Part(sent.t, which, which in sent.kinds, float(np.median(found.spread)), *own)
+
+
+def _groups(parts: list[Part], found: list[Shares]) -> dict[str, list[Shares]]:
+    """Return what attackers who see more or less of the run have."""
+    pairs = list(zip(parts, found, strict=True))
+    kinds = dict.fromkeys(part.kind for part in parts)
+    return {
+        "sent": [own for part, own in pairs if part.sent],
+        "not sent": [own for part, own in pairs if not part.sent],
+        "everything": found,
+        **{f"sent {w}": [own for p, own in pairs if p.sent and p.kind == w] for w in kinds},
+    }
 
 
 def _attacked(
-    federation: Federation, planted: Examples, members: np.ndarray, confidence: float
+    federation: Federation, encoded: Encoded, members: np.ndarray, confidence: float
 ) -> RunBound:
     """Run the federation to its end and score every canary."""
     config, backbone = federation.config, federation.backbone
-    clip_norm = config.privacy.clip_norm
-    encoded = backbone.encode(planted)
     before = _losses(backbone, encoded, federation.state.adapter)
-    parts, travelled, everything = [], np.zeros(len(planted)), np.zeros(len(planted))
+    parts: list[Part] = []
+    found: list[Shares] = []
     for sent in federation.rounds():
-        for which, scores in membership(backbone, encoded, sent, clip_norm).items():
-            parts.append(Part(sent.t, which, which in sent.kinds, auc(scores, members)))
-            everything += _standard(scores)
-            travelled += _standard(scores) * (which in sent.kinds)
+        for which, own in shares(federation, sent, len(members)).items():
+            found.append(own)
+            parts.append(_part(federation, sent, which, own, members))
     after = _losses(backbone, encoded, federation.state.adapter)
-    guesses = guessed(travelled, members, _SHARE)
+    scores = {name: scored(own, members) for name, own in _groups(parts, found).items()}
+    aucs = {name: auc(own, members) for name, own in scores.items()}
+    every = range(config.num_server_rounds * config.train.local_steps)
+    aucs["final"] = auc(before - after, members)
+    aucs["ceiling"] = auc(_drawn(federation, list(every), len(members)).astype(float), members)
+    guesses = guessed(scores["sent"], members, _SHARE)
     return RunBound(
         one_run(guesses, config.privacy.delta, confidence),
         federation.epsilon,
         guesses,
-        auc(travelled, members),
-        auc(everything, members),
-        auc(before - after, members),
+        roc(scores["sent"], members),
+        aucs,
         tuple(parts),
     )

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from lalora_app.audit.canaries import SPREAD, Canaries, CanaryBackbone, CanaryData
-from lalora_app.audit.estimators import Errors, Guesses, one_run, subsampled
+from lalora_app.audit.estimators import Errors, Guesses, one_run, roc, subsampled
 from lalora_app.privacy.accounting import Release, epsilon
 from lalora_app.privacy.budget import Limit, noise_for
 from lalora_app.privacy.ledger import Ledger, Reservation
@@ -137,8 +137,13 @@ def alone(plan: Plan, trials: int, seed: int, *, step: Step = private_gradient) 
     return side_by_side(runs)
 
 
-def likelihood(seen: Observed, rate: float) -> np.ndarray:
-    """Return (canaries,): log P(seen | in) / P(seen | out) under Poisson sampling at ``rate``."""
+def likelihood(seen: Observed, rate: float | np.ndarray) -> np.ndarray:
+    """Return (canaries,): log P(seen | in) / P(seen | out) under Poisson sampling at ``rate``.
+
+    Args:
+        seen: by the attacker.
+        rate: q, of all releases, or (releases, 1).
+    """
     noise = np.maximum(seen.noise, _FLOOR)
     shift = (2 * seen.x - 1) / (2 * noise**2)
     with np.errstate(divide="ignore"):  # rate 1: the canary is in every batch
@@ -186,12 +191,14 @@ class Bound:
         attack: which attack was chosen, on the half of the canaries that the bound leaves out.
         guesses: of that attack on the other half.
         errors: of the likelihood attack at its threshold 0, on all canaries.
+        roc: of the chosen attack, on all canaries.
     """
 
     epsilon: float
     attack: str
     guesses: Guesses
     errors: Errors
+    roc: list[tuple[float, float]]
 
 
 def _chosen(
@@ -226,7 +233,8 @@ def bounded(
     name, share = _chosen(first, seen.members[::2], plan.delta)
     guesses = guessed(scores[name][1::2], seen.members[1::2], share)
     errors = errors_of(scores["likelihood"], seen.members)
-    return Bound(one_run(guesses, plan.delta, confidence), name, guesses, errors)
+    found = one_run(guesses, plan.delta, confidence)
+    return Bound(found, name, guesses, errors, roc(scores[name], seen.members))
 
 
 def by_curve(bound: Bound, plan: Plan, confidence: float) -> float:

@@ -1,0 +1,38 @@
+"""The end-to-end audit alone, also at ε = inf: does its attack find anyone where nothing hides?
+
+    python benchmarks/audit_run.py inf
+    python benchmarks/audit_run.py 3 --method la-lora-full
+
+prints the areas under the ROC as JSON: in all, and by round and kind of tensor.
+"""
+
+import argparse
+import json
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+from lalora_app.audit.audit import FULL
+from lalora_app.audit.run import audit_run
+from lalora_app.config import parse
+from lalora_app.launcher import app_defaults
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def main() -> None:
+    """Run one audit of the default run at one ε."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("epsilon", type=float)
+    parser.add_argument("--method", default="la-lora")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    changes = {"privacy.epsilon": args.epsilon, "method": args.method}
+    config = parse(app_defaults(ROOT) | changes)
+    found = audit_run(config, canaries=FULL.planted, clients=4, seed=args.seed, confidence=0.95)
+    seconds = {"cpu": round(time.process_time(), 1)}
+    print(json.dumps({"method": args.method, "asked": args.epsilon, **seconds, **asdict(found)}))
+
+
+if __name__ == "__main__":
+    main()
