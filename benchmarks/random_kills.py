@@ -137,10 +137,13 @@ class Submission:
             guides.until(lambda: live(self.made, server) or self.done(), 120, "ServerApp")
 
 
-def _victim(made: Guide, kind: str, chance: random.Random, patience: float) -> psutil.Process:
+def _victim(
+    made: Guide, run: Submission, kind: str, chance: random.Random, patience: float
+) -> psutil.Process:
     """Wait for a process of the kind, then for a random moment of its life."""
     deadline = time.monotonic() + patience
-    while time.monotonic() < deadline:
+    while time.monotonic() < deadline and not run.done():
+        run.keep_going()  # a ServerApp whose query met a dead site has ended by itself
         if found := live(made, _PROGRAMS[kind]):
             chosen = chance.choice(found)
             time.sleep(chance.uniform(0.0, 6.0))
@@ -171,8 +174,7 @@ def kill_one(
     Raises:
         TimeoutError: if the run ends, or shows no such process within ``patience`` seconds.
     """
-    run.keep_going()
-    process = _victim(made, kind, chance, patience)
+    process = _victim(made, run, kind, chance, patience)
     age = time.time() - process.create_time()
     process.send_signal(signal.SIGKILL)
     if kind == "new-key":
