@@ -78,7 +78,8 @@ def drift_of(content: RecordDict, like: Mapping[str, np.ndarray]) -> Adapter:
     shapes: dict[str, np.ndarray] = {}
     for b, a in pairs(like):
         rank = record[a].shape[0] if a in record and len(record[a].shape) == 2 else 1
-        if not 1 <= rank <= (largest := min(like[b].shape[0], like[a].shape[1])):
+        largest = min(like[b].shape[0], like[a].shape[1])
+        if not 1 <= rank <= largest:
             raise WireError(f"the drift's {a} has rank {rank}, which must be 1 to {largest}")
         shapes[b] = np.broadcast_to(np.float32(0), (like[b].shape[0], rank))
         shapes[a] = np.broadcast_to(np.float32(0), (rank, like[a].shape[1]))

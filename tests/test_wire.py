@@ -414,3 +414,16 @@ def test_the_code_hash_covers_every_source_file(tmp_path, monkeypatch):
     changed = hashed()
     (package / "sub" / "a.py").rename(package / "sub" / "b.py")
     assert len({before, changed, hashed()}) == 3
+
+
+@pytest.mark.parametrize("rank", [0, 6])
+def test_a_drift_of_an_impossible_rank_is_refused(rank):
+    """Rank 0 was once a NameError of ours: found by fuzzing."""
+    like = {"l.lora_A.weight": np.zeros((2, 5), "f4"), "l.lora_B.weight": np.zeros((7, 2), "f4")}
+    drift = {
+        "l.lora_A.weight": np.zeros((rank, 5), "f4"),
+        "l.lora_B.weight": np.zeros((7, rank), "f4"),
+    }
+    content = RecordDict({wire.DRIFT: wire.to_record(drift)})
+    with pytest.raises(WireError, match=f"has rank {rank}, which must be 1 to 5"):
+        wire.drift_of(content, like)
