@@ -6,6 +6,7 @@ guide starts has its own HOME and FLWR_HOME, by which it is found and ended.
 """
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -85,8 +86,7 @@ class Guide:
 
     def __post_init__(self) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
-        names = ("PORT", "PORT_0", "PORT_1", "PORT_2")
-        ports = dict(zip(names, map(str, free_ports(4)), strict=True))
+        ports = self._ports()
         self.blocks = blocks()
         (self.before,) = (b.text for b in self.blocks if b.kind == "environment")
         self.environment = os.environ | {
@@ -98,6 +98,16 @@ class Guide:
             **ports,
             **self.variables,
         }
+
+    def _ports(self) -> dict[str, str]:
+        """Return this folder's ports: the nodes of a deployment that goes on know them."""
+        file = self.folder / "ports.json"
+        if not file.exists():
+            names = ("PORT", "PORT_0", "PORT_1", "PORT_2")
+            ports = dict(zip(names, map(str, free_ports(4)), strict=True))
+            file.write_text(json.dumps(ports), "utf-8")
+        known: dict[str, str] = json.loads(file.read_text("utf-8"))
+        return known
 
     @property
     def state(self) -> Path:

@@ -5,7 +5,8 @@ python benchmarks/random_kills.py FOLDER --kills 50 --rounds 60
 Brings up the guide's deployment (docs/deployment.md: SuperLink, three SuperNodes, TLS, keys) with
 SuperNodes that a supervisor restarts, as systemd does, and a user who resumes a run that has ended.
 Kills are SIGKILL of one process: a ClientApp at work, a SuperNode, or the ServerApp; with --victims
-also the SuperLink, and a SuperNode that comes back with another key and so another id. Writes a
+also the SuperLink, and a SuperNode that comes back with another key and so another id. Run
+again on the same folder, it goes on where it was ended, everything having been killed. Writes a
 line a kill to FOLDER/kills.jsonl, and at the end FOLDER/outcome.json: whether the run reached its
 end, and for every client its ledger's releases beside those that its log shows as drawn.
 """
@@ -229,10 +230,17 @@ def ledgers(made: Guide) -> dict[str, dict[str, Any]]:
 
 
 def deploy(made: Guide) -> None:
-    """Execute the guide up to its rehearsal: three SuperNodes, whose ledgers set no limit."""
-    for block in guides.execute(made, set()):
+    """Execute the guide up to its rehearsal: three SuperNodes, whose ledgers set no limit.
+
+    A folder that holds a deployment already has its services started again, and goes on.
+    """
+    there = made.state.exists()
+    blocks = made.blocks if there else guides.execute(made, set())
+    for block in blocks:
         if block.name == "rehearsal":
             break
+        if there and block.kind == "service":
+            made.start(block.name, block.text)
     made.ready()
 
 
@@ -268,7 +276,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _campaign(made: Guide, tables: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     chance, deadline = random.Random(args.seed), time.monotonic() + 3600 * args.hours
-    run, killed = Submission(made, tables), Counter[str]()
+    run, file = Submission(made, tables), args.folder / "kills.jsonl"
+    before = file.read_text("utf-8").splitlines() if file.exists() else []
+    killed = Counter(json.loads(line)["kind"] for line in before)
     deploy(made)
     with Supervisor(made) as supervisor:
         while sum(killed.values()) < args.kills and time.monotonic() < deadline:
@@ -277,8 +287,8 @@ def _campaign(made: Guide, tables: dict[str, Any], args: argparse.Namespace) -> 
             if line is None:
                 break
             killed[line["kind"]] += 1
-            with (args.folder / "kills.jsonl").open("a") as file:
-                file.write(json.dumps({"kill": sum(killed.values())} | line) + "\n")
+            with file.open("a") as lines:
+                lines.write(json.dumps({"kill": sum(killed.values())} | line) + "\n")
         completed = finish(run, max(60.0, deadline - time.monotonic()))
     return {
         "kills": dict(killed),
