@@ -57,9 +57,12 @@ def _columns(table: Any, wanted: Iterable[str]) -> Columns:
 
 
 def stamp(name: str) -> str:
-    """Return names, sizes and times of change of a file, or of all files of a folder, hashed."""
+    """Return names, sizes and times of change of a file, or of all files of a folder, hashed.
+
+    Limit: what does not exist has no files; reading it is what says so.
+    """
     root = full_path(name)
-    files = sorted(path for path in root.rglob("*") if path.is_file()) if root.is_dir() else [root]
+    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
     listed = [(str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     return hashlib.sha256(json.dumps([str(root), listed]).encode()).hexdigest()
 

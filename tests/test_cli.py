@@ -383,3 +383,18 @@ def test_an_interrupted_command_has_the_exit_code_of_an_interruption(monkeypatch
     monkeypatch.setattr(launcher, "launch", interrupted)
     assert cli.main(["run", str(ROOT)]) == 130
     assert "interrupted" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("factor", "code"), [(1.0, 0), (0.5, 0), (1.2, 1)])
+def test_where_rdp_keeps_the_books_they_may_only_be_above_the_second_opinion(
+    tmp_path, capsys, monkeypatch, factor, code
+):
+    """10,000 releases at ε of about 60: RDP is safe there, and some percent above the PLD."""
+    path = tmp_path / "ledger.sqlite"
+    booked(Ledger(path), "d", "run", 1, Release(0.06, 1.0, 10_000))
+    honest = books.second_epsilon
+    monkeypatch.setattr(books, "second_epsilon", lambda *args: factor * honest(*args))
+    assert cli.main(["ledger", "verify", "--path", str(path), "--delta", "1e-5"]) == code
+    out = capsys.readouterr().out
+    assert "RDP 64." in out
+    assert ("DISAGREE" in out) == bool(code)

@@ -18,6 +18,7 @@ from lalora_app.data import Examples
 from lalora_app.encoded_files import Kept, fingerprint
 from lalora_app.encoding import EncodedSequences, EncodedTexts, encode_images
 from lalora_app.site import admit
+from lalora_app.sources import DataError
 from test_app import open_run
 
 TOKENS = st.lists(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=9), min_size=1)
@@ -147,3 +148,12 @@ def test_no_file_without_a_folder(tiny, data_file):
     node = {"data-path": str(data_file), "max-epsilon": float("inf")}
     config = tiny(**open_run())
     assert encoded_files.kept(admit(config, node, 1), config) is None
+
+
+def test_missing_data_is_named_as_without_a_cache(tiny, tmp_path):
+    node = {"data-path": str(tmp_path / "no.jsonl"), "max-epsilon": float("inf")}
+    node |= {"data-cache": str(tmp_path / "cache")}
+    config = tiny(**open_run())
+    with pytest.raises(DataError) as error:
+        client_app._prepared(config, admit(config, node, 1))
+    assert error.value.key == "data-path"

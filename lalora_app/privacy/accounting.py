@@ -50,7 +50,8 @@ def _grouped(releases: Sequence[Release]) -> tuple[tuple[float, float, int], ...
 
 
 @lru_cache(maxsize=4096)
-def _upper_bound(groups: tuple[tuple[float, float, int], ...], delta: float) -> float:
+def _upper_bound(groups: tuple[tuple[float, float, int], ...], delta: float) -> tuple[float, bool]:
+    """Return ε, and whether it is PRV's."""
     # 3 s to import: only where it is needed
     from opacus.accountants import PRVAccountant, RDPAccountant
 
@@ -62,10 +63,10 @@ def _upper_bound(groups: tuple[tuple[float, float, int], ...], delta: float) -> 
         warnings.simplefilter("ignore")
         safe, found = float(loose.get_epsilon(delta=delta)), math.inf
         if safe * math.sqrt(sum(n for _, _, n in groups)) > PRV_GRID:
-            return safe
+            return safe, False
         with contextlib.suppress(RuntimeError):  # PRV gives up where ε is absurd
             found = float(tight.get_epsilon(delta=delta, eps_error=EPSILON_ERROR))
-        return found if found < PRV_TRUSTED else safe
+        return (found, True) if found < PRV_TRUSTED else (safe, False)
 
 
 def epsilon(releases: Sequence[Release], delta: float) -> float:
@@ -77,7 +78,14 @@ def epsilon(releases: Sequence[Release], delta: float) -> float:
     groups = _grouped(releases)
     if not groups:
         return 0.0
-    return math.inf if any(z == 0 for _, z, _ in groups) else _upper_bound(groups, delta)
+    return math.inf if any(z == 0 for _, z, _ in groups) else _upper_bound(groups, delta)[0]
+
+
+def is_tight(releases: Sequence[Release], delta: float) -> bool:
+    """Tell whether :func:`epsilon` is PRV's, and not RDP's, which is safe and looser."""
+    groups = _grouped(releases)
+    private = bool(groups) and all(z > 0 for _, z, _ in groups)
+    return not private or _upper_bound(groups, delta)[1]
 
 
 def _composed(groups: tuple[tuple[float, float, int], ...], width: float = 1e-4) -> Any:
