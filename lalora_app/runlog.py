@@ -134,5 +134,5 @@ def finish(progress: Progress) -> None:
     )
     _log.info(
         "LaLoRA bytes      %s up, %s down, a client and round",
-        *(f"{summary[f'{way}_bytes_per_round']:,}" for way in ("upload", "download")),
+        *(f"{summary[f'{way}_bytes_per_round']:,.0f}" for way in ("upload", "download")),
     )
