@@ -8,7 +8,6 @@ sent everything the next time. Privacy: the server's tensors, kept as they came.
 
 import contextlib
 import hashlib
-import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,6 +19,7 @@ from safetensors.numpy import load_file, save_file
 
 from lalora_app.adapter import Adapter, kind, num_bytes
 from lalora_app.tensors import WireError, to_record
+from lalora_app.whole_files import file_name, replacing
 from lalora_app.wire import ARRAYS, DRIFT
 
 LEFT_OUT = "left-out"
@@ -86,20 +86,15 @@ class Downlink:
 
 def download_file(folder: Path, dataset: str, client: str, run: str) -> Path:
     """Return the file of what a client was last sent in a run."""
-    name = hashlib.sha256(f"{dataset}\n{client}\n{run}".encode()).hexdigest()[:32]
-    return folder / "downloads" / f"{name}.safetensors"
+    return folder / "downloads" / file_name(dataset, client, run)
 
 
 def keep(path: Path, adapter: Adapter, drift: Adapter) -> None:
     """Keep what the client was sent in place of what it was sent before, atomically."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(f".{os.getpid()}.tmp")
-    named = {f"{DRIFT}/{name}": array for name, array in drift.items()}
-    try:
-        save_file({f"{ARRAYS}/{name}": array for name, array in adapter.items()} | named, new)
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
+    named = {f"{ARRAYS}/{name}": array for name, array in adapter.items()}
+    named |= {f"{DRIFT}/{name}": array for name, array in drift.items()}
+    with replacing(path) as new:
+        save_file(named, new)
 
 
 def _held(path: Path) -> Parts:

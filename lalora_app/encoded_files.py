@@ -8,7 +8,6 @@ kept only where a site names a folder for it.
 import contextlib
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -25,6 +24,7 @@ from lalora_app.encoding import Encoded, EncodedImages, EncodedSequences, Encode
 from lalora_app.models.pretrained import revision
 from lalora_app.site import Site
 from lalora_app.sources import stamp
+from lalora_app.whole_files import file_name, replacing
 from lalora_app.wire import code_hash
 
 # What decides on how an example is encoded; the device, or how it is trained on, does not.
@@ -104,14 +104,9 @@ class Kept:
     def write(self, encoded: Encoded) -> None:
         """Keep the examples, for this user only, in place of those kept before; atomically."""
         tensors, said = _packed(encoded)
-        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        new = self.path.with_suffix(f".{os.getpid()}.tmp")
-        try:
+        with replacing(self.path, mode=0o700) as new:
             new.touch(mode=0o600)
             save_file(tensors, new, metadata=said | {"fingerprint": self.fingerprint})
-            new.replace(self.path)
-        finally:
-            new.unlink(missing_ok=True)
 
 
 def kept(site: Site, config: Config) -> Kept | None:
@@ -119,5 +114,5 @@ def kept(site: Site, config: Config) -> Kept | None:
     if site.cache is None:
         return None
     folder, data_path = site.cache
-    name = hashlib.sha256(f"{site.dataset}\n{site.client}".encode()).hexdigest()[:32]
-    return Kept(folder / f"{name}.safetensors", fingerprint(config, data_path))
+    name = file_name(site.dataset, site.client)
+    return Kept(folder / name, fingerprint(config, data_path))

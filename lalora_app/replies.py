@@ -5,20 +5,18 @@ a round that a restarted server asks for once more would else be paid for twice.
 """
 
 import contextlib
-import hashlib
-import os
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lalora_app.adapter import Adapter
+from lalora_app.whole_files import file_name, replacing
 
 
 def reply_file(folder: Path, dataset: str, client: str) -> Path:
     """Return the file of a client's last reply: one a dataset and client."""
-    name = hashlib.sha256(f"{dataset}\n{client}".encode()).hexdigest()[:32]
-    return folder / "replies" / f"{name}.safetensors"
+    return folder / "replies" / file_name(dataset, client)
 
 
 def keep(path: Path, request: str, upload: Adapter) -> None:
@@ -29,13 +27,8 @@ def keep(path: Path, request: str, upload: Adapter) -> None:
         request: digest of all that was asked for.
         upload: the tensors of the reply.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = path.with_suffix(f".{os.getpid()}.tmp")
-    try:
+    with replacing(path) as new:
         save_file(upload, new, metadata={"request": request})
-        new.replace(path)
-    finally:
-        new.unlink(missing_ok=True)
 
 
 def again(path: Path, request: str) -> Adapter | None:

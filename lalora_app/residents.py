@@ -4,8 +4,6 @@ They are made of noised gradients only, so keeping them costs no privacy.
 """
 
 import contextlib
-import hashlib
-import os
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -14,12 +12,12 @@ from safetensors.numpy import save_file
 
 from lalora_app.adapter import Adapter, kind
 from lalora_app.schedule import Factor, Factors
+from lalora_app.whole_files import file_name, replacing
 
 
 def resident_file(folder: Path, dataset: str, run: str) -> Path:
     """Return the file of a client's resident factors: one a dataset and run."""
-    name = hashlib.sha256(f"{dataset}\n{run}".encode()).hexdigest()[:32]
-    return folder / "resident" / f"{name}.safetensors"
+    return folder / "resident" / file_name(dataset, run)
 
 
 def _previous(path: Path) -> Path:
@@ -48,25 +46,21 @@ def keep(
         path.unlink(missing_ok=True)
         _previous(path).unlink(missing_ok=True)
         return
-    path.parent.mkdir(parents=True, exist_ok=True)
     # What this attempt sent stays too, as it started: if the attempt fails, its turn comes again.
     tensors = _waiting(path, versions, attempt) | {
         name: array for name, array in adapter.items() if kind(name) in factors
     }
-    new = path.with_suffix(f".{os.getpid()}.tmp")
     metadata = {"attempt": str(attempt)} | {str(f): str(v) for f, v in versions.items()}
-    try:
+    with replacing(path) as new:
         save_file(tensors, new, metadata=metadata)
-        _move_into_place(new, path, attempt)
-    finally:
-        new.unlink(missing_ok=True)
+        _set_aside(path, attempt)
 
 
-def _move_into_place(new: Path, path: Path, attempt: int) -> None:
+def _set_aside(path: Path, attempt: int) -> None:
+    """Keep the file of an earlier attempt as the previous one."""
     if _attempt_of(path) < attempt:
         with contextlib.suppress(FileNotFoundError):
             path.replace(_previous(path))
-    new.replace(path)
 
 
 def _attempt_of(path: Path) -> int:

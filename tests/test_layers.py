@@ -89,6 +89,7 @@ CORE = {
     "data",
     "partition",
     "replies",
+    "whole_files",
     "residents",
     "site",
     "sources",
