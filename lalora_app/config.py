@@ -128,6 +128,7 @@ class Config:
 
     method: str = non_empty()
     num_server_rounds: int = count()
+    evaluate_every: int = count()
     fraction_train: float = law("must be in (0, 1]", lambda v: 0 < v <= 1)
     min_clients: int = count()
     min_replies: int = count()
@@ -151,6 +152,10 @@ class Config:
     def is_last(self, attempt: int) -> bool:
         """Tell whether the run ends with this attempt (from 1)."""
         return attempt >= self.num_server_rounds
+
+    def is_evaluated(self, attempt: int) -> bool:
+        """Tell whether the test split is looked at after this attempt (0: before the first)."""
+        return attempt % self.evaluate_every == 0 or self.is_last(attempt)
 
 
 def _key(name: str, prefix: str) -> str:

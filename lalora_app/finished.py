@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from lalora_app.config import ConfigError, from_tables
-from lalora_app.plan import Cell, Plan
+from lalora_app.plan import Cell, Line, Plan
 
 _FREE = {"output", "resume-from", "compare"}  # may differ between two tries of a run
 
@@ -43,7 +43,7 @@ def accuracy_of(run: Path) -> float:
     return float(_summary(run)["accuracy"])
 
 
-def tuned(plan: Plan, folder: Path) -> dict[str, float]:
-    """Return the scale of each label's learning rates, by the tuning runs that are finished."""
+def tuned(plan: Plan, folder: Path) -> dict[Line, float]:
+    """Return the scale of each line's learning rates, by the tuning runs that are finished."""
     runs = [(cell, completed(folder, cell)) for cell in plan.tuning_cells()]
     return plan.best([(cell, accuracy_of(run)) for cell, run in runs if run])

@@ -4,16 +4,18 @@ import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import Any
 
 from lalora_app.config import Config, ConfigError, Scalar, from_tables, parse
 from lalora_app.methods import method_of
 
 Flat = dict[str, Scalar]
-Scales = Mapping[str, float]  # label -> factor of its learning rates
+Line = tuple[str, float]  # label and ε
+Scales = Mapping[Line, float]  # factors of the learning rates
 RATES = ("train.lr-a", "train.lr-b", "train.lr-head")
 _METHODS = ("dp-lora", "ffa-lora", "rolora", "la-lora", "la-lora-full")
-_TUNE = {"epsilon", "grid", "seed", "test-fraction"}
+_TUNE = {"grid", "seeds", "test-fraction"}
 _CONTROL = {"method", "label", "epsilons", "config"}
 _DEFAULTS: dict[str, Any] = {
     "name": "comparison",
@@ -40,15 +42,13 @@ class Tuning:
     """The grid that every line's learning rates are tuned on, with data that no test touches.
 
     Attributes:
-        epsilon: at which they are tuned, for all its budgets.
         grid: factors that multiply all learning rates.
-        seed: of the tuning runs, and of nothing else.
+        seeds: of the tuning runs, and of nothing else.
         test_fraction: of the training data, on which the factors are judged.
     """
 
-    epsilon: float
     grid: tuple[float, ...]
-    seed: int
+    seeds: tuple[int, ...]
     test_fraction: float
 
 
@@ -70,10 +70,15 @@ class Cell:
     config: Flat
     scale: float = 1.0
 
+    @property
+    def line(self) -> Line:
+        """What the run is one seed of."""
+        return self.label, self.epsilon
+
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole comparison: entries × their ε × seeds, after a tuning of each entry."""
+    """A whole comparison: entries × their ε × seeds, after a tuning of each entry at each ε."""
 
     name: str
     nodes: int
@@ -96,45 +101,55 @@ class Plan:
         tuning = self.tuning
         if tuning is None:
             return []
+        return [
+            self._tuning_cell(tuning, entry, epsilon, scale, seed)
+            for entry, epsilon in self._lines()
+            for scale in tuning.grid
+            for seed in tuning.seeds
+        ]
+
+    def _tuning_cell(
+        self, tuning: Tuning, entry: Entry, epsilon: float, scale: float, seed: int
+    ) -> Cell:
+        folder = f"tuning/{_slug(entry.label)}-eps{epsilon:g}-x{scale:g}-seed{seed}"
+        rounds = {**self.config, **entry.config}["num-server-rounds"]
         keys = {
-            "seed": tuning.seed,
+            "seed": seed,
             "data.test-split": "none",  # the test set plays no part
             "data.test-fraction": tuning.test_fraction,
+            "evaluate-every": rounds,  # nobody looks at the curve
         }
-        return [
-            self._cell(
-                entry, tuning.epsilon, f"tuning/{_slug(entry.label)}-x{scale:g}", scale, **keys
-            )
-            for entry in self.entries
-            for scale in tuning.grid
-        ]
+        return self._cell(entry, epsilon, folder, scale, **keys)
 
     def cells(self, scales: Scales) -> list[Cell]:
         """Return the runs that are compared, seed by seed: cut short, it is a smaller comparison.
 
         Args:
-            scales: of each label; 1 where there is none.
+            scales: of each line; 1 where there is none.
         """
         return [
             self._cell(
                 entry,
                 e,
                 f"{_slug(entry.label)}-eps{e:g}-seed{seed}",
-                scales.get(entry.label, 1.0),
+                scales.get((entry.label, e), 1.0),
                 seed=seed,
             )
             for seed in self.seeds
             for entry, e in self._lines()
         ]
 
-    def best(self, results: Sequence[tuple[Cell, float]]) -> dict[str, float]:
-        """Return the scale of the most accurate tuning run of each label.
+    def best(self, results: Sequence[tuple[Cell, float]]) -> dict[Line, float]:
+        """Return the scale of each line whose tuning runs are the most accurate on average.
 
         Args:
             results: tuning cells with their accuracy; of equals, the smaller scale wins.
         """
-        ranked = sorted(results, key=lambda pair: (pair[1], -pair[0].scale))
-        return {cell.label: cell.scale for cell, _ in ranked}
+        scores: dict[tuple[Line, float], list[float]] = {}
+        for cell, accuracy in results:
+            scores.setdefault((cell.line, cell.scale), []).append(accuracy)
+        ranked = sorted(scores, key=lambda choice: (fmean(scores[choice]), -choice[1]))
+        return dict(ranked)
 
 
 def _slug(label: str) -> str:
@@ -180,8 +195,8 @@ def _tuning(raw: Mapping[str, Any] | None) -> Tuning | None:
     if wrong := _TUNE ^ raw.keys():
         raise ConfigError(f"compare.tune.{min(wrong)}: its keys must be {', '.join(sorted(_TUNE))}")
     grid = _numbers("tune.grid", raw["grid"], float)
-    (epsilon,) = _numbers("tune.epsilon", [raw["epsilon"]], float)
-    return Tuning(epsilon, grid, int(raw["seed"]), float(raw["test-fraction"]))
+    seeds = _numbers("tune.seeds", raw["seeds"], int)
+    return Tuning(grid, seeds, float(raw["test-fraction"]))
 
 
 def read_plan(tables: Mapping[str, Any], defaults: Mapping[str, Any]) -> Plan:
@@ -190,9 +205,9 @@ def read_plan(tables: Mapping[str, Any], defaults: Mapping[str, Any]) -> Plan:
     Args:
         tables: keys of a run that all runs share, and the table ``compare``: ``name``, ``nodes``,
             ``methods``, ``epsilons``, ``seeds``, ``controls`` (each a ``method`` with ``label``,
-            ``epsilons``, ``config``) and ``tune`` (``epsilon``, ``grid``, ``seed``,
-            ``test-fraction``). What is
-            not given is the five methods of the paper at ε = 1, 3, inf with seeds 0, 1, 2.
+            ``epsilons``, ``config``) and ``tune`` (``grid``, ``seeds``,
+            ``test-fraction``). What is not given is the five methods of the paper at ε = 1, 3, inf
+            with seeds 0, 1, 2.
         defaults: the app's own run config, flat.
 
     Raises:
@@ -215,7 +230,17 @@ def read_plan(tables: Mapping[str, Any], defaults: Mapping[str, Any]) -> Plan:
     )
     for cell in [*plan.tuning_cells(), *plan.cells({})]:
         parse_cell(cell)
+    _check_tuning(plan)
     return plan
+
+
+def _check_tuning(plan: Plan) -> None:
+    splits = {str(cell.config["data.test-split"]) for cell in plan.cells({})}
+    if plan.tuning and "none" in splits:
+        raise ConfigError(
+            'data.test-split="none" must name a split while there is a compare.tune: both would '
+            "take the same examples from the training split"
+        )
 
 
 def parse_cell(cell: Cell) -> Config:

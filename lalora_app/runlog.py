@@ -33,17 +33,22 @@ class Progress:
 
     def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
         """Flower's ``evaluate_fn``: round 0 is the start."""
-        attempts = self.strategy.attempts
-        if attempts and not attempts[-1].aggregated and self.rows:  # the adapter is the same
-            scores = scores_of(self.rows[-1])
-        else:
-            state = self.strategy.state
-            self.model.load(state.adapter, state.drift)
-            batches = self.test.batches(_EVAL_BATCH)
-            scores = self.model.evaluate(batches)
+        scores = self._scores()
         if server_round > 0:
-            self._record({"attempt": self.strategy.state.attempts, **asdict(attempts[-1])}, scores)
+            last = self.strategy.attempts[-1]
+            self._record({"attempt": self.strategy.state.attempts, **asdict(last)}, scores)
         return MetricRecord(dict(scores))
+
+    def _scores(self) -> Metrics:
+        """Return how good the adapter is; nothing where it is not the round to look."""
+        attempts, state = self.strategy.attempts, self.strategy.state
+        if not self.config.is_evaluated(state.attempts):
+            return {}
+        before = scores_of(self.rows[-1]) if self.rows else {}
+        if before and attempts and not attempts[-1].aggregated:  # the adapter is the same
+            return before
+        self.model.load(state.adapter, state.drift)
+        return self.model.evaluate(self.test.batches(_EVAL_BATCH))
 
     def _record(self, attempt: dict[str, Any], scores: Metrics) -> None:
         elapsed = time.monotonic() - self.started
@@ -56,7 +61,7 @@ class Progress:
             "LaLoRA round %d/%d  phase %s  %s  %s  epsilon <= %.2f  %.1f s  ETA %d:%02d",
             *(done, total, attempt["phase"]),
             "aggregated" if attempt["aggregated"] else "FAILED: too few valid replies",
-            *(told(scores), attempt["epsilon_max"]),
+            *(told(scores) or "not evaluated", attempt["epsilon_max"]),
             *(attempt["seconds"], int(left) // 60, int(left) % 60),
         )
 

@@ -7,12 +7,13 @@ import argparse
 import json
 import statistics
 import tomllib
+from collections import defaultdict
 from pathlib import Path
 
 from lalora_app.compare import PLAN, records
 from lalora_app.config import from_tables
-from lalora_app.finished import accuracy_of, completed
-from lalora_app.plan import Plan, read_plan
+from lalora_app.finished import accuracy_of, completed, tuned
+from lalora_app.plan import Line, Plan, read_plan
 from lalora_app.plots import aggregation_error, by_round, by_upload, partitions
 from lalora_app.records import Record
 from lalora_app.tables import ACCURACY, rows_of, to_markdown
@@ -30,17 +31,19 @@ def load(folder: Path) -> Plan:
 
 
 def tuning(plan: Plan, folder: Path) -> str:
-    """Return a Markdown table: accuracy on held-out training data by method and scale."""
-    cells = {(c.label, c.scale): completed(folder, c) for c in plan.tuning_cells()}
-    scales = sorted({scale for _, scale in cells})
-    lines = ["| method | " + " | ".join(f"rates × {s:g}" for s in scales) + " |"]
-    lines.append("|---" * (len(scales) + 1) + "|")
-    for label in dict.fromkeys(label for label, _ in cells):
-        found = [cells[label, scale] for scale in scales]
-        scores = [100 * accuracy_of(path) if path else float("nan") for path in found]
-        best = scores.index(max(scores))
-        shown = [f"**{s:.1f}**" if i == best else f"{s:.1f}" for i, s in enumerate(scores)]
-        lines.append(f"| {label} | " + " | ".join(shown) + " |")
+    """Return a Markdown table: accuracy on held-out training data by method, ε and scale."""
+    scores: dict[tuple[Line, float], list[float]] = defaultdict(list)
+    for cell in plan.tuning_cells():
+        if run := completed(folder, cell):
+            scores[cell.line, cell.scale].append(100 * accuracy_of(run))
+    chosen, grid = tuned(plan, folder), sorted({scale for _, scale in scores})
+    lines = ["| method | ε | " + " | ".join(f"rates × {scale:g}" for scale in grid) + " |"]
+    lines.append("|---" * (len(grid) + 2) + "|")
+    for line in sorted(chosen, key=lambda line: line[1]):
+        means = [statistics.fmean(scores[line, scale]) for scale in grid]
+        marks = ["**" if chosen[line] == scale else "" for scale in grid]
+        shown = [f"{mark}{mean:.1f}{mark}" for mark, mean in zip(marks, means, strict=True)]
+        lines.append(f"| {line[0]} | {line[1]:g} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
 
 
@@ -77,7 +80,7 @@ def section(folder: Path, file: str, *, illustrated: bool) -> str:
     if plan.tuning:
         parts.append(
             f"Learning rates, by accuracy on {plan.tuning.test_fraction:.0%} of the training data "
-            f"(seed {plan.tuning.seed}, ε = {plan.tuning.epsilon:g}):"
+            f"(seeds {', '.join(map(str, plan.tuning.seeds))}):"
         )
         parts.append(tuning(plan, folder))
     if illustrated:

@@ -120,8 +120,9 @@ def test_a_finished_run_is_never_taken_for_one_with_other_settings(tables):
 
 
 def test_tuning_chooses_by_data_that_the_test_split_does_not_hold(tables):
-    tune = {"epsilon": INF, "grid": [1e-6, 1.0], "seed": 9, "test-fraction": 0.2}
+    tune = {"grid": [1e-6, 1.0], "seeds": [9], "test-fraction": 0.2}
     tables["compare"] |= {"methods": ["ffa-lora"], "seeds": [0], "tune": tune}
+    tables["data.test-split"] = "train"  # any; the tuning must not see it
     plan, folder, _ = run(tables)
     accuracies = {}
     for cell in plan.tuning_cells():

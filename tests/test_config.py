@@ -25,6 +25,7 @@ OUT_OF_RANGE = [
     ("round-timeout", 0.0),
     ("round-timeout", INF),
     ("node-timeout", -1.0),
+    ("evaluate-every", 0),
     ("weighting", "size"),
     ("robust", "mean"),
     ("secure-aggregation", "secagg"),

@@ -12,7 +12,8 @@ INF = math.inf
 
 
 def plan_of(**compare):
-    return read_plan({"compare": compare, "num-server-rounds": 3}, defaults())
+    tables = {"compare": compare, "num-server-rounds": 3, "data.test-split": "validation"}
+    return read_plan(tables, defaults())
 
 
 def test_cells_are_methods_times_epsilons_times_seeds_seed_by_seed():
@@ -52,7 +53,7 @@ def test_a_control_differs_by_its_own_settings_at_its_own_budgets():
     assert plain.config["train.momentum"] == 0.0
 
 
-TUNE = {"epsilon": 1.0, "grid": [0.5, 1.0, 2.0], "seed": 100, "test-fraction": 0.25}
+TUNE = {"grid": [0.5, 1.0, 2.0], "seeds": [100], "test-fraction": 0.25}
 
 
 def test_tuning_runs_scale_all_rates_and_never_see_the_test_split():
@@ -68,22 +69,50 @@ def test_tuning_runs_scale_all_rates_and_never_see_the_test_split():
         assert cell.config["data.test-split"] == "none"
         assert cell.config["data.test-fraction"] == 0.25
         assert cell.config["seed"] == 100
+        assert cell.config["evaluate-every"] == defaults()["num-server-rounds"]
         assert cell.config["privacy.epsilon"] == 1.0
     assert all(cell.config["data.test-split"] == "validation" for cell in plan.cells({}))
 
 
-def test_the_best_scale_is_the_most_accurate_and_of_equals_the_smaller():
-    plan = plan_of(methods=["rolora", "dp-lora"], epsilons=[1.0, 3.0], tune=TUNE)
-    accuracies = {"rolora": (0.5, 0.9, 0.9), "dp-lora": (0.3, 0.3, 0.3)}
+def test_every_line_is_tuned_at_each_of_its_budgets_with_every_seed():
+    control = {"label": "control", "method": "la-lora", "epsilons": [3.0]}
+    own = TUNE | {"seeds": [7, 8]}
+    plan = plan_of(methods=["rolora"], epsilons=[1.0, INF], controls=[control], tune=own)
+    cells = plan.tuning_cells()
+    lines = [("rolora", 1.0), ("rolora", INF), ("control", 3.0)]
+    found = [(cell.line, cell.scale, cell.config["seed"]) for cell in cells]
+    assert found == [(line, scale, s) for line in lines for scale in TUNE["grid"] for s in (7, 8)]
+    assert len({cell.folder for cell in cells}) == len(cells)
+
+
+def test_the_best_scale_of_a_line_is_the_most_accurate_on_average_and_of_equals_the_smaller():
+    own = TUNE | {"seeds": [7, 8]}
+    plan = plan_of(methods=["rolora", "dp-lora"], epsilons=[1.0, 3.0], tune=own)
+    accuracies = {  # of the seeds, scale by scale: the best single run is not the best mean
+        ("rolora", 1.0): ((0.9, 0.1), (0.6, 0.6), (0.6, 0.6)),
+        ("rolora", 3.0): ((0.1, 0.2), (0.2, 0.2), (0.3, 0.4)),
+        ("dp-lora", 1.0): ((0.3, 0.3),) * 3,
+        ("dp-lora", 3.0): ((0.3, 0.3), (0.4, 0.4), (0.1, 0.9)),
+    }
     results = [
-        (cell, accuracies[cell.label][TUNE["grid"].index(cell.scale)])
+        (cell, accuracies[cell.line][TUNE["grid"].index(cell.scale)][cell.config["seed"] - 7])
         for cell in plan.tuning_cells()
     ]
-    assert plan.best(results) == {"rolora": 1.0, "dp-lora": 0.5}
-    assert plan.best(results[::-1]) == {"rolora": 1.0, "dp-lora": 0.5}
-    for cell in plan.cells(plan.best(results)):
-        expected = defaults()["train.lr-a"] * plan.best(results)[cell.label]
-        assert cell.config["train.lr-a"] == expected
+    best = {
+        ("rolora", 1.0): 1.0,
+        ("rolora", 3.0): 2.0,
+        ("dp-lora", 1.0): 0.5,
+        ("dp-lora", 3.0): 2.0,
+    }
+    assert plan.best(results) == plan.best(results[::-1]) == best
+    for cell in plan.cells(best):
+        assert cell.config["train.lr-a"] == defaults()["train.lr-a"] * best[cell.line]
+
+
+def test_tuning_needs_a_test_split_of_its_own():
+    tables = {"compare": {"tune": TUNE}}
+    with pytest.raises(ConfigError, match=r'data\.test-split="none" must name a split'):
+        read_plan(tables, defaults())
 
 
 def test_every_cell_is_a_run_config():
@@ -103,7 +132,7 @@ BAD = {
     "a seed that is no integer": ({"seeds": [0.5]}, r"compare\.seeds="),
     "a boolean seed": ({"seeds": [True]}, r"compare\.seeds="),
     "no nodes": ({"nodes": 0}, r"compare\.nodes=0"),
-    "half a grid": ({"tune": {"grid": [1.0]}}, r"compare\.tune\.epsilon"),
+    "half a grid": ({"tune": {"grid": [1.0]}}, r"compare\.tune\.seeds"),
     "a negative rate": ({"tune": TUNE | {"grid": [-1.0]}}, r"train\.lr-a=-2\.0 must be"),
     "an unknown key of a control": (
         {"controls": [{"method": "la-lora", "label": "x", "eps": [1.0]}]},
