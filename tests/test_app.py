@@ -857,6 +857,39 @@ def test_a_failed_attempt_is_repeated_and_told(tiny):
     assert (summary["rounds"], summary["status"]) == (2, "completed, 2 rounds failed")
 
 
+@pytest.mark.parametrize(
+    ("every", "lost", "looks"),
+    [(2, (), [0, 2, 4, 5]), (9, (), [0, 5]), (2, (2, 5), [0, 2, 4, 5]), (1, (2,), [0, 1, 3, 4, 5])],
+    ids=["every second", "the last only", "and failed attempts", "a failed one is no new look"],
+)
+def test_the_test_split_is_looked_at_as_often_as_asked_and_at_the_end(
+    tiny, monkeypatch, caplog, every, lost, looks
+):
+    seen, evaluate = [], backbone.Backbone.evaluate
+
+    def counted(model, batches):
+        seen.append(len(grid.trained()) // 2)  # attempts so far, of two clients
+        return evaluate(model, batches)
+
+    def fault(attempt, partition, reply):
+        return None if attempt in lost and partition == 1 else reply
+
+    monkeypatch.setattr(backbone.Backbone, "evaluate", counted)
+    config = tiny(**open_run() | {"num-server-rounds": 5, "evaluate-every": every})
+    grid = FakeGrid(config, 2, fault=fault)
+    with caplog.at_level("INFO", "flwr"):
+        server_app.run(grid, config)
+    done = Run(config, grid, run_folder(config))
+    # A failed attempt changes no adapter: nothing new to look at, if the one before was looked at.
+    expected = [t for t in looks if t not in lost or (t - 1) not in looks]
+    assert seen == expected
+    told = [row["attempt"] for row in done.rows if "accuracy" in row]
+    assert told == sorted({t for t in range(1, 6) if t % every == 0} | {5})
+    assert done.json("summary.json")["accuracy"] == done.rows[-1]["accuracy"]
+    assert caplog.text.count("not evaluated") == 5 - len(told)
+    assert "<svg" in (done.folder.path / "report.html").read_text("utf-8")
+
+
 def test_a_failed_attempt_costs_no_resident_factor(tiny, rounds):
     config = tiny(**open_run())
     run(config, 2, fault=lambda attempt, _, reply: None if attempt == 2 else reply)
