@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 import tomllib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,8 @@ from lalora_app.methods import method_of
 _FLWR = str(Path(sys.executable).parent / "flwr")
 _PAIR = r"""([^\s=]+)\s*=\s*("[^"]*"|'[^']*'|\S+)"""
 _GRACE = 10.0  # seconds to end by itself
-_FINISHED = "finished:completed"
+_FINISHED = "finished:"
+_REASON = "LaLoRA: "  # before the ServerApp's last word on a run that failed
 
 
 def _free_port() -> int:
@@ -148,19 +149,25 @@ def _interruptible() -> Iterator[None]:
             signal.signal(end, handler)
 
 
+def _show(lines: Iterable[str]) -> str:
+    """Print a run's log as it comes; return why the app says that the run failed, if it does."""
+    reason = ""
+    for line in lines:
+        print(line, end="", flush=True)
+        reason = line.partition(_REASON)[2].strip() or reason
+    return reason
+
+
 def _follow(run_id: str, env: dict[str, str], cwd: Path) -> tuple[str, str]:
-    """Show the run's log until it ends; return its status and details."""
-    subprocess.run(
-        [_FLWR, "log", run_id, "--stream"],
-        env=env,
-        cwd=cwd,
-        check=False,
-    )
+    """Show the run's log until it ends; return its status and why it failed."""
+    command, live = [_FLWR, "log", run_id, "--stream"], env | {"PYTHONUNBUFFERED": "1"}
+    with subprocess.Popen(command, env=live, cwd=cwd, stdout=subprocess.PIPE, text=True) as log:
+        reason = _show(log.stdout or ())
     status, details = _status(run_id, env, cwd)
-    while not status.startswith("finished"):
+    while not status.startswith(_FINISHED):
         time.sleep(1)
         status, details = _status(run_id, env, cwd)
-    return status, details
+    return status.removeprefix(_FINISHED), reason or details
 
 
 def _gpus() -> int:
@@ -210,7 +217,7 @@ def launch(app: Path, overrides: Sequence[str], *, nodes: int, clients_per_gpu: 
     finally:
         _stop(home)
         shutil.rmtree(home, ignore_errors=True)
-    if status != _FINISHED:
+    if status != "completed":
         print(f"lalora: the run {status}: {details}", file=sys.stderr)
         return 1
     return 0

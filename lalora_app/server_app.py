@@ -27,7 +27,7 @@ from lalora_app.privacy.attach import LayoutError
 from lalora_app.results import RunFolder, check_writable, new_folder, old_folder
 from lalora_app.runlog import Progress, finish
 from lalora_app.secagg.strategy import SecureAlternation
-from lalora_app.sources import NONE
+from lalora_app.sources import NONE, first_line
 from lalora_app.strategy import LocalAlternation
 
 app = ServerApp()
@@ -182,6 +182,7 @@ def run(grid: Grid, config: Config, settle: float = 0.0) -> None:
     method = method_of(config)
     _warn_if_not_private(config)
     check_writable(config)
+    _log.info("LaLoRA loading    model %s, data %s", config.model.name, config.data.name)
     model, start = backbones.build(config)
     test = model.encode(split(config.data)[1])
     resumed = None if config.resume_from == "none" else _resumed(config)
@@ -222,6 +223,9 @@ def main(grid: Grid, context: Context) -> None:
             run(grid, config, _SETTLE)
         else:
             run_plan(grid, config.compare, context.run_config, run, _SETTLE)
-    except (ConfigError, LayoutError) as error:
+    except (ConfigError, LayoutError) as error:  # said in full: a traceback would bury it
         _log.error("LaLoRA: %s", error)
+        raise ConfigError(str(error)) from None
+    except Exception as error:
+        _log.error("LaLoRA: %s: %s", type(error).__name__, first_line(error))
         raise

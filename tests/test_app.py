@@ -1150,6 +1150,18 @@ def test_participation_is_balanced_and_steps_left_count_down_to_the_last_round(t
     assert {len(asked) for asked in cohorts(done.grid).values()} == {2}
 
 
+def test_an_error_of_ours_keeps_its_traceback_and_is_told_in_a_line(tiny, monkeypatch, caplog):
+    def broken(*args):
+        raise ZeroDivisionError("division by zero\nand more")
+
+    monkeypatch.setattr(server_app, "run", broken)
+    context = Context(1, 1, {}, RecordDict(), flatten(tiny()))
+    with caplog.at_level("ERROR", "flwr"), pytest.raises(ZeroDivisionError) as caught:
+        server_app.main(FakeGrid({}, 1), context)
+    assert caught.traceback[-1].name == "broken"
+    assert caplog.messages == ["LaLoRA: ZeroDivisionError: division by zero"]
+
+
 # --- bad input --------------------------------------------------------------------------------
 
 
@@ -1168,6 +1180,7 @@ def refused(tiny):
         assert ledger_entries() == []
         message = str(caught.value)
         assert "\n" not in message
+        assert caught.value.__suppress_context__  # no traceback but Flower's own around the line
         return message
 
     return start

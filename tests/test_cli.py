@@ -376,6 +376,18 @@ def test_a_launch_is_ended_by_either_signal_and_leaves_the_handlers_as_they_were
         signal.signal(end, before)
 
 
+def test_a_runs_log_is_shown_whole_and_its_last_reason_kept(capsys):
+    lines = [
+        "LaLoRA round 1/2\n",
+        "ERROR :  LaLoRA: a first\n",
+        "ERROR :  LaLoRA: x=1: bad\n",
+        "end\n",
+    ]
+    assert launcher._show(lines) == "x=1: bad"
+    assert capsys.readouterr().out == "".join(lines)
+    assert launcher._show(["LaLoRA round 1/2\n"]) == ""
+
+
 def test_an_interrupted_command_has_the_exit_code_of_an_interruption(monkeypatch, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
