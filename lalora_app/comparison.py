@@ -9,7 +9,7 @@ from pathlib import Path
 
 from flwr.serverapp import Grid
 
-from lalora_app.config import Config, full_path
+from lalora_app.config import Config, ConfigError, full_path
 from lalora_app.finished import completed, tuned
 from lalora_app.plan import Cell, Plan, parse_cell, read_plan
 
@@ -26,7 +26,7 @@ class Comparison:
         plan: what to run.
         folder: of the results.
         run: runs one federation.
-        settle: seconds that the first run waits for late nodes.
+        settle: seconds that the first run waits for late nodes; who comes late is there by then.
     """
 
     grid: Grid
@@ -34,39 +34,55 @@ class Comparison:
     folder: Path
     run: Run
     settle: float
+    _first: bool = True
     failed: list[str] = field(default_factory=list)
 
     def _run_cell(self, cell: Cell) -> None:
         config = replace(parse_cell(cell), output=str(self.folder / cell.folder))
+        first, self._first = self._first, False
         try:
-            self.run(self.grid, config, self.settle)
+            self.run(self.grid, config, self.settle if first else 0.0)
         except Exception as error:  # one run that cannot be must not cost the others
+            if first and isinstance(error, ConfigError):  # as no data: it would be so with all
+                raise ConfigError(f"{cell.folder}: {error}") from error
             _log.error("LaLoRA compare: %s failed: %s", cell.folder, error)
             self.failed.append(f"{cell.folder}: {error}")
-        self.settle = 0.0  # whoever comes late came before the second run
 
-    def _run_missing(self, cells: list[Cell], what: str) -> None:
-        missing = [cell for cell in cells if completed(self.folder, cell) is None]
-        began = time.monotonic()
-        for done, cell in enumerate(missing):
-            eta = (time.monotonic() - began) / done * (len(missing) - done) if done else 0.0
-            _log.info(
-                "LaLoRA compare: %s %d of %d, %s, ETA %d min",
-                *(what, len(cells) - len(missing) + done + 1, len(cells), cell.folder),
-                round(eta / 60),
-            )
-            self._run_cell(cell)
-
-    def finish(self) -> None:
-        """Tune, then run every cell.
+    def _run_missing(self, cells: list[Cell], what: str, later: int = 0) -> None:
+        """Run the cells that are not done.
 
         Raises:
             RuntimeError: at the end, if a run failed.
         """
-        self._run_missing(self.plan.tuning_cells(), "tuning run")
-        self._run_missing(self.plan.cells(tuned(self.plan, self.folder)), "run")
+        missing = [cell for cell in cells if completed(self.folder, cell) is None]
+        began = time.monotonic()
+        for done, cell in enumerate(missing):
+            _log.info(
+                "LaLoRA compare: %s %d of %d, %s%s",
+                *(what, len(cells) - len(missing) + done + 1, len(cells), cell.folder),
+                _eta(time.monotonic() - began, done, len(missing) - done + later),
+            )
+            self._run_cell(cell)
         if self.failed:
             raise RuntimeError(f"{len(self.failed)} runs failed: " + "; ".join(self.failed))
+
+    def finish(self) -> None:
+        """Tune, then run every cell; rates are never chosen by half a tuning.
+
+        Raises:
+            ConfigError: if the first run cannot start: what is wrong is wrong with all.
+            RuntimeError: after the tuning, or at the end, if a run failed.
+        """
+        later = [cell for cell in self.plan.cells({}) if not self._begun(cell)]
+        self._run_missing(self.plan.tuning_cells(), "tuning run", len(later))
+        self._run_missing(self.plan.cells(tuned(self.plan, self.folder)), "run")
+
+    def _begun(self, cell: Cell) -> bool:
+        return (self.folder / cell.folder).exists()
+
+
+def _eta(elapsed: float, done: int, left: int) -> str:
+    return f", ETA {round(elapsed / done * left / 60)} min" if done else ""
 
 
 def run_plan(

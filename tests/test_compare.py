@@ -9,7 +9,7 @@ from conftest import defaults
 from fake_grid import FakeGrid
 from lalora_app import server_app
 from lalora_app.compare import PLAN, prepare, read_file, records, summarise
-from lalora_app.comparison import run_plan
+from lalora_app.comparison import _eta, run_plan
 from lalora_app.config import ConfigError, flatten
 from lalora_app.finished import completed
 
@@ -109,6 +109,42 @@ def test_one_run_that_fails_costs_no_other_and_fails_the_comparison(tables):
         run(tables, seed_zero_only)
     plan, folder = prepare(tables, defaults())
     assert len(records(plan, folder)) == 3
+
+
+def test_rates_are_never_chosen_by_half_a_tuning(tables):
+    tune = {"grid": [0.5, 1.0], "seeds": [9], "test-fraction": 0.2}
+    tables["compare"] |= {"methods": ["ffa-lora"], "seeds": [0], "tune": tune}
+    tables["data.test-split"] = "train"
+    begun = []
+
+    def half(grid, config, settle):
+        begun.append(Path(config.output).name)
+        if "x1" in config.output:
+            raise RuntimeError("out of luck")
+        server_app.run(grid, config, settle)
+
+    with pytest.raises(RuntimeError, match=r"1 runs failed: tuning/ffa-lora-epsinf-x1-seed9: out"):
+        run(tables, half)
+    assert begun == ["ffa-lora-epsinf-x0.5-seed9", "ffa-lora-epsinf-x1-seed9"]
+
+
+@pytest.mark.parametrize(
+    ("elapsed", "done", "left", "told"), [(5.0, 0, 9, ""), (60.0, 2, 10, ", ETA 5 min")]
+)
+def test_the_time_left_is_told_once_a_run_has_been_timed(elapsed, done, left, told):
+    assert _eta(elapsed, done, left) == told
+
+
+def test_what_is_wrong_with_the_first_run_is_told_once(tables):
+    begun = []
+
+    def no_data(grid, config, settle):
+        begun.append(config.method)
+        raise ConfigError('data.name="lost" must exist')
+
+    with pytest.raises(ConfigError, match=r'ffa-lora-epsinf-seed0: data\.name="lost" must exist'):
+        run(tables, no_data)
+    assert begun == ["ffa-lora"]
 
 
 def test_a_finished_run_is_never_taken_for_one_with_other_settings(tables):
