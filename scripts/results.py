@@ -37,14 +37,15 @@ def tuning(plan: Plan, folder: Path) -> str:
         if run := completed(folder, cell):
             scores[cell.line, cell.scale].append(100 * accuracy_of(run))
     chosen, grid = tuned(plan, folder), sorted({scale for _, scale in scores})
-    lines = ["| method | ε | " + " | ".join(f"rates × {scale:g}" for scale in grid) + " |"]
-    lines.append("|---" * (len(grid) + 2) + "|")
-    for line in sorted(chosen, key=lambda line: line[1]):
+    table = ["| method | ε | " + " | ".join(f"rates × {scale:g}" for scale in grid) + " |"]
+    table.append("|---" * (len(grid) + 2) + "|")
+    lines = dict.fromkeys(cell.line for cell in plan.tuning_cells())
+    for line in sorted(lines, key=lambda line: line[1]):
         means = [statistics.fmean(scores[line, scale]) for scale in grid]
         marks = ["**" if chosen[line] == scale else "" for scale in grid]
         shown = [f"{mark}{mean:.1f}{mark}" for mark, mean in zip(marks, means, strict=True)]
-        lines.append(f"| {line[0]} | {line[1]:g} | " + " | ".join(shown) + " |")
-    return "\n".join(lines)
+        table.append(f"| {line[0]} | {line[1]:g} | " + " | ".join(shown) + " |")
+    return "\n".join(table)
 
 
 def pictures(found: list[Record], name: str) -> str:
