@@ -107,11 +107,15 @@ def _privacy_report(config: Config, rows: list[dict[str, Any]]) -> dict[str, Any
 
 
 def _write_report(folder: RunFolder) -> None:
+    """Draw the run; the budget is spent, so what cannot be drawn must not cost its result."""
     # Seconds to import matplotlib: only at the end of a run.
     from lalora_app.records import read_record
     from lalora_app.report import write_report
 
-    write_report([read_record(folder.path)], folder.path / "report.html", folder.name)
+    try:
+        write_report([read_record(folder.path)], folder.path / "report.html", folder.name)
+    except Exception as error:
+        _log.error("report.html cannot be drawn, all else is there: %s", error, exc_info=True)
 
 
 def finish(progress: Progress) -> None:

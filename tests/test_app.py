@@ -908,6 +908,17 @@ def test_a_run_without_any_aggregate_fails_with_its_reasons(tiny):
     assert summary["status"].startswith("failed")
 
 
+def test_a_report_that_cannot_be_drawn_costs_no_result(tiny, monkeypatch, caplog):
+    def broken(*args):
+        raise ValueError("no font")
+
+    monkeypatch.setattr("lalora_app.report.write_report", broken)
+    done = run(tiny(**open_run()))
+    assert done.json("summary.json")["status"] == "completed"
+    assert not (done.folder.path / "report.html").exists()
+    assert "report.html cannot be drawn, all else is there: no font" in caplog.text
+
+
 def test_two_runs_on_the_same_data_have_two_books(tiny):
     config = tiny(**sized())
     for _ in range(2):

@@ -58,6 +58,16 @@ def pixel_probe(size: int) -> Batch:
     return Batch(pixels, None, torch.arange(_PROBE_EXAMPLES) % 2)
 
 
+def require_size(model: Model, own: int | list[int] | None) -> None:
+    """Check that images will have the size that the model takes; None: it takes any.
+
+    Raises:
+        ConfigError: if they will not.
+    """
+    if own is not None and own not in (model.image_size, [model.image_size] * 2):
+        raise ConfigError(f"model.image-size={model.image_size} must be {own}, the model's own")
+
+
 def cannot_load(model: Model, error: Exception) -> ConfigError:
     """Return the one line that says why a model cannot be had."""
     return ConfigError(f'model.name="{model.name}" cannot be loaded: {first_line(error)}')

@@ -13,7 +13,7 @@ from torch import nn
 
 from lalora_app.config import ConfigError, Model, full_path
 from lalora_app.encoding import encode_images
-from lalora_app.models.base import Base, cannot_load, pixel_probe
+from lalora_app.models.base import Base, cannot_load, pixel_probe, require_size
 from lalora_app.models.pretrained import TIMM
 from lalora_app.sources import is_local, quiet_hub
 from lalora_app.tasks import CLASSIFICATION, Pixels, timm_logits
@@ -45,9 +45,7 @@ def _from_class(folder: Path, settings: dict[str, Any], model: Model, num_labels
     from safetensors.torch import load_file
 
     arguments = settings["kwargs"] | {"num_classes": num_labels}
-    size = arguments.get("img_size", model.image_size)
-    if size not in (model.image_size, [model.image_size] * 2):
-        raise ConfigError(f"model.image-size={model.image_size} must be {size}, the model's own")
+    require_size(model, arguments.get("img_size"))
     base: Any = _own_class(settings["class"])(**arguments)
     if model.weights == "pretrained":
         weights = load_file(folder / _WEIGHTS)

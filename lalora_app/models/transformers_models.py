@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lalora_app.config import ConfigError, Model
 from lalora_app.encoding import encode_images, encode_sequences, encode_texts
-from lalora_app.models.base import Base, cannot_load, pixel_probe, token_probe
+from lalora_app.models.base import Base, cannot_load, pixel_probe, require_size, token_probe
 from lalora_app.models.pretrained import source
 from lalora_app.sources import quiet_hub
 from lalora_app.tasks import (
@@ -191,9 +191,7 @@ def _normalisation(where: str, model: Model) -> tuple[tuple[float, ...], tuple[f
 
 
 def _image_base(model: Model, where: str, base: Any, fresh: set[str]) -> Base:
-    size = getattr(base.config, "image_size", model.image_size)
-    if size not in (model.image_size, [model.image_size] * 2):
-        raise ConfigError(f"model.image-size={model.image_size} must be {size}, the model's own")
+    require_size(model, getattr(base.config, "image_size", None))
     mean, std = _normalisation(where, model)
     pixels = Pixels(model.image_resize, model.image_size, mean, std)
     return Base(
