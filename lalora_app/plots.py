@@ -100,9 +100,9 @@ def _panels(
 
 
 def by_round(records: Sequence[Record], metric: Metric) -> Chart:
-    """Return a score of the test split after every round, failed rounds included."""
+    """Return a score of the test split by round, failed rounds included."""
     name = metric.title.removesuffix(" %")
-    note = "On the public test split, after every round."
+    note = "On the public test split."
     return Chart(f"{name.capitalize()} by round", note, _panels(records, _rounds, metric, "round"))
 
 

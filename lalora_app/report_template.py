@@ -48,7 +48,8 @@ p { margin: 0 0 .75rem; max-width: 90ch; overflow-wrap: anywhere; }
 .tile b { font-size: 1.35rem; line-height: 1.3; overflow-wrap: anywhere; }
 .scroll { overflow-x: auto; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { padding: .45rem .8rem; text-align: right; white-space: nowrap; }
+th, td { padding: .45rem .55rem; text-align: right; vertical-align: bottom; }
+td { white-space: nowrap; font-size: .95rem; }
 th { color: var(--soft); font-weight: 600; font-size: .85rem; }
 th { border-bottom: 2px solid var(--line); }
 td { border-bottom: 1px solid var(--line); }

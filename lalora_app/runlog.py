@@ -21,7 +21,7 @@ _EVAL_BATCH = 64
 
 @dataclass
 class Progress:
-    """Evaluates after every round, prints one line, and writes history and checkpoint."""
+    """After every round: evaluates if it is due, tells in a line, writes history and checkpoint."""
 
     config: Config
     folder: RunFolder

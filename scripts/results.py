@@ -81,7 +81,7 @@ def section(folder: Path, file: str, *, illustrated: bool) -> str:
     if plan.tuning:
         parts.append(
             f"Learning rates, by accuracy on {plan.tuning.test_fraction:.0%} of the training data "
-            f"(seeds {', '.join(map(str, plan.tuning.seeds))}):"
+            f"(seed {', '.join(map(str, plan.tuning.seeds))}):"
         )
         parts.append(tuning(plan, folder))
     if illustrated:

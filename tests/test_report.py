@@ -612,10 +612,13 @@ def test_a_browser_shows_the_report_without_errors_and_without_overflow(comparis
     # A copy with a script tells its width; that its message is seen shows that errors would be.
     script = (
         "<script>const d = document.documentElement; d.dataset.over = d.scrollWidth - innerWidth;"
-        "console.error('probe')</script></body>"
+        "d.dataset.hidden = Math.max(...[...document.querySelectorAll('.scroll')]"
+        ".map(s => s.scrollWidth - s.clientWidth)); console.error('probe')</script></body>"
     )
     page.write_text(comparison.replace("</body>", script), "utf-8")
     for width in (1280, 500):
         probed = browse(page, tmp_path, width, "--dump-dom")
         assert "CONSOLE" in probed.stderr
         assert int(re.search(r'data-over="(-?\d+)"', probed.stdout)[1]) <= 0
+        hidden = int(re.search(r'data-hidden="(-?\d+)"', probed.stdout)[1])
+        assert hidden <= 0 if width == 1280 else hidden > 0  # a phone scrolls the table
