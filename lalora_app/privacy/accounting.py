@@ -17,7 +17,9 @@ import numpy as np
 from scipy.optimize import brentq
 
 EPSILON_ERROR = 0.003  # additive; both accountants then agree to 1 % from ε = 0.3 upwards
-PRV_TRUSTED = 500.0  # above, its floating-point numbers saturate; RDP is looser and safe there
+# Above, PRV's floating-point numbers saturate, after seconds and gigabytes: it is not asked where
+# RDP, which is looser and safe, says more.
+PRV_TRUSTED = 500.0
 _COARSE = 1e-3  # ten times Google's own width: an audit's bound moves by less than 1e-4 of itself
 # PRV's grid grows with ε·√count: at 2,000 it takes about a gigabyte, and a request may ask for any
 # count. Beyond, RDP: a tenth looser, and safe.
@@ -62,7 +64,7 @@ def _upper_bound(groups: tuple[tuple[float, float, int], ...], delta: float) -> 
     with warnings.catch_warnings(), np.errstate(divide="ignore"):
         warnings.simplefilter("ignore")
         safe, found = float(loose.get_epsilon(delta=delta)), math.inf
-        if safe * math.sqrt(sum(n for _, _, n in groups)) > PRV_GRID:
+        if safe > PRV_TRUSTED or safe * math.sqrt(sum(n for _, _, n in groups)) > PRV_GRID:
             return safe, False
         with contextlib.suppress(RuntimeError):  # PRV gives up where ε is absurd
             found = float(tight.get_epsilon(delta=delta, eps_error=EPSILON_ERROR))
