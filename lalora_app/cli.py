@@ -63,10 +63,7 @@ def _compare(args: argparse.Namespace) -> int:
             shared = args.clients_per_gpu
             code = launch(args.app, [file], nodes=plan.nodes, clients_per_gpu=shared)
     finally:  # an interruption too leaves a table of what is done
-        print(summarise(plan, folder))
-        print(f"lalora: tables, runs.csv and report.html are in {folder}")
-    if args.latex:
-        print((folder / "table.tex").read_text("utf-8"))
+        print(summarise(plan, folder, latex=args.latex))
     return code
 
 

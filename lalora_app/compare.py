@@ -64,14 +64,32 @@ def records(plan: Plan, folder: Path) -> list[Record]:
     return [read_record(run, cell.label) for cell, run in found if run]
 
 
-def summarise(plan: Plan, folder: Path) -> str:
-    """Write ``table.md``, ``table.tex``, ``runs.csv`` and ``report.html``; return the table."""
+def _counts(plan: Plan, folder: Path) -> str:
+    """Tell how much of the plan is finished."""
+    lines = {"runs": plan.cells(tuned(plan, folder)), "tuning runs": plan.tuning_cells()}
+    return " and ".join(
+        f"{sum(completed(folder, cell) is not None for cell in cells)} of {len(cells)} {what}"
+        for what, cells in lines.items()
+        if cells
+    )
+
+
+def summarise(plan: Plan, folder: Path, *, latex: bool = False) -> str:
+    """Write ``table.md``, ``table.tex``, ``runs.csv`` and ``report.html`` of what is finished.
+
+    Returns:
+        The table, in LaTeX too if asked for, and a line on what is finished and where it is; that
+        line alone, and no files, before the first run is.
+    """
     found = records(plan, folder)
+    counts = _counts(plan, folder)
     if not found:
-        return "no run is finished yet"
+        return f"lalora: {counts} are finished, in {folder}"
     rows = rows_of(found)
     (folder / "table.md").write_text(to_markdown(rows), "utf-8")
     (folder / "table.tex").write_text(to_latex(rows), "utf-8")
     (folder / "runs.csv").write_text(to_csv(found), "utf-8")
     write_report(found, folder / "report.html", plan.name)
-    return to_text(rows)
+    tables = [to_text(rows), *([to_latex(rows)] if latex else [])]
+    where = f"lalora: {counts} are finished; tables, runs.csv and report.html are in {folder}"
+    return "\n".join([*tables, where])

@@ -57,10 +57,22 @@ def test_the_summary_is_written_as_tables_and_a_report(tables):
     plan, folder, _ = run(tables)
     table = summarise(plan, folder)
     assert "ffa-lora" in table
+    assert "4 of 4 runs are finished; tables" in table
+    assert r"\begin{tabular}" not in table
+    assert r"\begin{tabular}" in summarise(plan, folder, latex=True)
     assert "dp-lora" in (folder / "table.md").read_text("utf-8")
     assert len((folder / "runs.csv").read_text("utf-8").splitlines()) == 1 + 4
     assert r"\begin{tabular}" in (folder / "table.tex").read_text("utf-8")
     assert "<svg" in (folder / "report.html").read_text("utf-8")
+
+
+def test_before_the_first_run_is_finished_it_says_so_and_writes_nothing(tables):
+    tables["compare"]["tune"] = {"grid": [0.5, 1.0], "seeds": [9], "test-fraction": 0.2}
+    tables["data.test-split"] = "validation"
+    plan, folder = prepare(tables, defaults())
+    told = summarise(plan, folder, latex=True)
+    assert told == f"lalora: 0 of 4 runs and 0 of 4 tuning runs are finished, in {folder}"
+    assert [path.name for path in folder.iterdir()] == [PLAN]
 
 
 def test_what_is_done_is_not_run_again(tables):
