@@ -11,6 +11,7 @@ from lalora_app.laws import ConfigError as ConfigError
 from lalora_app.laws import (
     anything,
     are_ranks,
+    clip_norm,
     columns,
     count,
     law,
@@ -83,7 +84,7 @@ class Privacy:
 
     epsilon: float = law("must be greater than 0 (inf: not private)", lambda v: v > 0)
     delta: float = law("must be in (0, 1)", lambda v: 0 < v < 1)
-    clip_norm: float = law("must be greater than 0", lambda v: v > 0)
+    clip_norm: float = clip_norm()
     noise: str = one_of("secure", "seeded")
 
     @property

@@ -20,6 +20,15 @@ def positive() -> Any:
     return law("must be finite and greater than 0", lambda v: 0 < v < math.inf)
 
 
+def clip_norm() -> Any:
+    """Demand a norm that float32 gradients can be held to, or inf.
+
+    Entries whose squares vanish in float32 are below 1e-18: all of them together are nothing
+    beside 1e-6, and everything beside a smaller norm.
+    """
+    return law("must be from 1e-6 to 1e6, or inf", lambda v: 1e-6 <= v <= 1e6 or v == math.inf)
+
+
 def count() -> Any:
     """Demand an integer of at least 1."""
     return law("must be at least 1", lambda v: v >= 1)

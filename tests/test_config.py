@@ -88,6 +88,8 @@ OUT_OF_RANGE = [
     ("privacy.delta", NAN),
     ("privacy.clip-norm", 0.0),
     ("privacy.clip-norm", NAN),
+    ("privacy.clip-norm", 1e-7),  # float32 squares vanish below it
+    ("privacy.clip-norm", 1e7),
     ("privacy.noise", "none"),
     ("train.local-steps", 0),
     ("train.batch-size", 0),

@@ -9,7 +9,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -27,7 +27,7 @@ from lalora_app.privacy.mechanism import (
     poisson_batch,
 )
 from lalora_app.privacy.randomness import secure, seeded
-from lalora_app.privacy.types import PerExampleGrads, Rows, Slot
+from lalora_app.privacy.types import Outer, PerExampleGrads, Rows, Slot
 from lalora_app.trainer import Streams, private_gradient
 
 SHAPES = {"q.lora_A.weight": (2, 5), "q.lora_B.weight": (4, 2), "classifier.bias": (3,)}
@@ -91,12 +91,13 @@ def assert_close(found, expected, tolerance: float) -> None:
 
 # (i) What one example can do.
 
-sizes = st.integers(-20, 20).map(lambda exponent: 10.0**exponent)
+sizes = st.integers(-40, 20).map(lambda exponent: 10.0**exponent)
+clip_norms = st.integers(-6, 6).map(lambda exponent: 10.0**exponent)  # all that a config may ask
 
 
 @given(
     scales=st.lists(sizes, min_size=1, max_size=4),
-    clip_norm=st.floats(1e-3, 1e3),
+    clip_norm=clip_norms,
     seed=st.integers(0, 2**32 - 1),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
@@ -111,6 +112,28 @@ def test_no_example_moves_the_sum_by_more_than_the_clip_norm(scales, clip_norm, 
         without = clipped(rows_of(grads, [j for j in everyone if j != i]), clip_norm)
         moved = {name: whole[name].double() - without[name].double() for name in whole}
         assert joint_norm(moved) <= clip_norm * (1 + 1e-6)
+
+
+@given(
+    given=st.tuples(st.integers(-44, 37), st.integers(-44, 37)),
+    clip_norm=clip_norms,
+    seed=st.integers(0, 2**32 - 1),
+)
+@example(given=(-24, 18), clip_norm=1e-6, seed=0)  # the float32 norm of g is 0
+@example(given=(-44, 36), clip_norm=1e-6, seed=0)  # g has no digits left to be scaled
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_no_head_of_any_size_exceeds_the_clip_norm(given, clip_norm, seed):
+    rng = np.random.default_rng(seed)
+    shapes = ((1, 3), (1, 50))
+    g, x = (
+        torch.from_numpy(rng.standard_normal(shape) * 10.0**power).float()
+        for shape, power in zip(shapes, given, strict=True)
+    )
+    true = float(g.double().norm() * x.double().norm())
+    found = clipped_sum(PerExampleGrads((Outer("head", g, x),)), clip_norm)
+    assert joint_norm(found) <= clip_norm
+    if 1e-30 < true < math.inf:
+        assert joint_norm(found) == pytest.approx(min(true, clip_norm), rel=1e-4, abs=1e-36)
 
 
 @given(

@@ -13,8 +13,8 @@ from torch import Tensor
 NoisedGrads = NewType("NoisedGrads", dict[str, Tensor])
 
 
-def _norms(rows: Tensor) -> Tensor:
-    norms: Tensor = torch.linalg.vector_norm(rows, dim=1)
+def _norms(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    norms: Tensor = torch.linalg.vector_norm(rows, dim=1, dtype=dtype)
     return norms
 
 
@@ -112,6 +112,8 @@ class Outer:
 
     ‖g_i x_iᵀ‖ = ‖g_i‖·‖x_i‖ and Σ c_i g_i x_iᵀ = (c∘g)ᵀ x: Goodfellow, arXiv:1510.01799.
     ``g`` is (examples, out), ``x`` is (examples, in).
+
+    In float64: a factor's float32 squares may vanish where its product with the other is large.
     """
 
     name: str
@@ -119,8 +121,8 @@ class Outer:
     x: Tensor
 
     def norms(self) -> Tensor:
-        """Return (examples,): each example's norm."""
-        return _norms(self.g) * _norms(self.x)
+        """Return (examples,): each example's norm, in float64."""
+        return _norms(self.g, torch.float64) * _norms(self.x, torch.float64)
 
     def without(self, dropped: Tensor) -> "Outer":
         """Zero the examples where ``dropped`` (examples,) is true; ``x`` is the model's own."""
@@ -129,7 +131,11 @@ class Outer:
 
     def weighted(self, scales: Tensor) -> dict[str, Tensor]:
         """Return Σ_i scales_i · g_i x_iᵀ."""
-        return {self.name: (scales.to(self.g)[:, None] * self.g).T @ self.x}
+        # x at length 1, so that what is rounded in g is small beside the clip norm
+        lengths = _norms(self.x, torch.float64).clamp(min=torch.finfo(torch.float64).tiny)
+        g = (scales * lengths)[:, None] * self.g
+        x = self.x / lengths[:, None]
+        return {self.name: g.to(self.g).T @ x.to(self.x)}
 
     def dense(self) -> dict[str, Tensor]:
         """Return (examples, out, in)."""
