@@ -29,6 +29,7 @@ from lalora_app.wire import code_hash
 
 # What decides on how an example is encoded; the device, or how it is trained on, does not.
 _KEYS = ("data.", "model.name", "model.task", "model.max-length", "model.image-", "model.weights")
+_STACK = "pixels."  # before the number of an image's size
 _LIBRARIES = ("transformers", "tokenizers", "pillow")
 
 
@@ -58,23 +59,27 @@ def _rows(tensors: dict[str, Tensor]) -> tuple[tuple[int, ...], ...]:
 
 def _packed(encoded: Encoded) -> tuple[dict[str, Tensor], dict[str, str]]:
     match encoded:
-        case EncodedTexts(tokens, labels, pad):
+        case EncodedTexts(tokens, labels, pad, longest):
             kept = _flat(tokens) | {"labels": torch.tensor(labels)}
-            return kept, {"kind": "texts", "pad": str(pad)}
-        case EncodedSequences(tokens):
-            return _flat(tokens), {"kind": "sequences"}
-        case EncodedImages(pixels, labels):
-            return {"pixels": pixels, "labels": torch.tensor(labels)}, {"kind": "images"}
+            return kept, {"kind": "texts", "pad": str(pad), "longest": str(longest)}
+        case EncodedSequences(tokens, longest):
+            return _flat(tokens), {"kind": "sequences", "longest": str(longest)}
+        case EncodedImages(stacks, labels, places):
+            kept = {f"{_STACK}{i}": stack for i, stack in enumerate(stacks)}
+            where = torch.tensor(places).reshape(-1, 2)
+            return kept | {"labels": torch.tensor(labels), "places": where}, {"kind": "images"}
     raise TypeError(f"{type(encoded).__name__} must be texts, sequences or images")
 
 
 def _unpacked(tensors: dict[str, Tensor], said: dict[str, str]) -> Encoded:
     if said["kind"] == "sequences":
-        return EncodedSequences(_rows(tensors))
+        return EncodedSequences(_rows(tensors), int(said["longest"]))
     labels = tuple(tensors["labels"].tolist())
-    if said["kind"] == "images":
-        return EncodedImages(tensors["pixels"], labels)  # mapped: a batch reads its own rows
-    return EncodedTexts(_rows(tensors), labels, int(said["pad"]))
+    if said["kind"] == "images":  # mapped: a batch reads its own rows
+        stacks = sum(name.startswith(_STACK) for name in tensors)
+        places = tuple((stack, row) for stack, row in tensors["places"].tolist())
+        return EncodedImages(tuple(tensors[f"{_STACK}{i}"] for i in range(stacks)), labels, places)
+    return EncodedTexts(_rows(tensors), labels, int(said["pad"]), int(said["longest"]))
 
 
 @dataclass(frozen=True)

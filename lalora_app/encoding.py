@@ -1,10 +1,11 @@
 """Examples as tensors, and the batches that the model takes."""
 
-import io
+import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -16,6 +17,7 @@ from lalora_app.data import Examples
 from lalora_app.sources import DataError
 
 IGNORED = -100  # the label of a position that has none, as in transformers
+UNLIMITED = sys.maxsize
 Indices = Sequence[int] | np.ndarray
 
 
@@ -42,38 +44,70 @@ class Encoded(ABC):
         """Return the number of examples."""
 
     @abstractmethod
-    def batch(self, indices: Indices) -> Batch:
-        """Return the given examples."""
+    def batch(self, indices: Indices, width: int = 0) -> Batch:
+        """Return the given examples, texts with padding up to ``width`` tokens at least."""
 
     def length(self, index: int) -> int:
         """Return what batches are sorted by, so that little is padded."""
         return 0
+
+    @abstractmethod
+    def width(self, index: int) -> int:
+        """Return what an example has in common with all of its micro-batch.
+
+        Privacy: it follows from the example alone. Were a text padded to the longest of its batch,
+        weights with which padding is not harmless would let one example change the others.
+        """
+
+    def ordered(self, indices: Iterable[int]) -> list[int]:
+        """Return indices in the order in which batches take them."""
+        return sorted(indices, key=lambda index: (self.width(index), self.length(index)))
 
     def batches(self, size: int) -> Iterator[Batch]:
         """Yield every example once, by length."""
         yield from self.micro_batches(range(len(self)), size)
 
     def micro_batches(self, indices: Iterable[int], size: int) -> Iterator[Batch]:
-        """Yield the given examples in parts of at most ``size``, by length."""
-        order = sorted(indices, key=self.length)
-        for start in range(0, len(order), size):
-            yield self.batch(order[start : start + size])
+        """Yield the given examples in parts of at most ``size``, by length; each of one width."""
+        for width, alike in groupby(self.ordered(indices), key=self.width):
+            part = list(alike)
+            for start in range(0, len(part), size):
+                yield self.batch(part[start : start + size], width)
 
 
-def _padded(rows: Sequence[Sequence[int]], pad: int) -> tuple[Tensor, Tensor]:
+def padded_width(length: int, longest: int) -> int:
+    """Return the tokens that a text is padded to: 4, 8, 12, 16, 24, 32 and so on.
+
+    Limit: never more than ``longest``, which no text exceeds.
+    """
+    step = 1 << max((length - 1).bit_length() - 2, 2)
+    return min(-(-length // step) * step, longest)
+
+
+def _padded(rows: Sequence[Sequence[int]], pad: int, width: int) -> tuple[Tensor, Tensor]:
     """Return (examples, tokens) ids, padded on the right, and their mask."""
-    ids = pad_sequence([torch.tensor(row) for row in rows], batch_first=True, padding_value=pad)
+    tensors = [torch.tensor(row) for row in rows]
+    ids = pad_sequence(tensors, batch_first=True, padding_value=pad)
+    ids = torch.nn.functional.pad(ids, (0, max(width - ids.shape[1], 0)), value=pad)
     lengths = torch.tensor([len(row) for row in rows])
     return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
 
 
 @dataclass(frozen=True)
 class EncodedTexts(Encoded):
-    """Texts to be classified, as token ids."""
+    """Texts to be classified, as token ids.
+
+    Attributes:
+        tokens: ids of each text.
+        labels: (examples,).
+        pad: the id of padding.
+        longest: tokens that no text exceeds, whatever the data.
+    """
 
     tokens: tuple[tuple[int, ...], ...]
     labels: tuple[int, ...]
     pad: int
+    longest: int = UNLIMITED
 
     def __len__(self) -> int:
         """Return the number of texts."""
@@ -83,17 +117,27 @@ class EncodedTexts(Encoded):
         """Return a text's number of tokens."""
         return len(self.tokens[index])
 
-    def batch(self, indices: Indices) -> Batch:
-        """Return the given texts, padded to the longest of them."""
-        ids, mask = _padded([self.tokens[i] for i in indices], self.pad)
+    def width(self, index: int) -> int:
+        """Return the tokens that a text is padded to."""
+        return padded_width(len(self.tokens[index]), self.longest)
+
+    def batch(self, indices: Indices, width: int = 0) -> Batch:
+        """Return the given texts, padded to the longest of them or to ``width``."""
+        ids, mask = _padded([self.tokens[i] for i in indices], self.pad, width)
         return Batch(ids, mask, torch.tensor([self.labels[i] for i in indices]))
 
 
 @dataclass(frozen=True)
 class EncodedSequences(Encoded):
-    """Texts whose every next token is to be predicted: one text is one example, never packed."""
+    """Texts whose every next token is to be predicted: one text is one example, never packed.
+
+    Attributes:
+        tokens: ids of each text.
+        longest: tokens that no text exceeds, whatever the data.
+    """
 
     tokens: tuple[tuple[int, ...], ...]
+    longest: int = UNLIMITED
 
     def __len__(self) -> int:
         """Return the number of texts."""
@@ -103,27 +147,49 @@ class EncodedSequences(Encoded):
         """Return a text's number of tokens."""
         return len(self.tokens[index])
 
-    def batch(self, indices: Indices) -> Batch:
+    def width(self, index: int) -> int:
+        """Return the tokens that a text is padded to."""
+        return padded_width(len(self.tokens[index]), self.longest)
+
+    def batch(self, indices: Indices, width: int = 0) -> Batch:
         """Return the given texts, padded on the right, where no token of a text looks."""
-        ids, mask = _padded([self.tokens[i] for i in indices], 0)
+        ids, mask = _padded([self.tokens[i] for i in indices], 0, width)
         return Batch(ids, None, ids.masked_fill(mask == 0, IGNORED))
 
 
 @dataclass(frozen=True)
 class EncodedImages(Encoded):
-    """Images of one size, as stored; the model's device brings them to its own size."""
+    """Images as stored; the model's device brings them to its own size.
 
-    pixels: Tensor  # (examples, 3, height, width), uint8
+    Attributes:
+        stacks: by stored size, (images, 3, height, width) uint8.
+        labels: (examples,).
+        places: (examples,) the stack of each image, and its row there.
+    """
+
+    stacks: tuple[Tensor, ...]
     labels: tuple[int, ...]
+    places: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of_one_size(cls, pixels: Tensor, labels: tuple[int, ...]) -> "EncodedImages":
+        """Return images of one stack, in its order."""
+        return cls((pixels,), labels, tuple((0, row) for row in range(len(labels))))
 
     def __len__(self) -> int:
         """Return the number of images."""
         return len(self.labels)
 
-    def batch(self, indices: Indices) -> Batch:
-        """Return the given images."""
-        rows = torch.as_tensor(np.asarray(indices))
-        return Batch(self.pixels[rows], None, torch.tensor([self.labels[i] for i in indices]))
+    def width(self, index: int) -> int:
+        """Return the number of the stack of an image's size."""
+        return self.places[index][0]
+
+    def batch(self, indices: Indices, width: int = 0) -> Batch:
+        """Return the given images, which must be stored in one size."""
+        (stack,) = {self.places[i][0] for i in indices}
+        rows = torch.tensor([self.places[i][1] for i in indices])
+        labels = torch.tensor([self.labels[i] for i in indices])
+        return Batch(self.stacks[stack][rows], None, labels)
 
 
 def _token_ids(examples: Examples, tokenizer: Any, max_length: int) -> tuple[tuple[int, ...], ...]:
@@ -151,7 +217,7 @@ def encode_texts(examples: Examples, tokenizer: Any, max_length: int) -> Encoded
         DataError: if they are no texts, or a text has no token.
     """
     ids = _token_ids(examples, tokenizer, max_length)
-    return EncodedTexts(ids, examples.labels, tokenizer.pad_token_id)
+    return EncodedTexts(ids, examples.labels, tokenizer.pad_token_id, max_length)
 
 
 @lru_cache(maxsize=32)
@@ -161,63 +227,4 @@ def encode_sequences(examples: Examples, tokenizer: Any, max_length: int) -> Enc
     Raises:
         DataError: if they are no texts, or a text has no token.
     """
-    return EncodedSequences(_token_ids(examples, tokenizer, max_length))
-
-
-def resized_side(side: int, shorter: int, resize: int) -> int:
-    """Return a side's pixels once the shorter one has ``resize``, as torchvision rounds them."""
-    return resize * side // shorter
-
-
-def middle(side: int, size: int) -> int:
-    """Return where the middle ``size`` pixels of a side begin, as torchvision rounds it."""
-    return round((side - size) / 2)
-
-
-def _decoded(content: object, row: int) -> Any:
-    """Return one image, in RGB."""
-    from PIL import Image
-
-    if not isinstance(content, bytes):
-        raise DataError("data.input-column", " must hold images for this model.task, not texts")
-    try:
-        image: Any = Image.open(io.BytesIO(content))
-        if image.mode.startswith("I;16"):  # PIL would cut 16 bits off at 255
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return image.convert("RGB")
-    except Exception as error:  # the decoders raise many kinds; all mean the same here
-        raise DataError("data.input-column", f": row {row} is no readable image") from error
-
-
-def _cut(image: Any, resize: int, size: int) -> Any:
-    """Return the image with its shorter side resized, and a square cut out of its middle."""
-    from PIL import Image
-
-    width, height = (resized_side(side, min(image.size), resize) for side in image.size)
-    left, top = middle(width, size), middle(height, size)
-    resized = image.resize((width, height), Image.Resampling.BICUBIC)
-    return resized.crop((left, top, left + size, top + size))
-
-
-@lru_cache(maxsize=32)
-def encode_images(examples: Examples, resize: int, size: int) -> EncodedImages:
-    """Return decoded images; kept for the process's next use.
-
-    Images that all have one size stay as they are, for the model's device to resize. Others are
-    brought to the model's size here.
-
-    Args:
-        examples: the bytes of image files.
-        resize: pixels of the shorter side before the square is cut out.
-        size: pixels of the square's side.
-
-    Raises:
-        DataError: if an image cannot be read.
-    """
-    images = [_decoded(content, examples.row(i)) for i, content in enumerate(examples.contents)]
-    if len({image.size for image in images}) > 1:
-        images = [_cut(image, resize, size) for image in images]
-    arrays = [np.array(image) for image in images]
-    stacked = np.stack(arrays) if arrays else np.zeros((0, size, size, 3), np.uint8)
-    pixels = torch.from_numpy(stacked).permute(0, 3, 1, 2).contiguous()
-    return EncodedImages(pixels, examples.labels)
+    return EncodedSequences(_token_ids(examples, tokenizer, max_length), max_length)

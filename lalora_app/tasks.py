@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, interpolate
 
-from lalora_app.encoding import IGNORED, middle, resized_side
+from lalora_app.encoding import IGNORED
+from lalora_app.images import middle, resized_side
 
 Forward = Callable[[Any, Tensor, Tensor | None], Tensor]  # (model, inputs, mask) -> logits
 Metrics = dict[str, float]

@@ -164,7 +164,7 @@ def test_it_is_in_the_models_own_tensors_where_a_method_trains_others(tiny_backb
 
 SEQUENCES = EncodedSequences(TOKENS)
 PIXELS = torch.randint(256, (3, 3, 16, 16), generator=torch.Generator().manual_seed(0))
-IMAGES = EncodedImages(PIXELS.to(torch.uint8), (0, 1, 0))
+IMAGES = EncodedImages.of_one_size(PIXELS.to(torch.uint8), (0, 1, 0))
 Logits = Callable[[nn.Module, Batch], Tensor]
 
 

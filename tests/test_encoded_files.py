@@ -16,7 +16,8 @@ from lalora_app import client_app, encoded_files
 from lalora_app.config import ConfigError
 from lalora_app.data import Examples
 from lalora_app.encoded_files import Kept, fingerprint
-from lalora_app.encoding import EncodedSequences, EncodedTexts, encode_images
+from lalora_app.encoding import EncodedSequences, EncodedTexts
+from lalora_app.images import encode_images
 from lalora_app.site import admit
 from lalora_app.sources import DataError
 from test_app import open_run
@@ -39,22 +40,27 @@ def same(one, other, size=3):
 def test_texts_come_back(tmp_path_factory, tokens, pad):
     rows = tuple(map(tuple, tokens))
     file = Kept(tmp_path_factory.mktemp("cache") / "x.safetensors", "f")
-    for encoded in (EncodedTexts(rows, tuple(range(len(rows))), pad), EncodedSequences(rows)):
+    labels = tuple(range(len(rows)))
+    for encoded in (EncodedTexts(rows, labels, pad, 9), EncodedSequences(rows, 10)):
         file.write(encoded)
         assert file.read() == encoded
         same(file.read(), encoded)
 
 
 def test_images_come_back(tmp_path):
-    def image(shade):
+    def image(shade, side):
         file = io.BytesIO()
-        Image.new("RGB", (5, 4), (shade, 0, 255)).save(file, "png")
+        Image.new("RGB", (side, side), (shade, 0, 255)).save(file, "png")
         return file.getvalue()
 
-    encoded = encode_images(Examples((image(3), image(200)), (1, 0)), 4, 4)
+    encoded = encode_images(Examples((image(3, 4), image(200, 2), image(9, 4)), (1, 0, 1)), 4, 4)
     file = Kept(tmp_path / "x.safetensors", "f")
     file.write(encoded)
-    same(file.read(), encoded)
+    found = file.read()
+    assert (found.labels, found.places) == (encoded.labels, encoded.places)
+    assert len(found.stacks) == 2
+    for one, other in zip(found.stacks, encoded.stacks, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_the_file_is_this_users_alone(tmp_path):

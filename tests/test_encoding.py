@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms import v2
 from transformers import BertTokenizerFast
@@ -17,10 +19,11 @@ from lalora_app.encoding import (
     EncodedImages,
     EncodedSequences,
     EncodedTexts,
-    encode_images,
     encode_sequences,
     encode_texts,
+    padded_width,
 )
+from lalora_app.images import encode_images
 
 ID = {word: i for i, word in enumerate(WORDS)}
 CLS, SEP, PAD = ID["[CLS]"], ID["[SEP]"], ID["[PAD]"]
@@ -73,7 +76,8 @@ def test_a_sequence_is_its_own_label_and_padding_has_none():
 @pytest.mark.parametrize("size", [1, 2, 5, 6])
 def test_batches_yield_every_example_once(encoded, size):
     batches = list(encoded.batches(size))
-    assert [len(b.labels) for b in batches[:-1]] == [size] * (len(batches) - 1)
+    assert all(len(b.labels) <= size for b in batches)
+    assert len(batches) <= len(encoded) // size + 2  # a part of each width may be left over
     rows = [
         (tuple(ids[mask.bool()].tolist()), int(label))
         for b in batches
@@ -84,12 +88,31 @@ def test_batches_yield_every_example_once(encoded, size):
     assert widths == sorted(widths)
 
 
+@given(lengths=st.lists(st.integers(1, 37), min_size=1, max_size=12), size=st.integers(1, 5))
+@pytest.mark.parametrize("kind", [EncodedTexts, EncodedSequences])
+def test_how_far_a_text_is_padded_follows_from_it_alone(kind, lengths, size):
+    """Privacy: a server's weights can make padding matter, and then it must not be another's."""
+    tokens = tuple((1,) * n for n in lengths)
+    more = (tokens, (0,) * len(tokens), 0) if kind is EncodedTexts else (tokens,)
+    examples = kind(*more, longest=37)
+    for batch in examples.micro_batches(range(len(tokens)), size):
+        for row in batch.inputs:
+            assert len(row) == padded_width(int((row == 1).sum()), 37)
+
+
+def test_texts_are_padded_by_a_third_at_most_and_never_beyond_the_longest():
+    widths = {n: padded_width(n, 37) for n in range(1, 38)}
+    assert sorted(set(widths.values())) == [4, 8, 12, 16, 24, 32, 37]
+    assert all(n <= width for n, width in widths.items())
+    assert all(width <= 1.5 * n for n, width in widths.items() if n > 8)
+
+
 @pytest.mark.parametrize(
     "examples",
     [
         EncodedTexts(((1, 2), (3,)), (0, 1), pad=0),
         EncodedSequences(((1, 2), (3,))),
-        EncodedImages(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), (0, 1)),
+        EncodedImages.of_one_size(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), (0, 1)),
     ],
     ids=lambda examples: type(examples).__name__,
 )
@@ -148,7 +171,7 @@ def test_images_for_a_text_model_are_one_line(encode, tokenizer):
 # --- images -----------------------------------------------------------------------------------
 
 
-def noise(width: int = 9, height: int = 7, channels: int = 3, seed: int = 0) -> np.ndarray:
+def noise(width: int = 7, height: int = 7, channels: int = 3, seed: int = 0) -> np.ndarray:
     shape = (height, width, channels)
     return np.random.default_rng(seed).integers(0, 256, shape).astype(np.uint8)
 
@@ -159,7 +182,7 @@ def stored(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     return buffer.getvalue()
 
 
-def png(width: int = 9, height: int = 7, seed: int = 0) -> bytes:
+def png(width: int = 7, height: int = 7, seed: int = 0) -> bytes:
     return stored(Image.fromarray(noise(width, height, seed=seed)))
 
 
@@ -167,40 +190,57 @@ def encode(*files: bytes, resize: int = 10, size: int = 6) -> EncodedImages:
     return encode_images(Examples(files, (0,) * len(files)), resize, size)
 
 
-@pytest.mark.parametrize("shape", [(9, 7), (6, 6), (300, 20)])
-def test_images_of_one_size_stay_as_stored(shape):
-    width, height = shape
-    got = encode(png(width, height, 1), png(width, height, 2))
-    assert got.pixels.dtype == torch.uint8
-    assert got.pixels.is_contiguous()
-    for pixels, seed in zip(got.pixels, (1, 2), strict=True):
-        assert np.array_equal(pixels.permute(1, 2, 0), noise(width, height, seed=seed))
+def kept(images: EncodedImages, index: int) -> torch.Tensor:
+    """The (3, height, width) of one image."""
+    return images.batch([index]).inputs[0]
+
+
+@pytest.mark.parametrize("side", [4, 6, 10])
+def test_squares_that_would_only_be_made_larger_stay_as_stored(side):
+    got = encode(png(side, side, 1), png(side, side, 2))
+    (stack,) = got.stacks
+    assert stack.dtype == torch.uint8
+    assert stack.is_contiguous()
+    for pixels, seed in zip(stack, (1, 2), strict=True):
+        assert np.array_equal(pixels.permute(1, 2, 0), noise(side, side, seed=seed))
 
 
 def test_a_batch_of_images_has_the_pixels_and_labels_of_its_rows():
     files = tuple(png(seed=i) for i in range(4))
     got = encode_images(Examples(files, (0, 1, 2, 3)), 10, 6)
     batch = got.batch([2, 0])
-    assert torch.equal(batch.inputs, got.pixels[[2, 0]])
+    assert torch.equal(batch.inputs, got.stacks[0][[2, 0]])
     assert (batch.mask, batch.labels.tolist()) == (None, [2, 0])
-    assert torch.equal(got.batch(np.array([3])).inputs, got.pixels[3:])
+    assert torch.equal(got.batch(np.array([3])).inputs, got.stacks[0][3:])
     assert [len(b.labels) for b in got.batches(3)] == [3, 1]
     assert len(got) == 4
 
 
 def test_no_images_at_all_are_no_pixels():
-    assert encode().pixels.shape == (0, 3, 6, 6)
+    assert (len(encode()), encode().stacks) == (0, ())
+
+
+SHAPES = [(9, 7), (7, 12), (6, 6), (5, 5), (31, 8), (101, 33), (6, 4)]
+
+
+def test_what_an_image_becomes_follows_from_it_alone():
+    """Privacy: one image of another size must not change what the others are trained as."""
+    files = [png(*shape, seed=i) for i, shape in enumerate(SHAPES)]
+    together = encode(*files)
+    for i, file in enumerate(files):
+        assert torch.equal(kept(together, i), kept(encode(file), 0))
+    batches = list(together.micro_batches(range(len(files)), 4))
+    assert sorted(len(batch.labels) for batch in batches) == [1, 2, 4]  # no two sizes in one
 
 
 @pytest.mark.parametrize("resize", [6, 10, 11])
-@pytest.mark.parametrize("first", [(9, 7), (7, 12), (6, 6), (31, 8), (101, 33)])
-def test_images_of_many_sizes_are_cut_as_torchvision_cuts_them(first, resize):
-    sizes = [first, (13, 13)]
-    files = [png(*shape, seed=i) for i, shape in enumerate(sizes)]
-    got = encode(*files, resize=resize, size=6)
+@pytest.mark.parametrize("shape", [*SHAPES, (13, 13)])
+def test_other_images_are_cut_as_torchvision_cuts_them(shape, resize):
+    file = png(*shape)
     bicubic = v2.InterpolationMode.BICUBIC
     theirs = v2.Compose([v2.Resize(resize, bicubic), v2.CenterCrop(6), v2.PILToTensor()])
-    for found, file in zip(got.pixels, files, strict=True):
+    if shape[0] != shape[1] or shape[0] > resize:
+        found = kept(encode(file, resize=resize, size=6), 0)
         assert torch.equal(found, theirs(Image.open(io.BytesIO(file))))
 
 
@@ -212,7 +252,7 @@ def of_mode(mode: str) -> tuple[bytes, np.ndarray]:
     if mode == "RGBA":
         return stored(Image.fromarray(noise(channels=4))), noise(channels=4)[..., :3]
     if mode == "16 bits":
-        gray = np.random.default_rng(0).integers(0, 2**16, (7, 9)).astype(np.uint16)
+        gray = np.random.default_rng(0).integers(0, 2**16, (7, 7)).astype(np.uint16)
         return stored(Image.fromarray(gray)), np.stack([(gray // 256).astype(np.uint8)] * 3, -1)
     if mode == "P":  # two colours, named by a table of them
         indices = noise(channels=1)[..., 0] % 2
@@ -226,12 +266,13 @@ def of_mode(mode: str) -> tuple[bytes, np.ndarray]:
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "16 bits"])
 def test_every_kind_of_picture_becomes_three_colours(mode):
     file, expected = of_mode(mode)
-    assert np.array_equal(encode(file).pixels[0].permute(1, 2, 0), expected)
+    (pixels,) = encode(file).stacks[0]
+    assert np.array_equal(pixels.permute(1, 2, 0), expected)
 
 
 def test_gray_and_coloured_pictures_of_one_size_are_one_set():
-    got = encode(png(), of_mode("L")[0])
-    assert got.pixels.shape == (2, 3, 7, 9)
+    got = encode(png(7, 7), of_mode("L")[0])
+    assert [stack.shape for stack in got.stacks] == [(2, 3, 7, 7)]
 
 
 JPEG = stored(Image.fromarray(noise(64, 64)), "JPEG")
@@ -267,5 +308,5 @@ def test_texts_for_an_image_model_are_one_line(content):
 def test_an_image_is_decoded_once(monkeypatch):
     files = (png(seed=77),)
     first = encode(*files)
-    monkeypatch.setattr("lalora_app.encoding._decoded", SimpleNamespace)  # not called again
+    monkeypatch.setattr("lalora_app.images._decoded", SimpleNamespace)  # not called again
     assert encode(*files) is first

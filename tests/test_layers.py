@@ -27,6 +27,7 @@ TORCH_ROOMS = {
     "models.transformers_models",
     "tasks",
     "encoding",
+    "images",
     "privacy.per_example",
     "privacy.attach",
     "privacy.expanded",

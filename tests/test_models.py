@@ -123,7 +123,7 @@ def test_per_example_gradients_of_images(kind, images):
 
 TEXT_BATCH = EncodedTexts(((2, 5, 6, 3), (2, 7, 3), (2, 8, 9, 10, 11, 3)), (0, 1, 0), pad=0)
 LANGUAGE_BATCH = EncodedSequences(((2, 5, 6, 3), (2, 7, 3), (2, 8, 9, 10, 11, 3)))
-IMAGE_BATCH = EncodedImages(pixels(3, 16), (0, 1, 0))
+IMAGE_BATCH = EncodedImages.of_one_size(pixels(3, 16), (0, 1, 0))
 # The first layer of a block: its name, and the model's batch.
 RECOMPUTED = {
     "bert": ("intermediate.dense", TEXT_BATCH),
@@ -627,7 +627,7 @@ def test_a_run_on_images_ends_with_an_adapter_for_the_stock_model(
     right, (_, test) = [], split(config.data)
     backbone, _ = build(config)
     for row in range(len(test)):
-        stored = backbone.encode(test).pixels[row : row + 1]
+        stored = backbone.encode(test).stacks[0][row : row + 1]
         with torch.no_grad():
             out = model(normalised(stored, mean, std))
         right.append(int(getattr(out, "logits", out).argmax()) == test.labels[row])
@@ -685,7 +685,7 @@ def test_the_swins_of_the_presets(name, expected):
     assert lora_parameters(start) == expected
     heads = sorted(array.shape for name, array in start.items() if kind(name) == "head")
     assert [shape[0] for shape in heads] == [100, 100]
-    data = EncodedImages(pixels(8, 224), tuple(range(8)))
+    data = EncodedImages.of_one_size(pixels(8, 224), tuple(range(8)))
     for factors in ("B", "A"):
         one_private_step(backbone, data, factors)
 

@@ -50,9 +50,13 @@ class Planted(Encoded):
         """Return what batches are sorted by."""
         return self.inner.length(index)
 
-    def batch(self, indices: Indices) -> Batch:
+    def width(self, index: int) -> int:
+        """Return what an example has in common with all of its micro-batch."""
+        return self.inner.width(index)
+
+    def batch(self, indices: Indices, width: int = 0) -> Batch:
         """Return the given examples."""
-        return self.inner.batch(indices)
+        return self.inner.batch(indices, width)
 
     def micro_batches(self, indices: Iterable[int], size: int) -> Iterator[Batch]:
         """Yield the given examples but the absent ones, which add nothing to any sum."""

@@ -15,7 +15,7 @@ from scipy import stats
 from lalora_app.adapter import Adapter, Kind
 from lalora_app.audit.estimators import Guesses, one_run, roc
 from lalora_app.audit.federation import Federation, Sent, mislabelled
-from lalora_app.audit.shares import Shares, batches, check, shares
+from lalora_app.audit.shares import BATCH, Shares, check, in_own_order, shares
 from lalora_app.audit.step import Observed, guessed, likelihood
 from lalora_app.backbone import Backbone
 from lalora_app.config import Config
@@ -84,10 +84,9 @@ def _losses(backbone: Backbone, canaries: Encoded, adapter: Adapter) -> np.ndarr
     backbone.load(adapter)
     parts = [
         backbone.task.losses(backbone.logits(batch), batch.labels.to(backbone.device))
-        for batch in batches(canaries)
+        for batch in canaries.batches(BATCH)
     ]
-    losses: np.ndarray = torch.cat(parts).cpu().numpy()
-    return losses
+    return in_own_order(canaries, [part.cpu().numpy() for part in parts])
 
 
 def scored(found: list[Shares], members: np.ndarray) -> np.ndarray:

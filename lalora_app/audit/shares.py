@@ -7,7 +7,7 @@ often each was drawn. The parameters θ_k of the steps are not known; all are ta
 point between what the client was sent and what it sent back.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from lalora_app.adapter import Adapter, Kind, active_names, kind
 from lalora_app.audit.federation import Federation, Sent
 from lalora_app.config import Config, ConfigError
-from lalora_app.encoding import Batch, Encoded
+from lalora_app.encoding import Encoded
 from lalora_app.method import Method
 from lalora_app.optimizers import as_configured
 from lalora_app.privacy.ledger import Reservation
@@ -28,7 +28,7 @@ from lalora_app.privacy.types import NoisedGrads
 from lalora_app.trainer import noise_std_of
 
 _POINT = np.float32(0.25)  # of the way from a round's start to its end: gradients are taken there
-_BATCH = 32
+BATCH = 32
 _DRIFT = 1e-3  # of a gradient's mean square: what that point does not tell of the steps
 _LEAST_SPREAD = 0.1  # the errors of a linear model are no Gaussian's: nothing is surer than this
 _FEWEST = 1e-6  # of a record's share that shows; below it, nothing is said
@@ -65,10 +65,11 @@ def check(config: Config, method: Method) -> None:
         )
 
 
-def batches(records: Encoded) -> Iterator[Batch]:
-    """Yield all records in their order."""
-    for start in range(0, len(records), _BATCH):
-        yield records.batch(range(start, min(start + _BATCH, len(records))))
+def in_own_order(records: Encoded, found: Sequence[np.ndarray]) -> np.ndarray:
+    """Return (records, …) in the records' order, from what was found batch by batch."""
+    places = np.argsort(records.ordered(range(len(records))))
+    whole: np.ndarray = np.concatenate(found)[places]
+    return whole
 
 
 def _together(federation: Federation, t: int) -> dict[Kind, frozenset[Kind]]:
@@ -121,11 +122,12 @@ def _gradients(federation: Federation, sent: Sent) -> Rows:
     backbone.load(_underway(sent), sent.drift)
     engine.activate(frozenset(engine.parameters))
     together, found = _together(federation, sent.t), []
-    for batch in batches(federation.records):
+    records = federation.records
+    for batch in records.batches(BATCH):
         grads = engine.gradients(partial(backbone.losses, batch), len(batch.labels))
         clipped = _clipped(grads.dense(), together, federation.config.privacy.clip_norm)
         found.append(_filtered(clipped, federation.method))
-    return {which: np.concatenate([rows[which] for rows in found]) for which in found[0]}
+    return {which: in_own_order(records, [rows[which] for rows in found]) for which in found[0]}
 
 
 def _flat(tensors: Mapping[str, np.ndarray], which: Kind) -> np.ndarray:

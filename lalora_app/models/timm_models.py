@@ -12,7 +12,7 @@ from typing import Any
 from torch import nn
 
 from lalora_app.config import ConfigError, Model, full_path
-from lalora_app.encoding import encode_images
+from lalora_app.images import encode_images
 from lalora_app.models.base import Base, cannot_load, pixel_probe, require_size
 from lalora_app.models.pretrained import TIMM
 from lalora_app.sources import is_local, quiet_hub

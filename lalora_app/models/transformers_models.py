@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from lalora_app.config import ConfigError, Model
-from lalora_app.encoding import encode_images, encode_sequences, encode_texts
+from lalora_app.encoding import encode_sequences, encode_texts
+from lalora_app.images import encode_images
 from lalora_app.models.base import Base, cannot_load, pixel_probe, require_size, token_probe
 from lalora_app.models.pretrained import source
 from lalora_app.sources import quiet_hub
