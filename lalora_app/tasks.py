@@ -47,7 +47,12 @@ def whole_mask(mask: Tensor) -> Tensor:
     return mask.bool()[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
 
 
-def _attention(mask: Tensor | None, model: Any) -> Tensor | None:
+# Every token looks at every other that is no padding. Of other models a ready mask would take away
+# that a token sees none after it, or only its neighbours.
+_SEE_ALL = {"bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra"}
+
+
+def attention(mask: Tensor | None, model: Any) -> Tensor | None:
     """Return what the model takes as its attention mask, for (examples, tokens).
 
     transformers reads a 2-D mask's values to find that nothing is padded, for which a GPU would
@@ -55,13 +60,14 @@ def _attention(mask: Tensor | None, model: Any) -> Tensor | None:
     """
     if mask is None or mask.device.type == "cpu":
         return mask
-    return whole_mask(mask) if model.config._attn_implementation == "sdpa" else mask
+    own = model.config
+    ready = own.model_type in _SEE_ALL and own._attn_implementation == "sdpa"
+    return whole_mask(mask) if ready and not getattr(own, "is_decoder", False) else mask
 
 
 def text_logits(model: Any, inputs: Tensor, mask: Tensor | None) -> Tensor:
     """Return (examples, labels) of a transformers model that classifies texts."""
-    attention = _attention(mask, model)
-    out: Tensor = model(input_ids=inputs, attention_mask=attention).logits.float()
+    out: Tensor = model(input_ids=inputs, attention_mask=attention(mask, model)).logits.float()
     return out
 
 

@@ -560,6 +560,19 @@ def test_damaged_weights_of_timm_are_one_line(images, tiny_timm, tmp_path):
     assert "cannot be loaded" in refusal(images(f"timm:{folder}"))
 
 
+def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_one_line(tiny, tiny_model, tmp_path):
+    """Privacy: a text with such a token would end a round that others would not."""
+    from transformers import AutoTokenizer
+
+    folder = shutil.copytree(tiny_model, tmp_path / "copy")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["secret"])
+    tokenizer.save_pretrained(folder)
+    line = refusal(tiny(**{"model.name": str(folder)}))
+    rows = len(WORDS)
+    assert line.endswith(f"token {rows} is beyond its {rows} rows")
+
+
 def test_a_folder_without_a_tokenizer_is_one_line(tiny, tiny_model, tmp_path):
     """transformers would make one up that knows no word."""
     shutil.copytree(tiny_model, tmp_path / "copy")

@@ -15,11 +15,13 @@ from torchvision.transforms import v2
 from lalora_app.encoding import IGNORED, Batch, EncodedSequences
 from lalora_app.models.base import pixel_probe, token_probe
 from lalora_app.tasks import (
+    _SEE_ALL,
     CLASSIFICATION,
     LANGUAGE_MODEL,
     METRICS,
     Pixels,
     accuracies,
+    attention,
     image_logits,
     masked_mean,
     text_logits,
@@ -117,6 +119,48 @@ def test_a_whole_mask_says_the_same_as_a_row_of_it(tiny_model):
         alone = text_logits(model, ids[1:2, :3], None)
     torch.testing.assert_close(ours, theirs)
     torch.testing.assert_close(alone, theirs[1:2])
+
+
+SIZES = {
+    "vocab_size": 60,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+    "max_position_embeddings": 40,
+    "pad_token_id": 1,
+}
+OWN_SIZES = {
+    "distilbert": {"dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32},
+    "electra": {"embedding_size": 16},
+    "modernbert": {"local_attention": 2, "global_attn_every_n_layers": 2},
+    "gpt2": {"bos_token_id": 2, "eos_token_id": 3},
+}
+
+
+def classifier(kind: str):
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SIZES | OWN_SIZES.get(kind, {}))
+    return AutoModelForSequenceClassification.from_config(config, attn_implementation="sdpa").eval()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", sorted(_SEE_ALL | {"llama", "gpt2", "modernbert"}))
+def test_a_gpus_mask_says_what_the_models_own_would(kind):
+    """On the CPU, with the mask that a GPU would be given: a decoder must stay one."""
+    model = classifier(kind)
+    ids = torch.randint(5, 50, (3, 9))
+    mask = torch.ones_like(ids)
+    mask[0, 5:] = mask[1, 7:] = 0
+    given = attention(mask.to("meta"), model).ndim
+    assert (given == 4) == (kind in _SEE_ALL)
+    with torch.no_grad():
+        theirs = model(input_ids=ids, attention_mask=mask).logits
+        ready = model(input_ids=ids, attention_mask=whole_mask(mask)).logits
+    differs = float((ready - theirs).abs().max()) > 1e-6
+    assert differs == (kind not in _SEE_ALL)  # so the list is as short as it must be
 
 
 # --- language models --------------------------------------------------------------------------

@@ -135,6 +135,13 @@ def _tokenizer(where: str, model: Model, base: Any) -> Any:
         raise ConfigError(f'model.name="{model.name}" must come with a tokenizer')
     if model.task == "text-classification" and tokenizer.pad_token_id is None:
         raise ConfigError(f'model.name="{model.name}" must have a tokenizer with a padding token')
+    # Else a text with such a token would end a round that others would not: a refusal tells of it.
+    largest, rows = max(tokenizer.get_vocab().values()), base.get_input_embeddings().num_embeddings
+    if largest >= rows:
+        raise ConfigError(
+            f'model.name="{model.name}" must embed every token of its tokenizer: token {largest} '
+            f"is beyond its {rows} rows"
+        )
     base.config.pad_token_id = tokenizer.pad_token_id
     longest = _longest(base, tokenizer)
     if model.max_length > longest:
