@@ -45,9 +45,18 @@ model = PeftModel.from_pretrained(base, "path/to/this/folder")
 """
 
 _TRANSFORMERS = """\
-from transformers import {auto}
+import transformers
 
-base = {auto}.from_pretrained("{base}"{labels})"""
+base = transformers.{auto}.from_pretrained("{base}"{labels})"""
+
+# Pairs of texts are trained without segments, whatever the tokenizer would add.
+_TOKENS = """\
+tokenizer = transformers.AutoTokenizer.from_pretrained("{base}")
+tokens = tokenizer(
+    {texts}, padding=True, padding_side="right", truncation=True, max_length={longest},
+    return_token_type_ids=False, return_tensors="pt",
+)
+"""
 
 _TIMM = """\
 import timm
@@ -107,6 +116,14 @@ def _load_code(config: Config, base: str) -> str:
     return _TRANSFORMERS.format(auto=auto_class(model), base=base, labels=head)
 
 
+def _logits_code(config: Config, base: str) -> str:
+    model = config.model
+    texts = "texts, others" if "," in config.data.input_column else "texts"
+    tokens = _TOKENS.format(base=base, texts=texts, longest=model.max_length)
+    logits = _LOGITS[model.task, model.pooling]
+    return tokens + logits if "tokens" in logits else logits
+
+
 def _with_drift(folder: Path, drift: Adapter) -> None:
     """Rewrite a saved adapter so that it has what moved into the base too, at scale 1.
 
@@ -152,7 +169,7 @@ def export(
     card = _CARD.format(
         base=base,
         load=_load_code(config, base),
-        logits=_LOGITS[config.model.task, config.model.pooling],
+        logits=_logits_code(config, base),
         method=config.method,
         rounds=row["round"],
         data=config.data.name,

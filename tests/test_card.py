@@ -1,0 +1,40 @@
+"""The model card's code: run as it stands, it says what the run's own model says."""
+
+import re
+
+import numpy as np
+import pytest
+import torch
+
+from lalora_app.adapter import ServerState
+from lalora_app.backbone import build
+from lalora_app.data import Examples
+from lalora_app.export import export
+
+TEXTS = ("free prize call", "ok", "hello dear friend see you later free prize call now ok hello")
+OTHERS = ("see you later", "free prize", "ok")
+LINES = {
+    "texts": {"data.input-column": "text", "model.pooling": "model"},
+    "the mean of texts": {"data.input-column": "text", "model.pooling": "mean"},
+    "pairs of texts": {"data.input-column": "text,other", "model.pooling": "mean"},
+}
+
+
+@pytest.mark.parametrize("case", LINES)
+def test_the_cards_code_gives_the_logits_of_the_run(case, tiny, tmp_path):
+    config = tiny(**LINES[case])
+    backbone, start = build(config)
+    rng = np.random.default_rng(0)
+    adapter = {name: rng.normal(0, 0.5, a.shape).astype(np.float32) for name, a in start.items()}
+    row = {"round": 2, "accuracy": 0.5, "epsilon_max": 1.0}
+    export(backbone, ServerState(adapter), tmp_path, config, row)
+    contents = tuple(zip(TEXTS, OTHERS, strict=True)) if case == "pairs of texts" else TEXTS
+    encoded = backbone.encode(Examples(contents, (0, 0, 0)))
+    with torch.no_grad():
+        expected = backbone.logits(encoded.batch([0, 1, 2]))
+
+    card = (tmp_path / "README.md").read_text("utf-8")
+    (code,) = re.findall("```python\n(.*?)```", card, re.DOTALL)
+    names = {"texts": list(TEXTS), "others": list(OTHERS)}
+    exec(code.replace("path/to/this/folder", str(tmp_path)), names)
+    torch.testing.assert_close(names["logits"], expected)
