@@ -59,6 +59,10 @@ class Encoded(ABC):
         weights with which padding is not harmless would let one example change the others.
         """
 
+    def full(self) -> int:
+        """Return how many texts are as long as a text may be, so that some of them were cut."""
+        return 0
+
     def ordered(self, indices: Iterable[int]) -> list[int]:
         """Return indices in the order in which batches take them."""
         return sorted(indices, key=lambda index: (self.width(index), self.length(index)))
@@ -117,6 +121,10 @@ class EncodedTexts(Encoded):
         """Return a text's number of tokens."""
         return len(self.tokens[index])
 
+    def full(self) -> int:
+        """Return how many texts have ``longest`` tokens."""
+        return sum(len(row) >= self.longest for row in self.tokens)
+
     def width(self, index: int) -> int:
         """Return the tokens that a text is padded to."""
         return padded_width(len(self.tokens[index]), self.longest)
@@ -146,6 +154,10 @@ class EncodedSequences(Encoded):
     def length(self, index: int) -> int:
         """Return a text's number of tokens."""
         return len(self.tokens[index])
+
+    def full(self) -> int:
+        """Return how many texts have ``longest`` tokens."""
+        return sum(len(row) >= self.longest for row in self.tokens)
 
     def width(self, index: int) -> int:
         """Return the tokens that a text is padded to."""

@@ -148,6 +148,15 @@ def _resumed(config: Config) -> tuple[RunFolder, ServerState]:
     return folder, folder.latest()
 
 
+def _tell_what_is_cut(test: Encoded, config: Config) -> None:
+    """Tell of long texts, by the public ones: nobody sees the others."""
+    if full := test.full():
+        _log.warning(
+            "%d of %d test texts fill model.max-length=%d tokens: what is beyond is cut",
+            *(full, len(test), config.model.max_length),
+        )
+
+
 def _warn_if_not_private(config: Config) -> None:
     if config.privacy.noise == "seeded":
         _log.warning('privacy.noise="seeded": this run is repeatable and NOT private')
@@ -185,6 +194,7 @@ def run(grid: Grid, config: Config, settle: float = 0.0) -> None:
     _log.info("LaLoRA loading    model %s, data %s", config.model.name, config.data.name)
     model, start = backbones.build(config)
     test = model.encode(split(config.data)[1])
+    _tell_what_is_cut(test, config)
     resumed = None if config.resume_from == "none" else _resumed(config)
     sizes = sum(array.size for array in start.values())
     _log.info("LaLoRA model: %d target layers, %d trainable parameters", model.targets, sizes)

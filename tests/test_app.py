@@ -7,6 +7,7 @@ private runs here share these numbers, so the accountant calibrates once.
 
 import json
 import math
+import re
 import tomllib
 from collections import Counter
 from collections.abc import Callable
@@ -1310,3 +1311,11 @@ def test_a_node_with_data_of_its_own_and_no_limit_is_told(refused, tmp_path):
 def test_a_refused_run_leaves_no_folder(refused, tmp_path):
     refused({"min-replies": 3})
     assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_run_tells_how_many_test_texts_are_cut(tiny, caplog):
+    config = tiny(**{"model.max-length": 5, "num-server-rounds": 1})
+    with caplog.at_level("WARNING", "flwr"):
+        server_app.run(FakeGrid(config, 2), config)
+    found = re.search(r"(\d+) of (\d+) test texts fill model\.max-length=5 tokens", caplog.text)
+    assert 0 < int(found[1]) <= int(found[2])

@@ -133,6 +133,13 @@ def test_encode_cuts_at_max_length(tokenizer):
     assert encode_sequences(examples, tokenizer, 5).tokens == got.tokens
 
 
+def test_texts_that_fill_the_length_are_counted(tokenizer):
+    texts = ("ok", "free prize now", "hello dear friend see you later")
+    examples = Examples(texts, (0, 1, 0))
+    for encode in (encode_texts, encode_sequences):
+        assert [encode(examples, tokenizer, length).full() for length in (5, 8, 9)] == [2, 1, 0]
+
+
 def test_a_pair_is_one_text_with_a_separator_cut_at_its_longer_side(tokenizer):
     examples = Examples((("free prize", "ok"), ("ok", "call now hello dear friend")), (0, 1))
     whole = encode_texts(examples, tokenizer, 16)
