@@ -80,12 +80,11 @@ class Encoded(ABC):
 
 
 def padded_width(length: int, longest: int) -> int:
-    """Return the tokens that a text is padded to: 4, 8, 12, 16, 24, 32 and so on.
+    """Return the tokens that a text is padded to: 8, 16, 32 and so on.
 
-    Limit: never more than ``longest``, which no text exceeds.
+    Few widths: each costs a micro-batch. Limit: never more than ``longest``, which no text exceeds.
     """
-    step = 1 << max((length - 1).bit_length() - 2, 2)
-    return min(-(-length // step) * step, longest)
+    return min(max(1 << (length - 1).bit_length(), 8), longest)
 
 
 def _padded(rows: Sequence[Sequence[int]], pad: int, width: int) -> tuple[Tensor, Tensor]:

@@ -100,11 +100,11 @@ def test_how_far_a_text_is_padded_follows_from_it_alone(kind, lengths, size):
             assert len(row) == padded_width(int((row == 1).sum()), 37)
 
 
-def test_texts_are_padded_by_a_third_at_most_and_never_beyond_the_longest():
+def test_texts_are_padded_to_a_power_of_two_and_never_beyond_the_longest():
     widths = {n: padded_width(n, 37) for n in range(1, 38)}
-    assert sorted(set(widths.values())) == [4, 8, 12, 16, 24, 32, 37]
+    assert sorted(set(widths.values())) == [8, 16, 32, 37]
     assert all(n <= width for n, width in widths.items())
-    assert all(width <= 1.5 * n for n, width in widths.items() if n > 8)
+    assert all(width < 2 * n for n, width in widths.items() if n > 8)
 
 
 @pytest.mark.parametrize(
