@@ -239,7 +239,8 @@ def _check_tuning(plan: Plan) -> None:
     if plan.tuning and "none" in splits:
         raise ConfigError(
             'data.test-split="none" must name a split while there is a compare.tune: both would '
-            "take the same examples from the training split"
+            "take the same examples from the training split (a single file and the demo have no "
+            "other; a folder with two, such as train.jsonl and test.jsonl, has)"
         )
 
 
