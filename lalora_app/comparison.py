@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from lalora_app.config import Config, ConfigError, full_path
 from lalora_app.finished import completed, tuned
 from lalora_app.plan import Cell, Plan, parse_cell, read_plan
+from lalora_app.sources import NONE
 
 Run = Callable[[Grid, Config, float], None]  # the last: seconds to wait for late nodes
 _log = logging.getLogger("flwr")
@@ -38,7 +39,9 @@ class Comparison:
     failed: list[str] = field(default_factory=list)
 
     def _run_cell(self, cell: Cell) -> None:
-        config = replace(parse_cell(cell), output=str(self.folder / cell.folder))
+        output = str(self.folder / cell.folder)
+        # A run's config.toml repeats that run, and not the comparison that it was part of.
+        config = replace(parse_cell(cell), output=output, compare=NONE)
         first, self._first = self._first, False
         try:
             self.run(self.grid, config, self.settle if first else 0.0)

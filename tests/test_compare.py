@@ -65,6 +65,15 @@ def test_every_run_has_its_own_folder_config_and_result(tables):
     assert sends["ffa-lora"] < sends["dp-lora"]
 
 
+def test_a_runs_config_repeats_that_run_and_not_the_comparison(tables):
+    plan, folder = prepare(tables, defaults())
+    file = str(folder / PLAN)
+    given = defaults() | {"compare": file}  # as the run config says it
+    begun = []
+    run_plan(FakeGrid({}, 2), file, given, lambda _, config, __: begun.append(config.compare), 0.0)
+    assert begun == ["none"] * len(plan.cells({}))
+
+
 def test_the_summary_is_written_as_tables_and_a_report(tables):
     plan, folder, _ = run(tables)
     table = summarise(plan, folder)
