@@ -11,6 +11,7 @@ from lalora_app import server_app
 from lalora_app.compare import PLAN, prepare, read_file, records, summarise
 from lalora_app.comparison import _eta, run_plan
 from lalora_app.config import ConfigError, flatten
+from lalora_app.data import split
 from lalora_app.finished import completed
 
 INF = float("inf")
@@ -175,6 +176,44 @@ def test_what_is_wrong_with_the_first_run_is_told_once(tables):
     with pytest.raises(ConfigError, match=r'ffa-lora-epsinf-seed0: data\.name="lost" must exist'):
         run(tables, no_data)
     assert begun == ["ffa-lora"]
+
+
+def test_a_bad_run_stops_no_other_where_one_is_finished(tables):
+    def first_only(grid, config, settle):
+        if (config.method, config.seed) != ("ffa-lora", 0):
+            raise RuntimeError("later")
+        server_app.run(grid, config, settle)
+
+    with pytest.raises(RuntimeError, match="3 runs failed"):
+        run(tables, first_only)
+
+    def one_bad(grid, config, settle):
+        if (config.method, config.seed) == ("dp-lora", 0):  # the first of the missing
+            raise ConfigError("no such entry")
+        server_app.run(grid, config, settle)
+
+    with pytest.raises(RuntimeError, match=r"1 runs failed: dp-lora-epsinf-seed0: no such entry"):
+        run(tables, one_bad)
+    plan, folder = prepare(tables, defaults())
+    assert len(records(plan, folder)) == 3
+
+
+def test_data_that_cannot_be_used_is_told_before_the_tuning(tuned_tables):
+    tuned_tables["data.test-split"] = "tset"
+    begun = []
+    with pytest.raises(ConfigError, match=r"^ffa-lora-epsinf-seed0: data\.name=.* split tset"):
+        run(tuned_tables, lambda *args: begun.append(args))
+    assert begun == []
+
+
+def test_what_is_finished_needs_its_data_no_more(tables, tiny_data, tmp_path):
+    tables["data.name"] = str(tmp_path / "texts.jsonl")
+    Path(tables["data.name"]).write_bytes(Path(tiny_data).read_bytes())
+    run(tables)
+    Path(tables["data.name"]).unlink()
+    split.cache_clear()
+    plan, folder, _ = run(tables, lambda *args: pytest.fail("run again"))
+    assert len(records(plan, folder)) == 4
 
 
 def test_a_finished_run_is_never_taken_for_one_with_other_settings(tables):
