@@ -1,29 +1,18 @@
 """A comparison on disk: its plan, its finished runs, and the tables and pictures made of them."""
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lalora_app.config import ConfigError, from_tables, full_path
+from lalora_app.config import from_tables, full_path
 from lalora_app.finished import completed, tuned
-from lalora_app.models.pretrained import TIMM
+from lalora_app.overrides import absolute, read_toml
 from lalora_app.plan import Plan, read_plan, to_json
 from lalora_app.records import Record, read_record
 from lalora_app.report import write_report
 from lalora_app.tables import rows_of, to_csv, to_latex, to_markdown, to_text
 
 PLAN = "plan.json"
-_PATHS = {"model.name", "data.name"}
-
-
-def _resolved(key: str, value: Any, folder: Path) -> Any:
-    """Return a path that starts with a dot as an absolute one, seen from the plan's own folder."""
-    prefix = TIMM if str(value).startswith(TIMM) else ""
-    name = str(value).removeprefix(prefix)
-    if key not in _PATHS or not name.startswith("."):
-        return value
-    return f"{prefix}{(folder / name).resolve()}"
 
 
 def read_file(file: Path) -> dict[str, Any]:
@@ -32,15 +21,9 @@ def read_file(file: Path) -> dict[str, Any]:
     Raises:
         ConfigError: if the file cannot be read.
     """
-    try:
-        tables = tomllib.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{file} must be a readable file: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{file} must be TOML: {error}") from error
+    tables = read_toml(file, str(file))
     own = tables.pop("compare", {})
-    flat = from_tables(tables)
-    keys = {key: _resolved(key, value, file.parent.resolve()) for key, value in flat.items()}
+    keys = absolute(from_tables(tables), file.parent.resolve())
     return {"compare": {"name": file.stem} | own, **keys}
 
 

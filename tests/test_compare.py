@@ -246,11 +246,11 @@ def test_paths_that_start_with_a_dot_are_seen_from_the_plans_folder(tmp_path):
     assert tables["compare"] == {"name": "mine"}
 
 
-@pytest.mark.parametrize("content", [None, "= no toml"])
+@pytest.mark.parametrize("content", [None, b"= no toml", b"method = '\xff'"])
 def test_a_plan_that_cannot_be_read_is_one_line(tmp_path, content):
     file = tmp_path / "plan.toml"
     if content:
-        file.write_text(content)
+        file.write_bytes(content)
     with pytest.raises(ConfigError, match=r"plan\.toml must be") as caught:
         read_file(file)
     assert "\n" not in str(caught.value)
