@@ -7,7 +7,8 @@ from typing import Any
 from lalora_app.config import from_tables, full_path
 from lalora_app.finished import completed, tuned
 from lalora_app.overrides import absolute, read_toml
-from lalora_app.plan import Plan, read_plan, to_json
+from lalora_app.plan import Plan
+from lalora_app.plan_tables import check_file, controls_of, read_plan, table_of, to_json
 from lalora_app.records import Record, read_record
 from lalora_app.report import write_report
 from lalora_app.tables import rows_of, to_csv, to_latex, to_markdown, to_text
@@ -19,11 +20,16 @@ def read_file(file: Path) -> dict[str, Any]:
     """Return a plan's tables: the ``compare`` table, and flat keys with paths made absolute.
 
     Raises:
-        ConfigError: if the file cannot be read.
+        ConfigError: if the file cannot be read, or says what its ``compare`` table overrules.
     """
-    tables = read_toml(file, str(file))
-    own = tables.pop("compare", {})
-    keys = absolute(from_tables(tables), file.parent.resolve())
+    tables, folder = read_toml(file, str(file)), file.parent.resolve()
+    own = table_of("compare", tables.get("compare", {}))
+    check_file(tables)
+    tables.pop("compare", None)
+    if "controls" in own:
+        controls = controls_of(own["controls"])
+        own["controls"] = [c | {"config": absolute(c["config"], folder)} for c in controls]
+    keys = absolute(from_tables(tables), folder)
     return {"compare": {"name": file.stem} | own, **keys}
 
 

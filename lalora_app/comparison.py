@@ -12,7 +12,8 @@ from flwr.serverapp import Grid
 from lalora_app.config import Config, ConfigError, full_path
 from lalora_app.data import split
 from lalora_app.finished import completed, finished, tuned
-from lalora_app.plan import Cell, Plan, parse_cell, read_plan
+from lalora_app.plan import Cell, Plan, parse_cell
+from lalora_app.plan_tables import read_plan
 from lalora_app.sources import NONE
 
 Run = Callable[[Grid, Config, float], None]  # the last: seconds to wait for late nodes

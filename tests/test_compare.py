@@ -246,6 +246,53 @@ def test_paths_that_start_with_a_dot_are_seen_from_the_plans_folder(tmp_path):
     assert tables["compare"] == {"name": "mine"}
 
 
+def test_paths_of_a_control_are_seen_from_the_plans_folder_too(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        '[[compare.controls]]\nmethod = "la-lora"\n'
+        'config = { model.name = "./m", "lora.rank" = 2 }\n'
+        '[[compare.controls]]\nmethod = "rolora"\n',
+        "utf-8",
+    )
+    first, second = read_file(file)["compare"]["controls"]
+    assert first["config"] == {"model.name": str(tmp_path / "m"), "lora.rank": 2}
+    assert second["config"] == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "line"),
+    [
+        ("method", 'method = "rolora"'),
+        ("seed", "seed = 3"),
+        (r"privacy\.epsilon", "privacy.epsilon = 1.0"),
+    ],
+)
+def test_what_the_compare_table_overrules_is_refused(tmp_path, key, line):
+    file = tmp_path / "mine.toml"
+    file.write_text(f"{line}\n", "utf-8")
+    read_file(file)  # the preset of a run, compared as it is
+    file.write_text(f"{line}\n[compare]\nnodes = 2\n", "utf-8")
+    told = rf"^{key}=.* must not be there: compare\.(methods|seeds|epsilons) sets it$"
+    with pytest.raises(ConfigError, match=told):
+        read_file(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("compare = 3", r"^compare=3 must be a table$"),
+        ('method = "la-lora"\ncompare = "none"', r"^compare='none' must be a table$"),
+        ('[compare.controls]\nmethod = "la-lora"', r"^compare\.controls=.* must be tables"),
+        ('[compare]\ncontrols = ["la-lora"]', r"^compare\.controls='la-lora' must be a table$"),
+    ],
+)
+def test_a_malformed_plan_is_one_line(tmp_path, text, told):
+    file = tmp_path / "mine.toml"
+    file.write_text(text, "utf-8")
+    with pytest.raises(ConfigError, match=told):
+        read_file(file)
+
+
 @pytest.mark.parametrize("content", [None, b"= no toml", b"method = '\xff'"])
 def test_a_plan_that_cannot_be_read_is_one_line(tmp_path, content):
     file = tmp_path / "plan.toml"

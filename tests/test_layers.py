@@ -78,6 +78,7 @@ CORE = {
     "privacy.randomness",
     "aggregate.error",
     "plan",
+    "plan_tables",
     "finished",
     "records",
     "tables",
