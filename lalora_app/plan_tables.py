@@ -94,10 +94,41 @@ def _flat_control(control: dict[str, Any]) -> dict[str, Any]:
     return control | {"config": config}
 
 
+def narrowed(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a ``compare`` table cut to what a command line asks for.
+
+    Args:
+        own: of the plan, its controls as :func:`controls_of` returns them.
+        given: keys that replace its own. ``methods`` may name controls by their labels, and drops
+            those that it does not name; ``epsilons`` cuts a control's own to those given.
+    """
+    controls = list(own.get("controls", []))
+    new = {**own, **given}
+    if "methods" in given:
+        controls = [c for c in controls if _label(c) in given["methods"]]
+        kept = set(map(_label, controls))
+        new["methods"] = [name for name in given["methods"] if name not in kept]
+    if "epsilons" in given:
+        cut = [_at(control, given["epsilons"]) for control in controls]
+        controls = [control for control in cut if control.get("epsilons") != []]
+    return new | {"controls": controls}
+
+
+def _label(control: Mapping[str, Any]) -> Any:
+    return control.get("label", control["method"])
+
+
+def _at(control: Mapping[str, Any], epsilons: list[float]) -> dict[str, Any]:
+    """Return a control at those of its own budgets, if it has any, that are asked for."""
+    own = control.get("epsilons")
+    cut = {"epsilons": [e for e in own if e in epsilons]} if isinstance(own, list) else {}
+    return {**control, **cut}
+
+
 def _control(control: Mapping[str, Any], epsilons: tuple[float, ...]) -> Entry:
     own = _numbers("controls.epsilons", control.get("epsilons", list(epsilons)), float)
     method = _text("controls.method", control["method"])
-    label = _text("controls.label", control.get("label", method))
+    label = _text("controls.label", _label(control))
     return Entry(label, own, {"method": method, **control["config"]})
 
 

@@ -360,6 +360,21 @@ def test_names_with_a_dot_are_seen_from_the_file_or_from_here(flower, tmp_path, 
     assert flower["model.name"] == "a/b"
 
 
+def test_a_narrowed_comparison_runs_no_control_that_is_not_asked_for(
+    nothing_starts, tmp_path, capsys
+):
+    text = (
+        '[compare]\nseeds = [0]\nmethods = ["dp-lora"]\n'
+        '[[compare.controls]]\nmethod = "flora"\nepsilons = [3.0]\n'
+    )
+    (tmp_path / "plan.toml").write_text(f'output = "{tmp_path}"\n{text}', "utf-8")
+    command = ["compare", str(tmp_path / "plan.toml"), "--app", str(ROOT), "--table-only"]
+    assert cli.main([*command, "--methods", "la-lora,rolora", "--epsilons", "1"]) == 0
+    assert "0 of 2 runs" in capsys.readouterr().out
+    assert cli.main([*command, "--methods", "rolora,flora", "--epsilons", "1,3"]) == 0
+    assert "0 of 3 runs" in capsys.readouterr().out
+
+
 def test_a_folder_without_an_app_is_one_line(nothing_starts, tmp_path, capsys):
     assert cli.main(["run", str(tmp_path)]) == 2
     err = capsys.readouterr().err

@@ -7,7 +7,7 @@ import pytest
 from conftest import defaults
 from lalora_app.config import ConfigError, parse
 from lalora_app.plan import RATES, Cell
-from lalora_app.plan_tables import read_plan
+from lalora_app.plan_tables import narrowed, read_plan
 
 INF = math.inf
 
@@ -207,3 +207,43 @@ def test_a_learning_rate_that_is_no_number_is_one_line(value):
 def test_a_comparison_that_is_no_table_is_one_line():
     with pytest.raises(ConfigError, match=r"^compare=3 must be a table$"):
         read_plan({"compare": 3}, defaults())
+
+
+def names_and_budgets(controls):
+    return [(c.get("label", c["method"]), c.get("epsilons")) for c in controls]
+
+
+MOMENTUM = {"method": "la-lora-full-no-filter", "label": "momentum", "epsilons": [1.0, 3.0]}
+OWN = {
+    "methods": ["dp-lora", "la-lora"],
+    "epsilons": [1.0, 3.0, INF],
+    "controls": [MOMENTUM, {"method": "flora", "epsilons": [3]}, {"method": "hetlora"}],
+}
+BOTH = [("momentum", [1.0, 3.0]), ("flora", [3]), ("hetlora", None)]
+NARROWED = {
+    "nothing": ({}, OWN["methods"], BOTH),
+    "seeds": ({"seeds": [7]}, OWN["methods"], BOTH),
+    "methods": ({"methods": ["la-lora", "rolora"]}, ["la-lora", "rolora"], []),
+    "a control": ({"methods": ["flora", "rolora"]}, ["rolora"], BOTH[1:2]),
+    "a control's method": ({"methods": [MOMENTUM["method"]]}, [MOMENTUM["method"]], []),
+    "controls only": ({"methods": ["hetlora", "momentum"]}, [], [BOTH[0], BOTH[2]]),
+    "a budget": ({"epsilons": [1.0]}, OWN["methods"], [("momentum", [1.0]), BOTH[2]]),
+    "other budgets": ({"epsilons": [3.0, 9.0]}, OWN["methods"], [("momentum", [3.0]), *BOTH[1:]]),
+    "both": ({"methods": ["rolora", "flora"], "epsilons": [1.0]}, ["rolora"], []),
+}
+
+
+@pytest.mark.parametrize("case", list(NARROWED))
+def test_a_command_line_narrows_the_controls_too(case):
+    given, methods, controls = NARROWED[case]
+    found = narrowed(OWN, given)
+    assert found["methods"] == methods
+    assert names_and_budgets(found["controls"]) == controls
+    assert names_and_budgets(OWN["controls"]) == BOTH  # left as it was
+    for key in given.keys() - {"methods"}:
+        assert found[key] == given[key]
+    read_plan({"compare": found}, defaults())
+
+
+def test_without_controls_the_methods_are_what_is_asked_for():
+    assert narrowed({"name": "x"}, {"methods": ["rolora"]})["methods"] == ["rolora"]
