@@ -6,7 +6,7 @@ ARGS ?=
 
 .PHONY: run test fast lint types deployment mutants study bench help
 help:
-	@echo "make run    the default federation, ARGS='-c method=\"rolora\"' for another one"
+	@echo "make run    the default federation; another: make run ARGS=\"-c 'method=\\\"rolora\\\"'\""
 	@echo "make test   lint, types, every test    make fast   the quick tests only"
 	@echo "make deployment  SuperLink and SuperNodes with TLS, as docs/deployment.md says"
 	@echo "make bench  the private step against stock PEFT and Opacus, ARGS='--quick' for a look"

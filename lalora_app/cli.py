@@ -50,11 +50,12 @@ def _run(args: argparse.Namespace) -> int:
 def _compare(args: argparse.Namespace) -> int:
     from lalora_app.compare import prepare, read_file, summarise
     from lalora_app.launcher import app_defaults, launch
+    from lalora_app.plan_tables import narrowed
 
     tables = read_file(args.plan)
     axes = ("name", "methods", "epsilons", "seeds", "nodes")
     given = {axis: getattr(args, axis) for axis in axes if getattr(args, axis) is not None}
-    tables["compare"] |= given
+    tables["compare"] = narrowed(tables["compare"], given)
     plan, folder = prepare(tables, app_defaults(args.app))
     code = 0
     try:
@@ -204,8 +205,8 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("plan", type=Path, help="TOML: keys of a run, and a [compare] table")
     compare.add_argument("--app", type=Path, default=Path(), help="folder of the app")
     compare.add_argument("--name", help="folder of the results, below the run's output")
-    compare.add_argument("--methods", type=_list_of(str), metavar="M,M")
-    compare.add_argument("--epsilons", type=_list_of(float), metavar="E,E")
+    compare.add_argument("--methods", type=_list_of(str), metavar="M,M", help="or controls")
+    compare.add_argument("--epsilons", type=_list_of(float), metavar="E,E", help="of controls too")
     compare.add_argument("--seeds", type=_list_of(int), metavar="S,S")
     compare.add_argument("--nodes", type=_at_least_one, help="simulated clients")
     compare.add_argument("--clients-per-gpu", type=_at_least_one, default=4)

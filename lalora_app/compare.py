@@ -1,46 +1,35 @@
 """A comparison on disk: its plan, its finished runs, and the tables and pictures made of them."""
 
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lalora_app.config import ConfigError, from_tables, full_path
+from lalora_app.config import from_tables, full_path
 from lalora_app.finished import completed, tuned
-from lalora_app.models.pretrained import TIMM
-from lalora_app.plan import Plan, read_plan, to_json
+from lalora_app.overrides import absolute, read_toml
+from lalora_app.plan import Plan
+from lalora_app.plan_tables import check_file, controls_of, read_plan, table_of, to_json
 from lalora_app.records import Record, read_record
 from lalora_app.report import write_report
 from lalora_app.tables import rows_of, to_csv, to_latex, to_markdown, to_text
 
 PLAN = "plan.json"
-_PATHS = {"model.name", "data.name"}
-
-
-def _resolved(key: str, value: Any, folder: Path) -> Any:
-    """Return a path that starts with a dot as an absolute one, seen from the plan's own folder."""
-    prefix = TIMM if str(value).startswith(TIMM) else ""
-    name = str(value).removeprefix(prefix)
-    if key not in _PATHS or not name.startswith("."):
-        return value
-    return f"{prefix}{(folder / name).resolve()}"
 
 
 def read_file(file: Path) -> dict[str, Any]:
     """Return a plan's tables: the ``compare`` table, and flat keys with paths made absolute.
 
     Raises:
-        ConfigError: if the file cannot be read.
+        ConfigError: if the file cannot be read, or says what its ``compare`` table overrules.
     """
-    try:
-        tables = tomllib.loads(file.read_text("utf-8"))
-    except OSError as error:
-        raise ConfigError(f"{file} must be a readable file: {error.strerror}") from error
-    except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"{file} must be TOML: {error}") from error
-    own = tables.pop("compare", {})
-    flat = from_tables(tables)
-    keys = {key: _resolved(key, value, file.parent.resolve()) for key, value in flat.items()}
+    tables, folder = read_toml(file, str(file)), file.parent.resolve()
+    own = table_of("compare", tables.get("compare", {}))
+    check_file(tables)
+    tables.pop("compare", None)
+    if "controls" in own:
+        controls = controls_of(own["controls"])
+        own["controls"] = [c | {"config": absolute(c["config"], folder)} for c in controls]
+    keys = absolute(from_tables(tables), folder)
     return {"compare": {"name": file.stem} | own, **keys}
 
 

@@ -10,8 +10,11 @@ from pathlib import Path
 from flwr.serverapp import Grid
 
 from lalora_app.config import Config, ConfigError, full_path
-from lalora_app.finished import completed, tuned
-from lalora_app.plan import Cell, Plan, parse_cell, read_plan
+from lalora_app.data import split
+from lalora_app.finished import completed, finished, tuned
+from lalora_app.plan import Cell, Plan, parse_cell
+from lalora_app.plan_tables import read_plan
+from lalora_app.sources import NONE
 
 Run = Callable[[Grid, Config, float], None]  # the last: seconds to wait for late nodes
 _log = logging.getLogger("flwr")
@@ -38,15 +41,38 @@ class Comparison:
     failed: list[str] = field(default_factory=list)
 
     def _run_cell(self, cell: Cell) -> None:
-        config = replace(parse_cell(cell), output=str(self.folder / cell.folder))
+        output = str(self.folder / cell.folder)
+        # A run's config.toml repeats that run, and not the comparison that it was part of.
+        config = replace(parse_cell(cell), output=output, compare=NONE)
         first, self._first = self._first, False
         try:
             self.run(self.grid, config, self.settle if first else 0.0)
         except Exception as error:  # one run that cannot be must not cost the others
-            if first and isinstance(error, ConfigError):  # as no data: it would be so with all
+            # As no nodes: it would be so with all, unless others have been seen to work.
+            if first and isinstance(error, ConfigError) and len(self._missing()) == len(self._all):
                 raise ConfigError(f"{cell.folder}: {error}") from error
             _log.error("LaLoRA compare: %s failed: %s", cell.folder, error)
             self.failed.append(f"{cell.folder}: {error}")
+
+    @property
+    def _all(self) -> list[Cell]:
+        return [*self.plan.tuning_cells(), *self.plan.cells({})]
+
+    def _missing(self) -> list[Cell]:
+        return [cell for cell in self._all if finished(self.folder, cell) is None]
+
+    def _check_data(self) -> None:
+        """Read what is missing a run: a misspelt test split must not be told after the tuning.
+
+        Raises:
+            ConfigError: naming the first run whose data cannot be used.
+        """
+        firsts = {parse_cell(cell).data: cell.folder for cell in reversed(self._missing())}
+        for data, folder in reversed(firsts.items()):
+            try:
+                split(data)
+            except ConfigError as error:
+                raise ConfigError(f"{folder}: {error}") from error
 
     def _run_missing(self, cells: list[Cell], what: str, later: int = 0) -> None:
         """Run the cells that are not done.
@@ -70,9 +96,11 @@ class Comparison:
         """Tune, then run every cell; rates are never chosen by half a tuning.
 
         Raises:
-            ConfigError: if the first run cannot start: what is wrong is wrong with all.
+            ConfigError: if the data of a missing run cannot be used; or if the first run of all
+                cannot start: what is wrong is wrong with all.
             RuntimeError: after the tuning, or at the end, if a run failed.
         """
+        self._check_data()
         later = [cell for cell in self.plan.cells({}) if not self._begun(cell)]
         self._run_missing(self.plan.tuning_cells(), "tuning run", len(later))
         self._run_missing(self.plan.cells(tuned(self.plan, self.folder)), "run")

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lalora_app.config import Data
-from lalora_app.sources import NONE, DataError, read
+from lalora_app.sources import NONE, DataError, has_one_split, read
 
 Content = str | tuple[str, ...] | bytes  # a text, a pair of texts, or an encoded image
 
@@ -114,6 +114,20 @@ def is_test(content: Content, fraction: float) -> bool:
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
+def _check_test_split(data: Data) -> None:
+    """Refuse a test split that would be the training split under another name."""
+    if data.test_split == NONE:
+        return
+    if has_one_split(data.name):
+        raise DataError(
+            "data.test-split", f'="{data.test_split}" must be "none": one file has one split'
+        )
+    if data.test_split == data.train_split:
+        raise DataError(
+            "data.test-split", f'="{data.test_split}" must be another than data.train-split'
+        )
+
+
 @lru_cache(maxsize=4)
 def split(data: Data) -> tuple[Examples, Examples]:
     """Return (train, test) of the run's dataset.
@@ -122,8 +136,10 @@ def split(data: Data) -> tuple[Examples, Examples]:
     training split that follows from the contents alone.
 
     Raises:
-        DataError: if it is missing, lacks a column, or has a row that cannot be used.
+        DataError: if it is missing, lacks a column, or has a row that cannot be used; or if the
+            test split would be the training split.
     """
+    _check_test_split(data)
     natural = data.partitioner == "natural-id"
     where = (data.name, data.subset, data.train_split)
     train = _examples("data.name", *where, data, natural=natural)

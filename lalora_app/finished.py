@@ -15,17 +15,24 @@ def _summary(run: Path) -> dict[str, Any]:
     return dict(json.loads((run / "summary.json").read_text("utf-8")))
 
 
+def finished(folder: Path, cell: Cell) -> Path | None:
+    """Return the folder of a cell's finished run, if there is one, whatever its settings."""
+    for path in sorted((folder / cell.folder).glob("*/summary.json")):
+        if _summary(path.parent)["status"].startswith("completed"):
+            return path.parent
+    return None
+
+
 def completed(folder: Path, cell: Cell) -> Path | None:
     """Return the folder of a cell's finished run, if there is one.
 
     Raises:
         ConfigError: if it was run with other settings: its result must not be taken for this one.
     """
-    for path in sorted((folder / cell.folder).glob("*/summary.json")):
-        if _summary(path.parent)["status"].startswith("completed"):
-            _require_same(path.parent, cell)
-            return path.parent
-    return None
+    run = finished(folder, cell)
+    if run:
+        _require_same(run, cell)
+    return run
 
 
 def _require_same(run: Path, cell: Cell) -> None:

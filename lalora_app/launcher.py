@@ -8,7 +8,6 @@ what has to be set, asks for the run's real status, and stops the SuperLink that
 import contextlib
 import json
 import os
-import re
 import shutil
 import signal
 import socket
@@ -23,11 +22,12 @@ from typing import Any
 
 import psutil
 
-from lalora_app.config import ConfigError, from_tables, parse
+from lalora_app.config import ConfigError, Scalar, flatten, from_tables, parse
 from lalora_app.methods import method_of
+from lalora_app.overrides import merged
+from lalora_app.results import as_toml
 
 _FLWR = str(Path(sys.executable).parent / "flwr")
-_PAIR = r"""([^\s=]+)\s*=\s*("[^"]*"|'[^']*'|\S+)"""
 _GRACE = 10.0  # seconds to end by itself
 _FINISHED = "finished:"
 _REASON = "LaLoRA: "  # before the ServerApp's last word on a run that failed
@@ -64,27 +64,16 @@ def app_defaults(app: Path) -> dict[str, Any]:
     return from_tables(tomllib.loads(project.read_text("utf-8"))["tool"]["flwr"]["app"]["config"])
 
 
-def _check_early(app: Path, overrides: Sequence[str]) -> None:
-    """Parse the run config here, so that a bad key costs a line and not a started simulation."""
-    values = app_defaults(app)
-    for text in overrides:
-        try:
-            source = Path(text).read_text("utf-8") if text.endswith(".toml") else _lines(text)
-            values |= from_tables(tomllib.loads(source))
-        except OSError as error:
-            raise ConfigError(f"-c {text} must be a readable file: {error.strerror}") from error
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"-c {text!r} must be TOML, strings in quotes: {error}") from error
-    config = parse(values)
+def _checked(app: Path, overrides: Iterable[str]) -> dict[str, Scalar]:
+    """Parse the run config here, so that a bad key costs a line and not a started simulation.
+
+    Returns:
+        The keys that are overridden, with the values that were checked.
+    """
+    own = merged(overrides)
+    config = parse(app_defaults(app) | own)
     method_of(config)
-
-
-def _lines(text: str) -> str:
-    """Turn Flower's space-separated pairs into TOML lines."""
-    pairs = re.findall(_PAIR, text)
-    if rest := re.sub(_PAIR, "", text).strip():
-        raise ConfigError(f"-c {text!r} must be key=value pairs, and {rest!r} is none")
-    return "\n".join(f"{key} = {value}" for key, value in pairs)
+    return {key: value for key, value in flatten(config).items() if key in own}
 
 
 def _flwr(arguments: Sequence[str], env: dict[str, str], cwd: Path) -> str:
@@ -193,26 +182,25 @@ def launch(app: Path, overrides: Sequence[str], *, nodes: int, clients_per_gpu: 
 
     Args:
         app: folder with the app's pyproject.toml.
-        overrides: values of ``flwr run -c``: key=value pairs, or one TOML file.
+        overrides: as of ``flwr run -c``: key=value pairs and TOML files; a later one wins.
         nodes: simulated clients.
         clients_per_gpu: clients that train on one GPU at the same time, where there is one.
 
     Raises:
         ConfigError: for a bad config, before anything is started.
     """
-    _check_early(app, overrides)
+    values = _checked(app, overrides)
     home = Path(tempfile.mkdtemp(prefix="lalora-"))
     env = _environment(home)
-    config = [
-        part
-        for text in overrides
-        for part in ("-c", str(Path(text).resolve()) if text.endswith(".toml") else text)
-    ]
+    # One file: Flower drops pairs with spaces around "=", and takes no pairs beside a file.
+    config = home / "overrides.toml"
+    config.write_text(as_toml(values), "utf-8")
     federation = resources(nodes, _gpus(), clients_per_gpu)
     arguments = ["run", str(app.resolve()), "--format", "json", "--federation-config", federation]
+    arguments += ["-c", str(config)]
     try:
         with _interruptible():
-            answer = _flwr([*arguments, *config], env, home)
+            answer = _flwr(arguments, env, home)
             status, details = _follow(_run_id(answer), env, home)
     finally:
         _stop(home)

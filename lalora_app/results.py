@@ -28,9 +28,14 @@ def _toml_value(value: Scalar) -> str:
     return repr(value)  # of a float or an int: also TOML, inf included
 
 
+def as_toml(values: Mapping[str, Scalar]) -> str:
+    """Return flat keys and values as TOML that ``flwr run . -c`` takes."""
+    return "".join(f"{key} = {_toml_value(value)}\n" for key, value in values.items())
+
+
 def to_toml(config: Config) -> str:
-    """Return the complete run config as TOML that ``flwr run . -c`` takes."""
-    return "".join(f"{key} = {_toml_value(value)}\n" for key, value in flatten(config).items())
+    """Return the complete run config as TOML."""
+    return as_toml(flatten(config))
 
 
 def _write(path: Path, text: str) -> None:

@@ -2,7 +2,7 @@
 
 import logging
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from flwr.app import ArrayRecord, MetricRecord
@@ -21,7 +21,12 @@ _EVAL_BATCH = 64
 
 @dataclass
 class Progress:
-    """After every round: evaluates if it is due, tells in a line, writes history and checkpoint."""
+    """After every round: evaluates if it is due, tells in a line, writes history and checkpoint.
+
+    Attributes:
+        rows: of the history; those of a resumed run are there from the start.
+        started: when this session of the run began.
+    """
 
     config: Config
     folder: RunFolder
@@ -30,6 +35,14 @@ class Progress:
     test: Encoded
     rows: list[dict[str, Any]]
     started: float
+    _earlier: float = field(init=False)  # seconds of the sessions before a resume
+
+    def __post_init__(self) -> None:
+        self._earlier = self.rows[-1]["elapsed"] if self.rows else 0.0
+
+    def elapsed(self) -> float:
+        """Return the seconds of the whole run, without those between its sessions."""
+        return self._earlier + time.monotonic() - self.started
 
     def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
         """Flower's ``evaluate_fn``: round 0 is the start."""
@@ -51,12 +64,12 @@ class Progress:
         return self.model.evaluate(self.test.batches(_EVAL_BATCH))
 
     def _record(self, attempt: dict[str, Any], scores: Metrics) -> None:
-        elapsed = time.monotonic() - self.started
+        elapsed = self.elapsed()
         self.rows.append({**attempt, **scores, "elapsed": elapsed})
         self.folder.write_history(self.rows)
         self.folder.checkpoint(self.strategy.state)
         total, done = self.config.num_server_rounds, attempt["attempt"]
-        left = elapsed / len(self.strategy.attempts) * (total - done)
+        left = (elapsed - self._earlier) / len(self.strategy.attempts) * (total - done)
         _log.info(
             "LaLoRA round %d/%d  phase %s  %s  %s  epsilon <= %.2f  %.1f s  ETA %d:%02d",
             *(done, total, attempt["phase"]),
@@ -128,7 +141,7 @@ def finish(progress: Progress) -> None:
     if not any(row["aggregated"] for row in rows):
         reasons = sorted({reason for row in rows for reason in row["dropped"]})
         raise RuntimeError(f"no round was aggregated: {'; '.join(reasons)}")
-    summary = _summary(config, rows, time.monotonic() - progress.started)
+    summary = _summary(config, rows, progress.elapsed())
     export(progress.model, progress.strategy.state, folder.adapter, config, rows[-1])
     folder.write_json("privacy.json", _privacy_report(config, rows))
     folder.write_json("summary.json", summary)

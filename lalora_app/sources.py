@@ -40,6 +40,11 @@ def is_local(name: str) -> bool:
     return name.startswith(("/", "~", "."))
 
 
+def has_one_split(name: str) -> bool:
+    """Tell whether a name is all one split: the demo, or a single file that is there."""
+    return name == DEMO or (is_local(name) and full_path(name).is_file())
+
+
 def _demo() -> Columns:
     text = resources.files("lalora_app").joinpath("assets/sms_spam.jsonl").read_text("utf-8")
     rows = [json.loads(line) for line in text.splitlines()]

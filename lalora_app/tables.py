@@ -124,12 +124,17 @@ def shown(metric: Metric, spread: Spread) -> str:
 
 
 def best(metric: Metric, rows: Sequence[Row]) -> list[Row]:
-    """Return the rows with the best mean as far as it is shown; none if there is no rival."""
+    """Return the rows with the best mean as far as it is shown; none if there is no rival.
+
+    A mean that is NaN has lost, but is a rival: compared with numbers, it would beat or lose to
+    them by the order of the rows.
+    """
     scored = [row for row in rows if metric.key in row.scores]
     means = [round(metric.scale * row.scores[metric.key].mean, metric.digits) for row in scored]
-    if len(scored) < 2:
+    numbers = [mean for mean in means if not math.isnan(mean)]
+    if len(scored) < 2 or not numbers:
         return []
-    top = min(means) if metric.lower_is_better else max(means)
+    top = min(numbers) if metric.lower_is_better else max(numbers)
     return [row for row, mean in zip(scored, means, strict=True) if mean == top]
 
 

@@ -37,6 +37,7 @@ REFUSALS = {
     "data.partitioner": "the deal must be possible with this data and number of clients",
     "data.num-labels": "every label must be an integer from 0 to data.num-labels - 1",
     "data.test-fraction": "data.test-fraction must leave both sides an example",
+    "data.test-split": "data.test-split must not be the training split; a single file has no other",
     "train.batch-size": "train.batch-size must be at most the client's number of examples",
     "privacy.delta": "privacy.delta must be below 1/n, n the client's number of examples",
     "stage": "the stages of secure aggregation must come in order, from one attempt",

@@ -13,7 +13,8 @@ from pathlib import Path
 from lalora_app.compare import PLAN, records
 from lalora_app.config import from_tables
 from lalora_app.finished import accuracy_of, completed, tuned
-from lalora_app.plan import Line, Plan, read_plan
+from lalora_app.plan import Line, Plan
+from lalora_app.plan_tables import read_plan
 from lalora_app.plots import aggregation_error, by_round, by_upload, partitions
 from lalora_app.records import Record
 from lalora_app.tables import ACCURACY, rows_of, to_markdown

@@ -820,6 +820,21 @@ def test_a_run_is_not_resumed_with_another_config(tiny, key, value):
     assert grid.trained() == []
 
 
+def test_the_clock_of_a_resumed_run_goes_on_and_its_eta_is_of_the_session(tiny, caplog):
+    config = tiny(**open_run(**{"num-server-rounds": 4}))
+    first, later = interrupted(config, 2, before=crash_before(3))
+    rows = first.rows
+    first.folder.write_history([row | {"elapsed": 5000.0 * row["attempt"]} for row in rows])
+    caplog.clear()
+    with caplog.at_level("INFO", logger="flwr"):
+        second = run(later)
+    elapsed = [row["elapsed"] for row in second.rows]
+    assert elapsed[:2] == [5000.0, 10_000.0]
+    assert 10_000 < elapsed[2] < elapsed[3] < 10_300
+    assert elapsed[3] - 1 < second.json("summary.json")["seconds"] < 10_300
+    assert int(re.search(r"round 3/4 .* ETA (\d+):", caplog.text)[1]) < 3
+
+
 def test_epsilon_max_survives_a_resume(tiny):
     config = tiny(**sized())
     first, later = interrupted(config, 2, before=crash_before(3))

@@ -1,6 +1,7 @@
 """The command line: what it prints, its exit codes, and bad input before anything is started."""
 
 import csv
+import math
 import os
 import shutil
 import signal
@@ -8,8 +9,10 @@ import socket
 import subprocess
 import sys
 import time
+from itertools import pairwise
 
 import pytest
+from flwr.common.config import parse_config_args
 
 from conftest import ROOT
 from lalora_app import books, cli, launcher
@@ -235,26 +238,6 @@ def test_a_command_is_needed(capsys):
 # --- run --------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("pairs", "lines"),
-    [
-        ("seed=1", ["seed = 1"]),
-        ("seed=1 lora.rank=4", ["seed = 1", "lora.rank = 4"]),
-        ('method="rolora" seed=2', ['method = "rolora"', "seed = 2"]),
-        ("method='rolora'", ["method = 'rolora'"]),
-        ('data.name="/a b/c=d.csv" seed=1', ['data.name = "/a b/c=d.csv"', "seed = 1"]),
-        ("seed = 1", ["seed = 1"]),
-        ("privacy.epsilon=inf data.public-size=true", None),
-        ("privacy.delta=1e-6", ["privacy.delta = 1e-6"]),
-        ('lora.targets=""', ['lora.targets = ""']),
-        ("", []),
-    ],
-)
-def test_pairs_become_toml_lines(pairs, lines):
-    expected = ["privacy.epsilon = inf", "data.public-size = true"] if lines is None else lines
-    assert launcher._lines(pairs).splitlines() == expected
-
-
 @pytest.fixture
 def nothing_starts(monkeypatch):
     """Fail at any attempt to start a process or to open a port."""
@@ -293,7 +276,7 @@ BAD = {
 def test_a_bad_override_is_one_line_before_anything_starts(case, nothing_starts, capsys):
     override, words = BAD[case]
     with pytest.raises(ConfigError) as caught:
-        launcher._check_early(ROOT, [override])
+        launcher._checked(ROOT, [override])
     message = str(caught.value)
     assert all(word in message for word in words)
     assert "\n" not in message
@@ -304,17 +287,92 @@ def test_a_bad_override_is_one_line_before_anything_starts(case, nothing_starts,
 def test_good_overrides_pass(nothing_starts, tmp_path):
     preset = tmp_path / "preset.toml"
     preset.write_text('method = "rolora"\n[lora]\nrank = 4\n', "utf-8")
-    launcher._check_early(ROOT, [])
-    launcher._check_early(ROOT, ['method="dp-lora" privacy.epsilon=inf', "seed=3"])
-    launcher._check_early(ROOT, [str(preset)])
+    launcher._checked(ROOT, [])
+    launcher._checked(ROOT, ['method="dp-lora" privacy.epsilon=inf', "seed=3"])
+    launcher._checked(ROOT, [str(preset)])
 
 
 def test_a_later_override_wins(nothing_starts, tmp_path):
     preset = tmp_path / "preset.toml"
     preset.write_text("[lora]\nrank = 0\n", "utf-8")
     with pytest.raises(ConfigError, match=r"lora\.rank=0"):
-        launcher._check_early(ROOT, ["lora.rank=4", str(preset)])
-    launcher._check_early(ROOT, [str(preset), "lora.rank=4"])
+        launcher._checked(ROOT, ["lora.rank=4", str(preset)])
+    launcher._checked(ROOT, [str(preset), "lora.rank=4"])
+
+
+@pytest.fixture
+def flower(monkeypatch):
+    """What Flower's own parser reads of the command that a launch gives it."""
+    read = {}
+
+    def run(arguments, env, cwd):
+        given = [value for flag, value in pairwise(arguments) if flag == "-c"]
+        read.update(parse_config_args(given))
+        return '{"success": true, "run-id": 1}'
+
+    monkeypatch.setattr(launcher, "_flwr", run)
+    monkeypatch.setattr(launcher, "_follow", lambda *args: ("completed", ""))
+    return read
+
+
+PASSED = {
+    "nothing": ([], {}),
+    "empty": ([""], {}),
+    "spaces around =": (["privacy.epsilon = 1.0"], {"privacy.epsilon": 1.0}),
+    "an integer for a number": (["privacy.epsilon=1"], {"privacy.epsilon": 1.0}),
+    "infinity": (["privacy.epsilon=inf"], {"privacy.epsilon": math.inf}),
+    "quotes and a backslash": ([r"""lora.targets='a"b\c'"""], {"lora.targets": r'a"b\c'}),
+    "= in quotes": (['data.name="/a b/c = d.csv"'], {"data.name": "/a b/c = d.csv"}),
+    "a boolean": (["data.public-size=true"], {"data.public-size": True}),
+    "a plan": (['compare="/r/s/plan.json"'], {"compare": "/r/s/plan.json"}),
+    "pairs over a file": (["FILE", "lora.rank=2 seed=5"], {"lora.rank": 2, "seed": 5}),
+    "a file over pairs": (["lora.rank=2 seed=5", "FILE"], {"lora.rank": 4, "seed": 5}),
+}
+
+
+@pytest.mark.parametrize("case", list(PASSED))
+def test_what_was_checked_is_what_runs(case, flower, tmp_path):
+    overrides, expected = PASSED[case]
+    preset = tmp_path / "preset.toml"
+    preset.write_text("[lora]\nrank = 4\n", "utf-8")
+    given = [str(preset) if text == "FILE" else text for text in overrides]
+    assert launcher.launch(ROOT, given, nodes=2) == 0
+    assert flower == expected
+    assert all(type(flower[key]) is type(value) for key, value in expected.items())
+
+
+def test_a_preset_of_the_repository_passes(flower):
+    smoke = str(ROOT / "configs" / "smoke.toml")
+    assert launcher.launch(ROOT, [smoke], nodes=2) == 0
+    assert flower == {"num-server-rounds": 2, "train.local-steps": 2, "train.batch-size": 16}
+
+
+def test_names_with_a_dot_are_seen_from_the_file_or_from_here(flower, tmp_path, monkeypatch):
+    (tmp_path / "sets").mkdir()
+    preset = tmp_path / "sets" / "mine.toml"
+    preset.write_text('[model]\nname = "timm:../m"\n[data]\nname = "./d"\n', "utf-8")
+    monkeypatch.chdir(tmp_path)
+    assert launcher.launch(ROOT, ["sets/mine.toml"], nodes=2) == 0
+    assert flower["model.name"] == f"timm:{tmp_path / 'm'}"
+    assert flower["data.name"] == str(tmp_path / "sets" / "d")
+    assert launcher.launch(ROOT, ['data.name="./e" model.name="a/b"'], nodes=2) == 0
+    assert flower["data.name"] == str(tmp_path / "e")
+    assert flower["model.name"] == "a/b"
+
+
+def test_a_narrowed_comparison_runs_no_control_that_is_not_asked_for(
+    nothing_starts, tmp_path, capsys
+):
+    text = (
+        '[compare]\nseeds = [0]\nmethods = ["dp-lora"]\n'
+        '[[compare.controls]]\nmethod = "flora"\nepsilons = [3.0]\n'
+    )
+    (tmp_path / "plan.toml").write_text(f'output = "{tmp_path}"\n{text}', "utf-8")
+    command = ["compare", str(tmp_path / "plan.toml"), "--app", str(ROOT), "--table-only"]
+    assert cli.main([*command, "--methods", "la-lora,rolora", "--epsilons", "1"]) == 0
+    assert "0 of 2 runs" in capsys.readouterr().out
+    assert cli.main([*command, "--methods", "rolora,flora", "--epsilons", "1,3"]) == 0
+    assert "0 of 3 runs" in capsys.readouterr().out
 
 
 def test_a_folder_without_an_app_is_one_line(nothing_starts, tmp_path, capsys):
@@ -323,9 +381,14 @@ def test_a_folder_without_an_app_is_one_line(nothing_starts, tmp_path, capsys):
     assert err == f"lalora: app={tmp_path} must be a folder with the app's pyproject.toml\n"
 
 
-def test_a_missing_preset_is_one_line(nothing_starts, tmp_path):
-    with pytest.raises(ConfigError, match=r"missing\.toml"):
-        launcher._check_early(ROOT, [str(tmp_path / "missing.toml")])
+@pytest.mark.parametrize("content", [None, b"= no toml", b"method = '\xff'"])
+def test_a_preset_that_cannot_be_read_is_one_line(nothing_starts, tmp_path, content):
+    file = tmp_path / "preset.toml"
+    if content:
+        file.write_bytes(content)
+    with pytest.raises(ConfigError, match=r"-c .*preset\.toml must be") as caught:
+        launcher._checked(ROOT, [str(file)])
+    assert "\n" not in str(caught.value)
 
 
 def test_clients_get_a_core_and_where_there_is_a_gpu_a_share_of_it(monkeypatch):
@@ -357,7 +420,7 @@ def test_fewer_than_one_client_is_refused(option, number, capsys):
 @pytest.mark.parametrize("text", ["lora.rank", "seed 3", "seed=3 and more", "=3"])
 def test_text_that_is_no_pair_is_told(nothing_starts, text):
     with pytest.raises(ConfigError, match="-c"):
-        launcher._check_early(ROOT, [text])
+        launcher._checked(ROOT, [text])
 
 
 def send_and_wait(end):

@@ -11,6 +11,7 @@ from lalora_app import server_app
 from lalora_app.compare import PLAN, prepare, read_file, records, summarise
 from lalora_app.comparison import _eta, run_plan
 from lalora_app.config import ConfigError, flatten
+from lalora_app.data import split
 from lalora_app.finished import completed
 
 INF = float("inf")
@@ -29,6 +30,18 @@ def tables(tiny):
         "seeds": [0, 1],
     }
     return {"compare": compare, **keys}
+
+
+@pytest.fixture
+def tuned_tables(tables, tiny_data, tmp_path):
+    """The same with a tuning of one method, and data that has a test split of its own."""
+    lines = Path(tiny_data).read_text("utf-8").splitlines(keepends=True)
+    (tmp_path / "data").mkdir()
+    for name, part in (("train", lines[:320]), ("test", lines[320:])):
+        (tmp_path / "data" / f"{name}.jsonl").write_text("".join(part), "utf-8")
+    tune = {"grid": [1e-6, 1.0], "seeds": [9], "test-fraction": 0.2}
+    tables["compare"] |= {"methods": ["ffa-lora"], "seeds": [0], "tune": tune}
+    return tables | {"data.name": str(tmp_path / "data"), "data.test-split": "test"}
 
 
 def run(tables, run_one=server_app.run):
@@ -51,6 +64,15 @@ def test_every_run_has_its_own_folder_config_and_result(tables):
         assert sum(map(sum, record.partition["clients"])) > 300
     sends = {r.label: r.summary["upload_bytes_per_round"] for r in found}
     assert sends["ffa-lora"] < sends["dp-lora"]
+
+
+def test_a_runs_config_repeats_that_run_and_not_the_comparison(tables):
+    plan, folder = prepare(tables, defaults())
+    file = str(folder / PLAN)
+    given = defaults() | {"compare": file}  # as the run config says it
+    begun = []
+    run_plan(FakeGrid({}, 2), file, given, lambda _, config, __: begun.append(config.compare), 0.0)
+    assert begun == ["none"] * len(plan.cells({}))
 
 
 def test_the_summary_is_written_as_tables_and_a_report(tables):
@@ -123,21 +145,18 @@ def test_one_run_that_fails_costs_no_other_and_fails_the_comparison(tables):
     assert len(records(plan, folder)) == 3
 
 
-def test_rates_are_never_chosen_by_half_a_tuning(tables):
-    tune = {"grid": [0.5, 1.0], "seeds": [9], "test-fraction": 0.2}
-    tables["compare"] |= {"methods": ["ffa-lora"], "seeds": [0], "tune": tune}
-    tables["data.test-split"] = "train"
+def test_rates_are_never_chosen_by_half_a_tuning(tuned_tables):
     begun = []
 
     def half(grid, config, settle):
         begun.append(Path(config.output).name)
-        if "x1" in config.output:
+        if "x1-" in config.output:
             raise RuntimeError("out of luck")
         server_app.run(grid, config, settle)
 
     with pytest.raises(RuntimeError, match=r"1 runs failed: tuning/ffa-lora-epsinf-x1-seed9: out"):
-        run(tables, half)
-    assert begun == ["ffa-lora-epsinf-x0.5-seed9", "ffa-lora-epsinf-x1-seed9"]
+        run(tuned_tables, half)
+    assert begun == ["ffa-lora-epsinf-x1e-06-seed9", "ffa-lora-epsinf-x1-seed9"]
 
 
 @pytest.mark.parametrize(
@@ -159,6 +178,44 @@ def test_what_is_wrong_with_the_first_run_is_told_once(tables):
     assert begun == ["ffa-lora"]
 
 
+def test_a_bad_run_stops_no_other_where_one_is_finished(tables):
+    def first_only(grid, config, settle):
+        if (config.method, config.seed) != ("ffa-lora", 0):
+            raise RuntimeError("later")
+        server_app.run(grid, config, settle)
+
+    with pytest.raises(RuntimeError, match="3 runs failed"):
+        run(tables, first_only)
+
+    def one_bad(grid, config, settle):
+        if (config.method, config.seed) == ("dp-lora", 0):  # the first of the missing
+            raise ConfigError("no such entry")
+        server_app.run(grid, config, settle)
+
+    with pytest.raises(RuntimeError, match=r"1 runs failed: dp-lora-epsinf-seed0: no such entry"):
+        run(tables, one_bad)
+    plan, folder = prepare(tables, defaults())
+    assert len(records(plan, folder)) == 3
+
+
+def test_data_that_cannot_be_used_is_told_before_the_tuning(tuned_tables):
+    tuned_tables["data.test-split"] = "tset"
+    begun = []
+    with pytest.raises(ConfigError, match=r"^ffa-lora-epsinf-seed0: data\.name=.* split tset"):
+        run(tuned_tables, lambda *args: begun.append(args))
+    assert begun == []
+
+
+def test_what_is_finished_needs_its_data_no_more(tables, tiny_data, tmp_path):
+    tables["data.name"] = str(tmp_path / "texts.jsonl")
+    Path(tables["data.name"]).write_bytes(Path(tiny_data).read_bytes())
+    run(tables)
+    Path(tables["data.name"]).unlink()
+    split.cache_clear()
+    plan, folder, _ = run(tables, lambda *args: pytest.fail("run again"))
+    assert len(records(plan, folder)) == 4
+
+
 def test_a_finished_run_is_never_taken_for_one_with_other_settings(tables):
     run(tables)
     changed = tables | {"train.lr-a": 0.123}
@@ -167,11 +224,8 @@ def test_a_finished_run_is_never_taken_for_one_with_other_settings(tables):
         completed(folder, plan.cells({})[0])
 
 
-def test_tuning_chooses_by_data_that_the_test_split_does_not_hold(tables):
-    tune = {"grid": [1e-6, 1.0], "seeds": [9], "test-fraction": 0.2}
-    tables["compare"] |= {"methods": ["ffa-lora"], "seeds": [0], "tune": tune}
-    tables["data.test-split"] = "train"  # any; the tuning must not see it
-    plan, folder, _ = run(tables)
+def test_tuning_chooses_by_data_that_the_test_split_does_not_hold(tuned_tables):
+    plan, folder, _ = run(tuned_tables)
     accuracies = {}
     for cell in plan.tuning_cells():
         path = completed(folder, cell)
@@ -192,11 +246,58 @@ def test_paths_that_start_with_a_dot_are_seen_from_the_plans_folder(tmp_path):
     assert tables["compare"] == {"name": "mine"}
 
 
-@pytest.mark.parametrize("content", [None, "= no toml"])
+def test_paths_of_a_control_are_seen_from_the_plans_folder_too(tmp_path):
+    file = tmp_path / "mine.toml"
+    file.write_text(
+        '[[compare.controls]]\nmethod = "la-lora"\n'
+        'config = { model.name = "./m", "lora.rank" = 2 }\n'
+        '[[compare.controls]]\nmethod = "rolora"\n',
+        "utf-8",
+    )
+    first, second = read_file(file)["compare"]["controls"]
+    assert first["config"] == {"model.name": str(tmp_path / "m"), "lora.rank": 2}
+    assert second["config"] == {}
+
+
+@pytest.mark.parametrize(
+    ("key", "line"),
+    [
+        ("method", 'method = "rolora"'),
+        ("seed", "seed = 3"),
+        (r"privacy\.epsilon", "privacy.epsilon = 1.0"),
+    ],
+)
+def test_what_the_compare_table_overrules_is_refused(tmp_path, key, line):
+    file = tmp_path / "mine.toml"
+    file.write_text(f"{line}\n", "utf-8")
+    read_file(file)  # the preset of a run, compared as it is
+    file.write_text(f"{line}\n[compare]\nnodes = 2\n", "utf-8")
+    told = rf"^{key}=.* must not be there: compare\.(methods|seeds|epsilons) sets it$"
+    with pytest.raises(ConfigError, match=told):
+        read_file(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "told"),
+    [
+        ("compare = 3", r"^compare=3 must be a table$"),
+        ('method = "la-lora"\ncompare = "none"', r"^compare='none' must be a table$"),
+        ('[compare.controls]\nmethod = "la-lora"', r"^compare\.controls=.* must be tables"),
+        ('[compare]\ncontrols = ["la-lora"]', r"^compare\.controls='la-lora' must be a table$"),
+    ],
+)
+def test_a_malformed_plan_is_one_line(tmp_path, text, told):
+    file = tmp_path / "mine.toml"
+    file.write_text(text, "utf-8")
+    with pytest.raises(ConfigError, match=told):
+        read_file(file)
+
+
+@pytest.mark.parametrize("content", [None, b"= no toml", b"method = '\xff'"])
 def test_a_plan_that_cannot_be_read_is_one_line(tmp_path, content):
     file = tmp_path / "plan.toml"
     if content:
-        file.write_text(content)
+        file.write_bytes(content)
     with pytest.raises(ConfigError, match=r"plan\.toml must be") as caught:
         read_file(file)
     assert "\n" not in str(caught.value)

@@ -6,9 +6,10 @@ import tomllib
 import pytest
 
 from conftest import ROOT, defaults, make_config
+from lalora_app.compare import read_file
 from lalora_app.config import ConfigError, flatten, from_tables, parse
 from lalora_app.methods import METHODS, REFUSED, lookup, method_of
-from lalora_app.plan import read_plan
+from lalora_app.plan_tables import read_plan
 from lalora_app.results import to_toml
 
 INF, NAN = math.inf, math.nan
@@ -151,7 +152,7 @@ def test_defaults_are_private_and_their_method_has_what_it_needs():
 @pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
 def test_presets_parse_over_the_defaults_and_say_nothing_twice(preset):
     tables = tomllib.loads(preset.read_text("utf-8"))
-    read_plan(tables, defaults())
+    read_plan(read_file(preset), defaults())
     changes = from_tables({key: table for key, table in tables.items() if key != "compare"})
     config = make_config(**changes)
     lookup(config.method, config.train.local_steps)

@@ -106,6 +106,18 @@ def test_a_test_split_is_checked_too_and_needs_no_clients(tmp_path):
         datasets.split(described(tmp_path, test_split="test", test_fraction=0.3))
 
 
+def test_a_test_split_that_would_be_the_training_data_is_refused(tmp_path):
+    file = written(tmp_path / "train.jsonl", GOOD)
+    for name in (file, DEMO):
+        for split in ("train", "test"):
+            with one_line("data.test-split", f'="{split}" must be "none": one file has one split'):
+                datasets.split(described(name, test_split=split))
+    with one_line("data.test-split", '="train" must be another than data.train-split'):
+        datasets.split(described(tmp_path, test_split="train"))
+    with one_line("data.name", "lost.jsonl", "must be an existing"):
+        datasets.split(described(tmp_path / "lost.jsonl", test_split="test"))
+
+
 def test_the_bundled_sms_set_is_whole():
     train, test = datasets.split(described(DEMO, test_fraction=0.1))
     assert len(train) + len(test) == 5574

@@ -1,9 +1,13 @@
-"""What docs/ quotes is what was measured."""
+"""What docs/ quotes is what was measured; what make help says works."""
 
 import json
+import re
+import shlex
+import subprocess
 import sys
 
 from conftest import ROOT
+from lalora_app import launcher
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -20,3 +24,15 @@ def test_the_table_of_performance_is_that_of_the_results():
     assert found == summary.table(rows)
     assert all(list(row) == KEYS for row in rows)
     assert {row["cpu_ratio"] for row in rows if row["variant"] == "peft"} == {1.0}
+
+
+def said(command: str) -> str:
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
+    return done.stdout
+
+
+def test_the_example_of_make_help_is_a_run():
+    (example,) = re.findall(r"make run ARGS=.*", said("make help"))
+    command = shlex.split(said(f"{example} --dry-run --no-print-directory").splitlines()[-1])
+    assert command[-4:] == ["run", ".", "-c", 'method="rolora"']
+    assert launcher._checked(ROOT, command[-1:]) == {"method": "rolora"}

@@ -16,7 +16,7 @@ USES_FLWR = {
     *("runlog", "comparison"),
     *("secagg.masks", "secagg.records", "secagg.client", "secagg.session", "secagg.strategy"),
 }
-SHELL = USES_FLWR | {"cli", "books", "launcher", "compare"}
+SHELL = USES_FLWR | {"cli", "books", "launcher", "compare", "overrides"}
 TORCH_ROOMS = {
     "trainer",
     "backbone",
@@ -79,6 +79,7 @@ CORE = {
     "privacy.randomness",
     "aggregate.error",
     "plan",
+    "plan_tables",
     "finished",
     "records",
     "tables",

@@ -6,7 +6,8 @@ import pytest
 
 from conftest import defaults
 from lalora_app.config import ConfigError, parse
-from lalora_app.plan import RATES, Cell, read_plan
+from lalora_app.plan import RATES, Cell
+from lalora_app.plan_tables import narrowed, read_plan
 
 INF = math.inf
 
@@ -111,7 +112,8 @@ def test_the_best_scale_of_a_line_is_the_most_accurate_on_average_and_of_equals_
 
 def test_tuning_needs_a_test_split_of_its_own():
     tables = {"compare": {"tune": TUNE}}
-    with pytest.raises(ConfigError, match=r'data\.test-split="none" must name a split'):
+    told = r'data\.test-split="none" must name a split .* folder with two'
+    with pytest.raises(ConfigError, match=told):
         read_plan(tables, defaults())
 
 
@@ -121,6 +123,14 @@ def test_every_cell_is_a_run_config():
         parse(cell.config)
 
 
+OVERRULED = {
+    "method": "rolora",
+    "seed": 3,
+    "privacy.epsilon": 1.0,
+    "min-clients": 9,
+    "output": "/tmp/x",
+    "compare": "/tmp/plan.json",
+}
 BAD = {
     "an unknown key": ({"metods": ["la-lora"]}, r"compare\.metods must be one of"),
     "no such method": ({"methods": ["la-lore"]}, 'did you mean "la-lora"'),
@@ -139,6 +149,39 @@ BAD = {
         r"compare\.controls=.*'eps'.* must have a method, and may have config, epsilons, label",
     ),
     "a control without a method": ({"controls": [{"label": "x"}]}, r"compare\.controls"),
+    "a control that is no table": (
+        {"controls": ["la-lora-full"]},
+        r"compare\.controls='la-lora-full' must be a table",
+    ),
+    "controls in single brackets": (
+        {"controls": {"method": "la-lora-full"}},
+        r"compare\.controls=\{'method': 'la-lora-full'\} must be .* \[\[compare\.controls\]\]",
+    ),
+    "a control's config that is no table": (
+        {"controls": [{"method": "la-lora", "label": "x", "config": "x"}]},
+        r"compare\.controls\.config='x' must be a table",
+    ),
+    "a control's method that is no text": (
+        {"controls": [{"method": 3}]},
+        r"compare\.controls\.method=3 must be a text",
+    ),
+    "a tuning that is no table": ({"tune": 3}, r"compare\.tune=3 must be a table"),
+    "a fraction in words": (
+        {"tune": TUNE | {"test-fraction": "10%"}},
+        r"compare\.tune\.test-fraction='10%' must be a number in \(0, 1\)",
+    ),
+    "an empty name": ({"name": ""}, r"compare\.name='' must be the name of a folder"),
+    "the folder above": ({"name": ".."}, r"compare\.name='\.\.' must be the name of a folder"),
+    "the folder itself": ({"name": "."}, r"compare\.name='\.' must be the name of a folder"),
+    "a name that is none": ({"name": 3}, r"compare\.name=3 must be a text"),
+    "a budget beyond all floats": ({"epsilons": [3.0, -(10**400)]}, r"privacy\.epsilon=-inf must"),
+    **{
+        f"{key} of a control's run, which the plan sets": (
+            {"controls": [{"method": "la-lora", "label": "x", "config": {key: value}}]},
+            rf"compare\.controls\.config: {key}={value!r} must not be there: .* sets it$",
+        )
+        for key, value in OVERRULED.items()
+    },
     "an unknown key of a run": (
         {"controls": [{"method": "la-lora", "label": "x", "config": {"lora": {"rnk": 2}}}]},
         r'lora\.rnk=2 is no key of a run; did you mean "lora\.rank"',
@@ -152,3 +195,55 @@ def test_a_bad_plan_is_one_line_before_anything_starts(case):
     with pytest.raises(ConfigError, match=words) as caught:
         plan_of(**compare)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("value", ["fast", [1], True, {"of": 1}])
+def test_a_learning_rate_that_is_no_number_is_one_line(value):
+    with pytest.raises(ConfigError, match=r"train\.lr-a") as caught:
+        read_plan({"train": {"lr-a": value}}, defaults())
+    assert "\n" not in str(caught.value)
+
+
+def test_a_comparison_that_is_no_table_is_one_line():
+    with pytest.raises(ConfigError, match=r"^compare=3 must be a table$"):
+        read_plan({"compare": 3}, defaults())
+
+
+def names_and_budgets(controls):
+    return [(c.get("label", c["method"]), c.get("epsilons")) for c in controls]
+
+
+MOMENTUM = {"method": "la-lora-full-no-filter", "label": "momentum", "epsilons": [1.0, 3.0]}
+OWN = {
+    "methods": ["dp-lora", "la-lora"],
+    "epsilons": [1.0, 3.0, INF],
+    "controls": [MOMENTUM, {"method": "flora", "epsilons": [3]}, {"method": "hetlora"}],
+}
+BOTH = [("momentum", [1.0, 3.0]), ("flora", [3]), ("hetlora", None)]
+NARROWED = {
+    "nothing": ({}, OWN["methods"], BOTH),
+    "seeds": ({"seeds": [7]}, OWN["methods"], BOTH),
+    "methods": ({"methods": ["la-lora", "rolora"]}, ["la-lora", "rolora"], []),
+    "a control": ({"methods": ["flora", "rolora"]}, ["rolora"], BOTH[1:2]),
+    "a control's method": ({"methods": [MOMENTUM["method"]]}, [MOMENTUM["method"]], []),
+    "controls only": ({"methods": ["hetlora", "momentum"]}, [], [BOTH[0], BOTH[2]]),
+    "a budget": ({"epsilons": [1.0]}, OWN["methods"], [("momentum", [1.0]), BOTH[2]]),
+    "other budgets": ({"epsilons": [3.0, 9.0]}, OWN["methods"], [("momentum", [3.0]), *BOTH[1:]]),
+    "both": ({"methods": ["rolora", "flora"], "epsilons": [1.0]}, ["rolora"], []),
+}
+
+
+@pytest.mark.parametrize("case", list(NARROWED))
+def test_a_command_line_narrows_the_controls_too(case):
+    given, methods, controls = NARROWED[case]
+    found = narrowed(OWN, given)
+    assert found["methods"] == methods
+    assert names_and_budgets(found["controls"]) == controls
+    assert names_and_budgets(OWN["controls"]) == BOTH  # left as it was
+    for key in given.keys() - {"methods"}:
+        assert found[key] == given[key]
+    read_plan({"compare": found}, defaults())
+
+
+def test_without_controls_the_methods_are_what_is_asked_for():
+    assert narrowed({"name": "x"}, {"methods": ["rolora"]})["methods"] == ["rolora"]

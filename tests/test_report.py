@@ -29,6 +29,7 @@ from lalora_app.results import RunFolder
 from lalora_app.tables import (
     ACCURACY,
     METRICS,
+    best,
     rows_of,
     to_csv,
     to_latex,
@@ -264,6 +265,25 @@ def test_the_best_mean_of_each_epsilon_is_bold_and_equals_share_it():
     ]
     assert to_latex(rows_of(runs)).count(r"\midrule") == 2
     assert "textbf" not in to_latex(rows_of(runs[:1]))
+
+
+@pytest.mark.parametrize("second", ["balanced_accuracy", "perplexity"])
+@pytest.mark.parametrize("place", range(3))
+def test_a_score_that_is_nan_takes_the_bold_from_no_other(place, second):
+    runs = [record(label, second=second) for label in ("x", "y", "z")]
+    for run, score in zip(runs, (7.25, 7.5, 7.25), strict=True):
+        run.summary[second] = score
+    runs[place].summary[second] = math.nan
+    rest = [run.label for i, run in enumerate(runs) if i != place]
+    leaders = {
+        "balanced_accuracy": ["y"] if "y" in rest else rest,
+        "perplexity": [label for label in rest if label != "y"],
+    }
+    metric = next(metric for metric in METRICS if metric.key == second)
+    assert [row.label for row in best(metric, rows_of(runs))] == leaders[second]
+    for run in runs:
+        run.summary[second] = math.nan
+    assert best(metric, rows_of(runs)) == []
 
 
 def test_a_lower_perplexity_is_better_and_a_metric_that_is_missing_is_a_dash():
