@@ -52,6 +52,12 @@ def test_the_nodes_own_word_on_its_size_wins_over_the_runs():
     assert read_policy({"public-size": True}, 1e-6, public=False).public_size
 
 
+def test_no_run_declares_the_size_of_a_nodes_own_data_public():
+    own = {"data-path": "/data", "max-epsilon": 8.0, "delta": DELTA}
+    assert not read_policy(own, DELTA, public=True).public_size
+    assert read_policy({**own, "public-size": True}, DELTA, public=False).public_size
+
+
 def test_a_size_policy_that_is_no_bool_is_refused_and_not_taken_for_yes():
     with pytest.raises(ConfigError):
         read_policy({"public-size": "false"}, 1e-6, public=False)
