@@ -84,6 +84,7 @@ def _reserve(config: Config, site: Site, size: int, request: wire.TrainRequest) 
         planned=left,
         run_limit=limit,
         node_limit=policy.limit,
+        max_rounds=policy.max_rounds,
         per_day=policy.max_rounds_per_day,
     )
 

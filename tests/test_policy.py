@@ -198,15 +198,8 @@ def test_a_node_with_data_of_its_own_sets_a_limit():
 # --- what no server gets past it --------------------------------------------------------------
 
 
-@pytest.fixture
-def guarded(tiny, policy):
-    """A run of two clients, the second of which has a policy, and a way to send it any message."""
-    honest = tiny(**{"num-server-rounds": 1, "min-replies": 1, "method": "la-lora"})
-    path = policy(
-        f"max-epsilon = 8.0\ndelta = {DELTA}\nmin-noise-multiplier = 0.3\nmax-rounds = 5\n"
-        "max-local-steps = 9\n"
-        f"methods = ['la-lora']\nmodels = ['{honest.model.name}']\n"
-    )
+def sender(honest, path):
+    """Run two clients, the second of which has a policy; return a way to send it any message."""
     grid = FakeGrid(honest, [{}, {"policy": str(path)}])
     server_app.run(grid, honest)
     (exchange,) = [e for e in grid.trained(1) if e.partition == 1]
@@ -220,6 +213,18 @@ def guarded(tiny, policy):
         return client_app.app(message, grid.contexts[node])
 
     return send
+
+
+@pytest.fixture
+def guarded(tiny, policy):
+    """A client with a policy, after a run that it allows, and a way to send it any message."""
+    honest = tiny(**{"num-server-rounds": 1, "min-replies": 1, "method": "la-lora"})
+    path = policy(
+        f"max-epsilon = 8.0\ndelta = {DELTA}\nmin-noise-multiplier = 0.3\nmax-rounds = 5\n"
+        "max-local-steps = 9\n"
+        f"methods = ['la-lora']\nmodels = ['{honest.model.name}']\n"
+    )
+    return sender(honest, path)
 
 
 NEW_RUN = {"run": "la-lora-20260101-000000-abcdef"}
@@ -261,6 +266,18 @@ def test_the_same_client_takes_part_in_what_it_allows(guarded):
     reply = guarded({}, NEW_RUN, "train")
     assert wire.ARRAYS in reply.content
     assert len(ledger.entries()) == before + 1
+
+
+def test_a_round_that_is_repeated_counts_among_the_rounds_of_its_run(tiny, policy):
+    honest = tiny(**{"num-server-rounds": 2, "min-replies": 1, "privacy.epsilon": math.inf})
+    send = sender(honest, policy(f"max-epsilon = inf\ndelta = {DELTA}\nmax-rounds = 2\n"))
+    ledger = Ledger(state_folder({}) / "ledger.sqlite")
+    before = ledger.entries()
+    another = {"privacy.clip-norm": 0.5}  # round 1 of the same run, and not the same request
+    reply = send(another, {}, "train")
+    assert reply.content["config"].get("refusal") == "budget"
+    assert ledger.entries() == before
+    assert wire.ARRAYS in send(another, NEW_RUN, "train").content
 
 
 def test_too_little_noise_is_refused_before_the_ledger(tiny, policy):

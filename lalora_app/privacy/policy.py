@@ -31,7 +31,7 @@ class Policy:
         limit: lifetime (ε, δ) of the client's dataset over all runs; ε = inf: only each run's.
         public_size: whether the client's number of examples may be sent.
         min_noise_multiplier: the smallest noise of a release, in clip norms.
-        max_rounds: of one run; None: any number.
+        max_rounds: of one run, those that are repeated among them; None: any number.
         max_rounds_per_day: in which the dataset may take part; None: any number.
         max_local_steps: of one round; None: any number.
         methods: that may be run; None: all.
