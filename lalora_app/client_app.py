@@ -145,9 +145,19 @@ def _received(content: RecordDict, config: Config, like: Adapter, held: Path) ->
     """Return a request's tensors with those that it left out, which the client holds."""
     whole = downlink.completed(content, held)
     adapter, drift = wire.adapter_of(whole, like), wire.drift_of(whole, like)
-    with _losing_at_most_a_file():
-        downlink.keep(held, adapter, drift)
     return _Received(adapter, drift, wire.digest(whole, config))
+
+
+def _hold(path: Path, received: _Received, *, last: bool) -> None:
+    """Keep what was sent for the run's next round; after the last one nothing.
+
+    Only once the ledger has counted the round: a file a run that a server makes up would else
+    fill the disk at no cost.
+    """
+    if last:
+        path.unlink(missing_ok=True)
+    else:
+        downlink.keep(path, received.adapter, received.drift)
 
 
 def _tell_times(request: wire.TrainRequest, client: str, clock: Sequence[float]) -> None:
@@ -211,8 +221,8 @@ def _train(message: Message, context: Context) -> RecordDict:
         residents.keep(resident, result, waiting, request.versions, request.attempt)
         if plain:
             replies.keep(said, received.digest, dict(upload))
-        if last:
-            held.unlink(missing_ok=True)
+    with _losing_at_most_a_file():
+        _hold(held, received, last=last)
     return _reply(config, site, request, len(encoded), upload)
 
 

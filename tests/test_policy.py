@@ -227,6 +227,11 @@ def guarded(tiny, policy):
     return sender(honest, path)
 
 
+def kept_files() -> set[Path]:
+    """What the clients keep between messages."""
+    return set(state_folder({}).rglob("*"))
+
+
 NEW_RUN = {"run": "la-lora-20260101-000000-abcdef"}
 ATTACKS = {
     "epsilon of 1000": ({"privacy.epsilon": 1000.0}, {}, ("policy", "budget")),
@@ -250,7 +255,7 @@ ATTACKS = {
 def test_a_server_that_asks_for_too_much_is_refused_and_nothing_is_spent(guarded, attack, kind):
     changes, order, reasons = ATTACKS[attack]
     ledger = Ledger(state_folder({}) / "ledger.sqlite")
-    before = ledger.entries()
+    before, files = ledger.entries(), kept_files()
     reply = guarded(changes, {**NEW_RUN, **order}, kind)
     said = reply.content["config"].get("refusal")
     late = "request" in reasons or "budget" in reasons or "privacy.delta" in reasons
@@ -258,6 +263,7 @@ def test_a_server_that_asks_for_too_much_is_refused_and_nothing_is_spent(guarded
         assert said in reasons
     assert wire.ARRAYS not in reply.content
     assert ledger.entries() == before
+    assert kept_files() == files  # else a server could fill the disk at no cost
 
 
 def test_the_same_client_takes_part_in_what_it_allows(guarded):
@@ -272,11 +278,12 @@ def test_a_round_that_is_repeated_counts_among_the_rounds_of_its_run(tiny, polic
     honest = tiny(**{"num-server-rounds": 2, "min-replies": 1, "privacy.epsilon": math.inf})
     send = sender(honest, policy(f"max-epsilon = inf\ndelta = {DELTA}\nmax-rounds = 2\n"))
     ledger = Ledger(state_folder({}) / "ledger.sqlite")
-    before = ledger.entries()
+    before, files = ledger.entries(), kept_files()
     another = {"privacy.clip-norm": 0.5}  # round 1 of the same run, and not the same request
     reply = send(another, {}, "train")
     assert reply.content["config"].get("refusal") == "budget"
     assert ledger.entries() == before
+    assert kept_files() == files
     assert wire.ARRAYS in send(another, NEW_RUN, "train").content
 
 
