@@ -238,9 +238,13 @@ _REFUSAL_KEYS: tuple[tuple[type[Exception], str], ...] = (
 )
 
 
-def _refusal_key(error: Exception) -> str:
+# Refusals that would tell a server which kind of value a site's own rows hold.
+_OF_ROWS = ("data.input-column", "data.label-column", "data.num-labels")
+
+
+def _refusal_key(error: Exception, node: Mapping[str, object]) -> str:
     if isinstance(error, DataError):
-        return error.key
+        return "rows" if "data-path" in node and error.key in _OF_ROWS else error.key
     return next((key for kind, key in _REFUSAL_KEYS if isinstance(error, kind)), "internal")
 
 
@@ -253,7 +257,7 @@ def _answer(
     except Exception as error:  # whatever it is, its text may hold private data
         _log.error("LaLoRA client: %s: %s", type(error).__name__, error)
         _log.debug("%s", traceback.format_exc())
-        content = wire.refusal(_refusal_key(error))
+        content = wire.refusal(_refusal_key(error, context.node_config))
     return Message(content, reply_to=message)
 
 

@@ -1,6 +1,7 @@
 """What a site says of its own data: a server must not choose its columns."""
 
 import json
+import shutil
 
 import pytest
 from flwr.app import Message, RecordDict
@@ -22,10 +23,12 @@ def of_run(said):
 
 
 def refusal(config, node, kind):
-    """Send a client a message that holds a run config alone; return its refusal, if it is one."""
+    """Send a client a message without tensors; return its refusal, if it is one."""
     grid = FakeGrid(config, [node])
     ((name, context),) = grid.contexts.items()
-    content = RecordDict({wire.RUN_CONFIG: wire.run_config(flatten(config))})
+    order = wire.TrainRequest("run", 1, 1, 1, {"A": 0, "B": 0}).record()
+    run = wire.run_config(flatten(config))
+    content = RecordDict({wire.RUN_CONFIG: run, wire.CONFIG: order})
     message = Message(content, dst_node_id=name, message_type=kind)
     return client_app.app(message, context).content[wire.CONFIG].get("refusal")
 
@@ -78,6 +81,53 @@ def test_a_simulated_client_has_the_runs_columns_and_no_own(tiny, said):
     admit(tiny(**of_run(said)), node, 1)
     with pytest.raises(ConfigError, match="must be beside data-path"):
         admit(tiny(**of_run(said)), node | said, 1)
+
+
+ROWS = [{"text": f"hello {i}", "label": i % 2} for i in range(60)]
+BAD_ROWS = {
+    "a label out of range": {"text": "hello", "label": 2},
+    "a label that is none": {"text": "hello", "label": None},
+    "an empty text": {"text": " ", "label": 1},
+    "no text": {"text": None, "label": 1},
+}
+
+
+@pytest.mark.parametrize("kind", ["query", "train"])
+@pytest.mark.parametrize("bad", BAD_ROWS)
+def test_a_server_is_not_told_what_is_wrong_with_a_row_and_the_sites_log_is(
+    bad, kind, tiny, tiny_llama, tmp_path, caplog
+):
+    keys = {"model.name": tiny_llama, "model.task": "causal-lm", "data.partitioner": "iid"}
+    node = own_file(tmp_path, [*ROWS, BAD_ROWS[bad]])
+    assert refusal(tiny(**keys), node, kind) == "rows"
+    assert "row 60" in caplog.text
+
+
+@pytest.mark.parametrize("bad", [b"damaged", None])
+def test_an_image_that_cannot_be_read_is_told_as_a_bad_label_is(
+    bad, tiny, tiny_timm, tiny_images, tmp_path, caplog
+):
+    folder = shutil.copytree(tiny_images, tmp_path / "own")
+    if bad:
+        (folder / "dark" / "0.png").write_bytes(bad)
+    node = {**OWN, "data-path": str(folder), "input-column": "image"}
+    sizes = {"model.image-size": 16, "model.image-resize": 16}
+    keys = {"model.name": f"timm:{tiny_timm['vit']}", "model.task": "image-classification"}
+    config = tiny(**keys, **sizes, **of_run({"input-column": "image"}))
+    assert refusal(config, node, "query") == ("rows" if bad else None)
+    assert ("no readable image" in caplog.text) == bool(bad)
+
+
+@pytest.mark.parametrize("columns", COLUMNS[:2], ids=lambda said: next(iter(said)))
+def test_a_column_that_is_not_there_is_told_as_a_bad_row_is(columns, tiny, tmp_path):
+    node = own_file(tmp_path, ROWS) | columns
+    assert refusal(tiny(**of_run(columns)), node, "query") == "rows"
+
+
+def test_a_simulation_is_told_which_key_to_change(tiny, tmp_path):
+    data = written(tmp_path / "all.jsonl", [*ROWS, BAD_ROWS["a label out of range"]])
+    node = {"partition-id": 0, "num-partitions": 2}
+    assert refusal(tiny(**{"data.name": str(data)}), node, "query") == "data.num-labels"
 
 
 def test_a_site_without_labels_takes_part_in_a_language_models_run(tiny, tiny_llama, tmp_path):
