@@ -84,6 +84,7 @@ def _reserve(config: Config, site: Site, size: int, request: wire.TrainRequest) 
         planned=left,
         run_limit=limit,
         node_limit=policy.limit,
+        max_rounds=policy.max_rounds,
         per_day=policy.max_rounds_per_day,
     )
 
@@ -144,9 +145,19 @@ def _received(content: RecordDict, config: Config, like: Adapter, held: Path) ->
     """Return a request's tensors with those that it left out, which the client holds."""
     whole = downlink.completed(content, held)
     adapter, drift = wire.adapter_of(whole, like), wire.drift_of(whole, like)
-    with _losing_at_most_a_file():
-        downlink.keep(held, adapter, drift)
     return _Received(adapter, drift, wire.digest(whole, config))
+
+
+def _hold(path: Path, received: _Received, *, last: bool) -> None:
+    """Keep what was sent for the run's next round; after the last one nothing.
+
+    Only once the ledger has counted the round: a file a run that a server makes up would else
+    fill the disk at no cost.
+    """
+    if last:
+        path.unlink(missing_ok=True)
+    else:
+        downlink.keep(path, received.adapter, received.drift)
 
 
 def _tell_times(request: wire.TrainRequest, client: str, clock: Sequence[float]) -> None:
@@ -210,8 +221,8 @@ def _train(message: Message, context: Context) -> RecordDict:
         residents.keep(resident, result, waiting, request.versions, request.attempt)
         if plain:
             replies.keep(said, received.digest, dict(upload))
-        if last:
-            held.unlink(missing_ok=True)
+    with _losing_at_most_a_file():
+        _hold(held, received, last=last)
     return _reply(config, site, request, len(encoded), upload)
 
 
@@ -227,9 +238,13 @@ _REFUSAL_KEYS: tuple[tuple[type[Exception], str], ...] = (
 )
 
 
-def _refusal_key(error: Exception) -> str:
+# Refusals that would tell a server which kind of value a site's own rows hold.
+_OF_ROWS = ("data.input-column", "data.label-column", "data.num-labels")
+
+
+def _refusal_key(error: Exception, node: Mapping[str, object]) -> str:
     if isinstance(error, DataError):
-        return error.key
+        return "rows" if "data-path" in node and error.key in _OF_ROWS else error.key
     return next((key for kind, key in _REFUSAL_KEYS if isinstance(error, kind)), "internal")
 
 
@@ -242,7 +257,7 @@ def _answer(
     except Exception as error:  # whatever it is, its text may hold private data
         _log.error("LaLoRA client: %s: %s", type(error).__name__, error)
         _log.debug("%s", traceback.format_exc())
-        content = wire.refusal(_refusal_key(error))
+        content = wire.refusal(_refusal_key(error, context.node_config))
     return Message(content, reply_to=message)
 
 

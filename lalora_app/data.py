@@ -63,11 +63,11 @@ def _bad_input(data: Data, row: int, found: str) -> DataError:
 
 
 def _image_bytes(value: dict[str, Any], data: Data, row: int) -> bytes:
-    if value.get("bytes"):
-        return bytes(value["bytes"])
+    if isinstance(given := value.get("bytes"), bytes) and given:
+        return given
     try:
         return Path(str(value["path"])).read_bytes()
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, ValueError) as error:  # ValueError: of a name with a zero byte
         raise _bad_input(data, row, "no image") from error
 
 

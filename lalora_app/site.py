@@ -1,16 +1,21 @@
 """The client's side of the agreement, from its node config: its data, name, rank and policy."""
 
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from lalora_app.config import Config, ConfigError, full_path
+from lalora_app.config import Config, ConfigError, flatten, full_path
 from lalora_app.data import Examples, check_client
 from lalora_app.data import private_file as read_private_file
 from lalora_app.methods import checked_rank
 from lalora_app.partition import CLIENT_NAME, deal_name, partition
 from lalora_app.privacy.ledger import Ledger
-from lalora_app.privacy.policy import Policy, read_policy, state_folder
+from lalora_app.privacy.policy import Policy, PolicyError, read_policy, state_folder
+
+# What a site says of its own data, by default what the app does. A server that chose would learn
+# from a refusal, without noise and on no ledger, whether any column holds labels in its range.
+_COLUMNS: dict[str, str | int] = {"input-column": "text", "label-column": "label", "num-labels": 2}
 
 
 @dataclass(frozen=True)
@@ -95,6 +100,32 @@ def _data(config: Config, node: Mapping[str, object], node_id: int) -> Data:
     raise ConfigError("node config must have data-path, or partition-id and num-partitions")
 
 
+def _own_word(node: Mapping[str, object], key: str, default: str | int) -> str | int:
+    value = node.get(key, default)
+    if type(value) is str and isinstance(default, str):
+        return value
+    if type(value) is int and isinstance(default, int):
+        return value
+    kind = "a name" if isinstance(default, str) else "an integer"
+    raise ConfigError(f"node config {key}={value!r} must be {kind}")
+
+
+def _check_columns(config: Config, node: Mapping[str, object]) -> None:
+    """Check that a run means by the columns of a node's own data what the node does."""
+    if "data-path" not in node:
+        for key in _COLUMNS.keys() & node.keys():
+            raise ConfigError(f"node config {key} must be beside data-path")
+        return
+    asked = flatten(config)
+    for key, default in _COLUMNS.items():
+        wanted, own = asked[f"data.{key}"], _own_word(node, key, default)
+        if wanted != own:
+            raise PolicyError(
+                f"data.{key}={json.dumps(wanted)} must be {json.dumps(own)}, "
+                "as the node config says of its data"
+            )
+
+
 def _cache(node: Mapping[str, object]) -> tuple[Path, str] | None:
     if "data-cache" not in node:
         return None
@@ -113,10 +144,11 @@ def admit(config: Config, node: Mapping[str, object], node_id: int) -> Site:
 
     Raises:
         ConfigError: if the node config breaks a law.
-        PolicyError: if the run is outside the policy.
+        PolicyError: if the run is outside the policy, or wants other columns of own data.
     """
     client, dataset, load = _data(config, node, node_id)
     policy = read_policy(node, config.privacy.delta, config.data.public_size, dataset)
     policy.check_run(config)
+    _check_columns(config, node)
     rank, state = _rank(config, node), state_folder(node)
     return Site(client, dataset, rank, policy, state, load, _cache(node))

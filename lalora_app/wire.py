@@ -33,6 +33,7 @@ REFUSALS = {
     "data.name": "the dataset must be there, and hold at least one example",
     "data.input-column": "every row must have a text or a readable image, as model.task needs",
     "data.label-column": "the label column must exist",
+    "rows": "the columns of a client's own data must exist, and every row be of use; see its log",
     "data.client-column": "the client column must exist, with a value for each client",
     "data.partitioner": "the deal must be possible with this data and number of clients",
     "data.num-labels": "every label must be an integer from 0 to data.num-labels - 1",

@@ -4,7 +4,8 @@ python scripts/rehearsal_sites.py FOLDER --sites 3 -c configs/deployment/rehears
 
 Site i of n gets FOLDER/site-i.jsonl with the examples, in order, that ``lalora run --nodes n`` of
 the same config deals to client i. With the same names and seeded noise both runs end with the same
-adapter. Texts only.
+adapter. Texts only. A run whose columns are not text and label, with two labels, needs the sites'
+own word on them: input-column, label-column and num-labels of their node config.
 """
 
 import argparse

@@ -141,6 +141,22 @@ def test_a_client_that_cannot_keep_its_files_still_answers(tiny, monkeypatch):
     assert not list(state_folder({}).rglob("*.tmp"))
 
 
+def test_a_client_that_cannot_keep_what_it_was_sent_still_answers(tiny, monkeypatch):
+    config = tiny(**{"num-server-rounds": 2, "method": "la-lora"})
+
+    def no_space(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lalora_app.downlink.save_file", no_space)
+    grid = FakeGrid(config, 2)
+    server_app.run(grid, config)
+    assert all(wire.ARRAYS in exchange.reply.content for exchange in grid.trained(1))
+    refused = {exchange.reply.content["config"]["refusal"] for exchange in grid.trained(2)}
+    assert refused == {"held"}  # at no cost; it would be sent everything the next time
+    assert len(books().entries()) == 2
+    assert not list(state_folder({}).rglob("*.tmp"))
+
+
 @pytest.mark.parametrize("attempt", [1, 2, 3])
 def test_a_server_without_space_fails_and_its_resumed_run_ends_the_same(
     tiny, tmp_path, monkeypatch, attempt

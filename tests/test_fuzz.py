@@ -17,7 +17,8 @@ from conftest import defaults, make_config
 from lalora_app import wire
 from lalora_app.config import Config, ConfigError, from_tables, parse
 from lalora_app.methods import method_of
-from lalora_app.privacy.policy import Policy, read_policy, read_policy_file
+from lalora_app.privacy.policy import Policy, PolicyError, read_policy, read_policy_file
+from lalora_app.site import admit
 
 ASKED = os.environ.get("LALORA_FUZZ")
 fuzz = settings(
@@ -80,6 +81,24 @@ def test_any_node_config_is_read_or_a_config_error(node):
         return
     assert found.limit.epsilon > 0
     assert 0 < found.limit.delta < 1
+
+
+@fuzz
+@given(
+    node=st.dictionaries(
+        st.sampled_from(["input-column", "label-column", "num-labels"]),
+        st.one_of(scalars, st.sampled_from(["text", "label", 2])),
+    )
+)
+def test_any_word_on_a_sites_columns_is_read_or_an_error_of_its_own(node):
+    own = {"data-path": "/data", "max-epsilon": 8.0, "delta": 1e-5}
+    simulated = {"partition-id": 0, "num-partitions": 2}
+    for whole in (node | own, node | simulated):
+        try:
+            found = admit(RUN, whole, 1)
+        except (ConfigError, PolicyError):
+            continue
+        assert found.client
 
 
 @fuzz

@@ -198,6 +198,16 @@ def test_a_day_holds_so_many_rounds_of_a_dataset_and_the_next_day_as_many(ledger
     assert len(raw_rows(ledger.path)) == 4
 
 
+def test_a_run_holds_so_many_rounds_of_a_dataset_however_they_are_numbered(ledger):
+    for _ in range(2):
+        reserve(ledger, max_rounds=2)
+    with pytest.raises(BudgetError, match="2 rounds of this run; max-rounds=2"):
+        reserve(ledger, max_rounds=2)
+    reserve(ledger, dataset="another", max_rounds=2)
+    reserve(ledger, run="another", max_rounds=2)
+    assert len(raw_rows(ledger.path)) == 4
+
+
 def test_a_clock_that_is_set_back_makes_a_client_wait_and_nothing_else(ledger, monkeypatch):
     monkeypatch.setattr(book_file, "datetime", Clock)
     reserve(ledger, per_day=1)

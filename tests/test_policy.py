@@ -52,6 +52,12 @@ def test_the_nodes_own_word_on_its_size_wins_over_the_runs():
     assert read_policy({"public-size": True}, 1e-6, public=False).public_size
 
 
+def test_no_run_declares_the_size_of_a_nodes_own_data_public():
+    own = {"data-path": "/data", "max-epsilon": 8.0, "delta": DELTA}
+    assert not read_policy(own, DELTA, public=True).public_size
+    assert read_policy({**own, "public-size": True}, DELTA, public=False).public_size
+
+
 def test_a_size_policy_that_is_no_bool_is_refused_and_not_taken_for_yes():
     with pytest.raises(ConfigError):
         read_policy({"public-size": "false"}, 1e-6, public=False)
@@ -192,15 +198,8 @@ def test_a_node_with_data_of_its_own_sets_a_limit():
 # --- what no server gets past it --------------------------------------------------------------
 
 
-@pytest.fixture
-def guarded(tiny, policy):
-    """A run of two clients, the second of which has a policy, and a way to send it any message."""
-    honest = tiny(**{"num-server-rounds": 1, "min-replies": 1, "method": "la-lora"})
-    path = policy(
-        f"max-epsilon = 8.0\ndelta = {DELTA}\nmin-noise-multiplier = 0.3\nmax-rounds = 5\n"
-        "max-local-steps = 9\n"
-        f"methods = ['la-lora']\nmodels = ['{honest.model.name}']\n"
-    )
+def sender(honest, path):
+    """Run two clients, the second of which has a policy; return a way to send it any message."""
     grid = FakeGrid(honest, [{}, {"policy": str(path)}])
     server_app.run(grid, honest)
     (exchange,) = [e for e in grid.trained(1) if e.partition == 1]
@@ -214,6 +213,23 @@ def guarded(tiny, policy):
         return client_app.app(message, grid.contexts[node])
 
     return send
+
+
+@pytest.fixture
+def guarded(tiny, policy):
+    """A client with a policy, after a run that it allows, and a way to send it any message."""
+    honest = tiny(**{"num-server-rounds": 1, "min-replies": 1, "method": "la-lora"})
+    path = policy(
+        f"max-epsilon = 8.0\ndelta = {DELTA}\nmin-noise-multiplier = 0.3\nmax-rounds = 5\n"
+        "max-local-steps = 9\n"
+        f"methods = ['la-lora']\nmodels = ['{honest.model.name}']\n"
+    )
+    return sender(honest, path)
+
+
+def kept_files() -> set[Path]:
+    """What the clients keep between messages."""
+    return set(state_folder({}).rglob("*"))
 
 
 NEW_RUN = {"run": "la-lora-20260101-000000-abcdef"}
@@ -239,7 +255,7 @@ ATTACKS = {
 def test_a_server_that_asks_for_too_much_is_refused_and_nothing_is_spent(guarded, attack, kind):
     changes, order, reasons = ATTACKS[attack]
     ledger = Ledger(state_folder({}) / "ledger.sqlite")
-    before = ledger.entries()
+    before, files = ledger.entries(), kept_files()
     reply = guarded(changes, {**NEW_RUN, **order}, kind)
     said = reply.content["config"].get("refusal")
     late = "request" in reasons or "budget" in reasons or "privacy.delta" in reasons
@@ -247,6 +263,7 @@ def test_a_server_that_asks_for_too_much_is_refused_and_nothing_is_spent(guarded
         assert said in reasons
     assert wire.ARRAYS not in reply.content
     assert ledger.entries() == before
+    assert kept_files() == files  # else a server could fill the disk at no cost
 
 
 def test_the_same_client_takes_part_in_what_it_allows(guarded):
@@ -255,6 +272,19 @@ def test_the_same_client_takes_part_in_what_it_allows(guarded):
     reply = guarded({}, NEW_RUN, "train")
     assert wire.ARRAYS in reply.content
     assert len(ledger.entries()) == before + 1
+
+
+def test_a_round_that_is_repeated_counts_among_the_rounds_of_its_run(tiny, policy):
+    honest = tiny(**{"num-server-rounds": 2, "min-replies": 1, "privacy.epsilon": math.inf})
+    send = sender(honest, policy(f"max-epsilon = inf\ndelta = {DELTA}\nmax-rounds = 2\n"))
+    ledger = Ledger(state_folder({}) / "ledger.sqlite")
+    before, files = ledger.entries(), kept_files()
+    another = {"privacy.clip-norm": 0.5}  # round 1 of the same run, and not the same request
+    reply = send(another, {}, "train")
+    assert reply.content["config"].get("refusal") == "budget"
+    assert ledger.entries() == before
+    assert kept_files() == files
+    assert wire.ARRAYS in send(another, NEW_RUN, "train").content
 
 
 def test_too_little_noise_is_refused_before_the_ledger(tiny, policy):

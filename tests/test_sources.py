@@ -173,8 +173,12 @@ def test_a_missing_image_is_one_line(image, tmp_path):
         split(described(tmp_path / "images.parquet", input_column="image"))
 
 
-def test_a_column_of_objects_that_are_no_images_is_one_line(tmp_path):
-    path = written(tmp_path / "odd.jsonl", [{"text": {"en": "hello"}, "label": 0}])
+ODD = [{"en": "hello"}, {"bytes": "hello"}, {"bytes": 7}, {"path": "hel\0lo"}]
+
+
+@pytest.mark.parametrize("content", ODD, ids=str)
+def test_a_column_of_objects_that_are_no_images_is_one_line(content, tmp_path):
+    path = written(tmp_path / "odd.jsonl", [{"text": content, "label": 0}])
     with one_line("data.input-column", '="text": row 0 has no image'):
         split(described(path))
 
@@ -339,7 +343,7 @@ def test_every_key_of_a_data_error_has_its_sentence(module):
 
 def test_all_keys_are_looked_at_and_no_sentence_is_idle():
     keys = set().union(*map(constants, MODULES))
-    elsewhere = {"budget", "policy", "config", "stage", "update", "held"}
+    elsewhere = {"budget", "policy", "config", "stage", "update", "held", "rows"}
     elsewhere |= {"request", "internal"}
     assert keys == set(REFUSALS) - elsewhere
 

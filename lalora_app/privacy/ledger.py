@@ -148,6 +148,7 @@ class Ledger:
         planned: int,
         run_limit: Limit,
         node_limit: Limit,
+        max_rounds: int | None = None,
         per_day: int | None = None,
     ) -> Reservation:
         """Commit ``release`` durably, then hand out the right to draw it.
@@ -161,6 +162,8 @@ class Ledger:
                 run that a limit cannot see to its end is refused at once.
             run_limit: what all lines of this run may sum up to.
             node_limit: what all lines of this dataset may sum up to.
+            max_rounds: lines of this run and dataset, whatever round each says it is; None: any
+                number.
             per_day: rounds of this dataset in 24 hours; None: any number. A line from the future
                 counts: a clock that was set back makes a client wait, and nothing else.
 
@@ -173,6 +176,8 @@ class Ledger:
             for limit, scope in ((run_limit, run), (node_limit, None)):
                 past = [entry.release for entry in _read(db, dataset, scope)]
                 check(past, plan, limit, "run" if scope else "node")
+            if max_rounds is not None:
+                _check_run(_read(db, dataset, run), max_rounds)
             now = datetime.now(UTC)
             if per_day is not None:
                 _check_day(_read(db, dataset, None), now, per_day)
@@ -210,6 +215,11 @@ def _read(db: sqlite3.Connection, dataset: str | None, run: str | None) -> list[
         (dataset, run),
     )
     return [Entry(t, d, r, n, Release(q, z, c), uid) for t, d, r, n, q, z, c, uid in rows]
+
+
+def _check_run(entries: list[Entry], most: int) -> None:
+    if len(entries) >= most:
+        raise BudgetError(f"{len(entries)} rounds of this run; max-rounds={most}")
 
 
 def _check_day(entries: list[Entry], now: datetime, most: int) -> None:

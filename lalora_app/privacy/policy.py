@@ -31,7 +31,7 @@ class Policy:
         limit: lifetime (ε, δ) of the client's dataset over all runs; ε = inf: only each run's.
         public_size: whether the client's number of examples may be sent.
         min_noise_multiplier: the smallest noise of a release, in clip norms.
-        max_rounds: of one run; None: any number.
+        max_rounds: of one run, those that are repeated among them; None: any number.
         max_rounds_per_day: in which the dataset may take part; None: any number.
         max_local_steps: of one round; None: any number.
         methods: that may be run; None: all.
@@ -218,7 +218,8 @@ def read_policy(
     Args:
         node_config: of the SuperNode: ``policy``, or ``max-epsilon``, ``delta``, ``public-size``.
         run_delta: δ of the run, used where the node declares no limit of its own.
-        public: what the run config declares for simulated clients; a node's own word wins.
+        public: what the run config declares for simulated clients; a node's own word wins, and
+            of a node with data of its own it is the only one.
         dataset: the ledger's name of the client's data.
 
     Raises:
@@ -236,7 +237,9 @@ def read_policy(
             "max-epsilon=inf leaves the limit to each run"
         )
     limit = _limit(node_config, run_delta, "node config")
-    return Policy(limit, _flag(node_config, "public-size", public, "node config"))
+    # A server must not declare the size of data that is not its own.
+    default = public and "data-path" not in node_config
+    return Policy(limit, _flag(node_config, "public-size", default, "node config"))
 
 
 def state_folder(node_config: Mapping[str, object]) -> Path:
