@@ -38,7 +38,7 @@ MUTANTS = {
     ),
     "one-position heads left out of the norm": Mutant(
         "privacy/types.py",
-        "        return _norms(self.g) * _norms(self.x)\n",
+        "        return _norms(self.g, torch.float64) * _norms(self.x, torch.float64)\n",
         "        return torch.zeros_like(_norms(self.g))\n",
         "tests/test_kernels.py",
     ),
@@ -171,6 +171,24 @@ MUTANTS = {
         "        content = wire.refusal(_refusal_key(error))\n",
         "        content = RecordDict({wire.CONFIG: wire.ConfigRecord({'refusal': str(error)})})\n",
         "tests/test_app.py",
+    ),
+    "padded to the longest of the batch": Mutant(
+        "encoding.py",
+        "yield self.batch(part[start : start + size], width)",
+        "yield self.batch(part[start : start + size])",
+        "tests/test_encoding.py",
+    ),
+    "a head's norm in float32": Mutant(
+        "privacy/types.py",
+        "        return _norms(self.g, torch.float64) * _norms(self.x, torch.float64)\n",
+        "        return _norms(self.g) * _norms(self.x)\n",
+        "tests/test_mechanism.py",
+    ),
+    "columns of the server's choice": Mutant(
+        "site.py",
+        "    _check_columns(config, node)\n    rank",
+        "    rank",
+        "tests/test_site.py",
     ),
     "resting factor steps": Mutant(
         "trainer.py",
