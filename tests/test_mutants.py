@@ -168,7 +168,7 @@ MUTANTS = {
     ),
     "exception text in the reply": Mutant(
         "client_app.py",
-        "        content = wire.refusal(_refusal_key(error))\n",
+        "        content = wire.refusal(_refusal_key(error, context.node_config))\n",
         "        content = RecordDict({wire.CONFIG: wire.ConfigRecord({'refusal': str(error)})})\n",
         "tests/test_app.py",
     ),

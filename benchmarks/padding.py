@@ -1,0 +1,85 @@
+"""What it costs that a text's padding follows from that text alone.
+
+python benchmarks/padding.py                         # the default run's data and batch
+python benchmarks/padding.py -c configs/mine.toml -c train.batch-size=32
+
+Sums of clipped gradients of the same Poisson-sized batches, interleaved in one process: padded to
+8, 16, 32 … tokens; padded to the longest of the micro-batch, which is what other trainers do and
+what lets one example change another; and padded to model.max-length.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from lalora_app.backbone import Backbone, build
+from lalora_app.config import Config, parse
+from lalora_app.data import split
+from lalora_app.encoding import Batch, Encoded
+from lalora_app.launcher import app_defaults
+from lalora_app.overrides import merged
+from lalora_app.trainer import _summed
+
+APP = Path(__file__).resolve().parents[1]
+
+
+@dataclass(frozen=True)
+class Sorted:
+    """Examples by length, in parts of one size; padded to ``width`` tokens at least."""
+
+    inner: Encoded
+    width: int
+
+    def micro_batches(self, indices: Iterable[int], size: int) -> Iterator[Batch]:
+        """Yield the given examples."""
+        order = sorted(indices, key=self.inner.length)
+        for start in range(0, len(order), size):
+            yield self.inner.batch(order[start : start + size], self.width)
+
+
+def measure(model: Backbone, data: Encoded, config: Config, repeats: int) -> None:
+    """Print tokens, micro-batches and seconds of a batch, and the ratio to the usual padding."""
+    kinds = {
+        "to the longest": Sorted(data, 0),
+        "8, 16, 32": data,
+        "max-length": Sorted(data, config.model.max_length),
+    }
+    seconds = {kind: [] for kind in kinds}
+    rng, train = np.random.default_rng(0), config.train
+    for _ in range(repeats):
+        indices = np.flatnonzero(rng.random(len(data)) < train.batch_size / len(data))
+        for kind, examples in kinds.items():
+            began = time.perf_counter()
+            _summed(model, examples, indices, config.privacy.clip_norm, train.micro_batch)
+            seconds[kind].append(time.perf_counter() - began)
+    usual = seconds["to the longest"]
+    for kind, examples in kinds.items():
+        batches = list(examples.micro_batches(range(train.batch_size), train.micro_batch))
+        ratio = statistics.median(a / b for a, b in zip(seconds[kind], usual, strict=True))
+        tokens = sum(batch.inputs.numel() for batch in batches)
+        print(
+            f"{kind:16s} {tokens:6d} tokens in {len(batches)} micro-batches  "
+            f"{statistics.median(seconds[kind]):.3f} s  ratio {ratio:.3f}",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """Measure the app's default run, with what the command line changes."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("-c", "--run-config", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--repeats", type=int, default=25)
+    args = parser.parse_args()
+    config = parse(app_defaults(APP) | merged(args.run_config))
+    model, _ = build(config)
+    model.engine.activate(frozenset(n for n in model.engine.parameters if ".lora_A." not in n))
+    measure(model, model.encode(split(config.data)[0]), config, args.repeats)
+
+
+if __name__ == "__main__":
+    main()
