@@ -16,11 +16,13 @@ from scipy import stats
 from lalora_app.backbone import Backbone, build, wire_name
 from lalora_app.data import split
 from lalora_app.encoding import EncodedTexts
+from lalora_app.privacy import mechanism
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.budget import BudgetError
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.mechanism import (
     CLIP_MARGIN,
+    _added_normals,
     add_noise,
     clip_scales,
     clipped_sum,
@@ -308,6 +310,23 @@ def test_micro_batches_do_not_change_the_sum(backbone, data, micro_batch):
     whole = release(backbone, data, clip_norm=0.5)
     parts = release(backbone, data, clip_norm=0.5, micro_batch=micro_batch)
     assert_close(parts, {name: tensor.double() for name, tensor in whole.items()}, 1e-5)
+
+
+def test_a_gpus_noise_is_standard_and_needs_two_keys_to_be_found(monkeypatch):
+    """On the CPU, whose generator stands for a GPU's: 63 bits alone could be tried one by one."""
+    drawn, draw = [], mechanism._device_normal
+
+    def seen(size, like, seed):
+        drawn.append((seed, draw(size, like, seed)))
+        return drawn[-1][1].clone()
+
+    monkeypatch.setattr(mechanism, "_device_normal", seen)
+    noise = [_added_normals(20_000, torch.zeros(1), seeded(0, "noise", i)) for i in range(4)]
+    assert len({seed for seed, _ in drawn}) == 8  # anew for every release
+    for i, found in enumerate(noise):
+        (_, first), (_, second) = drawn[2 * i : 2 * i + 2]
+        torch.testing.assert_close(found, (first + second) / math.sqrt(2))
+    assert_gaussian(torch.cat(noise).double().numpy(), 1.0)
 
 
 @pytest.mark.parametrize("micro_batch", [2, 64])

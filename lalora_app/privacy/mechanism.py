@@ -4,6 +4,7 @@
 Alg. 1, with Poisson sampling and the constant q·n instead of the realised batch size.
 """
 
+import math
 from collections.abc import Mapping
 
 import numpy as np
@@ -55,15 +56,27 @@ def _device_normal(size: int, like: Tensor, seed: int) -> Tensor:
     return torch.randn(size, generator=generator, dtype=like.dtype, device=like.device)
 
 
+def _added_normals(size: int, like: Tensor, rng: np.random.Generator) -> Tensor:
+    """Draw N(0, 1) entries as the sum of two draws of the device, each scaled by 1/√2.
+
+    A device's generator takes 63 bits as its key, few enough to be tried one by one. Of the sum
+    both keys must be found together.
+    """
+    first, second = (
+        _device_normal(size, like, int(seed)) for seed in rng.integers(1 << 63, size=2)
+    )
+    return first.add_(second).mul_(math.sqrt(0.5))
+
+
 def _normal(size: int, like: Tensor, rng: np.random.Generator) -> Tensor:
     """Draw N(0, 1) entries of ``like``'s type on its device.
 
-    On a CPU in float64 from the stream itself; on a GPU from a generator of the device that is
-    seeded anew for every release, with 63 bits of the stream.
+    On a CPU in float64 from the stream itself; on a GPU from its own generator, seeded anew for
+    every release with twice 63 bits of the stream.
     """
     if like.device.type == "cpu":
         return torch.from_numpy(rng.standard_normal(size)).to(like)
-    return _device_normal(size, like, int(rng.integers(1 << 63)))
+    return _added_normals(size, like, rng)
 
 
 def add_noise(
