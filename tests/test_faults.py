@@ -10,7 +10,7 @@ import os
 import random
 import resource
 import signal
-import time
+import sys
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -230,30 +230,54 @@ def test_two_nodes_on_one_dataset_share_its_book(tiny, tmp_path):
 # --- kill -9 of everything at once ------------------------------------------------------------
 
 KILLS = 12
+OURS = str(Path(server_app.__file__).parent)
 
 
-def _run_in_a_child(config, clients: int) -> int:
+class Moments:
+    """Counts the calls from our own code, and kills the process at the one called ``last``.
+
+    A moment is a call and not a time: it lies within the run on a machine of any speed, and a
+    failure comes back with its seed.
+    """
+
+    def __init__(self, last: int | None = None):
+        self.last = last
+        self.passed = 0
+
+    def __call__(self, frame, event, argument):
+        if event not in ("call", "c_call") or not frame.f_code.co_filename.startswith(OURS):
+            return
+        self.passed += 1
+        if self.passed == self.last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def run(self, config) -> int:
+        """Run to the end and return the number of moments there were."""
+        sys.setprofile(self)
+        try:
+            server_app.run(FakeGrid(config, 2), config)
+        finally:
+            sys.setprofile(None)
+        return self.passed
+
+
+def _run_in_a_child(config, last: int | None) -> bool:
+    """Tell whether the run was killed, at its ``last`` moment."""
     pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        server_app.run(FakeGrid(config, clients), config)
-        code = 0
-    finally:
-        os._exit(code)
+    if not pid:
+        try:
+            Moments(last).run(config)
+        finally:
+            os._exit(1)
+    return os.WIFSIGNALED(os.waitpid(pid, 0)[1])
 
 
-def _killed_until_done(config, chance) -> int:
+def _killed_until_done(config, moments: int, chance) -> int:
     """Run, kill at a random moment, resume; after KILLS kills let it end. Return their number."""
     kills = 0
     while True:
-        pid = _run_in_a_child(config, 2)
-        if kills < KILLS:
-            time.sleep(chance.uniform(0.05, 0.8))
-            os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
-        kills += os.WIFSIGNALED(status)
+        last = chance.randint(1, moments // 6) if kills < KILLS else None
+        kills += _run_in_a_child(config, last)
         out = Path(config.output)
         if not out.exists() or not any(out.iterdir()):
             continue
@@ -278,10 +302,10 @@ def test_killed_at_random_moments_it_ends_as_if_nothing_had_been(
     changes = {"num-server-rounds": 6, "privacy.epsilon": budget}
     whole = apart(tiny, tmp_path, monkeypatch, "whole", **changes)
     backbone.build(whole)  # before the forks: children start at once
-    server_app.run(FakeGrid(whole, 2), whole)
+    moments = Moments().run(whole)
     config = apart(tiny, tmp_path, monkeypatch, "killed", **changes)
-    kills = _killed_until_done(config, random.Random(0))
-    assert kills > 0
+    kills = _killed_until_done(config, moments, random.Random(0))
+    assert kills >= KILLS // 2
     ledger = state_folder({}) / "ledger.sqlite"
     assert cli.main(["ledger", "verify", "--path", str(ledger)]) == 0
     if math.isinf(budget):
