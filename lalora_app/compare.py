@@ -11,6 +11,7 @@ from lalora_app.plan import Plan
 from lalora_app.plan_tables import check_file, controls_of, read_plan, table_of, to_json
 from lalora_app.records import Record, read_record
 from lalora_app.report import write_report
+from lalora_app.results import check_writable
 from lalora_app.tables import rows_of, to_csv, to_latex, to_markdown, to_text
 
 PLAN = "plan.json"
@@ -37,11 +38,11 @@ def prepare(tables: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[Pla
     """Return the checked plan and the folder of its results, with the plan written there.
 
     Raises:
-        ConfigError: if one of its runs could not start.
+        ConfigError: if one of its runs could not start, or the results have nowhere to go.
     """
     plan = read_plan(tables, defaults)
     folder = full_path(str(plan.config["output"])) / plan.name
-    folder.mkdir(parents=True, exist_ok=True)
+    check_writable(str(folder))
     (folder / PLAN).write_text(to_json(tables), "utf-8")
     return plan, folder
 

@@ -288,5 +288,8 @@ def from_tables(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def full_path(text: str) -> Path:
-    """Return an absolute path for a config value that may start with ``~``."""
-    return Path(text).expanduser()
+    """Return the path of a config value; ConfigError at the home ``~name`` of no user."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"{text!r} must start with the home of a user") from error

@@ -7,7 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lalora_app.config import Data
+from lalora_app.config import Data, full_path
 from lalora_app.sources import NONE, DataError, has_one_split, read
 
 Content = str | tuple[str, ...] | bytes  # a text, a pair of texts, or an encoded image
@@ -155,7 +155,7 @@ def split(data: Data) -> tuple[Examples, Examples]:
 
 def private_file(path: str, data: Data) -> Examples:
     """Return the examples of a real client's own file or folder (``data-path`` of its node)."""
-    full = str(Path(path).expanduser().resolve())  # a relative path is no id of the hub
+    full = str(full_path(path).resolve())  # a relative path is no id of the hub
     return _examples("data-path", full, NONE, "train", data)
 
 

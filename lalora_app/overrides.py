@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lalora_app.config import ConfigError, from_tables
+from lalora_app.config import ConfigError, from_tables, full_path
 from lalora_app.models.pretrained import TIMM
 
 _PAIR = r"""([^\s=]+)\s*=\s*("[^"]*"|'[^']*'|\S+)"""
@@ -65,7 +65,7 @@ def _pairs(text: str) -> dict[str, Any]:
 def _read(text: str) -> dict[str, Any]:
     if not text.endswith(".toml"):
         return absolute(from_tables(_pairs(text)), Path.cwd())
-    file = Path(text).expanduser().resolve()
+    file = full_path(text).resolve()
     return absolute(from_tables(read_toml(file, f"-c {text}")), file.parent)
 
 

@@ -97,7 +97,7 @@ class Plan:
     def _tuning_cell(
         self, tuning: Tuning, entry: Entry, epsilon: float, scale: float, seed: int
     ) -> Cell:
-        folder = f"tuning/{slug(entry.label)}-eps{epsilon:g}-x{scale:g}-seed{seed}"
+        folder = f"tuning/{slug(entry.label)}-eps{short(epsilon)}-x{short(scale)}-seed{seed}"
         rounds = {**self.config, **entry.config}["num-server-rounds"]
         keys = {
             "seed": seed,
@@ -117,7 +117,7 @@ class Plan:
             self._cell(
                 entry,
                 e,
-                f"{slug(entry.label)}-eps{e:g}-seed{seed}",
+                f"{slug(entry.label)}-eps{short(e)}-seed{seed}",
                 scales.get((entry.label, e), 1.0),
                 seed=seed,
             )
@@ -146,6 +146,12 @@ def _scaled(rate: Any, scale: float) -> Any:
 def slug(label: str) -> str:
     """Return a label as a folder's name."""
     return "".join(c if c.isalnum() or c in ".-" else "-" for c in label)
+
+
+def short(value: float) -> str:
+    """Return a number as a part of a folder's name: short, and never another number's."""
+    text = f"{value:g}"
+    return text if float(text) == value else repr(value)
 
 
 def parse_cell(cell: Cell) -> Config:

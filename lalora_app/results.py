@@ -136,20 +136,20 @@ def read_config(folder: Path) -> Config:
     return parse(from_tables(tomllib.loads(file.read_text("utf-8"))))
 
 
-def check_writable(config: Config) -> None:
-    """Check that runs can be written to ``output``, and leave nothing there.
+def check_writable(output: str) -> None:
+    """Make the folder ``output`` if missing, and check that it can be written to.
 
     Raises:
         ConfigError: if they cannot.
     """
     try:
-        folder = full_path(config.output)
+        folder = full_path(output)
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except OSError as error:
         reason = error.strerror
-        raise ConfigError(f'output="{config.output}" must be writable: {reason}') from error
+        raise ConfigError(f'output="{output}" must be writable: {reason}') from error
 
 
 def new_folder(config: Config, name: str) -> RunFolder:

@@ -190,7 +190,7 @@ def run(grid: Grid, config: Config, settle: float = 0.0) -> None:
     began = time.monotonic()
     method = method_of(config)
     _warn_if_not_private(config)
-    check_writable(config)
+    check_writable(config.output)
     _log.info("LaLoRA loading    model %s, data %s", config.model.name, config.data.name)
     model, start = backbones.build(config)
     test = model.encode(split(config.data)[1])

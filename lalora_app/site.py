@@ -79,7 +79,7 @@ Data = tuple[str, str, Callable[[], Examples]]  # client, dataset, load
 
 def _own(config: Config, node: Mapping[str, object], node_id: int) -> Data:
     path = str(node["data-path"])
-    dataset = str(node.get("dataset-id", f"file {Path(path).expanduser().resolve()}"))
+    dataset = str(node.get("dataset-id", f"file {full_path(path).resolve()}"))
     name = str(node.get("name", f"node-{node_id}"))
     return name, dataset, lambda: read_private_file(path, config.data)
 

@@ -75,6 +75,15 @@ def test_a_runs_config_repeats_that_run_and_not_the_comparison(tables):
     assert begun == ["none"] * len(plan.cells({}))
 
 
+@pytest.mark.parametrize("output", ["file", "file/out"])
+def test_results_that_have_nowhere_to_go_are_one_line(tables, tmp_path, output):
+    (tmp_path / "file").write_text("", "utf-8")
+    (tmp_path / "tiny").write_text("", "utf-8")  # where the folder of the comparison would be
+    for taken in (tmp_path / output, tmp_path):
+        with pytest.raises(ConfigError, match=f'output="{taken / "tiny"}" must be writable'):
+            prepare(tables | {"output": str(taken)}, defaults())
+
+
 def test_the_summary_is_written_as_tables_and_a_report(tables):
     plan, folder, _ = run(tables)
     table = summarise(plan, folder)

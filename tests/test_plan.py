@@ -28,6 +28,14 @@ def test_cells_are_methods_times_epsilons_times_seeds_seed_by_seed():
     assert all(c.config["num-server-rounds"] == 3 for c in cells)
 
 
+def test_budgets_and_scales_that_are_nearly_alike_have_folders_of_their_own():
+    close = [1.0, math.nextafter(1.0, 2.0)]
+    tune = {"grid": close, "seeds": [7], "test-fraction": 0.5}
+    plan = plan_of(methods=["dp-lora"], epsilons=close, seeds=[5], tune=tune)
+    for cells, runs in ((plan.cells({}), 2), (plan.tuning_cells(), 4)):
+        assert len({cell.folder for cell in cells}) == len(cells) == runs
+
+
 def test_without_settings_it_is_the_papers_five_methods_at_three_budgets_and_seeds():
     plan = read_plan({}, defaults())
     assert len(plan.cells({})) == 5 * 3 * 3

@@ -50,6 +50,13 @@ def test_a_run_with_other_columns_is_refused_before_any_data_is_read(tiny, asked
     assert f"data.{key}={json.dumps(value)} must be" in caplog.text
 
 
+@pytest.mark.parametrize("key", ["data-path", "data-cache", "state-path"])
+@pytest.mark.parametrize("kind", ["query", "train"])
+def test_a_path_from_no_users_home_breaks_a_law_of_the_node_config(tiny, key, kind, caplog):
+    assert refusal(tiny(), OWN | {key: "~no-such-user/x"}, kind) == "config"
+    assert "'~no-such-user/x' must start with the home of a user" in caplog.text
+
+
 @pytest.mark.parametrize("said", [*COLUMNS, ASKED], ids=lambda said: ",".join(said))
 def test_a_site_says_what_its_columns_mean(tiny, said):
     config = tiny(**of_run(said))
