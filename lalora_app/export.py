@@ -15,7 +15,7 @@ from lalora_app.config import Config
 from lalora_app.models.pretrained import TIMM, public_name
 from lalora_app.models.transformers_models import auto_class
 from lalora_app.sources import is_local
-from lalora_app.tasks import scores_of, told
+from lalora_app.tasks import Segmented, scores_of, told
 
 ADJACENCY = (
     "one example of one client replaced by an empty record (zero-out); clients' data sets are "
@@ -49,12 +49,11 @@ import transformers
 
 base = transformers.{auto}.from_pretrained("{base}"{labels})"""
 
-# Pairs of texts are trained without segments, whatever the tokenizer would add.
 _TOKENS = """\
 tokenizer = transformers.AutoTokenizer.from_pretrained("{base}")
 tokens = tokenizer(
     {texts}, padding=True, padding_side="right", truncation=True, max_length={longest},
-    return_token_type_ids=False, return_tensors="pt",
+    return_token_type_ids={segmented}, return_tensors="pt",
 )
 """
 
@@ -116,10 +115,10 @@ def _load_code(config: Config, base: str) -> str:
     return _TRANSFORMERS.format(auto=auto_class(model), base=base, labels=head)
 
 
-def _logits_code(config: Config, base: str) -> str:
+def _logits_code(config: Config, base: str, segmented: bool) -> str:
     model = config.model
     texts = "texts, others" if "," in config.data.input_column else "texts"
-    tokens = _TOKENS.format(base=base, texts=texts, longest=model.max_length)
+    tokens = _TOKENS.format(base=base, texts=texts, longest=model.max_length, segmented=segmented)
     logits = _LOGITS[model.task, model.pooling]
     return tokens + logits if "tokens" in logits else logits
 
@@ -169,7 +168,7 @@ def export(
     card = _CARD.format(
         base=base,
         load=_load_code(config, base),
-        logits=_logits_code(config, base),
+        logits=_logits_code(config, base, isinstance(backbone.forward, Segmented)),
         method=config.method,
         rounds=row["round"],
         data=config.data.name,

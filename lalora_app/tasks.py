@@ -65,15 +65,53 @@ def attention(mask: Tensor | None, model: Any) -> Tensor | None:
     return whole_mask(mask) if ready and not getattr(own, "is_decoder", False) else mask
 
 
-def text_logits(model: Any, inputs: Tensor, mask: Tensor | None) -> Tensor:
-    """Return (examples, labels) of a transformers model that classifies texts."""
-    out: Tensor = model(input_ids=inputs, attention_mask=attention(mask, model)).logits.float()
+def text_logits(
+    model: Any, inputs: Tensor, mask: Tensor | None, segment: Tensor | None = None
+) -> Tensor:
+    """Return (examples, labels) of a transformers model that classifies texts.
+
+    Args:
+        model: of transformers.
+        inputs: (examples, tokens) ids.
+        mask: (examples, tokens), 0 on padding.
+        segment: (examples, tokens), which of a pair's texts a token is of; None: not told.
+    """
+    told_apart = {} if segment is None else {"token_type_ids": segment}
+    seen = attention(mask, model)
+    out: Tensor = model(input_ids=inputs, attention_mask=seen, **told_apart).logits.float()
     return out
 
 
-def mean_logits(model: Any, inputs: Tensor, mask: Tensor | None) -> Tensor:
+def mean_logits(
+    model: Any, inputs: Tensor, mask: Tensor | None, segment: Tensor | None = None
+) -> Tensor:
     """Return (examples, labels): the mean of a token classifier's logits over the tokens."""
-    return masked_mean(text_logits(model, inputs, mask), mask)
+    return masked_mean(text_logits(model, inputs, mask, segment), mask)
+
+
+def segments(inputs: Tensor, separator: int) -> Tensor:
+    """Return (examples, tokens): 0 up to the first separator, 1 behind it, where padding is too."""
+    ends = (inputs == separator).long()
+    return (ends.cumsum(1) - ends).clamp(max=1)
+
+
+@dataclass(frozen=True)
+class Segmented:
+    """A forward of texts that tells the second text of a pair from the first, as BERT does.
+
+    Limit: a separator that is written out in a text ends it.
+
+    Attributes:
+        forward: takes the segments last.
+        separator: the id of the token that ends a text.
+    """
+
+    forward: Callable[[Any, Tensor, Tensor | None, Tensor], Tensor]
+    separator: int
+
+    def __call__(self, model: Any, inputs: Tensor, mask: Tensor | None) -> Tensor:
+        """Return (examples, labels)."""
+        return self.forward(model, inputs, mask, segments(inputs, self.separator))
 
 
 def masked_mean(token_logits: Tensor, mask: Tensor | None) -> Tensor:

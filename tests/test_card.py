@@ -16,7 +16,8 @@ OTHERS = ("see you later", "free prize", "ok")
 LINES = {
     "texts": {"data.input-column": "text", "model.pooling": "model"},
     "the mean of texts": {"data.input-column": "text", "model.pooling": "mean"},
-    "pairs of texts": {"data.input-column": "text,other", "model.pooling": "mean"},
+    "the mean of pairs": {"data.input-column": "text,other", "model.pooling": "mean"},
+    "pairs of texts": {"data.input-column": "text,other", "model.pooling": "model"},
 }
 
 
@@ -28,7 +29,7 @@ def test_the_cards_code_gives_the_logits_of_the_run(case, tiny, tmp_path):
     adapter = {name: rng.normal(0, 0.5, a.shape).astype(np.float32) for name, a in start.items()}
     row = {"round": 2, "accuracy": 0.5, "epsilon_max": 1.0}
     export(backbone, ServerState(adapter), tmp_path, config, row)
-    contents = tuple(zip(TEXTS, OTHERS, strict=True)) if case == "pairs of texts" else TEXTS
+    contents = tuple(zip(TEXTS, OTHERS, strict=True)) if "pairs" in case else TEXTS
     encoded = backbone.encode(Examples(contents, (0, 0, 0)))
     with torch.no_grad():
         expected = backbone.logits(encoded.batch([0, 1, 2]))

@@ -1,5 +1,6 @@
 """Models of transformers: loaded by stock classes, with what their task needs."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,11 +17,12 @@ from lalora_app.sources import quiet_hub
 from lalora_app.tasks import (
     CLASSIFICATION,
     LANGUAGE_MODEL,
-    Forward,
     Pixels,
+    Segmented,
     causal_logits,
     image_logits,
     mean_logits,
+    segments,
     text_logits,
 )
 
@@ -30,7 +32,7 @@ _HEADS = ("classifier", "score")  # as PEFT's own task types call them
 @dataclass(frozen=True)
 class _Kind:
     auto: str
-    forward: Forward
+    forward: Callable[..., Tensor]
     task_type: str | None
 
 
@@ -157,6 +159,20 @@ def _tokenizer(where: str, model: Model, base: Any) -> Any:
     return tokenizer
 
 
+def _separator(tokenizer: Any, base: Any) -> int | None:
+    """Return the token behind which the tokenizer says that a pair's second text is.
+
+    None: the model has no embedding of segments, or the tokenizer tells none, or by another rule.
+    """
+    embedded = getattr(base.config, "type_vocab_size", 0) > 1
+    pair = tokenizer("a", "b")
+    if not embedded or tokenizer.sep_token_id is None or "token_type_ids" not in pair:
+        return None
+    separator = int(tokenizer.sep_token_id)
+    ruled = segments(torch.tensor([pair["input_ids"]]), separator).tolist()
+    return separator if ruled == [pair["token_type_ids"]] else None
+
+
 @torch.no_grad()
 def _require_causal(base: Any, ids: Tensor, model: Model) -> None:
     """Refuse a model whose tokens see later ones: padding would tell of the batch's other texts."""
@@ -175,12 +191,13 @@ def _text_base(model: Model, where: str, base: Any, fresh: set[str]) -> Base:
     encode = encode_sequences if causal else encode_texts
     heads = [name for name in _HEADS if hasattr(base, name)]
     probe = token_probe(min(len(tokenizer), base.config.vocab_size), model.task)
+    separator = None if causal else _separator(tokenizer, base)
     if causal:
         _require_causal(base, probe.inputs, model)
     return Base(
         model=base,
         task=LANGUAGE_MODEL if causal else CLASSIFICATION,
-        forward=kind.forward,
+        forward=kind.forward if separator is None else Segmented(kind.forward, separator),
         encode=partial(encode, tokenizer=tokenizer, max_length=model.max_length),
         probe=probe,
         targets=_default_targets(base),
