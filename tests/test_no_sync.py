@@ -22,7 +22,7 @@ from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.per_example import PerExampleEngine
 from lalora_app.privacy.randomness import seeded
-from lalora_app.tasks import CLASSIFICATION, mean_logits, text_logits
+from lalora_app.tasks import CLASSIFICATION, Segmented, mean_logits, text_logits
 from lalora_app.trainer import Local, Streams, apply, make_optimizer, private_gradient
 
 META = torch.device("meta")
@@ -52,7 +52,7 @@ def meta_backbone(*, pooling="mean", kernel="fused", dtype=torch.float32) -> Bac
     model = tiny_bert(pooling).to(dtype).to(META)
     parameters = {wire_name(n): p for n, p in model.named_parameters() if p.requires_grad}
     engine = PerExampleEngine(model, parameters, kernel)
-    forward = {"mean": mean_logits, "model": text_logits}[pooling]
+    forward = Segmented({"mean": mean_logits, "model": text_logits}[pooling], 3)
     bases = Bases(base_layers(model))
     return Backbone(model, CLASSIFICATION, forward, list, engine, META, dtype, 4, bases)
 
