@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
+from conftest import WORDS
 from lalora_app.backbone import Backbone, build, wire_name
 from lalora_app.config import Config
 from lalora_app.curvature import top_hessian_eigenvalue
@@ -177,6 +178,14 @@ class Kind:
     logits: Logits
 
 
+def bert_logits(model: nn.Module, batch: Batch) -> Tensor:
+    """A token behind a separator is of the second text: the words of these texts are random."""
+    end = WORDS.index("[SEP]")
+    second = [[int(end in row[:i]) for i in range(len(row))] for row in batch.inputs.tolist()]
+    tokens = {"input_ids": batch.inputs, "attention_mask": batch.mask}
+    return model(**tokens, token_type_ids=torch.tensor(second)).logits
+
+
 @pytest.fixture
 def kinds(tiny_llama, tiny_timm) -> dict[str, Kind]:
     llama = {
@@ -188,7 +197,7 @@ def kinds(tiny_llama, tiny_timm) -> dict[str, Kind]:
     vit = {"model.name": f"timm:{tiny_timm['vit']}", "model.task": "image-classification"}
     vit |= {"model.image-size": 16, "model.image-resize": 16, "data.input-column": "image"}
     return {
-        "bert": Kind({}, WHOLE, lambda m, b: m(input_ids=b.inputs, attention_mask=b.mask).logits),
+        "bert": Kind({}, WHOLE, bert_logits),
         "llama": Kind(llama, SEQUENCES.batch([0, 3, 4]), lambda m, b: m(input_ids=b.inputs).logits),
         "vit": Kind(
             vit, IMAGES.batch([0, 1, 2]), lambda m, b: m((b.inputs.double() / 255 - 0.4) / 0.2)
