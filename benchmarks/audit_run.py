@@ -12,10 +12,10 @@ import time
 from dataclasses import asdict
 from pathlib import Path
 
-from lalora_app.audit.audit import FULL
-from lalora_app.audit.run import audit_run
-from lalora_app.config import parse
-from lalora_app.launcher import app_defaults
+from lalora_app.audit.one_audit import FULL
+from lalora_app.audit.run_attack import audit_run
+from lalora_app.cli.simulation import app_defaults
+from lalora_app.settings.run_config import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 

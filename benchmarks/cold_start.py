@@ -103,7 +103,7 @@ def _data(folder: Path, rows: int) -> Path:
 
 
 def _config(tree: Path) -> Any:
-    from lalora_app.config import from_tables, parse
+    from lalora_app.settings.run_config import from_tables, parse
 
     app = tomllib.loads((tree / "pyproject.toml").read_text("utf-8"))["tool"]["flwr"]["app"]
     changes = {"min-clients": 1, "min-replies": 1, "num-server-rounds": ROUNDS}
@@ -115,12 +115,13 @@ def serve(tree: Path, folder: Path, rows: int) -> list[dict[str, Any]]:
     from flwr.app import Message, RecordDict
     from flwr.supercore.task_identity import TaskIdentity
 
-    from lalora_app import backbone, wire
-    from lalora_app.adapter import ServerState
-    from lalora_app.cohorts import Clients
-    from lalora_app.config import flatten
-    from lalora_app.methods import method_of
-    from lalora_app.strategy import LocalAlternation
+    from lalora_app.adapter.factors import ServerState
+    from lalora_app.methods.table import method_of
+    from lalora_app.models import backbone
+    from lalora_app.server.cohorts import Clients
+    from lalora_app.server.strategy import LocalAlternation
+    from lalora_app.settings.run_config import flatten
+    from lalora_app.wire import messages
 
     TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
     config = _config(tree)
@@ -128,10 +129,10 @@ def serve(tree: Path, folder: Path, rows: int) -> list[dict[str, Any]]:
     node |= {"max-epsilon": float("inf"), "state-path": str(folder / "state")}
     if (tree / "lalora_app" / "encoded_files.py").exists():
         node["data-cache"] = str(folder / "cache")
-    content = RecordDict({wire.RUN_CONFIG: wire.run_config(flatten(config))})
+    content = RecordDict({messages.RUN_CONFIG: messages.run_config(flatten(config))})
     query = Message(content, dst_node_id=_NODE, message_type="query")
     said, spent = _deliver(query, folder, node)
-    wire.parse_hello(said)
+    messages.parse_hello(said)
     rows_found: list[dict[str, Any]] = [{"message": "query", **spent}]
     state = ServerState(backbone.build(config)[1])
     clients = Clients([_NODE], [(0,)] * ROUNDS)

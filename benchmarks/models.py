@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from lalora_app.device import narrow_frozen
-from lalora_app.tasks import masked_mean
+from lalora_app.models.device import narrow_frozen
+from lalora_app.models.forwards import masked_mean
 
 Batch = dict[str, Tensor]  # every tensor is (examples, ...), "labels" is (examples,)
 LABELS, VOCABULARY = 3, 1000

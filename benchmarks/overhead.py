@@ -35,7 +35,15 @@ SMALL = "data.dirichlet-alpha=inf train.batch-size=16 train.local-steps=2"
 def run(clients: int, rounds: int, folder: str) -> tuple[list[dict], str]:
     """Run the app in simulation; return its history and its whole log."""
     own = f'{SMALL} num-server-rounds={rounds} min-clients={clients} output="{folder}"'
-    command = [sys.executable, "-m", "lalora_app.cli", "run", str(APP), "--nodes", str(clients)]
+    command = [
+        sys.executable,
+        "-m",
+        "lalora_app.cli.main",
+        "run",
+        str(APP),
+        "--nodes",
+        str(clients),
+    ]
     env = os.environ | {"LALORA_TIMING": "1"}
     done = subprocess.run([*command, "-c", own], env=env, capture_output=True, text=True)
     if done.returncode:

@@ -17,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from lalora_app.backbone import Backbone, build
-from lalora_app.config import Config, parse
-from lalora_app.data import split
-from lalora_app.encoding import Batch, Encoded
-from lalora_app.launcher import app_defaults
-from lalora_app.overrides import merged
-from lalora_app.trainer import _summed
+from lalora_app.cli.simulation import app_defaults
+from lalora_app.client.local_round import _summed
+from lalora_app.data.encoding import Batch, Encoded
+from lalora_app.data.examples import split
+from lalora_app.models.backbone import Backbone, build
+from lalora_app.settings.overrides import merged
+from lalora_app.settings.run_config import Config, parse
 
 APP = Path(__file__).resolve().parents[1]
 

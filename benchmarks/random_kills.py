@@ -32,8 +32,8 @@ import guide as guides
 import psutil
 from guide import ROOT, Guide
 
-from lalora_app.config import from_tables
 from lalora_app.privacy.ledger import Ledger
+from lalora_app.settings.run_config import from_tables
 
 SITES = ("site-0", "site-1", "site-2")
 VICTIMS = ("client", "site", "server")
@@ -203,7 +203,7 @@ def finish(run: Submission, seconds: float) -> bool:
 
 
 def _verified(made: Guide, path: Path) -> bool:
-    verify = [sys.executable, "-m", "lalora_app.cli", "ledger", "verify", "--path", str(path)]
+    verify = [sys.executable, "-m", "lalora_app.cli.main", "ledger", "verify", "--path", str(path)]
     return subprocess.run(verify, cwd=ROOT, env=made.environment, check=False).returncode == 0
 
 

@@ -10,8 +10,8 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from lalora_app.config import parse
-from lalora_app.launcher import launch
+from lalora_app.cli.simulation import launch
+from lalora_app.settings.run_config import parse
 
 APP = Path(__file__).resolve().parents[1]
 
@@ -20,7 +20,7 @@ def read(folder: Path) -> tuple[list[dict], dict]:
     """Return the rounds and the config of the only run in ``folder``."""
     import tomllib
 
-    from lalora_app.config import from_tables
+    from lalora_app.settings.run_config import from_tables
 
     (run,) = folder.iterdir()
     lines = (run / "history.jsonl").read_text("utf-8").splitlines()

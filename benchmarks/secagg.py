@@ -32,13 +32,13 @@ from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from lalora_app import wire
-from lalora_app.adapter import Adapter, ServerState, select
-from lalora_app.cohorts import Clients
-from lalora_app.config import Config, from_tables, parse
-from lalora_app.methods import method_of
+from lalora_app.adapter.factors import Adapter, ServerState, select
+from lalora_app.methods.table import method_of
 from lalora_app.secagg import client, fixed_point
+from lalora_app.server.cohorts import Clients
 from lalora_app.server_app import STRATEGIES
+from lalora_app.settings.run_config import Config, from_tables, parse
+from lalora_app.wire import messages
 
 APP = Path(__file__).resolve().parents[1]
 OUTPUT = Path(__file__).parent / "results" / "secagg.json"
@@ -71,14 +71,14 @@ class Loopback(Grid):
 
     def _trained(self, message: Message, context: Context) -> RecordDict:
         """Reply as a client does, with noise for the result of its training."""
-        request = wire.parse_request(message.content)
-        start = select(wire.adapter_of(message.content, self.like), frozenset("B"))
+        request = messages.parse_request(message.content)
+        start = select(messages.adapter_of(message.content, self.like), frozenset("B"))
         upload = {
             n: x + 0.05 * self.rng.standard_normal(x.shape, np.float32) for n, x in start.items()
         }
         self.uploads.append(upload)
         seal = client.SEALS[self.config.secure_aggregation](message.content, context, request)
-        return wire.TrainReply(seal(upload, start), request.round, 1.0).record()
+        return messages.TrainReply(seal(upload, start), request.round, 1.0).record()
 
     def _answer(self, message: Message) -> Message:
         context = self.contexts[message.metadata.dst_node_id]
@@ -169,7 +169,7 @@ def simulated(clients: int, rounds: int, secure: str) -> float:
     with tempfile.TemporaryDirectory() as folder:
         own = f'num-server-rounds={rounds} min-clients={clients} output="{folder}"'
         keys = f'{changes} {own} secure-aggregation="{secure}"'
-        command = [sys.executable, "-m", "lalora_app.cli", "run", str(APP)]
+        command = [sys.executable, "-m", "lalora_app.cli.main", "run", str(APP)]
         command += ["--nodes", str(clients), "-c", keys]
         subprocess.run(command, check=True, capture_output=True)
         (history,) = Path(folder).glob("*/history.jsonl")

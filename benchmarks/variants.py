@@ -8,13 +8,13 @@ import torch
 from models import Batch, Row
 from torch import Tensor, nn
 
-from lalora_app.adapter import active_names
-from lalora_app.backbone import wire_name
-from lalora_app.privacy.attach import attach
-from lalora_app.privacy.expanded import ExpandedEngine
-from lalora_app.privacy.mechanism import CLIP_MARGIN, add_noise, clipped_sum
-from lalora_app.privacy.per_example import PerExampleEngine
+from lalora_app.adapter.factors import active_names
+from lalora_app.models.backbone import wire_name
 from lalora_app.privacy.randomness import secure
+from lalora_app.private_step.attach import attach
+from lalora_app.private_step.compiled_engine import ExpandedEngine
+from lalora_app.private_step.engine import PerExampleEngine
+from lalora_app.private_step.mechanism import CLIP_MARGIN, add_noise, clipped_sum
 
 PHASES = {"A": frozenset("A"), "B": frozenset("B"), "both": frozenset("AB")}
 LEARNING_RATE, NOISE_STD = 1e-9, 1e-3  # the weights stay what they are, the work is the same

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from lalora_app.privacy.accounting import Release, calibrate, epsilon
-from lalora_app.privacy.mechanism import add_noise, clipped_sum
-from lalora_app.privacy.per_example import PerExampleEngine
 from lalora_app.privacy.randomness import secure
+from lalora_app.private_step.engine import PerExampleEngine
+from lalora_app.private_step.mechanism import add_noise, clipped_sum
 
 SIDE, RANK, LABELS = 64, 8, 10
 CLIP_NORM, LEARNING_RATE, DELTA = 0.5, 2.0, 1e-5

@@ -16,11 +16,13 @@ from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 from safetensors import SafetensorError
 
-from lalora_app import backbone, downlink, encoded_files, replies, residents, trainer, wire
-from lalora_app.adapter import Adapter, select
-from lalora_app.config import Config, ConfigError, parse
-from lalora_app.encoding import Encoded
-from lalora_app.methods import method_of
+from lalora_app.adapter.factors import Adapter, select
+from lalora_app.client import data_cache, last_reply, local_round, resident_factors
+from lalora_app.client.site import Site, admit
+from lalora_app.data.encoding import Encoded
+from lalora_app.data.sources import NONE, DataError
+from lalora_app.methods.table import method_of
+from lalora_app.models import backbone
 from lalora_app.privacy import randomness
 from lalora_app.privacy.accounting import Release, epsilon
 from lalora_app.privacy.budget import BudgetError, Limit, noise_for
@@ -28,9 +30,9 @@ from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.policy import PolicyError
 from lalora_app.secagg import client as secagg
 from lalora_app.secagg.fixed_point import RangeError
-from lalora_app.secagg.records import StageError
-from lalora_app.site import Site, admit
-from lalora_app.sources import NONE, DataError
+from lalora_app.secagg.messages import StageError
+from lalora_app.settings.run_config import Config, ConfigError, parse
+from lalora_app.wire import downlink, messages
 
 app = ClientApp()
 _log = logging.getLogger("flwr")
@@ -42,7 +44,7 @@ Prepared = tuple[backbone.Backbone, Adapter, Encoded]
 def _prepared(config: Config, site: Site) -> Prepared:
     """Return everything that can fail for a reason of ours: before any budget is spent."""
     own = replace(config, lora=replace(config.lora, rank=site.rank))
-    kept = encoded_files.kept(site, config)
+    kept = data_cache.kept(site, config)
     old = kept.read() if kept else None
     if old is not None:
         site.require_size(len(old), config)
@@ -56,17 +58,17 @@ def _prepared(config: Config, site: Site) -> Prepared:
     return model, start, encoded
 
 
-def _streams(config: Config, client: str, attempt: int) -> trainer.Streams:
+def _streams(config: Config, client: str, attempt: int) -> local_round.Streams:
     if config.privacy.noise == "secure":
-        return trainer.Streams(randomness.secure(), randomness.secure())
+        return local_round.Streams(randomness.secure(), randomness.secure())
     seed = config.seed
-    return trainer.Streams(
+    return local_round.Streams(
         randomness.seeded(seed, "sampling", client, attempt),
         randomness.seeded(seed, "noise", client, attempt),
     )
 
 
-def _reserve(config: Config, site: Site, size: int, request: wire.TrainRequest) -> Reservation:
+def _reserve(config: Config, site: Site, size: int, request: messages.TrainRequest) -> Reservation:
     """Fix the noise, ask the limits, and commit the round's releases to the ledger."""
     privacy, steps, policy = config.privacy, config.train.local_steps, site.policy
     limit = Limit(privacy.epsilon, privacy.delta)
@@ -98,24 +100,24 @@ def _config(message: Message, context: Context) -> Config:
     """Return the config of the run that the message belongs to; the device is the node's own."""
     node = context.node_config
     own = {"model.device": node["device"]} if "device" in node else {}
-    return parse({**context.run_config, **wire.run_config_of(message.content), **own})
+    return parse({**context.run_config, **messages.run_config_of(message.content), **own})
 
 
 def _hello(message: Message, context: Context) -> RecordDict:
     config = _config(message, context)
     site = admit(config, context.node_config, context.node_id)
     _prepared(config, site)
-    return wire.Hello(site.client, site.rank).record()
+    return messages.Hello(site.client, site.rank).record()
 
 
 def _reply(
     config: Config,
     site: Site,
-    request: wire.TrainRequest,
+    request: messages.TrainRequest,
     size: int,
     upload: Mapping[str, np.ndarray],
 ) -> RecordDict:
-    return wire.TrainReply(
+    return messages.TrainReply(
         upload=upload,
         round=request.round,
         epsilon=_spent(config, site, request.run),
@@ -144,8 +146,8 @@ class _Received:
 def _received(content: RecordDict, config: Config, like: Adapter, held: Path) -> _Received:
     """Return a request's tensors with those that it left out, which the client holds."""
     whole = downlink.completed(content, held)
-    adapter, drift = wire.adapter_of(whole, like), wire.drift_of(whole, like)
-    return _Received(adapter, drift, wire.digest(whole, config))
+    adapter, drift = messages.adapter_of(whole, like), messages.drift_of(whole, like)
+    return _Received(adapter, drift, messages.digest(whole, config))
 
 
 def _hold(path: Path, received: _Received, *, last: bool) -> None:
@@ -160,7 +162,7 @@ def _hold(path: Path, received: _Received, *, last: bool) -> None:
         downlink.keep(path, received.adapter, received.drift)
 
 
-def _tell_times(request: wire.TrainRequest, client: str, clock: Sequence[float]) -> None:
+def _tell_times(request: messages.TrainRequest, client: str, clock: Sequence[float]) -> None:
     """Log the seconds of accounting and training, for benchmarks and in the client's own log.
 
     How long a batch takes is a fact of the data.
@@ -174,19 +176,21 @@ def _train(message: Message, context: Context) -> RecordDict:
     config = _config(message, context)
     method = method_of(config)
     site = admit(config, context.node_config, context.node_id)
-    request = wire.parse_request(message.content, config)
+    request = messages.parse_request(message.content, config)
     model, like, encoded = _prepared(config, site)
     held = downlink.download_file(site.state, site.dataset, site.client, request.run)
     received = _received(message.content, config, like, held)
-    said = replies.reply_file(site.state, site.dataset, site.client)
+    said = last_reply.reply_file(site.state, site.dataset, site.client)
     # Under secure aggregation every answer has masks of its own: sums of one round over different
     # clients would tell them apart.
     plain = config.secure_aggregation == NONE
-    old = replies.again(said, received.digest) if plain else None
+    old = last_reply.again(said, received.digest) if plain else None
     if old is not None:
         return _reply(config, site, request, len(encoded), old)
-    resident = residents.resident_file(site.state, site.dataset, request.run)
-    start = residents.substitute(resident, received.adapter, request.versions, request.attempt)
+    resident = resident_factors.resident_file(site.state, site.dataset, request.run)
+    start = resident_factors.substitute(
+        resident, received.adapter, request.versions, request.attempt
+    )
 
     # Out of order, a stage of secure aggregation is refused here, before anything is spent.
     seal = secagg.SEALS[config.secure_aggregation](message.content, context, request)
@@ -194,12 +198,12 @@ def _train(message: Message, context: Context) -> RecordDict:
     clock = [time.monotonic()]
     reservation = _reserve(config, site, len(encoded), request)
     clock.append(time.monotonic())
-    result = trainer.run_round(
+    result = local_round.run_round(
         model,
         encoded,
         start,
         received.drift,
-        local=trainer.Local(
+        local=local_round.Local(
             method,
             request.round,
             config.num_server_rounds,
@@ -218,9 +222,9 @@ def _train(message: Message, context: Context) -> RecordDict:
     sent = method.sent(request.round, last=config.is_last(request.attempt))
     upload = seal(select(result, sent), select(received.adapter, sent))
     with _losing_at_most_a_file():
-        residents.keep(resident, result, waiting, request.versions, request.attempt)
+        resident_factors.keep(resident, result, waiting, request.versions, request.attempt)
         if plain:
-            replies.keep(said, received.digest, dict(upload))
+            last_reply.keep(said, received.digest, dict(upload))
     with _losing_at_most_a_file():
         _hold(held, received, last=last)
     return _reply(config, site, request, len(encoded), upload)
@@ -234,7 +238,7 @@ _REFUSAL_KEYS: tuple[tuple[type[Exception], str], ...] = (
     (StageError, "stage"),
     (RangeError, "update"),
     (downlink.HeldError, "held"),
-    (wire.WireError, "request"),
+    (messages.WireError, "request"),
 )
 
 
@@ -257,7 +261,7 @@ def _answer(
     except Exception as error:  # whatever it is, its text may hold private data
         _log.error("LaLoRA client: %s: %s", type(error).__name__, error)
         _log.debug("%s", traceback.format_exc())
-        content = wire.refusal(_refusal_key(error, context.node_config))
+        content = messages.refusal(_refusal_key(error, context.node_config))
     return Message(content, reply_to=message)
 
 

@@ -11,24 +11,32 @@ from typing import Any
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
 
-from lalora_app import backbone as backbones
-from lalora_app import cohorts, wire
-from lalora_app.adapter import Adapter, ServerState
-from lalora_app.backbone import Backbone
-from lalora_app.calibrate import sparsified
-from lalora_app.cohorts import Clients
-from lalora_app.comparison import run_plan
-from lalora_app.config import Config, ConfigError, flatten, from_tables, full_path, parse
-from lalora_app.data import split
-from lalora_app.encoding import Encoded
-from lalora_app.methods import checked_rank, method_of
-from lalora_app.partition import CLIENT_NAME, label_counts
-from lalora_app.privacy.attach import LayoutError
-from lalora_app.results import RunFolder, check_writable, new_folder, old_folder
-from lalora_app.runlog import Progress, finish
-from lalora_app.secagg.strategy import SecureAlternation
-from lalora_app.sources import NONE, first_line
-from lalora_app.strategy import LocalAlternation
+from lalora_app.adapter.factors import Adapter, ServerState
+from lalora_app.comparison.runner import run_plan
+from lalora_app.data.encoding import Encoded
+from lalora_app.data.examples import split
+from lalora_app.data.partition import CLIENT_NAME, label_counts
+from lalora_app.data.sources import NONE, first_line
+from lalora_app.methods.table import checked_rank, method_of
+from lalora_app.models import backbone as backbones
+from lalora_app.models.backbone import Backbone
+from lalora_app.private_step.attach import LayoutError
+from lalora_app.results.run_folder import RunFolder, check_writable, new_folder, old_folder
+from lalora_app.server import cohorts
+from lalora_app.server.cohorts import Clients
+from lalora_app.server.losa_masks import sparsified
+from lalora_app.server.progress import Progress, finish
+from lalora_app.server.secure_strategy import SecureAlternation
+from lalora_app.server.strategy import LocalAlternation
+from lalora_app.settings.run_config import (
+    Config,
+    ConfigError,
+    flatten,
+    from_tables,
+    full_path,
+    parse,
+)
+from lalora_app.wire import messages
 
 app = ServerApp()
 _log = logging.getLogger("flwr")
@@ -60,7 +68,7 @@ def _wait_for_nodes(grid: Grid, config: Config, settle: float) -> list[int]:
         time.sleep(_POLL)
 
 
-def _refusal(error: wire.RefusedError, config: Config) -> str:
+def _refusal(error: messages.RefusedError, config: Config) -> str:
     """Add the run's own value to a client's refusal, which names no value."""
     values = flatten(config)
     return f"{error.key}={values[error.key]!r} {error.law}" if error.key in values else str(error)
@@ -68,7 +76,7 @@ def _refusal(error: wire.RefusedError, config: Config) -> str:
 
 def _require_new(name: str, names: Iterable[str]) -> None:
     if name in names:
-        raise wire.WireError(f"two clients have the same name {name}")
+        raise messages.WireError(f"two clients have the same name {name}")
 
 
 def _ask_names(grid: Grid, config: Config, nodes: list[int]) -> dict[str, tuple[int, int]]:
@@ -76,19 +84,19 @@ def _ask_names(grid: Grid, config: Config, nodes: list[int]) -> dict[str, tuple[
 
     No budget is spent, and every refusal is told.
     """
-    run = wire.run_config(flatten(config))
-    content = RecordDict({wire.CONFIG: ConfigRecord(), wire.RUN_CONFIG: run})
+    run = messages.run_config(flatten(config))
+    content = RecordDict({messages.CONFIG: ConfigRecord(), messages.RUN_CONFIG: run})
     queries = [Message(content, dst_node_id=node, message_type="query") for node in nodes]
     names: dict[str, tuple[int, int]] = {}
     refusals = []
     for reply in grid.send_and_receive(queries, timeout=config.round_timeout):
         try:
-            hello = wire.parse_hello(reply)
+            hello = messages.parse_hello(reply)
             _require_new(hello.client, names)
             names[hello.client] = reply.metadata.src_node_id, checked_rank(hello.rank, config)
-        except wire.RefusedError as error:
+        except messages.RefusedError as error:
             refusals.append(_refusal(error, config))
-        except (wire.WireError, ConfigError) as error:
+        except (messages.WireError, ConfigError) as error:
             refusals.append(str(error))
     for reason in sorted(set(refusals)):
         _log.error("%d of %d clients: %s", refusals.count(reason), len(nodes), reason)
@@ -168,7 +176,7 @@ def _train(grid: Grid, strategy: LocalAlternation, progress: Progress) -> None:
     config, state = strategy.config, strategy.state
     strategy.start(
         grid=grid,
-        initial_arrays=wire.to_record(state.adapter),
+        initial_arrays=messages.to_record(state.adapter),
         num_rounds=config.num_server_rounds - state.attempts,
         timeout=config.round_timeout,
         evaluate_fn=progress,

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 
-from lalora_app.adapter import Adapter, num_bytes, select
-from lalora_app.aggregate.rule import Round
-from lalora_app.config import Config, from_tables, parse
-from lalora_app.downlink import content_hash, parts
-from lalora_app.method import Method
-from lalora_app.methods import METHODS
+from lalora_app.adapter.factors import Adapter, num_bytes, select
+from lalora_app.aggregation.rule import Round
+from lalora_app.methods.method import Method
+from lalora_app.methods.table import METHODS
+from lalora_app.settings.run_config import Config, from_tables, parse
+from lalora_app.wire.downlink import content_hash, parts
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "methods.md"

@@ -13,10 +13,10 @@ import json
 import tomllib
 from pathlib import Path
 
-from lalora_app.config import Config, from_tables, parse
-from lalora_app.data import Examples
-from lalora_app.launcher import app_defaults
-from lalora_app.partition import partition
+from lalora_app.cli.simulation import app_defaults
+from lalora_app.data.examples import Examples
+from lalora_app.data.partition import partition
+from lalora_app.settings.run_config import Config, from_tables, parse
 
 ROOT = Path(__file__).resolve().parents[1]
 

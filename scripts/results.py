@@ -10,14 +10,14 @@ import tomllib
 from collections import defaultdict
 from pathlib import Path
 
-from lalora_app.compare import PLAN, records
-from lalora_app.config import from_tables
-from lalora_app.finished import accuracy_of, completed, tuned
-from lalora_app.plan import Line, Plan
-from lalora_app.plan_tables import read_plan
-from lalora_app.plots import aggregation_error, by_round, by_upload, partitions
-from lalora_app.records import Record
-from lalora_app.tables import ACCURACY, rows_of, to_markdown
+from lalora_app.comparison.finished_cells import accuracy_of, completed, tuned
+from lalora_app.comparison.plan import Line, Plan
+from lalora_app.comparison.plan_file import read_plan
+from lalora_app.comparison.summary import PLAN, records
+from lalora_app.reports.charts import aggregation_error, by_round, by_upload, partitions
+from lalora_app.reports.tables import ACCURACY, rows_of, to_markdown
+from lalora_app.results.finished_run import Record
+from lalora_app.settings.run_config import from_tables
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "results.md"

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from lalora_app.config import Config, Data, from_tables, parse
-from lalora_app.sources import DataError
+from lalora_app.data.sources import DataError
+from lalora_app.settings.run_config import Config, Data, from_tables, parse
 
 torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other are slow
 

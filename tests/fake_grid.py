@@ -23,7 +23,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from lalora_app import client_app
-from lalora_app.config import Config, flatten
+from lalora_app.settings.run_config import Config, flatten
 
 torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other are slow
 

@@ -6,11 +6,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from lalora_app.adapter import active_names
-from lalora_app.privacy.expanded import ExpandedEngine
-from lalora_app.privacy.mechanism import CLIP_MARGIN, clipped_sum
-from lalora_app.privacy.per_example import PerExampleEngine
-from lalora_app.privacy.types import PerExampleGrads, Rows, Slot
+from lalora_app.adapter.factors import active_names
+from lalora_app.private_step.compiled_engine import ExpandedEngine
+from lalora_app.private_step.engine import PerExampleEngine
+from lalora_app.private_step.gradients import PerExampleGrads, Rows, Slot
+from lalora_app.private_step.mechanism import CLIP_MARGIN, clipped_sum
 
 TOLERANCE = 1e-12
 # Phases and batch sizes in the order they are run: toggled, repeated, growing and shrinking.

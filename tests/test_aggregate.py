@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lalora_app.adapter import Adapter
-from lalora_app.aggregate.mean import mean
+from lalora_app.adapter.factors import Adapter
+from lalora_app.aggregation.average import mean
 
 A_NAME, B_NAME, HEAD = "q.lora_A.weight", "q.lora_B.weight", "classifier.bias"
 SHAPES = {A_NAME: (2, 7), B_NAME: (5, 2), HEAD: (3,)}

@@ -7,9 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lalora_app.adapter import Adapter
-from lalora_app.aggregate.error import aggregation_error
-from lalora_app.aggregate.mean import mean
+from lalora_app.adapter.factors import Adapter
+from lalora_app.aggregation.average import mean
+from lalora_app.aggregation.measured_error import aggregation_error
 
 HEAD = "base_model.model.classifier.weight"
 

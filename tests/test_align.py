@@ -5,8 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lalora_app.adapter import Adapter
-from lalora_app.aggregate.align import keep, rotated
+from lalora_app.adapter.factors import Adapter
+from lalora_app.methods.alignment import keep, rotated
 
 B, A, HEAD = "q.lora_B.weight", "q.lora_A.weight", "classifier.weight"
 M, N = 6, 9

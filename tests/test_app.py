@@ -22,18 +22,21 @@ from safetensors.numpy import load_file
 
 from conftest import make_config
 from fake_grid import FakeGrid, identify, wire_bytes
-from lalora_app import backbone, client_app, residents, server_app, site, trainer, wire
-from lalora_app.adapter import kind
-from lalora_app.aggregate.mean import average
-from lalora_app.config import Config, ConfigError, flatten, from_tables, parse
-from lalora_app.data import split
-from lalora_app.methods import METHODS
+from lalora_app import client_app, server_app
+from lalora_app.adapter.factors import kind
+from lalora_app.aggregation.average import average
+from lalora_app.client import local_round, resident_factors, site
+from lalora_app.data.examples import split
+from lalora_app.data.sources import DataError
+from lalora_app.methods.table import METHODS
+from lalora_app.models import backbone
 from lalora_app.privacy.accounting import Release, epsilon
 from lalora_app.privacy.ledger import Ledger
 from lalora_app.privacy.policy import state_folder
-from lalora_app.privacy.types import NoisedGrads
-from lalora_app.results import RunFolder
-from lalora_app.sources import DataError
+from lalora_app.private_step.gradients import NoisedGrads
+from lalora_app.results.run_folder import RunFolder
+from lalora_app.settings.run_config import Config, ConfigError, flatten, from_tables, parse
+from lalora_app.wire import messages
 
 INF = float("inf")
 TRAIN_SIZE, RATE, EPSILON, DELTA = 360, 1 / 15, 0.3, 1e-5
@@ -122,7 +125,7 @@ def by_dataset(entries):
 
 
 def arrays(message):
-    return {n: a.numpy() for n, a in message.content.array_records[wire.ARRAYS].items()}
+    return {n: a.numpy() for n, a in message.content.array_records[messages.ARRAYS].items()}
 
 
 def same_bits(one, other):
@@ -141,7 +144,7 @@ class Round:
 def spied(monkeypatch):
     """Record every local round from now on, in order."""
     seen: list[Round] = []
-    honest = trainer.run_round
+    honest = local_round.run_round
 
     def spy(model, data, start, drift, **options):
         kept = {name: array.copy() for name, array in start.items()}
@@ -149,7 +152,7 @@ def spied(monkeypatch):
         seen.append(Round(options["local"].t, kept, {n: a.copy() for n, a in result.items()}))
         return result
 
-    monkeypatch.setattr(trainer, "run_round", spy)
+    monkeypatch.setattr(local_round, "run_round", spy)
     return seen
 
 
@@ -348,10 +351,10 @@ def test_nothing_but_the_last_replies_waits_on_the_clients_after_the_last_round(
 # --- the local step ---------------------------------------------------------------------------
 
 
-def local_steps(config: Config, t: int = 1) -> trainer.Local:
+def local_steps(config: Config, t: int = 1) -> local_round.Local:
     """What round ``t`` of the config's run follows."""
     settings = (config.train, config.rule, config.privacy.clip_norm)
-    return trainer.Local(METHODS[config.method], t, config.num_server_rounds, *settings)
+    return local_round.Local(METHODS[config.method], t, config.num_server_rounds, *settings)
 
 
 @pytest.mark.parametrize(
@@ -366,12 +369,12 @@ def test_a_resting_factor_and_its_moments_stay_bit_identical(tiny, settings, res
     config = tiny(**settings)
     model, start = backbone.build(config)
     model.load({name: array + 0.5 for name, array in start.items()})
-    optimizer = trainer.make_optimizer(model, local_steps(config), 0.0)
+    optimizer = local_round.make_optimizer(model, local_steps(config), 0.0)
     parameters = model.engine.parameters
 
     def step(*kinds):
         grads = {n: torch.full_like(p, 0.3) for n, p in parameters.items() if kind(n) in kinds}
-        trainer.apply(model, optimizer, NoisedGrads(grads))
+        local_round.apply(model, optimizer, NoisedGrads(grads))
 
     def moments():
         return {
@@ -730,14 +733,14 @@ def test_another_request_is_never_answered_with_an_old_reply(tiny, rounds):
     exchange = done.grid.trained(1)[0]
     node = exchange.request.metadata.dst_node_id
     content = dict(exchange.request.content)
-    config, order = wire.run_config_of(exchange.request.content), dict(content[wire.CONFIG])
-    start = dict(content[wire.ARRAYS])
+    config, order = messages.run_config_of(exchange.request.content), dict(content[messages.CONFIG])
+    start = dict(content[messages.ARRAYS])
     head = next(name for name in start if ".lora_" not in name)
     moved = start | {head: Array(start[head].numpy() + np.float32(1e-7))}
     others = [
-        {wire.CONFIG: ConfigRecord(order | {"run": "another"})},
-        {wire.ARRAYS: ArrayRecord(moved)},
-        {wire.RUN_CONFIG: wire.run_config(config | {"train.lr-b": 1e-4})},
+        {messages.CONFIG: ConfigRecord(order | {"run": "another"})},
+        {messages.ARRAYS: ArrayRecord(moved)},
+        {messages.RUN_CONFIG: messages.run_config(config | {"train.lr-b": 1e-4})},
     ]
     for change in others:
         before = len(rounds)
@@ -928,7 +931,7 @@ def test_a_report_that_cannot_be_drawn_costs_no_result(tiny, monkeypatch, caplog
     def broken(*args):
         raise ValueError("no font")
 
-    monkeypatch.setattr("lalora_app.report.write_report", broken)
+    monkeypatch.setattr("lalora_app.reports.page.write_report", broken)
     done = run(tiny(**open_run()))
     assert done.json("summary.json")["status"] == "completed"
     assert not (done.folder.path / "report.html").exists()
@@ -1005,7 +1008,7 @@ FAILURES = [
     DataError("data.num-labels", f"=2: row 5 has label {SECRET}"),
     DataError(SECRET, "a key that nobody knows"),
     ConfigError(SECRET),
-    wire.WireError(SECRET),
+    messages.WireError(SECRET),
     client_app.BudgetError(SECRET),
     KeyError(SECRET),
     ExceptionGroup(SECRET, [ValueError(SECRET)]),
@@ -1021,7 +1024,7 @@ def test_every_exception_becomes_a_fixed_refusal(error):
     request = Message(RecordDict(), dst_node_id=7, message_type="train")
     reply = client_app._answer(request, Context(1, 7, {}, RecordDict(), {}), fail)
     assert contents(reply) == {"config": {"refusal"}}
-    assert reply.content["config"]["refusal"] in wire.REFUSALS
+    assert reply.content["config"]["refusal"] in messages.REFUSALS
     assert SECRET.encode() not in wire_bytes(reply)
 
 
@@ -1033,8 +1036,8 @@ def test_no_text_of_an_exception_leaves_a_client(tiny, monkeypatch, where, error
 
     module, name = {
         "query": (site, "partition"),
-        "before the ledger": (residents, "substitute"),
-        "after the ledger": (trainer, "run_round"),
+        "before the ledger": (resident_factors, "substitute"),
+        "after the ledger": (local_round, "run_round"),
     }[where]
     monkeypatch.setattr(module, name, fail)
     config = tiny(**open_run() | {"num-server-rounds": 1})
@@ -1062,7 +1065,7 @@ def test_a_node_with_a_smaller_budget_refuses_and_the_others_go_on(tiny):
         assert refused == ("budget" if exchange.partition == 1 else None)
     assert all(row["aggregated"] and row["replies"] == 2 for row in done.rows)
     assert {tuple(row["dropped"]) for row in done.rows} == {
-        (f"refused: {wire.REFUSALS['budget']}",)
+        (f"refused: {messages.REFUSALS['budget']}",)
     }
     books = by_dataset(ledger_entries())
     assert sorted(dataset.split()[-1] for dataset in books) == ["0/3", "2/3"]
@@ -1075,7 +1078,7 @@ def test_a_nodes_lifetime_budget_counts_over_runs(tiny):
     for grid in (first, second):
         server_app.run(grid, config)
     answered = [
-        [e for e in grid.trained() if e.partition == 1 and wire.ARRAYS in e.reply.content]
+        [e for e in grid.trained() if e.partition == 1 and messages.ARRAYS in e.reply.content]
         for grid in (first, second)
     ]
     assert [len(exchanges) for exchanges in answered] == [1, 0]
@@ -1107,12 +1110,12 @@ def test_a_node_with_a_budget_takes_no_noise_that_the_server_can_repeat(tiny):
     (exchange,) = [e for e in grid.trained(1) if e.partition == 1]
     before = len(ledger_entries())
     content = RecordDict(dict(exchange.request.content))
-    content[wire.RUN_CONFIG] = wire.run_config(flatten(config))
+    content[messages.RUN_CONFIG] = messages.run_config(flatten(config))
     (node,) = [n for n, index in grid.partitions.items() if index == 1]
     forged = Message(content, dst_node_id=node, message_type="train")
     reply = client_app.app(forged, grid.contexts[node])
     assert reply.content["config"]["refusal"] == "policy"
-    assert wire.ARRAYS not in reply.content
+    assert messages.ARRAYS not in reply.content
     assert len(ledger_entries()) == before
 
 
@@ -1274,7 +1277,7 @@ def test_a_label_outside_the_head_is_one_line(refused, tmp_path):
 
 def test_an_empty_client_is_one_line(refused):
     changes = {"data.dirichlet-alpha": 1e-3, "train.batch-size": 1, "privacy.delta": 1e-5}
-    assert wire.REFUSALS["data"] in refused(changes, nodes=30)
+    assert messages.REFUSALS["data"] in refused(changes, nodes=30)
 
 
 def test_an_output_that_cannot_be_written_is_one_line(refused, tmp_path):
@@ -1297,7 +1300,7 @@ def test_unfit_nodes_are_told_before_any_training(refused):
     own = {"data-path": "/no/such/own.csv", "max-epsilon": INF}
     message = refused({}, nodes=[{}, own])
     assert "1 of 2 clients can take part" in message
-    assert wire.REFUSALS["data-path"] in message
+    assert messages.REFUSALS["data-path"] in message
 
 
 def test_a_max_length_beyond_the_model_is_one_line(refused, tmp_path):

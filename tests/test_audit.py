@@ -10,9 +10,8 @@ from scipy import stats
 from scipy.optimize import brentq
 
 from conftest import make_config
-from lalora_app import cli
-from lalora_app.audit import audit, published
-from lalora_app.audit.broken import BROKEN
+from lalora_app.audit import one_audit, published_mechanism
+from lalora_app.audit.broken_mechanisms import BROKEN
 from lalora_app.audit.canaries import SPREAD, Canaries
 from lalora_app.audit.estimators import (
     Errors,
@@ -26,8 +25,8 @@ from lalora_app.audit.estimators import (
     subsampled,
     two_sided,
 )
-from lalora_app.audit.report import SURE, Report, Row
-from lalora_app.audit.step import (
+from lalora_app.audit.findings import SURE, Report, Row
+from lalora_app.audit.step_attack import (
     ATTACKS,
     Observed,
     Plan,
@@ -40,11 +39,12 @@ from lalora_app.audit.step import (
     planned,
     side_by_side,
 )
-from lalora_app.export import privacy_sentence
+from lalora_app.cli import main
 from lalora_app.privacy.accounting import Release, epsilon
 from lalora_app.privacy.budget import Limit
-from lalora_app.privacy.mechanism import CLIP_MARGIN, clipped_sum
-from lalora_app.results import RunFolder
+from lalora_app.private_step.mechanism import CLIP_MARGIN, clipped_sum
+from lalora_app.results.peft_export import privacy_sentence
+from lalora_app.results.run_folder import RunFolder
 
 DELTA = 1e-5
 SHAPES = {f"layer.{i}.lora_B.weight": (64, 8) for i in range(12)} | {"head": (3,)}
@@ -257,19 +257,19 @@ def test_skipped_empty_batches_show_where_the_canary_is_alone():
 
 @pytest.mark.parametrize("loudness", [1.0, 100.0])
 def test_one_step_of_the_published_mechanism_gives_its_example_away(loudness):
-    setting = published.Setting(loudness=loudness)
-    found = published.attacked(setting, 2000, 0)
+    setting = published_mechanism.Setting(loudness=loudness)
+    found = published_mechanism.attacked(setting, 2000, 0)
     assert found.errors.false_alarms + found.errors.misses == 0
     assert found.bound(DELTA, 0.95) > 6
 
 
 def test_the_published_clip_is_that_of_the_batch_and_its_median():
-    setting = published.Setting(batch=2, tensors=3, entries=1, noise=0.5, cap=0.4)
+    setting = published_mechanism.Setting(batch=2, tensors=3, entries=1, noise=0.5, cap=0.4)
     gradients = np.array([[[0.2], [4.0], [0.4]], [[0.2], [2.0], [0.2]]])
-    mean, deviation = published.clipped_mean(gradients, setting)
+    mean, deviation = published_mechanism.clipped_mean(gradients, setting)
     np.testing.assert_allclose(mean[:, 0], [0.2, 0.3, 0.3])  # the median norm is 0.3
     assert deviation == pytest.approx(0.5 * 0.3 / 2)
-    capped, _ = published.clipped_mean(10 * gradients, setting)
+    capped, _ = published_mechanism.clipped_mean(10 * gradients, setting)
     np.testing.assert_allclose(capped[:, 0], 0.4)
 
 
@@ -304,14 +304,14 @@ def test_the_report_has_both_epsilons_and_a_verdict():
     ],
 )
 def test_a_bad_request_is_refused_at_once(options, words, capsys):
-    assert cli.main(["audit", *options]) == 2
+    assert main.main(["audit", *options]) == 2
     message = capsys.readouterr().err
     assert all(word in message for word in words)
 
 
 def test_the_command_fails_for_the_published_mechanism(capsys):
     options = ["--mechanism", "la-lora-published", "--fast", "--json", "--epsilon", "1"]
-    assert cli.main(["audit", *options]) == 1
+    assert main.main(["audit", *options]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["epsilon_upper"] == 1.0
     assert found["epsilon_lower"] > 6
@@ -350,18 +350,18 @@ def finished_run(folder, config):
     return folder
 
 
-SMALL = audit.Size(canaries=2000, runs=1, alone=3, planted=0, trials=100)
+SMALL = one_audit.Size(canaries=2000, runs=1, alone=3, planted=0, trials=100)
 
 
 @pytest.mark.slow
 def test_an_audit_of_a_run_is_told_in_its_report_and_its_model_card(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(audit, "FAST", SMALL)
+    monkeypatch.setattr(one_audit, "FAST", SMALL)
     folder = finished_run(tmp_path / "run", make_config(**{"privacy.epsilon": 2.0}))
     card = folder / "adapter" / "README.md"
     assert "| ε, upper bound (ledger) | 2.90" in card.read_text("utf-8")
     assert "| ε, lower bound (audit) | not audited" in card.read_text("utf-8")
     for _ in range(2):  # an audit replaces the one before
-        assert cli.main(["audit", "--fast", "--json", "--run", str(folder)]) == 0
+        assert main.main(["audit", "--fast", "--json", "--run", str(folder)]) == 0
         found = json.loads((folder / "audit.json").read_text("utf-8"))
         assert found == json.loads(capsys.readouterr().out)
         assert found["epsilon_upper"] == pytest.approx(2, abs=0.05)
@@ -377,12 +377,12 @@ def test_an_audit_of_a_run_is_told_in_its_report_and_its_model_card(tmp_path, mo
     "options", [["--epsilon", "1"], ["--seeds", "0..1"], ["--mechanism", "half-noise"]]
 )
 def test_a_run_is_audited_as_it_was_and_once(tmp_path, options, capsys):
-    assert cli.main(["audit", "--run", str(tmp_path), *options]) == 2
+    assert main.main(["audit", "--run", str(tmp_path), *options]) == 2
     assert "must be audited as it was" in capsys.readouterr().err
-    assert cli.main(["audit", "--run", str(tmp_path / "none")]) == 2
+    assert main.main(["audit", "--run", str(tmp_path / "none")]) == 2
 
 
 def test_seeds_are_a_list_or_a_range():
-    assert cli.seeds_of("0..19") == list(range(20))
-    assert cli.seeds_of("3,5") == [3, 5]
-    assert cli.seeds_of("7") == [7]
+    assert main.seeds_of("0..19") == list(range(20))
+    assert main.seeds_of("3,5") == [3, 5]
+    assert main.seeds_of("7") == [7]

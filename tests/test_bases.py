@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 from conftest import make_config
-from lalora_app import trainer
-from lalora_app.adapter import Adapter
-from lalora_app.backbone import Backbone, build, wire_name
-from lalora_app.bases import Bases, base_layers
-from lalora_app.data import split
-from lalora_app.encoding import EncodedTexts
-from lalora_app.methods import METHODS
-from lalora_app.perturb import row_noise
+from lalora_app.adapter.factors import Adapter
+from lalora_app.client import local_round
+from lalora_app.data.encoding import EncodedTexts
+from lalora_app.data.examples import split
+from lalora_app.methods.table import METHODS
+from lalora_app.methods.weight_noise import row_noise
+from lalora_app.models.backbone import Backbone, build, wire_name
+from lalora_app.models.frozen_weights import Bases, base_layers
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.randomness import seed_of, seeded
@@ -337,15 +337,15 @@ def test_flat_lora_takes_every_gradient_at_weights_shaken_by_the_seeds_own_noise
     before = weights_of(backbone.model)
     steps, radius, rate = 2, 2.0, 0.5
     config = flat_tables(steps, radius, rate)
-    local = trainer.Local(METHODS["flat-lora"], 3, 4, *config, math.inf, seed=11)
-    result = trainer.run_round(
+    local = local_round.Local(METHODS["flat-lora"], 3, 4, *config, math.inf, seed=11)
+    result = local_round.run_round(
         backbone,
         data,
         adapter,
         {},
         local=local,
         reservation=Reservation(Release(1.0, 0.0, steps)),
-        streams=trainer.Streams(seeded(0, "sampling"), seeded(0, "noise")),
+        streams=local_round.Streams(seeded(0, "sampling"), seeded(0, "noise")),
     )
     assert_bits(backbone.model, before)
     own = dict(adapter)
@@ -379,14 +379,14 @@ def flat_tables(steps: int, radius: float, rate: float):
 
 
 def unshaken(backbone: Backbone, data: EncodedTexts, adapter: Adapter, local) -> Adapter:
-    return trainer.run_round(
+    return local_round.run_round(
         backbone,
         data,
         adapter,
         {},
         local=replace(local, method=METHODS["dp-lora"]),
         reservation=Reservation(Release(1.0, 0.0, local.train.local_steps)),
-        streams=trainer.Streams(seeded(0, "sampling"), seeded(0, "noise")),
+        streams=local_round.Streams(seeded(0, "sampling"), seeded(0, "noise")),
     )
 
 
@@ -396,8 +396,8 @@ def test_every_client_round_and_step_has_noise_of_its_own_and_repeats_it(prepare
     weight = torch.randn(4, 6, generator=generator())
 
     def noise(seed: int, k: int) -> Tensor:
-        local = trainer.Local(METHODS["flat-lora"], 2, 2, *config, 1.0, seed=seed)
-        return trainer._perturbation(backbone, local, k)(weight)
+        local = local_round.Local(METHODS["flat-lora"], 2, 2, *config, 1.0, seed=seed)
+        return local_round._perturbation(backbone, local, k)(weight)
 
     assert torch.equal(noise(1, 2), noise(1, 2))
     assert not (noise(1, 2) == noise(1, 3)).any()

@@ -16,13 +16,13 @@ from torch import nn
 
 from conftest import WORDS, save_tokenizer
 from fake_grid import FakeGrid
-from lalora_app import backbone as backbones
 from lalora_app import server_app
-from lalora_app.backbone import Backbone, build
-from lalora_app.config import Config, ConfigError
-from lalora_app.data import Examples, split
-from lalora_app.encoding import IGNORED, EncodedSequences
-from lalora_app.tasks import LANGUAGE_MODEL
+from lalora_app.data.encoding import IGNORED, EncodedSequences
+from lalora_app.data.examples import Examples, split
+from lalora_app.models import backbone as backbones
+from lalora_app.models.backbone import Backbone, build
+from lalora_app.models.forwards import LANGUAGE_MODEL
+from lalora_app.settings.run_config import Config, ConfigError
 from oracle import (
     assert_engine_is_right,
     assert_equal,

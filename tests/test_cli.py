@@ -15,13 +15,13 @@ import pytest
 from flwr.common.config import parse_config_args
 
 from conftest import ROOT
-from lalora_app import books, cli, launcher
-from lalora_app.config import ConfigError
-from lalora_app.methods import METHODS
+from lalora_app.cli import ledger_command, main, simulation
+from lalora_app.methods.table import METHODS
 from lalora_app.privacy import accounting
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.budget import Limit
 from lalora_app.privacy.ledger import Ledger
+from lalora_app.settings.run_config import ConfigError
 
 NO_LIMIT = Limit(float("inf"), 1e-5)
 RELEASE = Release(0.05, 2.0, 4)
@@ -51,7 +51,7 @@ def ledger(tmp_path, monkeypatch):
 
 
 def test_show_composes_each_run_and_all_of_them(ledger, capsys):
-    assert cli.main(["ledger", "show"]) == 0
+    assert main.main(["ledger", "show"]) == 0
     head, *lines = capsys.readouterr().out.splitlines()
     assert head == f"{ledger.path}: 3 lines, delta 1e-05"
     cells = [[cell.strip() for cell in line.split("|")] for line in lines]
@@ -68,25 +68,25 @@ def test_show_composes_each_run_and_all_of_them(ledger, capsys):
 
 def test_show_can_be_asked_for_a_file_and_a_dataset(ledger, tmp_path, capsys):
     booked(ledger, "other", "run-1", 1)
-    assert cli.main(["ledger", "show", "--dataset", "other"]) == 0
+    assert main.main(["ledger", "show", "--dataset", "other"]) == 0
     out = capsys.readouterr().out
     assert "other" in out
     assert "mail" not in out
     elsewhere = Ledger(tmp_path / "elsewhere.sqlite")
-    assert cli.main(["ledger", "show", "--path", str(elsewhere.path)]) == 0
+    assert main.main(["ledger", "show", "--path", str(elsewhere.path)]) == 0
     assert capsys.readouterr().out == f"{elsewhere.path}: 0 lines, delta 1e-05\n"
 
 
 def test_a_release_without_noise_is_an_infinite_epsilon(ledger, capsys):
     booked(ledger, "open", "run-3", 1, Release(0.05, 0.0, 4))
-    assert cli.main(["ledger", "show", "--dataset", "open"]) == 0
+    assert main.main(["ledger", "show", "--dataset", "open"]) == 0
     assert "epsilon inf" in capsys.readouterr().out
-    assert cli.main(["ledger", "verify", "--dataset", "open"]) == 0
-    assert cli.main(["ledger", "verify", "--dataset", "open", "--max-epsilon", "8"]) == 1
+    assert main.main(["ledger", "verify", "--dataset", "open"]) == 0
+    assert main.main(["ledger", "verify", "--dataset", "open", "--max-epsilon", "8"]) == 1
 
 
 def test_two_accountants_agree_about_a_ledger(ledger, capsys):
-    assert cli.main(["ledger", "verify"]) == 0
+    assert main.main(["ledger", "verify"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 3
     for line in lines:
@@ -99,14 +99,14 @@ def test_two_accountants_agree_about_a_ledger(ledger, capsys):
 
 @pytest.mark.parametrize("factor", [0.9, 1.2])
 def test_verify_fails_when_the_accountants_disagree(ledger, capsys, monkeypatch, factor):
-    honest = books.second_epsilon
-    monkeypatch.setattr(books, "second_epsilon", lambda *args: factor * honest(*args))
-    assert cli.main(["ledger", "verify", "--dataset", "mail"]) == 1
+    honest = ledger_command.second_epsilon
+    monkeypatch.setattr(ledger_command, "second_epsilon", lambda *args: factor * honest(*args))
+    assert main.main(["ledger", "verify", "--dataset", "mail"]) == 1
     assert capsys.readouterr().out.count("DISAGREE") == 3
 
 
 def test_export_is_every_line_as_csv(ledger, capsys):
-    assert cli.main(["ledger", "export", "--path", str(ledger.path)]) == 0
+    assert main.main(["ledger", "export", "--path", str(ledger.path)]) == 0
     lines = list(csv.DictReader(capsys.readouterr().out.splitlines()))
     entries = ledger.entries()
     assert [line["uid"] for line in lines] == [entry.uid for entry in entries]
@@ -121,11 +121,11 @@ def test_merge_says_which_lines_are_new(ledger, tmp_path, capsys):
     booked(Ledger(copy), "other", "run-9", 7)
     before = len(ledger.entries())
     command = ["ledger", "merge", "--path", str(ledger.path), str(copy)]
-    assert cli.main(command) == 0
+    assert main.main(command) == 0
     first, last = capsys.readouterr().out.splitlines()
     assert first.startswith("other  |  run-9  |  round 7")
     assert last.endswith(f"1 of the {before + 1} lines of {copy} are new")
-    assert cli.main(command) == 0
+    assert main.main(command) == 0
     assert capsys.readouterr().out.startswith(f"{ledger.path}: 0 of")
     assert len(ledger.entries()) == before + 1
 
@@ -134,7 +134,7 @@ def test_verify_fails_on_a_damaged_file(ledger, capsys):
     data = bytearray(ledger.path.read_bytes())
     data[2 * 4096 + 2 : 3 * 4096] = bytes(4094)
     ledger.path.write_bytes(data)
-    assert cli.main(["ledger", "verify", "--path", str(ledger.path)]) == 2
+    assert main.main(["ledger", "verify", "--path", str(ledger.path)]) == 2
     assert "must be" in capsys.readouterr().err
 
 
@@ -142,7 +142,7 @@ def test_policy_says_what_a_file_allows(tmp_path, capsys):
     path = tmp_path / "policy.toml"
     text = "max-epsilon = 8.0\ndelta = 1e-6\nmethods = ['la-lora']\n[datasets.a]\nmax-epsilon = 2.0"
     path.write_text(text)
-    assert cli.main(["policy", str(path), "--dataset", "a"]) == 0
+    assert main.main(["policy", str(path), "--dataset", "a"]) == 0
     out = capsys.readouterr().out
     for line in (
         "epsilon up to 2 at delta 1e-06",
@@ -152,15 +152,15 @@ def test_policy_says_what_a_file_allows(tmp_path, capsys):
     ):
         assert line in out
     path.write_text("max-epsilon = 8.0")
-    assert cli.main(["policy", str(path)]) == 2
+    assert main.main(["policy", str(path)]) == 2
     assert "delta must be there" in capsys.readouterr().err
 
 
 def test_verify_fails_above_a_maximal_epsilon(ledger, capsys):
     whole = accounting.epsilon([Release(0.05, 2.0, 12)], 1e-5)
-    assert cli.main(["ledger", "verify", "--max-epsilon", str(whole * 1.001)]) == 0
+    assert main.main(["ledger", "verify", "--max-epsilon", str(whole * 1.001)]) == 0
     assert "above" not in capsys.readouterr().out
-    assert cli.main(["ledger", "verify", "--max-epsilon", str(whole * 0.999)]) == 1
+    assert main.main(["ledger", "verify", "--max-epsilon", str(whole * 0.999)]) == 1
     out = capsys.readouterr().out
     assert out.count("above max-epsilon") == 1  # the runs alone are below it
 
@@ -169,7 +169,7 @@ def test_a_missing_ledger_is_one_line_and_is_not_made(tmp_path, monkeypatch, cap
     monkeypatch.setenv("LALORA_HOME", str(tmp_path / "home"))
     path = tmp_path / "home" / "ledger.sqlite"
     for action in ("show", "verify"):
-        assert cli.main(["ledger", action]) == 2
+        assert main.main(["ledger", action]) == 2
         captured = capsys.readouterr()
         assert captured.err == f"lalora: ledger={path} must be an existing ledger\n"
         assert captured.out == ""
@@ -179,7 +179,7 @@ def test_a_missing_ledger_is_one_line_and_is_not_made(tmp_path, monkeypatch, cap
 def test_a_file_that_is_no_ledger_is_one_line(tmp_path, capsys):
     path = tmp_path / "notes.txt"
     path.write_text("no database " * 100, "utf-8")
-    assert cli.main(["ledger", "show", "--path", str(path)]) == 2
+    assert main.main(["ledger", "show", "--path", str(path)]) == 2
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
@@ -189,7 +189,7 @@ def test_a_file_that_is_no_ledger_is_one_line(tmp_path, capsys):
 )
 def test_a_bad_number_is_told(ledger, capsys, option, value):
     try:
-        code = cli.main(["ledger", "verify", option, value])
+        code = main.main(["ledger", "verify", option, value])
     except SystemExit as stop:  # argparse's own way
         code = stop.code
     assert code == 2
@@ -198,14 +198,14 @@ def test_a_bad_number_is_told(ledger, capsys, option, value):
 
 def test_show_does_not_take_an_option_that_it_ignores(ledger):
     with pytest.raises(SystemExit):
-        cli.main(["ledger", "show", "--max-epsilon", "0.001"])
+        main.main(["ledger", "show", "--max-epsilon", "0.001"])
 
 
 # --- methods ----------------------------------------------------------------------------------
 
 
 def test_methods_lists_every_method(capsys):
-    assert cli.main(["methods"]) == 0
+    assert main.main(["methods"]) == 0
     lines = {line.split()[0]: line for line in capsys.readouterr().out.splitlines()}
     assert set(lines) == set(METHODS)
     for name, line in lines.items():
@@ -223,14 +223,15 @@ def test_methods_lists_every_method(capsys):
 
 
 def test_the_command_starts_without_torch_and_flower():
-    code = "import sys, lalora_app.cli; print(sorted({'torch', 'flwr', 'ray'} & set(sys.modules)))"
+    loaded = "sorted({'torch', 'flwr', 'ray'} & set(sys.modules))"
+    code = f"import sys, lalora_app.cli.main; print({loaded})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
 
 
 def test_a_command_is_needed(capsys):
     with pytest.raises(SystemExit) as stop:
-        cli.main([])
+        main.main([])
     assert stop.value.code == 2
     assert "COMMAND" in capsys.readouterr().err
 
@@ -276,28 +277,28 @@ BAD = {
 def test_a_bad_override_is_one_line_before_anything_starts(case, nothing_starts, capsys):
     override, words = BAD[case]
     with pytest.raises(ConfigError) as caught:
-        launcher._checked(ROOT, [override])
+        simulation._checked(ROOT, [override])
     message = str(caught.value)
     assert all(word in message for word in words)
     assert "\n" not in message
-    assert cli.main(["run", str(ROOT), "-c", override]) == 2
+    assert main.main(["run", str(ROOT), "-c", override]) == 2
     assert capsys.readouterr().err == f"lalora: {message}\n"
 
 
 def test_good_overrides_pass(nothing_starts, tmp_path):
     preset = tmp_path / "preset.toml"
     preset.write_text('method = "rolora"\n[lora]\nrank = 4\n', "utf-8")
-    launcher._checked(ROOT, [])
-    launcher._checked(ROOT, ['method="dp-lora" privacy.epsilon=inf', "seed=3"])
-    launcher._checked(ROOT, [str(preset)])
+    simulation._checked(ROOT, [])
+    simulation._checked(ROOT, ['method="dp-lora" privacy.epsilon=inf', "seed=3"])
+    simulation._checked(ROOT, [str(preset)])
 
 
 def test_a_later_override_wins(nothing_starts, tmp_path):
     preset = tmp_path / "preset.toml"
     preset.write_text("[lora]\nrank = 0\n", "utf-8")
     with pytest.raises(ConfigError, match=r"lora\.rank=0"):
-        launcher._checked(ROOT, ["lora.rank=4", str(preset)])
-    launcher._checked(ROOT, [str(preset), "lora.rank=4"])
+        simulation._checked(ROOT, ["lora.rank=4", str(preset)])
+    simulation._checked(ROOT, [str(preset), "lora.rank=4"])
 
 
 @pytest.fixture
@@ -310,8 +311,8 @@ def flower(monkeypatch):
         read.update(parse_config_args(given))
         return '{"success": true, "run-id": 1}'
 
-    monkeypatch.setattr(launcher, "_flwr", run)
-    monkeypatch.setattr(launcher, "_follow", lambda *args: ("completed", ""))
+    monkeypatch.setattr(simulation, "_flwr", run)
+    monkeypatch.setattr(simulation, "_follow", lambda *args: ("completed", ""))
     return read
 
 
@@ -336,14 +337,14 @@ def test_what_was_checked_is_what_runs(case, flower, tmp_path):
     preset = tmp_path / "preset.toml"
     preset.write_text("[lora]\nrank = 4\n", "utf-8")
     given = [str(preset) if text == "FILE" else text for text in overrides]
-    assert launcher.launch(ROOT, given, nodes=2) == 0
+    assert simulation.launch(ROOT, given, nodes=2) == 0
     assert flower == expected
     assert all(type(flower[key]) is type(value) for key, value in expected.items())
 
 
 def test_a_preset_of_the_repository_passes(flower):
     smoke = str(ROOT / "configs" / "smoke.toml")
-    assert launcher.launch(ROOT, [smoke], nodes=2) == 0
+    assert simulation.launch(ROOT, [smoke], nodes=2) == 0
     assert flower == {"num-server-rounds": 2, "train.local-steps": 2, "train.batch-size": 16}
 
 
@@ -352,10 +353,10 @@ def test_names_with_a_dot_are_seen_from_the_file_or_from_here(flower, tmp_path, 
     preset = tmp_path / "sets" / "mine.toml"
     preset.write_text('[model]\nname = "timm:../m"\n[data]\nname = "./d"\n', "utf-8")
     monkeypatch.chdir(tmp_path)
-    assert launcher.launch(ROOT, ["sets/mine.toml"], nodes=2) == 0
+    assert simulation.launch(ROOT, ["sets/mine.toml"], nodes=2) == 0
     assert flower["model.name"] == f"timm:{tmp_path / 'm'}"
     assert flower["data.name"] == str(tmp_path / "sets" / "d")
-    assert launcher.launch(ROOT, ['data.name="./e" model.name="a/b"'], nodes=2) == 0
+    assert simulation.launch(ROOT, ['data.name="./e" model.name="a/b"'], nodes=2) == 0
     assert flower["data.name"] == str(tmp_path / "e")
     assert flower["model.name"] == "a/b"
 
@@ -369,14 +370,14 @@ def test_a_narrowed_comparison_runs_no_control_that_is_not_asked_for(
     )
     (tmp_path / "plan.toml").write_text(f'output = "{tmp_path}"\n{text}', "utf-8")
     command = ["compare", str(tmp_path / "plan.toml"), "--app", str(ROOT), "--table-only"]
-    assert cli.main([*command, "--methods", "la-lora,rolora", "--epsilons", "1"]) == 0
+    assert main.main([*command, "--methods", "la-lora,rolora", "--epsilons", "1"]) == 0
     assert "0 of 2 runs" in capsys.readouterr().out
-    assert cli.main([*command, "--methods", "rolora,flora", "--epsilons", "1,3"]) == 0
+    assert main.main([*command, "--methods", "rolora,flora", "--epsilons", "1,3"]) == 0
     assert "0 of 3 runs" in capsys.readouterr().out
 
 
 def test_a_folder_without_an_app_is_one_line(nothing_starts, tmp_path, capsys):
-    assert cli.main(["run", str(tmp_path)]) == 2
+    assert main.main(["run", str(tmp_path)]) == 2
     err = capsys.readouterr().err
     assert err == f"lalora: app={tmp_path} must be a folder with the app's pyproject.toml\n"
 
@@ -387,32 +388,32 @@ def test_a_preset_that_cannot_be_read_is_one_line(nothing_starts, tmp_path, cont
     if content:
         file.write_bytes(content)
     with pytest.raises(ConfigError, match=r"-c .*preset\.toml must be") as caught:
-        launcher._checked(ROOT, [str(file)])
+        simulation._checked(ROOT, [str(file)])
     assert "\n" not in str(caught.value)
 
 
 def test_clients_get_a_core_and_where_there_is_a_gpu_a_share_of_it(monkeypatch):
     plain = "num-supernodes=8 client-resources-num-cpus=1"
-    assert launcher.resources(8, 0, 4) == plain
-    assert launcher.resources(8, 1, 4) == f"{plain} client-resources-num-gpus=0.25"
-    assert launcher.resources(8, 2, 3) == f"{plain} client-resources-num-gpus=0.3333"
-    monkeypatch.setattr(launcher.shutil, "which", lambda tool: None)
-    assert launcher._gpus() == 0
+    assert simulation.resources(8, 0, 4) == plain
+    assert simulation.resources(8, 1, 4) == f"{plain} client-resources-num-gpus=0.25"
+    assert simulation.resources(8, 2, 3) == f"{plain} client-resources-num-gpus=0.3333"
+    monkeypatch.setattr(simulation.shutil, "which", lambda tool: None)
+    assert simulation._gpus() == 0
 
 
 def test_gpus_are_counted_from_the_drivers_own_list(monkeypatch, tmp_path):
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 'GPU 0: A (UUID: 1)'\necho 'GPU 1: A (UUID: 2)'\n", "utf-8")
     tool.chmod(0o755)
-    monkeypatch.setattr(launcher.shutil, "which", lambda name: str(tool))
-    assert launcher._gpus() == 2
+    monkeypatch.setattr(simulation.shutil, "which", lambda name: str(tool))
+    assert simulation._gpus() == 2
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "many"])
 @pytest.mark.parametrize("option", ["--nodes", "--clients-per-gpu"])
 def test_fewer_than_one_client_is_refused(option, number, capsys):
     with pytest.raises(SystemExit) as refused:
-        cli.main(["run", option, number])
+        main.main(["run", option, number])
     assert refused.value.code == 2
     assert option in capsys.readouterr().err
 
@@ -420,7 +421,7 @@ def test_fewer_than_one_client_is_refused(option, number, capsys):
 @pytest.mark.parametrize("text", ["lora.rank", "seed 3", "seed=3 and more", "=3"])
 def test_text_that_is_no_pair_is_told(nothing_starts, text):
     with pytest.raises(ConfigError, match="-c"):
-        launcher._checked(ROOT, [text])
+        simulation._checked(ROOT, [text])
 
 
 def send_and_wait(end):
@@ -432,7 +433,7 @@ def send_and_wait(end):
 def test_a_launch_is_ended_by_either_signal_and_leaves_the_handlers_as_they_were(end):
     before = signal.signal(end, signal.SIG_IGN)  # as under nohup
     try:
-        with pytest.raises(KeyboardInterrupt), launcher._interruptible():
+        with pytest.raises(KeyboardInterrupt), simulation._interruptible():
             send_and_wait(end)
         assert signal.getsignal(end) is signal.SIG_IGN
     finally:
@@ -446,17 +447,17 @@ def test_a_runs_log_is_shown_whole_and_its_last_reason_kept(capsys):
         "ERROR :  LaLoRA: x=1: bad\n",
         "end\n",
     ]
-    assert launcher._show(lines) == "x=1: bad"
+    assert simulation._show(lines) == "x=1: bad"
     assert capsys.readouterr().out == "".join(lines)
-    assert launcher._show(["LaLoRA round 1/2\n"]) == ""
+    assert simulation._show(["LaLoRA round 1/2\n"]) == ""
 
 
 def test_an_interrupted_command_has_the_exit_code_of_an_interruption(monkeypatch, capsys):
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(launcher, "launch", interrupted)
-    assert cli.main(["run", str(ROOT)]) == 130
+    monkeypatch.setattr(simulation, "launch", interrupted)
+    assert main.main(["run", str(ROOT)]) == 130
     assert "interrupted" in capsys.readouterr().err
 
 
@@ -467,9 +468,9 @@ def test_where_rdp_keeps_the_books_they_may_only_be_above_the_second_opinion(
     """10,000 releases at ε of about 60: RDP is safe there, and some percent above the PLD."""
     path = tmp_path / "ledger.sqlite"
     booked(Ledger(path), "d", "run", 1, Release(0.06, 1.0, 10_000))
-    honest = books.second_epsilon
-    monkeypatch.setattr(books, "second_epsilon", lambda *args: factor * honest(*args))
-    assert cli.main(["ledger", "verify", "--path", str(path), "--delta", "1e-5"]) == code
+    honest = ledger_command.second_epsilon
+    monkeypatch.setattr(ledger_command, "second_epsilon", lambda *args: factor * honest(*args))
+    assert main.main(["ledger", "verify", "--path", str(path), "--delta", "1e-5"]) == code
     out = capsys.readouterr().out
     assert "RDP 64." in out
     assert ("DISAGREE" in out) == bool(code)

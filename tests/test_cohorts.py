@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lalora_app.cohorts import plan
+from lalora_app.server.cohorts import plan
 
 
 @st.composite

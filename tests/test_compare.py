@@ -8,11 +8,11 @@ import pytest
 from conftest import defaults
 from fake_grid import FakeGrid
 from lalora_app import server_app
-from lalora_app.compare import PLAN, prepare, read_file, records, summarise
-from lalora_app.comparison import _eta, run_plan
-from lalora_app.config import ConfigError, flatten
-from lalora_app.data import split
-from lalora_app.finished import completed
+from lalora_app.comparison.finished_cells import completed
+from lalora_app.comparison.runner import _eta, run_plan
+from lalora_app.comparison.summary import PLAN, prepare, read_file, records, summarise
+from lalora_app.data.examples import split
+from lalora_app.settings.run_config import ConfigError, flatten
 
 INF = float("inf")
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from conftest import ROOT, defaults
-from lalora_app.config import flatten
-from lalora_app.results import to_toml
+from lalora_app.results.run_folder import to_toml
+from lalora_app.settings.run_config import flatten
 
 COMPARE = """
 [compare]
@@ -50,7 +50,15 @@ def test_a_comparison_that_is_ended_and_called_again_runs_the_rest_only(tiny, tm
     ]
     plan.write_text("\n".join(changed) + "\n" + COMPARE, "utf-8")
     folder = Path(config.output) / "tiny"
-    command = [sys.executable, "-m", "lalora_app.cli", "compare", str(plan), "--app", str(ROOT)]
+    command = [
+        sys.executable,
+        "-m",
+        "lalora_app.cli.main",
+        "compare",
+        str(plan),
+        "--app",
+        str(ROOT),
+    ]
     first = subprocess.Popen(command, start_new_session=True, env=dict(os.environ))
     wait_for(folder, 1, first)
     os.killpg(first.pid, signal.SIGINT)  # Ctrl-C

@@ -9,9 +9,9 @@ import pytest
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key, load_ssh_public_key
 
-from lalora_app import cli
-from lalora_app.config import ConfigError
-from lalora_app.credentials import make_ca, make_node, make_server
+from lalora_app.cli import main
+from lalora_app.cli.credentials import make_ca, make_node, make_server
+from lalora_app.settings.run_config import ConfigError
 
 
 @pytest.fixture
@@ -92,15 +92,15 @@ def test_a_ca_and_a_node_key_are_never_replaced(server, tmp_path):
 )
 def test_the_command_names_what_is_wrong(server, capsys, arguments, law):
     places = {"NOWHERE": str(server / "none"), "SERVER": str(server)}
-    assert cli.main(["credentials", *(places.get(word, word) for word in arguments)]) == 2
+    assert main.main(["credentials", *(places.get(word, word) for word in arguments)]) == 2
     assert law in capsys.readouterr().err
 
 
 def test_the_command_makes_all_that_a_deployment_needs(tmp_path, capsys):
     folder = str(tmp_path / "new")
-    assert cli.main(["credentials", "ca", folder]) == 0
-    assert cli.main(["credentials", "server", folder, "--host", "127.0.0.1", "--days", "7"]) == 0
-    assert cli.main(["credentials", "node", folder, "site-0"]) == 0
+    assert main.main(["credentials", "ca", folder]) == 0
+    assert main.main(["credentials", "server", folder, "--host", "127.0.0.1", "--days", "7"]) == 0
+    assert main.main(["credentials", "node", folder, "site-0"]) == 0
     made = {path.name for path in Path(folder).iterdir()}
     assert made == {"ca.key", "ca.crt", "server.key", "server.pem", "site-0", "site-0.pub"}
     assert shake_hands(Path(folder), Path(folder), "127.0.0.1") == "TLSv1.3"

@@ -12,13 +12,13 @@ from torch.func import functional_call
 from torch.nn.functional import cross_entropy
 
 from conftest import WORDS
-from lalora_app.backbone import Backbone, build, wire_name
-from lalora_app.config import Config
-from lalora_app.curvature import top_hessian_eigenvalue
-from lalora_app.encoding import Batch, EncodedImages, EncodedSequences, EncodedTexts
-from lalora_app.privacy.attach import LayoutError
-from lalora_app.privacy.expanded import ExpandedEngine
-from lalora_app.privacy.per_example import PerExampleEngine
+from lalora_app.data.encoding import Batch, EncodedImages, EncodedSequences, EncodedTexts
+from lalora_app.models.backbone import Backbone, build, wire_name
+from lalora_app.private_step.attach import LayoutError
+from lalora_app.private_step.compiled_engine import ExpandedEngine
+from lalora_app.private_step.engine import PerExampleEngine
+from lalora_app.results.curvature import top_hessian_eigenvalue
+from lalora_app.settings.run_config import Config
 from oracle import randomise, trained, without_engine
 
 TOKENS = tuple(tuple(2 + (i * j) % 13 for j in range(1, 4 + i % 5)) for i in range(1, 9))

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from conftest import described, make_config, one_line, written
-from lalora_app import data as datasets
-from lalora_app.config import BY_LABEL, PARTITIONERS, ConfigError
-from lalora_app.data import Examples
-from lalora_app.sources import DEMO, DataError
+from lalora_app.data import examples as datasets
+from lalora_app.data.examples import Examples
+from lalora_app.data.sources import DEMO, DataError
+from lalora_app.settings.run_config import BY_LABEL, PARTITIONERS, ConfigError
 
 
 def counted(*parts):
@@ -234,7 +234,7 @@ def test_a_private_file_is_never_looked_up_on_the_hub(tmp_path, monkeypatch):
     def ask(*args, **kwargs):
         raise AssertionError("the hub was asked for a private path")
 
-    monkeypatch.setattr("lalora_app.sources._load_hub", ask)
+    monkeypatch.setattr("lalora_app.data.sources._load_hub", ask)
     monkeypatch.chdir(tmp_path)
     written(tmp_path / "own.jsonl", GOOD)
     assert len(datasets.private_file("own.jsonl", described(DEMO))) == len(GOOD)

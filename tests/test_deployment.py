@@ -18,7 +18,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from conftest import ROOT
-from lalora_app.credentials import make_ca, make_node
+from lalora_app.cli.credentials import make_ca, make_node
 from lalora_app.privacy.accounting import epsilon
 from lalora_app.privacy.ledger import Ledger
 

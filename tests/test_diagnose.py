@@ -6,9 +6,9 @@ import torch
 from safetensors.torch import load_file
 
 import test_app
-from lalora_app import cli
-from lalora_app.diagnose import intruders, merge, open_run, sharpness
-from lalora_app.diagnostics import intruder_dimensions
+from lalora_app.cli import main
+from lalora_app.results.diagnosis import intruders, merge, open_run, sharpness
+from lalora_app.results.spectra import intruder_dimensions
 from test_app import open_run as without_budget
 from test_app import run, tokens_of
 
@@ -58,10 +58,10 @@ def test_sharpness_is_finite_and_the_same_twice(done):
 
 
 def test_the_commands_say_what_they_found(done, tmp_path, capsys):
-    assert cli.main(["diagnose", str(done.folder.path)]) == 0
+    assert main.main(["diagnose", str(done.folder.path)]) == 0
     out = capsys.readouterr().out
     assert "intruder dimensions" in out
     assert "top Hessian eigenvalue" in out
-    assert cli.main(["merge", str(done.folder.path), str(tmp_path / "m")]) == 0
-    assert cli.main(["diagnose", str(tmp_path)]) == 2
+    assert main.main(["merge", str(done.folder.path), str(tmp_path / "m")]) == 0
+    assert main.main(["diagnose", str(tmp_path)]) == 2
     assert "must be the folder of a run" in capsys.readouterr().err

@@ -6,10 +6,10 @@ from flwr.app import ConfigRecord, RecordDict
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lalora_app import wire
-from lalora_app.adapter import kind
-from lalora_app.downlink import DRIFT, LEFT_OUT, Downlink, HeldError, completed, keep
+from lalora_app.adapter.factors import kind
 from lalora_app.privacy.policy import state_folder
+from lalora_app.wire import messages
+from lalora_app.wire.downlink import DRIFT, LEFT_OUT, Downlink, HeldError, completed, keep
 from test_app import by_dataset, fresh, ledger_entries, open_run, quick, run, same_bits
 
 __all__ = ["quick"]  # a fixture of the app's tests, for this file's runs too
@@ -38,11 +38,11 @@ def asked(server, now, moved=None, node=NODE):
 
 
 def names(content):
-    return set(content[wire.ARRAYS])
+    return set(content[messages.ARRAYS])
 
 
 def read(content):
-    return wire.adapter_of(content, like()), wire.drift_of(content, like())
+    return messages.adapter_of(content, like()), messages.drift_of(content, like())
 
 
 def same(one, other):
@@ -141,9 +141,11 @@ def test_what_is_not_held_bit_for_bit_is_refused(tmp_path, held):
 def test_whatever_is_left_out_is_an_error_of_its_own_or_nothing(tmp_path_factory, said):
     path = tmp_path_factory.mktemp("home") / "held"
     keep(path, adapter(), drift())
-    content = RecordDict({wire.ARRAYS: wire.to_record(adapter()), LEFT_OUT: ConfigRecord(said)})
+    content = RecordDict(
+        {messages.ARRAYS: messages.to_record(adapter()), LEFT_OUT: ConfigRecord(said)}
+    )
     if not said:
-        same(wire.adapter_of(completed(content, path), like()), adapter())
+        same(messages.adapter_of(completed(content, path), like()), adapter())
         return
     with pytest.raises(HeldError):
         completed(content, path)
@@ -175,7 +177,7 @@ def test_la_lora_is_sent_the_factor_that_has_moved_and_the_head(tiny):
     done = run(tiny(**open_run()))
     for attempt, moved in ((2, "B"), (3, "A")):  # round 1 sent B up, round 2 A
         for content in requested(done, attempt):
-            assert {kind(name) for name in content[wire.ARRAYS]} == {moved, "head"}
+            assert {kind(name) for name in content[messages.ARRAYS]} == {moved, "head"}
 
 
 def test_a_client_that_lost_what_it_held_refuses_at_no_cost_and_is_sent_everything(tiny):
@@ -186,7 +188,7 @@ def test_a_client_that_lost_what_it_held_refuses_at_no_cost_and_is_sent_everythi
 
     done = run(tiny(**open_run() | {"num-server-rounds": 4}), before=lose)
     assert [row["aggregated"] for row in done.rows] == [True, False, True, True]
-    assert set(done.rows[1]["dropped"]) == {f"refused: {wire.REFUSALS['held']}"}
+    assert set(done.rows[1]["dropped"]) == {f"refused: {messages.REFUSALS['held']}"}
     assert all(not content[LEFT_OUT] for content in requested(done, 3))
     assert all(content[LEFT_OUT] for content in requested(done, 4))
     for book in by_dataset(ledger_entries()).values():

@@ -12,14 +12,15 @@ from PIL import Image
 
 from conftest import make_config
 from fake_grid import FakeGrid
-from lalora_app import client_app, encoded_files
-from lalora_app.config import ConfigError
-from lalora_app.data import Examples
-from lalora_app.encoded_files import Kept, fingerprint
-from lalora_app.encoding import EncodedSequences, EncodedTexts
-from lalora_app.images import encode_images
-from lalora_app.site import admit
-from lalora_app.sources import DataError
+from lalora_app import client_app
+from lalora_app.client import data_cache
+from lalora_app.client.data_cache import Kept, fingerprint
+from lalora_app.client.site import admit
+from lalora_app.data.encoding import EncodedSequences, EncodedTexts
+from lalora_app.data.examples import Examples
+from lalora_app.data.images import encode_images
+from lalora_app.data.sources import DataError
+from lalora_app.settings.run_config import ConfigError
 from test_app import open_run
 
 TOKENS = st.lists(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=9), min_size=1)
@@ -153,7 +154,7 @@ def test_a_cache_needs_data_of_its_own(tiny, tmp_path):
 def test_no_file_without_a_folder(tiny, data_file):
     node = {"data-path": str(data_file), "max-epsilon": float("inf")}
     config = tiny(**open_run())
-    assert encoded_files.kept(admit(config, node, 1), config) is None
+    assert data_cache.kept(admit(config, node, 1), config) is None
 
 
 def test_missing_data_is_named_as_without_a_cache(tiny, tmp_path):

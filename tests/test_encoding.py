@@ -13,8 +13,7 @@ from torchvision.transforms import v2
 from transformers import BertTokenizerFast
 
 from conftest import WORDS, one_line
-from lalora_app.data import Examples
-from lalora_app.encoding import (
+from lalora_app.data.encoding import (
     IGNORED,
     EncodedImages,
     EncodedSequences,
@@ -23,7 +22,8 @@ from lalora_app.encoding import (
     encode_texts,
     padded_width,
 )
-from lalora_app.images import encode_images
+from lalora_app.data.examples import Examples
+from lalora_app.data.images import encode_images
 
 ID = {word: i for i, word in enumerate(WORDS)}
 CLS, SEP, PAD = ID["[CLS]"], ID["[SEP]"], ID["[PAD]"]
@@ -315,5 +315,5 @@ def test_texts_for_an_image_model_are_one_line(content):
 def test_an_image_is_decoded_once(monkeypatch):
     files = (png(seed=77),)
     first = encode(*files)
-    monkeypatch.setattr("lalora_app.images._decoded", SimpleNamespace)  # not called again
+    monkeypatch.setattr("lalora_app.data.images._decoded", SimpleNamespace)  # not called again
     assert encode(*files) is first

@@ -9,16 +9,18 @@ import torch
 
 import test_app
 from fake_grid import FakeGrid
-from lalora_app import server_app, trainer, wire
-from lalora_app.adapter import active_names, kind, pairs
-from lalora_app.backbone import build
-from lalora_app.config import ConfigError
-from lalora_app.data import split
-from lalora_app.encoding import EncodedTexts
-from lalora_app.methods import METHODS
+from lalora_app import server_app
+from lalora_app.adapter.factors import active_names, kind, pairs
+from lalora_app.client import local_round
+from lalora_app.data.encoding import EncodedTexts
+from lalora_app.data.examples import split
+from lalora_app.methods.table import METHODS
+from lalora_app.models.backbone import build
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.randomness import seeded
+from lalora_app.settings.run_config import ConfigError
+from lalora_app.wire import messages
 from test_app import arrays, local_steps, open_run, run, tokens_of
 from test_mechanism import assert_gaussian, flat
 
@@ -56,14 +58,14 @@ def released(client, data, *, t, k, z=0.0, seed=0):
     config, model, start, _ = client
     local = local_steps(config, t)
     model.engine.activate(active_names(start, local.method.trains(t, k)))
-    with model.bases.shaken(trainer._perturbation(model, local, k)):
-        return trainer.private_gradient(
+    with model.bases.shaken(local_round._perturbation(model, local, k)):
+        return local_round.private_gradient(
             model,
             data,
             reservation=Reservation(Release(1.0, z, 1)),
             clip_norm=CLIP,
             micro_batch=3,
-            streams=trainer.Streams(seeded(seed, "sampling"), seeded(seed, "noise")),
+            streams=local_round.Streams(seeded(seed, "sampling"), seeded(seed, "noise")),
         )
 
 
@@ -202,7 +204,7 @@ def test_a_node_may_name_its_rank_and_no_other_than_the_run_has_room_for(tiny):
 def test_a_server_does_not_take_a_clients_word_for_a_rank(tiny, name, rank):
     def fault(attempt, partition, reply):
         if attempt == 0 and partition == 1:
-            reply.content[wire.CONFIG]["rank"] = rank
+            reply.content[messages.CONFIG]["rank"] = rank
         return reply
 
     config = tiny(**open_run(method=name))
@@ -239,9 +241,9 @@ def test_inexact_methods_say_what_they_lose(tiny, name):
 def test_one_client_that_sends_nonsense_does_not_move_a_robust_run(tiny, kind_of_mean):
     def fault(attempt, partition, reply):
         if attempt and partition == 1:
-            for array in reply.content[wire.ARRAYS].values():
+            for array in reply.content[messages.ARRAYS].values():
                 values = np.full(array.shape, 1e6, np.float32)
-                array.data = wire.to_record({"x": values})["x"].data
+                array.data = messages.to_record({"x": values})["x"].data
         return reply
 
     suspects = {} if kind_of_mean == "median" else {"suspects": 1}

@@ -19,12 +19,15 @@ from flwr.app import ConfigRecord, Message, RecordDict
 from safetensors.numpy import load_file
 
 from fake_grid import FakeGrid
-from lalora_app import backbone, cli, client_app, server_app, wire
-from lalora_app.config import flatten, parse
+from lalora_app import client_app, server_app
+from lalora_app.cli import main
+from lalora_app.models import backbone
 from lalora_app.privacy.accounting import epsilon
 from lalora_app.privacy.ledger import Ledger
 from lalora_app.privacy.policy import state_folder
-from lalora_app.results import RunFolder
+from lalora_app.results.run_folder import RunFolder
+from lalora_app.settings.run_config import flatten, parse
+from lalora_app.wire import messages
 
 pytestmark = pytest.mark.filterwarnings("ignore:Optimal order is the largest alpha")
 REPEATABLE = {
@@ -98,7 +101,7 @@ def ask_again(grid, exchange, **order) -> Message:
     """Send a request once more, with another order."""
     node = exchange.request.metadata.dst_node_id
     content = RecordDict(dict(exchange.request.content))
-    content[wire.CONFIG] = ConfigRecord({**content[wire.CONFIG], **order})
+    content[messages.CONFIG] = ConfigRecord({**content[messages.CONFIG], **order})
     message = Message(content, dst_node_id=node, message_type="train")
     return client_app.app(message, grid.contexts[node])
 
@@ -112,7 +115,7 @@ def test_a_ledger_that_cannot_be_written_is_a_refusal_and_nothing_is_drawn(tiny,
     server_app.run(grid, config)
     before = books().entries()
     drawn = []
-    monkeypatch.setattr("lalora_app.trainer.add_noise", lambda *a, **k: drawn.append(a))
+    monkeypatch.setattr("lalora_app.client.local_round.add_noise", lambda *a, **k: drawn.append(a))
     exchange = grid.trained(1)[0]
     with full_disk():
         reply = ask_again(grid, exchange, run="another")
@@ -131,12 +134,12 @@ def test_a_client_that_cannot_keep_its_files_still_answers(tiny, monkeypatch):
         keep["full"] += 1
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lalora_app.residents.save_file", no_space)
-    monkeypatch.setattr("lalora_app.replies.save_file", no_space)
+    monkeypatch.setattr("lalora_app.client.resident_factors.save_file", no_space)
+    monkeypatch.setattr("lalora_app.client.last_reply.save_file", no_space)
     grid = FakeGrid(config, 2)
     server_app.run(grid, config)
     assert keep["full"] >= 2
-    assert all(wire.ARRAYS in exchange.reply.content for exchange in grid.trained())
+    assert all(messages.ARRAYS in exchange.reply.content for exchange in grid.trained())
     assert len(books().entries()) == 4
     assert not list(state_folder({}).rglob("*.tmp"))
 
@@ -147,10 +150,10 @@ def test_a_client_that_cannot_keep_what_it_was_sent_still_answers(tiny, monkeypa
     def no_space(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lalora_app.downlink.save_file", no_space)
+    monkeypatch.setattr("lalora_app.wire.downlink.save_file", no_space)
     grid = FakeGrid(config, 2)
     server_app.run(grid, config)
-    assert all(wire.ARRAYS in exchange.reply.content for exchange in grid.trained(1))
+    assert all(messages.ARRAYS in exchange.reply.content for exchange in grid.trained(1))
     refused = {exchange.reply.content["config"]["refusal"] for exchange in grid.trained(2)}
     assert refused == {"held"}  # at no cost; it would be sent everything the next time
     assert len(books().entries()) == 2
@@ -182,7 +185,7 @@ def test_a_damaged_ledger_is_a_refusal_and_nothing_is_drawn(tiny, monkeypatch):
     grid = FakeGrid(config, 2)
     server_app.run(grid, config)
     drawn = []
-    monkeypatch.setattr("lalora_app.trainer.add_noise", lambda *a, **k: drawn.append(a))
+    monkeypatch.setattr("lalora_app.client.local_round.add_noise", lambda *a, **k: drawn.append(a))
     books().path.write_bytes(b"SQLite format 3\0" + bytes(4096))
     exchange = grid.trained(1)[0]
     reply = ask_again(grid, exchange, run="another")
@@ -307,7 +310,7 @@ def test_killed_at_random_moments_it_ends_as_if_nothing_had_been(
     kills = _killed_until_done(config, moments, random.Random(0))
     assert kills >= KILLS // 2
     ledger = state_folder({}) / "ledger.sqlite"
-    assert cli.main(["ledger", "verify", "--path", str(ledger)]) == 0
+    assert main.main(["ledger", "verify", "--path", str(ledger)]) == 0
     if math.isinf(budget):
         assert _final(config) == _final(whole)
         return

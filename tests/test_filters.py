@@ -8,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lalora_app.filters import TAPS, binomial, identity, permuted, scaled, smooth
-from lalora_app.privacy.types import NoisedGrads
+from lalora_app.methods.filters import TAPS, binomial, identity, permuted, scaled, smooth
+from lalora_app.private_step.gradients import NoisedGrads
 
 KERNEL = [1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16]
 A_NAME = "base_model.model.q.lora_A.weight"

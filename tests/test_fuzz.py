@@ -14,11 +14,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from conftest import defaults, make_config
-from lalora_app import wire
-from lalora_app.config import Config, ConfigError, from_tables, parse
-from lalora_app.methods import method_of
+from lalora_app.client.site import admit
+from lalora_app.methods.table import method_of
 from lalora_app.privacy.policy import Policy, PolicyError, read_policy, read_policy_file
-from lalora_app.site import admit
+from lalora_app.settings.run_config import Config, ConfigError, from_tables, parse
+from lalora_app.wire import messages
 
 ASKED = os.environ.get("LALORA_FUZZ")
 fuzz = settings(
@@ -137,10 +137,10 @@ def test_any_run_config_of_toml_is_parsed_or_a_config_error(text):
 @given(text=st.one_of(st.text(max_size=60), damaged(b'{"method": "la-lora", "lora.rank": 8}')))
 def test_any_run_config_on_the_wire_is_a_mapping_or_a_wire_error(text):
     plain = text if isinstance(text, str) else text.decode("utf-8", "replace")
-    content = RecordDict({wire.RUN_CONFIG: ConfigRecord({"run-config": plain})})
+    content = RecordDict({messages.RUN_CONFIG: ConfigRecord({"run-config": plain})})
     try:
-        found = wire.run_config_of(content)
-    except wire.WireError:
+        found = messages.run_config_of(content)
+    except messages.WireError:
         return
     assert isinstance(found, dict)
 
@@ -155,10 +155,10 @@ keys = st.sampled_from(["run", "round", "attempt", "steps-left", "version-A", "v
 @fuzz
 @given(order=st.dictionaries(keys, values))
 def test_any_order_is_read_or_a_wire_error(order):
-    content = RecordDict({wire.CONFIG: ConfigRecord(order)})
+    content = RecordDict({messages.CONFIG: ConfigRecord(order)})
     try:
-        found = wire.parse_request(content, RUN)
-    except wire.WireError:
+        found = messages.parse_request(content, RUN)
+    except messages.WireError:
         return
     assert 1 <= found.round <= RUN.num_server_rounds
     assert "/" not in found.run
@@ -173,16 +173,16 @@ BYTES = Array(LIKE["m.lora_A.weight"]).data
     data=st.one_of(st.binary(max_size=200), damaged(BYTES)),
     shape=st.lists(st.integers(0, 9), max_size=3),
     dtype=st.sampled_from(["float32", "float64", "object", "x"]),
-    part=st.sampled_from([wire.ARRAYS, wire.DRIFT]),
+    part=st.sampled_from([messages.ARRAYS, messages.DRIFT]),
 )
 def test_any_tensor_is_finite_or_a_wire_error(data, shape, dtype, part):
     record = {name: Array(array) for name, array in LIKE.items()}
     record["m.lora_A.weight"] = Array(dtype, tuple(shape), "numpy.ndarray", data)
     content = RecordDict({part: ArrayRecord(record)})
-    read = wire.adapter_of if part == wire.ARRAYS else wire.drift_of
+    read = messages.adapter_of if part == messages.ARRAYS else messages.drift_of
     try:
         found = read(content, LIKE)
-    except wire.WireError:
+    except messages.WireError:
         return
     assert all(np.isfinite(array).all() for array in found.values())
 
@@ -205,6 +205,6 @@ def test_deep_nesting_is_an_error_and_no_crash(tmp_path, depth):
     path.write_text("max-epsilon = " + "[" * depth)
     with pytest.raises(ConfigError):
         read_policy_file(path)
-    content = RecordDict({wire.RUN_CONFIG: ConfigRecord({"run-config": "[" * depth})})
-    with pytest.raises(wire.WireError):
-        wire.run_config_of(content)
+    content = RecordDict({messages.RUN_CONFIG: ConfigRecord({"run-config": "[" * depth})})
+    with pytest.raises(messages.WireError):
+        messages.run_config_of(content)

@@ -9,19 +9,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lalora_app.backbone import build
-from lalora_app.data import split
-from lalora_app.device import narrow_frozen, pick_device, pick_dtype
-from lalora_app.encoding import EncodedTexts
+from lalora_app.client.local_round import Streams, private_gradient
+from lalora_app.data.encoding import EncodedTexts
+from lalora_app.data.examples import split
+from lalora_app.models.backbone import build
+from lalora_app.models.device import narrow_frozen, pick_device, pick_dtype
+from lalora_app.models.forwards import whole_mask
 from lalora_app.privacy.accounting import Release
-from lalora_app.privacy.attach import LayoutError
 from lalora_app.privacy.ledger import Reservation
-from lalora_app.privacy.mechanism import clipped_sum
-from lalora_app.privacy.per_example import PerExampleEngine
 from lalora_app.privacy.randomness import seeded
-from lalora_app.privacy.types import Outer, PerExampleGrads
-from lalora_app.tasks import whole_mask
-from lalora_app.trainer import Streams, private_gradient
+from lalora_app.private_step.attach import LayoutError
+from lalora_app.private_step.engine import PerExampleEngine
+from lalora_app.private_step.gradients import Outer, PerExampleGrads
+from lalora_app.private_step.mechanism import clipped_sum
 from oracle import (
     WAYS,
     Losses,

@@ -11,14 +11,16 @@ from pathlib import Path
 import pytest
 
 from fake_grid import FakeGrid, identify
-from lalora_app import backbone, cli, trainer
-from lalora_app.adapter import ServerState
-from lalora_app.cohorts import Clients
-from lalora_app.partition import partition
+from lalora_app.adapter.factors import ServerState
+from lalora_app.cli import main
+from lalora_app.client import local_round
+from lalora_app.data.partition import partition
+from lalora_app.models import backbone
 from lalora_app.privacy.accounting import epsilon, second_epsilon
 from lalora_app.privacy.budget import Limit, noise_for
 from lalora_app.privacy.ledger import Ledger
-from lalora_app.strategy import LocalAlternation
+from lalora_app.server.cohorts import Clients
+from lalora_app.server.strategy import LocalAlternation
 
 KILLS = 20
 ROUNDS = 40
@@ -27,7 +29,7 @@ DELTA = 1e-5
 
 def _mark_every_draw(side: Path, die_at: int | None):
     """Append a line to ``side``, on disk, whenever noise was drawn; die before draw ``die_at``."""
-    add_noise = trainer.add_noise
+    add_noise = local_round.add_noise
     draws = itertools.count()
 
     def marked(*args, **kwargs):
@@ -40,7 +42,7 @@ def _mark_every_draw(side: Path, die_at: int | None):
             os.fsync(file.fileno())
         return noised
 
-    trainer.add_noise = marked
+    local_round.add_noise = marked
 
 
 def _client(config, side: Path, run: str, die_at: int | None):
@@ -57,7 +59,7 @@ def _client(config, side: Path, run: str, die_at: int | None):
 
 
 def _method(config):
-    from lalora_app.methods import lookup
+    from lalora_app.methods.table import lookup
 
     return lookup(config.method, config.train.local_steps)
 
@@ -124,4 +126,4 @@ def _verify(path: Path):
         releases = [e.release for e in entries if run in (None, e.run)]
         first, second = epsilon(releases, DELTA), second_epsilon(releases, DELTA)
         assert first == pytest.approx(second, rel=0.01, abs=0.004)
-    assert cli.main(["ledger", "verify", "--path", str(path)]) == 0
+    assert main.main(["ledger", "verify", "--path", str(path)]) == 0

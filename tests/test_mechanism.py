@@ -13,14 +13,17 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from lalora_app.backbone import Backbone, build, wire_name
-from lalora_app.data import split
-from lalora_app.encoding import EncodedTexts
-from lalora_app.privacy import mechanism
+from lalora_app.client.local_round import Streams, private_gradient
+from lalora_app.data.encoding import EncodedTexts
+from lalora_app.data.examples import split
+from lalora_app.models.backbone import Backbone, build, wire_name
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.budget import BudgetError
 from lalora_app.privacy.ledger import Reservation
-from lalora_app.privacy.mechanism import (
+from lalora_app.privacy.randomness import secure, seeded
+from lalora_app.private_step import mechanism
+from lalora_app.private_step.gradients import Outer, PerExampleGrads, Rows, Slot
+from lalora_app.private_step.mechanism import (
     CLIP_MARGIN,
     _added_normals,
     add_noise,
@@ -28,9 +31,6 @@ from lalora_app.privacy.mechanism import (
     clipped_sum,
     poisson_batch,
 )
-from lalora_app.privacy.randomness import secure, seeded
-from lalora_app.privacy.types import Outer, PerExampleGrads, Rows, Slot
-from lalora_app.trainer import Streams, private_gradient
 
 SHAPES = {"q.lora_A.weight": (2, 5), "q.lora_B.weight": (4, 2), "classifier.bias": (3,)}
 EXAMPLES = 12

@@ -3,7 +3,7 @@
 import importlib.util
 
 from conftest import ROOT
-from lalora_app.methods import METHODS, REFUSED
+from lalora_app.methods.table import METHODS, REFUSED
 
 TEXT = (ROOT / "docs" / "methods.md").read_text("utf-8")
 

@@ -14,17 +14,17 @@ from torch import Tensor, nn
 from conftest import SHARED, WORDS, make_config, save_tokenizer, timm_class
 from fake_grid import FakeGrid
 from lalora_app import server_app
-from lalora_app.adapter import active_names, kind
-from lalora_app.backbone import Backbone, build
-from lalora_app.config import Config, ConfigError
-from lalora_app.data import split
-from lalora_app.encoding import Batch, EncodedImages, EncodedSequences, EncodedTexts
-from lalora_app.methods import METHODS
+from lalora_app.adapter.factors import active_names, kind
+from lalora_app.client.local_round import Local, Streams, apply, make_optimizer, private_gradient
+from lalora_app.data.encoding import Batch, EncodedImages, EncodedSequences, EncodedTexts
+from lalora_app.data.examples import split
+from lalora_app.methods.table import METHODS
+from lalora_app.models.backbone import Backbone, build
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.ledger import Reservation
-from lalora_app.privacy.mechanism import poisson_batch
 from lalora_app.privacy.randomness import seeded
-from lalora_app.trainer import Local, Streams, apply, make_optimizer, private_gradient
+from lalora_app.private_step.mechanism import poisson_batch
+from lalora_app.settings.run_config import Config, ConfigError
 from oracle import assert_engine_is_right, randomise, without_engine
 
 INF = float("inf")

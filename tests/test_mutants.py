@@ -23,7 +23,7 @@ class Mutant:
 
 MUTANTS = {
     "batch-mean clip": Mutant(
-        "privacy/mechanism.py",
+        "private_step/mechanism.py",
         "    scales = clip_scales(grads.norms(), clip_norm)\n",
         "    means = [grad.mean(0).norm() for grad in grads.dense().values()]\n"
         "    norms = torch.full_like(grads.norms(), float(torch.stack(means).norm()))\n"
@@ -31,76 +31,76 @@ MUTANTS = {
         "tests/test_mechanism.py",
     ),
     "per-tensor clip": Mutant(
-        "privacy/types.py",
+        "private_step/gradients.py",
         "        return _norms(torch.column_stack([block.norms() for block in self.blocks]))\n",
         "        return torch.column_stack([block.norms() for block in self.blocks]).amax(1)\n",
         "tests/test_mechanism.py",
     ),
     "one-position heads left out of the norm": Mutant(
-        "privacy/types.py",
+        "private_step/gradients.py",
         "        return _norms(self.g, torch.float64) * _norms(self.x, torch.float64)\n",
         "        return torch.zeros_like(_norms(self.g))\n",
         "tests/test_kernels.py",
     ),
     "gradient of an example counted twice": Mutant(
-        "privacy/tape.py",
+        "private_step/tape.py",
         "beta=0.0 if first else 1.0, alpha=scale)",
         "beta=0.0 if first else 1.0, alpha=2 * scale)",
         "tests/test_kernels.py",
     ),
     "per-window clip": Mutant(
-        "privacy/tape.py",
+        "private_step/tape.py",
         "        return x.reshape(self._examples, -1, x.shape[-1])\n",
         "        return x.reshape(x.shape[0], -1, x.shape[-1])\n",
         "tests/test_per_example.py",
     ),
     "noise skipped": Mutant(
-        "privacy/mechanism.py",
+        "private_step/mechanism.py",
         "alpha=noise_std)",
         "alpha=0.0)",
         "tests/test_mechanism.py",
     ),
     "noise scaled by 2/3": Mutant(
-        "privacy/mechanism.py",
+        "private_step/mechanism.py",
         "alpha=noise_std)",
         "alpha=2 / 3 * noise_std)",
         "tests/test_mechanism.py",
     ),
     "noise halved": Mutant(
-        "privacy/mechanism.py",
+        "private_step/mechanism.py",
         "alpha=noise_std)",
         "alpha=noise_std / 2)",
         "tests/test_mechanism.py",
     ),
     "the same noise in every step": Mutant(
-        "privacy/mechanism.py",
+        "private_step/mechanism.py",
         "        return torch.from_numpy(rng.standard_normal(size)).to(like)\n",
         "        rng = np.random.default_rng(0)\n"
         "        return torch.from_numpy(rng.standard_normal(size)).to(like)\n",
         "tests/test_mechanism.py",
     ),
     "no noise on one factor": Mutant(
-        "privacy/mechanism.py",
+        "private_step/mechanism.py",
         "    noised = torch._foreach_add(totals, shaped, alpha=noise_std)\n",
         '    shaped = [s * (".lora_A." not in n) for n, s in zip(sums, shaped, strict=True)]\n'
         "    noised = torch._foreach_add(totals, shaped, alpha=noise_std)\n",
         "tests/test_mechanism.py",
     ),
     "noise without the clip norm": Mutant(
-        "trainer.py",
+        "client/local_round.py",
         "return z * clip_norm if z > 0 else 0.0",
         "return z",
         "tests/test_mechanism.py",
     ),
     "gates differentiated in the batch's mean": Mutant(
-        "privacy/pullback.py",
+        "private_step/reparametrised_engine.py",
         "        (pulled,) = torch.vmap(pull)(grads)\n",
         "        grads = {n: g.mean(0, keepdim=True).expand_as(g) for n, g in grads.items()}\n"
         "        (pulled,) = torch.vmap(pull)(grads)\n",
         "tests/test_parametrise.py",
     ),
     "realised batch size": Mutant(
-        "trainer.py",
+        "client/local_round.py",
         "    expected = q * len(data)\n",
         "    expected = max(len(indices), 1)\n",
         "tests/test_mechanism.py",
@@ -127,11 +127,11 @@ MUTANTS = {
     "ledger written after training": Mutant(
         "client_app.py",
         "    reservation = _reserve(config, site, len(encoded), request)\n    clock.append(time.monotonic())\n"
-        "    result = trainer.run_round(\n",
+        "    result = local_round.run_round(\n",
         "    fields = (config.train.batch_size / len(encoded), 1.0, config.train.local_steps)\n"
         "    reservation = Reservation(Release(*fields))\n"
         "    clock.append(time.monotonic())\n"
-        "    result = _late(lambda: _reserve(config, site, len(encoded), request), trainer.run_round)(\n",
+        "    result = _late(lambda: _reserve(config, site, len(encoded), request), local_round.run_round)(\n",
         "tests/test_kill.py",
     ),
     "ledger not committed": Mutant(
@@ -141,13 +141,13 @@ MUTANTS = {
         "tests/test_ledger.py",
     ),
     "shuffled batches": Mutant(
-        "privacy/mechanism.py",
+        "private_step/mechanism.py",
         "    return np.flatnonzero(rng.random(size) < rate)\n",
         "    return np.sort(rng.permutation(size)[: round(rate * size)])\n",
         "tests/test_mechanism.py",
     ),
     "empty batches skipped": Mutant(
-        "trainer.py",
+        "client/local_round.py",
         "    sums = _summed(backbone, data, indices, clip_norm, micro_batch)\n",
         "    sums = _summed(backbone, data, indices, clip_norm, micro_batch)\n"
         "    if not len(indices):\n"
@@ -155,43 +155,43 @@ MUTANTS = {
         "tests/test_mechanism.py",
     ),
     "non-finite examples scaled": Mutant(
-        "privacy/mechanism.py",
+        "private_step/mechanism.py",
         "        grads = grads.without(dropped)\n",
         "        pass\n",
         "tests/test_mechanism.py",
     ),
     "train loss in the reply": Mutant(
-        "wire.py",
+        "wire/messages.py",
         '        metrics = MetricRecord({"round": self.round, "epsilon": self.epsilon, **sizes})\n',
         '        metrics = MetricRecord({"round": self.round, "epsilon": self.epsilon, "loss": 0.5})\n',
         "tests/test_app.py",
     ),
     "exception text in the reply": Mutant(
         "client_app.py",
-        "        content = wire.refusal(_refusal_key(error, context.node_config))\n",
-        "        content = RecordDict({wire.CONFIG: wire.ConfigRecord({'refusal': str(error)})})\n",
+        "        content = messages.refusal(_refusal_key(error, context.node_config))\n",
+        "        content = RecordDict({messages.CONFIG: messages.ConfigRecord({'refusal': str(error)})})\n",
         "tests/test_app.py",
     ),
     "padded to the longest of the batch": Mutant(
-        "encoding.py",
+        "data/encoding.py",
         "yield self.batch(part[start : start + size], width)",
         "yield self.batch(part[start : start + size])",
         "tests/test_encoding.py",
     ),
     "a head's norm in float32": Mutant(
-        "privacy/types.py",
+        "private_step/gradients.py",
         "        return _norms(self.g, torch.float64) * _norms(self.x, torch.float64)\n",
         "        return _norms(self.g) * _norms(self.x)\n",
         "tests/test_mechanism.py",
     ),
     "columns of the server's choice": Mutant(
-        "site.py",
+        "client/site.py",
         "    _check_columns(config, node)\n    rank",
         "    rank",
         "tests/test_site.py",
     ),
     "resting factor steps": Mutant(
-        "trainer.py",
+        "client/local_round.py",
         "        parameter.grad = gradients.get(name)\n",
         "        parameter.grad = gradients.get(name, torch.zeros_like(parameter))\n",
         "tests/test_app.py",

@@ -12,18 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from conftest import make_config
-from lalora_app.adapter import active_names
-from lalora_app.backbone import Backbone, wire_name
-from lalora_app.bases import Bases, base_layers
-from lalora_app.encoding import EncodedTexts
-from lalora_app.methods import METHODS
-from lalora_app.privacy import attach, kernels, mechanism
+from lalora_app.adapter.factors import active_names
+from lalora_app.client.local_round import Local, Streams, apply, make_optimizer, private_gradient
+from lalora_app.data.encoding import EncodedTexts
+from lalora_app.methods.table import METHODS
+from lalora_app.models.backbone import Backbone, wire_name
+from lalora_app.models.forwards import CLASSIFICATION, Segmented, mean_logits, text_logits
+from lalora_app.models.frozen_weights import Bases, base_layers
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.ledger import Reservation
-from lalora_app.privacy.per_example import PerExampleEngine
 from lalora_app.privacy.randomness import seeded
-from lalora_app.tasks import CLASSIFICATION, Segmented, mean_logits, text_logits
-from lalora_app.trainer import Local, Streams, apply, make_optimizer, private_gradient
+from lalora_app.private_step import attach, kernels, mechanism
+from lalora_app.private_step.engine import PerExampleEngine
 
 META = torch.device("meta")
 TOKENS = tuple(tuple(range(2, 4 + i % 5)) for i in range(40))
@@ -90,7 +90,7 @@ def stand_ins(monkeypatch):
     monkeypatch.setattr(mechanism, "_device_normal", meta_normal)
     monkeypatch.setattr(kernels, "compute_dtype", lambda x: x.dtype)
     monkeypatch.setattr(attach, "compute_dtype", lambda x: x.dtype)
-    monkeypatch.setattr("lalora_app.backbone.autocast", lambda *_: nullcontext())
+    monkeypatch.setattr("lalora_app.models.backbone.autocast", lambda *_: nullcontext())
 
 
 @pytest.mark.parametrize("kernel", ["fused", "merged", "plain"])
@@ -110,7 +110,7 @@ def test_a_bf16_step_reads_nothing_either_and_sums_in_float32(kernel, monkeypatc
         seen.extend(block.rows.dtype for block in grads.blocks)
         return whole(grads, clip_norm)
 
-    monkeypatch.setattr("lalora_app.trainer.clipped_sum", watched)
+    monkeypatch.setattr("lalora_app.client.local_round.clipped_sum", watched)
     backbone = meta_backbone(kernel=kernel, dtype=torch.bfloat16)
     for parameter in backbone.engine.parameters.values():
         parameter.data = parameter.data.float()
@@ -138,6 +138,6 @@ def test_a_read_of_a_value_would_be_seen(read):
 
 def test_a_mask_of_tokens_would_be_read(monkeypatch):
     """Why the model is given a ready 4-D mask."""
-    monkeypatch.setattr("lalora_app.tasks.whole_mask", lambda mask: mask)
+    monkeypatch.setattr("lalora_app.models.forwards.whole_mask", lambda mask: mask)
     with pytest.raises(RuntimeError, match="meta"):
         private_steps(meta_backbone())

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conftest import make_config
-from lalora_app.methods import METHODS
-from lalora_app.optimizers import (
+from lalora_app.client.local_round import Local, make_optimizer
+from lalora_app.methods.optimizers import (
     Hyper,
     LowPass,
     UnbiasedAdamW,
@@ -21,7 +21,7 @@ from lalora_app.optimizers import (
     plus,
     unbiased_adamw,
 )
-from lalora_app.trainer import Local, make_optimizer
+from lalora_app.methods.table import METHODS
 
 SHAPE = (3, 4)
 SEEDS = st.integers(0, 2**32 - 1)

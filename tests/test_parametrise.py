@@ -15,20 +15,21 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from conftest import make_config
-from lalora_app import parametrise, trainer
-from lalora_app.adapter import Adapter, active_names, kind, pairs, sibling
-from lalora_app.backbone import Backbone, build
-from lalora_app.bases import base_layers
-from lalora_app.data import split
-from lalora_app.encoding import EncodedTexts
-from lalora_app.methods import METHODS
-from lalora_app.parametrise import fixed_b
+from lalora_app.adapter import parametrisations
+from lalora_app.adapter.factors import Adapter, active_names, kind, pairs, sibling
+from lalora_app.adapter.parametrisations import fixed_b
+from lalora_app.client import local_round
+from lalora_app.data.encoding import EncodedTexts
+from lalora_app.data.examples import split
+from lalora_app.methods.table import METHODS
+from lalora_app.models.backbone import Backbone, build
+from lalora_app.models.frozen_weights import base_layers
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.ledger import Reservation
-from lalora_app.privacy.mechanism import clipped_sum
-from lalora_app.privacy.per_example import PerExampleEngine
-from lalora_app.privacy.pullback import PulledBackEngine
 from lalora_app.privacy.randomness import seeded
+from lalora_app.private_step.engine import PerExampleEngine
+from lalora_app.private_step.mechanism import clipped_sum
+from lalora_app.private_step.reparametrised_engine import PulledBackEngine
 from oracle import WAYS, assert_equal, joint, make_engine, randomise, trained, without_engine
 
 AB = frozenset("AB")
@@ -81,11 +82,11 @@ def outer_sum(weights, left: Tensor, right: Tensor) -> np.ndarray:
 @pytest.mark.parametrize("temperature", [0.05, 0.5, 3.0])
 def test_gates_weigh_every_direction_by_their_softmax(rank, temperature):
     numbers, rng = rule(temperature=temperature), np.random.default_rng(rank)
-    theta = tensors(parametrise.with_gates(drawn_start(rank, rank), numbers))
+    theta = tensors(parametrisations.with_gates(drawn_start(rank, rank), numbers))
     theta[GATE] = torch.from_numpy(rng.standard_normal(rank))
     powers = [math.exp((float(g) - 3) / temperature) for g in theta[GATE]]
     weights = [rank * power / sum(powers) for power in powers]
-    own = parametrise.gated(theta, numbers)
+    own = parametrisations.gated(theta, numbers)
     np.testing.assert_allclose(product(own), outer_sum(weights, theta[B], theta[A]), rtol=1e-9)
     assert own.keys() == {A, B, HEAD}
     assert own[HEAD] is theta[HEAD]
@@ -95,8 +96,8 @@ def test_gates_weigh_every_direction_by_their_softmax(rank, temperature):
 @pytest.mark.parametrize("rank", [1, 2, 4, 8, 16])
 def test_gates_at_zero_leave_the_factors_to_the_bit(rank):
     start = drawn_start(0, rank)
-    theta = tensors(parametrise.with_gates(start, rule()), torch.float32)
-    own = parametrise.gated(theta, rule())
+    theta = tensors(parametrisations.with_gates(start, rule()), torch.float32)
+    own = parametrisations.gated(theta, rule())
     for name, array in start.items():
         assert np.array_equal(own[name].numpy(), array)
 
@@ -104,9 +105,9 @@ def test_gates_at_zero_leave_the_factors_to_the_bit(rank):
 @pytest.mark.parametrize("temperature", [0.01, 1.0])
 def test_a_gate_of_rank_one_has_no_say_and_no_gradient(temperature):
     numbers = rule(temperature=temperature)
-    theta = tensors(parametrise.with_gates(drawn_start(1, 1), numbers))
+    theta = tensors(parametrisations.with_gates(drawn_start(1, 1), numbers))
     theta[GATE] = torch.full((1,), -7.0, dtype=torch.float64, requires_grad=True)
-    own = parametrise.gated(theta, numbers)
+    own = parametrisations.gated(theta, numbers)
     assert torch.equal(own[A], theta[A])
     own[A].square().sum().backward()
     assert float(theta[GATE].grad) == 0
@@ -115,7 +116,7 @@ def test_a_gate_of_rank_one_has_no_say_and_no_gradient(temperature):
 @pytest.mark.parametrize(("rank", "tasks"), [(1, 1), (1, 4), (3, 1), (2, 3)])
 def test_directions_of_the_tasks_before_count_with_their_magnitudes(rank, tasks):
     numbers, rng = rule(tasks), np.random.default_rng(rank)
-    theta = tensors(parametrise.with_directions(drawn_start(2, rank * tasks), numbers))
+    theta = tensors(parametrisations.with_directions(drawn_start(2, rank * tasks), numbers))
     for name, value in theta.items():
         theta[name] = torch.from_numpy(rng.standard_normal(value.shape))
     expected = outer_sum([1.0] * rank, theta[B], theta[A])
@@ -124,7 +125,7 @@ def test_directions_of_the_tasks_before_count_with_their_magnitudes(rank, tasks)
         place = slice(task * rank, (task + 1) * rank)
         magnitude = float(theta[GATE][task])
         expected += outer_sum([magnitude] * rank, left[:, place], right[place])
-    own = parametrise.directed(theta, numbers)
+    own = parametrisations.directed(theta, numbers)
     np.testing.assert_allclose(product(own), expected, rtol=1e-9, atol=1e-12)
     assert (own[A].shape, own[B].shape) == ((rank * tasks, N), (M, rank * tasks))
     assert own.keys() == {A, B, HEAD}
@@ -138,13 +139,13 @@ def orthonormal(rng: np.random.Generator, rows: int, n: int) -> np.ndarray:
 @pytest.mark.parametrize("used", [0, 1, 4])
 def test_half_of_the_rows_see_nothing_of_the_basis_and_the_others_nothing_else(rank, used):
     numbers, rng = rule(4), np.random.default_rng(rank)
-    theta = tensors(parametrise.with_basis(drawn_start(3, rank), numbers))
+    theta = tensors(parametrisations.with_basis(drawn_start(3, rank), numbers))
     name, half = sibling(A, "fixed"), rank // 2
     room = theta[name].shape[0]
     basis = np.zeros((room, N))
     basis[: min(used, room)] = orthonormal(rng, min(used, room), N)
     theta[name] = torch.from_numpy(basis)
-    own = parametrise.projected(theta, numbers)
+    own = parametrisations.projected(theta, numbers)
     inputs = rng.standard_normal((7, N))
     for x in inputs:
         inside = sum((phi @ x) * phi for phi in basis)
@@ -372,13 +373,13 @@ def filled(start: Adapter) -> Adapter:
 
 
 def release(backbone, data, *, z=0.0, clip_norm=0.7, seed=0) -> Theta:
-    return trainer.private_gradient(
+    return local_round.private_gradient(
         backbone,
         data,
         reservation=Reservation(Release(1.0, z, 1)),
         clip_norm=clip_norm,
         micro_batch=5,
-        streams=trainer.Streams(seeded(seed, "sampling"), seeded(seed, "noise")),
+        streams=local_round.Streams(seeded(seed, "sampling"), seeded(seed, "noise")),
     )
 
 
@@ -448,7 +449,7 @@ def test_noise_of_every_entry_is_the_multiplier_times_the_clip_norm(name, built,
     backbone.load(start)
 
 
-def local_of(name: str, **changes) -> trainer.Local:
+def local_of(name: str, **changes) -> local_round.Local:
     config = make_config(
         **{
             "rule.tasks": 3,
@@ -458,7 +459,7 @@ def local_of(name: str, **changes) -> trainer.Local:
         }
         | changes
     )
-    return trainer.Local(METHODS[name], 1, 3, config.train, config.rule, 0.7)
+    return local_round.Local(METHODS[name], 1, 3, config.train, config.rule, 0.7)
 
 
 @pytest.mark.parametrize("name", OWN)
@@ -467,11 +468,11 @@ def test_what_rests_or_is_fixed_keeps_its_bits_under_adamw(name, factors, built,
     backbone, start = built(name, **{"rule.tasks": 3})
     theta = filled(start)
     backbone.load(theta)
-    optimizer = trainer.make_optimizer(backbone, local_of(name), 0.1)
+    optimizer = local_round.make_optimizer(backbone, local_of(name), 0.1)
     for names in (AB, factors, factors):  # with moments and weight decay
         backbone.engine.activate(active_names(start, names))
         before = backbone.adapter()
-        trainer.apply(backbone, optimizer, release(backbone, data, z=1.0))
+        local_round.apply(backbone, optimizer, release(backbone, data, z=1.0))
         after = backbone.adapter()
         active = active_names(start, names)
         for tensor, array in before.items():
@@ -486,14 +487,14 @@ def test_what_rests_or_is_fixed_keeps_its_bits_under_adamw(name, factors, built,
 @pytest.mark.parametrize("tasks", [1, 3])
 def test_a_private_round_trains_all_but_what_is_fixed(name, tasks, built, data):
     backbone, start = built(name, **{"rule.tasks": tasks})
-    result = trainer.run_round(
+    result = local_round.run_round(
         backbone,
         data,
         start,
         {},
         local=local_of(name, **{"rule.tasks": tasks}),
         reservation=Reservation(Release(0.5, 1.0, 2)),
-        streams=trainer.Streams(seeded(0, "sampling"), seeded(0, "noise")),
+        streams=local_round.Streams(seeded(0, "sampling"), seeded(0, "noise")),
     )
     assert {n: x.shape for n, x in result.items()} == {n: x.shape for n, x in start.items()}
     for tensor, array in start.items():

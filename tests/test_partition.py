@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import described, make_config
-from lalora_app import data as datasets
-from lalora_app import partition as deals
-from lalora_app.config import PARTITIONERS, ConfigError, Data
-from lalora_app.data import Examples
-from lalora_app.partition import MAKERS, deal_name, label_counts, partition
-from lalora_app.sources import DataError
+from lalora_app.data import examples as datasets
+from lalora_app.data import partition as deals
+from lalora_app.data.examples import Examples
+from lalora_app.data.partition import MAKERS, deal_name, label_counts, partition
+from lalora_app.data.sources import DataError
+from lalora_app.settings.run_config import PARTITIONERS, ConfigError, Data
 
 INF = float("inf")
 BY_SIZE = ("linear", "square", "exponential")

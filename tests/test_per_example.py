@@ -7,14 +7,14 @@ import torch
 from torch import Tensor, nn
 
 from conftest import SHARED, make_config
-from lalora_app.backbone import build
-from lalora_app.data import Examples, split
-from lalora_app.encoding import EncodedTexts
-from lalora_app.privacy.attach import LayoutError
-from lalora_app.privacy.layout import check_layout
-from lalora_app.privacy.mechanism import clipped_sum
-from lalora_app.privacy.per_example import PerExampleEngine
-from lalora_app.tasks import masked_mean
+from lalora_app.data.encoding import EncodedTexts
+from lalora_app.data.examples import Examples, split
+from lalora_app.models.backbone import build
+from lalora_app.models.forwards import masked_mean
+from lalora_app.private_step.attach import LayoutError
+from lalora_app.private_step.engine import PerExampleEngine
+from lalora_app.private_step.layout_check import check_layout
+from lalora_app.private_step.mechanism import clipped_sum
 from oracle import (
     TOLERANCE,
     Losses,

@@ -5,9 +5,9 @@ import math
 import pytest
 
 from conftest import defaults
-from lalora_app.config import ConfigError, parse
-from lalora_app.plan import RATES, Cell
-from lalora_app.plan_tables import narrowed, read_plan
+from lalora_app.comparison.plan import RATES, Cell
+from lalora_app.comparison.plan_file import narrowed, read_plan
+from lalora_app.settings.run_config import ConfigError, parse
 
 INF = math.inf
 

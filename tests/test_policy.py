@@ -7,11 +7,12 @@ import pytest
 from flwr.app import Message, RecordDict
 
 from fake_grid import FakeGrid
-from lalora_app import client_app, server_app, wire
-from lalora_app.config import ConfigError, flatten
+from lalora_app import client_app, server_app
 from lalora_app.privacy.budget import Limit
 from lalora_app.privacy.ledger import Ledger
 from lalora_app.privacy.policy import PolicyError, read_policy, read_policy_file, state_folder
+from lalora_app.settings.run_config import ConfigError, flatten
+from lalora_app.wire import messages
 
 DELTA = 1e-5
 GOOD = """
@@ -207,8 +208,10 @@ def sender(honest, path):
 
     def send(changes, order, kind):
         content = RecordDict(dict(exchange.request.content))
-        content[wire.RUN_CONFIG] = wire.run_config({**flatten(honest), **changes})
-        content[wire.CONFIG] = wire.ConfigRecord({**exchange.request.content[wire.CONFIG], **order})
+        content[messages.RUN_CONFIG] = messages.run_config({**flatten(honest), **changes})
+        content[messages.CONFIG] = messages.ConfigRecord(
+            {**exchange.request.content[messages.CONFIG], **order}
+        )
         message = Message(content, dst_node_id=node, message_type=kind)
         return client_app.app(message, grid.contexts[node])
 
@@ -261,7 +264,7 @@ def test_a_server_that_asks_for_too_much_is_refused_and_nothing_is_spent(guarded
     late = "request" in reasons or "budget" in reasons or "privacy.delta" in reasons
     if kind == "train" or not late:  # a query carries no order, and asks for no budget
         assert said in reasons
-    assert wire.ARRAYS not in reply.content
+    assert messages.ARRAYS not in reply.content
     assert ledger.entries() == before
     assert kept_files() == files  # else a server could fill the disk at no cost
 
@@ -270,7 +273,7 @@ def test_the_same_client_takes_part_in_what_it_allows(guarded):
     ledger = Ledger(state_folder({}) / "ledger.sqlite")
     before = len(ledger.entries())
     reply = guarded({}, NEW_RUN, "train")
-    assert wire.ARRAYS in reply.content
+    assert messages.ARRAYS in reply.content
     assert len(ledger.entries()) == before + 1
 
 
@@ -284,7 +287,7 @@ def test_a_round_that_is_repeated_counts_among_the_rounds_of_its_run(tiny, polic
     assert reply.content["config"].get("refusal") == "budget"
     assert ledger.entries() == before
     assert kept_files() == files
-    assert wire.ARRAYS in send(another, NEW_RUN, "train").content
+    assert messages.ARRAYS in send(another, NEW_RUN, "train").content
 
 
 def test_too_little_noise_is_refused_before_the_ledger(tiny, policy):

@@ -5,15 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lalora_app.aggregate.products import (
-    Product,
-    balanced,
-    compressed,
-    moved,
-    norm,
-    stacked,
-    svd,
-)
+from lalora_app.adapter.low_rank import Product, balanced, compressed, moved, norm, stacked, svd
 
 B, A = "base_model.model.layer.0.lora_B.weight", "base_model.model.layer.0.lora_A.weight"
 FEW = settings(max_examples=40, deadline=None, derandomize=True)

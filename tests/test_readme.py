@@ -3,7 +3,7 @@
 import re
 
 from conftest import ROOT, make_config
-from lalora_app.methods import METHODS
+from lalora_app.methods.table import METHODS
 
 WIDTH, TARGETS = 384, 12  # MiniLM-L6: query and value of six layers
 

@@ -3,45 +3,45 @@
 import numpy as np
 import pytest
 
-from lalora_app import replies
+from lalora_app.client import last_reply
 
 UPLOAD = {"m.lora_B.weight": np.arange(6, dtype=np.float32).reshape(3, 2), "head": np.ones(2)}
 
 
 @pytest.fixture
 def path(tmp_path):
-    return replies.reply_file(tmp_path, "mail of 2026", "clinic")
+    return last_reply.reply_file(tmp_path, "mail of 2026", "clinic")
 
 
 def test_the_same_request_gets_the_same_bytes(path):
-    replies.keep(path, "one", UPLOAD)
-    again = replies.again(path, "one")
+    last_reply.keep(path, "one", UPLOAD)
+    again = last_reply.again(path, "one")
     assert {n: a.tobytes() for n, a in again.items()} == {n: a.tobytes() for n, a in UPLOAD.items()}
 
 
 def test_another_request_gets_none(path):
-    assert replies.again(path, "one") is None
-    replies.keep(path, "one", UPLOAD)
-    assert replies.again(path, "two") is None
+    assert last_reply.again(path, "one") is None
+    last_reply.keep(path, "one", UPLOAD)
+    assert last_reply.again(path, "two") is None
 
 
 def test_only_the_last_reply_is_kept_and_no_other_file(path):
-    replies.keep(path, "one", UPLOAD)
-    replies.keep(path, "two", UPLOAD)
-    assert replies.again(path, "one") is None
-    assert replies.again(path, "two") is not None
+    last_reply.keep(path, "one", UPLOAD)
+    last_reply.keep(path, "two", UPLOAD)
+    assert last_reply.again(path, "one") is None
+    assert last_reply.again(path, "two") is not None
     assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("harm", [b"", b"{", b"\xff" * 100])
 def test_a_damaged_file_means_a_new_answer(path, harm):
-    replies.keep(path, "one", UPLOAD)
+    last_reply.keep(path, "one", UPLOAD)
     path.write_bytes(harm)
-    assert replies.again(path, "one") is None
+    assert last_reply.again(path, "one") is None
 
 
 def test_every_dataset_and_client_has_its_own_file(tmp_path):
     names = [("a", "x"), ("b", "x"), ("../a", "x"), ("a", "y")]
-    files = {replies.reply_file(tmp_path, *name) for name in names}
+    files = {last_reply.reply_file(tmp_path, *name) for name in names}
     assert len(files) == 4
     assert {file.parent for file in files} == {tmp_path / "replies"}

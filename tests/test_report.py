@@ -20,13 +20,11 @@ import pytest
 from matplotlib.image import imread
 
 from conftest import defaults, make_config
-from lalora_app import plots, roc
-from lalora_app.config import ConfigError
-from lalora_app.plots import charts, curve
-from lalora_app.records import Record, group, read_record
-from lalora_app.report import to_html, write_report
-from lalora_app.results import RunFolder
-from lalora_app.tables import (
+from lalora_app.reports import audit_figure, charts
+from lalora_app.reports.charts import charts as all_charts
+from lalora_app.reports.charts import curve
+from lalora_app.reports.page import to_html, write_report
+from lalora_app.reports.tables import (
     ACCURACY,
     METRICS,
     best,
@@ -36,6 +34,9 @@ from lalora_app.tables import (
     to_markdown,
     to_text,
 )
+from lalora_app.results.finished_run import Record, group, read_record
+from lalora_app.results.run_folder import RunFolder
+from lalora_app.settings.run_config import ConfigError
 
 BALANCED, PERPLEXITY = METRICS[1:]
 LABELS = ("la-lora", "rolora", "dp-lora")
@@ -318,12 +319,12 @@ def test_a_curve_is_mean_lowest_and_highest_over_the_rounds_that_all_seeds_have(
 
 
 def test_uploads_add_up():
-    found = curve([record()], plots._megabytes, ACCURACY)
+    found = curve([record()], charts._megabytes, ACCURACY)
     assert found.x == pytest.approx([0.150536 * t for t in (1, 2, 3, 4)])
 
 
 def test_without_a_finite_epsilon_there_is_no_figure_of_it():
-    chart = plots.by_spending(study(epsilons=[math.inf]))
+    chart = charts.by_spending(study(epsilons=[math.inf]))
     assert chart.panels == ()
     assert "ε = inf" in chart.note
 
@@ -337,7 +338,7 @@ def test_without_a_finite_epsilon_there_is_no_figure_of_it():
     ],
 )
 def test_a_missing_aggregation_error_is_explained(run, reason):
-    chart = plots.aggregation_error([run])
+    chart = charts.aggregation_error([run])
     assert chart.panels == ()
     assert reason in chart.note
 
@@ -346,11 +347,11 @@ def test_an_aggregation_error_from_before_its_time_was_not_recorded():
     run = record("dp-lora")
     for row in run.history:
         del row["aggregation_error"]
-    assert "dp-lora: it was not recorded" in plots.aggregation_error([run]).note
+    assert "dp-lora: it was not recorded" in charts.aggregation_error([run]).note
 
 
 def test_aggregation_errors_are_drawn_where_there_are_any():
-    chart = plots.aggregation_error([record("dp-lora", error=0.25), record("la-lora")])
+    chart = charts.aggregation_error([record("dp-lora", error=0.25), record("la-lora")])
     assert len(chart.panels) == 1
     assert "No curve for la-lora:" in chart.note
     assert "dp-lora" not in chart.note
@@ -364,24 +365,24 @@ def test_what_a_server_rule_leaves_is_drawn_for_methods_that_correct_and_no_othe
         return replace(own, method=method)
 
     averaging, correcting = run("dp-lora", 0.2), run("lora-fair", 0.1)
-    assert plots.remaining_error([averaging]) == []
+    assert charts.remaining_error([averaging]) == []
     runs = [averaging, correcting, run("flexlora", 0.05)]
-    (chart,) = plots.remaining_error(runs)
+    (chart,) = charts.remaining_error(runs)
     assert {"lora-fair", "flexlora"} <= set(words(chart.panels[0]))
     assert "dp-lora" not in words(chart.panels[0])
-    assert chart.title in [found.title for found in charts(runs)]
+    assert chart.title in [found.title for found in all_charts(runs)]
 
 
 @pytest.mark.parametrize("failed", [(), (2, 3)])
 def test_failed_rounds_are_marked(failed):
-    chart = plots.by_round([record(failed=failed)], ACCURACY)
+    chart = charts.by_round([record(failed=failed)], ACCURACY)
     found = words(chart.panels[0])
     assert ("failed round" in found) == bool(failed)
     assert {"1", "2", "3", "4"} <= set(found)
 
 
 def test_language_models_have_curves_of_perplexity():
-    found = {chart.title for chart in charts([record(second="perplexity")])}
+    found = {chart.title for chart in all_charts([record(second="perplexity")])}
     assert "Perplexity by round" in found
     assert "Balanced accuracy by round" not in found
 
@@ -399,16 +400,16 @@ def test_an_audited_run_tells_both_epsilons_and_draws_the_attack():
     assert "at least 0.80 at 95% confidence" in page
     assert "counts at most 3.00 at δ = 1e-05. The two are consistent." in page
     assert "BROKEN" in to_html([replace(tried, audit=AUDIT | {"broken": True})], "run")
-    (chart,) = plots.attacks([tried, record(seed=1)])
+    (chart,) = charts.attacks([tried, record(seed=1)])
     (panel,) = chart.panels
     assert {"step", "run", "guessing", "allowed at ε = 3", "false alarm rate"} <= set(words(panel))
-    assert plots.attacks([record()]) == []
+    assert charts.attacks([record()]) == []
     assert "Membership attack" not in to_html([record()], "run")
 
 
 def test_the_hits_allowed_are_those_of_the_definition():
     alarms = np.geomspace(1e-6, 1, 50)
-    hits = roc.most_hits(alarms, 1.5, 1e-3)
+    hits = audit_figure.most_hits(alarms, 1.5, 1e-3)
     left = math.exp(1.5) * alarms + 1e-3 - hits
     right = math.exp(1.5) * (1 - hits) + 1e-3 - (1 - alarms)
     assert np.abs(np.minimum(left, right)[hits < 1]).max() < 1e-12
@@ -420,7 +421,7 @@ def test_the_hits_allowed_are_those_of_the_definition():
 def test_a_small_partition_has_its_counts_written_in():
     partition = {"labels": ["ham", "spam"], "clients": [[1234, 56], [78, 9]]}
     runs = [record(label, seed=s, partition=partition) for label in ("a", "b") for s in (0, 1)]
-    chart = plots.partitions(runs)
+    chart = charts.partitions(runs)
     assert len(chart.panels) == 1  # the same for all
     assert {"ham", "spam", "1,234", "56", "78", "9", "seed 0, 1"} <= set(words(chart.panels[0]))
 
@@ -429,37 +430,37 @@ def test_a_small_partition_has_its_counts_written_in():
 def test_the_partition_of_a_hundred_clients_is_drawn(labels):
     counts = np.random.default_rng(0).integers(0, 90, (100, labels)).tolist()
     partition = {"labels": [f"label {i}" for i in range(labels)], "clients": counts}
-    (panel,) = plots.partitions([record(partition=partition)]).panels
+    (panel,) = charts.partitions([record(partition=partition)]).panels
     assert len(panel) < 200_000
     assert len(words(panel)) < 60
 
 
 def test_different_partitions_are_different_pictures():
     runs = [record(seed=s, partition={"labels": ["x"], "clients": [[5], [s]]}) for s in (0, 1)]
-    titles = [set(words(panel)) for panel in plots.partitions(runs).panels]
+    titles = [set(words(panel)) for panel in charts.partitions(runs).panels]
     assert ["seed 0" in titles[0], "seed 1" in titles[1]] == [True, True]
 
 
 def test_partitions_of_different_labels_name_them():
     runs = [record(m, partition={"labels": ["x"], "clients": [[n]]}) for n, m in enumerate("ab")]
-    titles = [set(words(panel)) for panel in plots.partitions(runs).panels]
+    titles = [set(words(panel)) for panel in charts.partitions(runs).panels]
     assert ["seed 0: a" in titles[0], "seed 0: b" in titles[1]] == [True, True]
 
 
 def test_a_line_that_is_alone_in_its_panel_is_named_beside_others():
-    chart = plots.by_round([record("a", 1.0), record("b", 3.0)], ACCURACY)
+    chart = charts.by_round([record("a", 1.0), record("b", 3.0)], ACCURACY)
     assert ["a" in words(chart.panels[0]), "b" in words(chart.panels[1])] == [True, True]
 
 
 def test_odd_labels_are_drawn_as_they_are():
     labels = ["_hidden", "$x_1$", "日本語", "<b>&amp;", "x" * 200]
-    (panel,) = plots.by_round([record(label) for label in labels], ACCURACY).panels
+    (panel,) = charts.by_round([record(label) for label in labels], ACCURACY).panels
     assert {*labels[:4], "x" * 43 + "…"} <= set(words(panel))
 
 
 @pytest.mark.parametrize("rounds", [1, 300])
 def test_runs_of_one_round_and_of_many_are_drawn(rounds):
-    (panel,) = plots.by_round([record(rounds=rounds)], ACCURACY).panels
+    (panel,) = charts.by_round([record(rounds=rounds)], ACCURACY).panels
     assert len(panel) < 100_000
     assert "round" in words(panel)
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from lalora_app import residents
-from lalora_app.residents import resident_file
+from lalora_app.client import resident_factors
+from lalora_app.client.resident_factors import resident_file
 
 A_NAME, B_NAME, HEAD = "q.lora_A.weight", "q.lora_B.weight", "classifier.weight"
 
@@ -16,11 +16,11 @@ def adapter(value: float) -> dict[str, np.ndarray]:
 
 
 def keep(path, kept, factors, versions, attempt=1):
-    residents.keep(path, kept, factors, versions, attempt)
+    resident_factors.keep(path, kept, factors, versions, attempt)
 
 
 def substitute(path, start, versions, attempt=2):
-    return residents.substitute(path, start, versions, attempt)
+    return resident_factors.substitute(path, start, versions, attempt)
 
 
 @pytest.fixture

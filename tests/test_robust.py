@@ -6,10 +6,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import make_config
-from lalora_app.adapter import Adapter
-from lalora_app.aggregate.mean import average
-from lalora_app.aggregate.rule import Round
-from lalora_app.robust import COMBINE, krum, median, robust, trimmed_mean
+from lalora_app.adapter.factors import Adapter
+from lalora_app.aggregation.average import average
+from lalora_app.aggregation.rule import Round
+from lalora_app.server.robust import COMBINE, krum, median, robust, trimmed_mean
 
 SHAPES = {"q.lora_A.weight": (2, 5), "q.lora_B.weight": (4, 2), "classifier.bias": (3,)}
 SEEDS = st.integers(0, 2**32 - 1)

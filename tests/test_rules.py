@@ -10,19 +10,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import make_config
-from lalora_app.adapter import Adapter, select
-from lalora_app.aggregate import residual
-from lalora_app.aggregate.fold import chain_fold, stack_fold, subspace_fold
-from lalora_app.aggregate.mean import average
-from lalora_app.aggregate.padded import padded_mean
-from lalora_app.aggregate.refactor import (
+from lalora_app.adapter.factors import Adapter, select
+from lalora_app.aggregation import residual_correction
+from lalora_app.aggregation.average import average
+from lalora_app.aggregation.fold_into_base import chain_fold, stack_fold, subspace_fold
+from lalora_app.aggregation.new_factors import (
     product_mean,
     product_space,
     refactored,
     start_orthonormal,
 )
-from lalora_app.aggregate.residual import corrected, cosine, residual_fold, ridge
-from lalora_app.aggregate.rule import Aggregated, Round
+from lalora_app.aggregation.padded_average import padded_mean
+from lalora_app.aggregation.residual_correction import corrected, cosine, residual_fold, ridge
+from lalora_app.aggregation.rule import Aggregated, Round
 
 HEAD = "base_model.model.classifier.weight"
 SIZES = {"base_model.model.layer.0": (6, 9), "base_model.model.layer.1": (11, 8)}
@@ -495,8 +495,8 @@ def descent(found: Case, path: str, b: str, a: str, fair_weight: float) -> np.nd
         return grads.reshape(change.shape)
 
     changes = [np.zeros_like(b_mean)]
-    for _ in range(residual._COSINE_STEPS - 1):
-        rate = residual._COSINE_RATE * np.sum(b_mean**2)
+    for _ in range(residual_correction._COSINE_STEPS - 1):
+        rate = residual_correction._COSINE_RATE * np.sum(b_mean**2)
         changes.append(changes[-1] - rate * slope(changes[-1]))
     return b_mean + min(changes, key=loss)
 

@@ -2,9 +2,9 @@
 
 import pytest
 
-from lalora_app import schedule
-from lalora_app.aggregate.mean import average
-from lalora_app.methods import METHODS, lookup
+from lalora_app.aggregation.average import average
+from lalora_app.methods import schedule
+from lalora_app.methods.table import METHODS, lookup
 
 # Four local steps of rounds 1 and 2, and what rounds 1 to 4 send up.
 ALTERNATE_STEPS = ("B A B A", "B A B A")

@@ -18,13 +18,16 @@ from hypothesis import strategies as st
 
 import test_app
 from fake_grid import FakeGrid, wire_bytes
-from lalora_app import client_app, runlog, server_app, trainer, wire
-from lalora_app.adapter import active_names, select
-from lalora_app.config import ConfigError
-from lalora_app.methods import METHODS, method_of
+from lalora_app import client_app, server_app
+from lalora_app.adapter.factors import active_names, select
+from lalora_app.client import local_round
+from lalora_app.methods.table import METHODS, method_of
 from lalora_app.secagg import fixed_point, masks
-from lalora_app.secagg.records import MASKED, SECAGG, column_of, columns
-from lalora_app.wire import REFUSALS, WireError
+from lalora_app.secagg.messages import MASKED, SECAGG, column_of, columns
+from lalora_app.server import progress
+from lalora_app.settings.run_config import ConfigError
+from lalora_app.wire import messages
+from lalora_app.wire.messages import REFUSALS, WireError
 from test_app import (
     arrays,
     by_dataset,
@@ -50,7 +53,7 @@ SMALLEST = 2.0**-149  # of float32, subnormal
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
     """The page of curves takes longer than the run, and other tests look at it."""
-    monkeypatch.setattr(runlog, "_write_report", lambda folder: None)
+    monkeypatch.setattr(progress, "_write_report", lambda folder: None)
 
 
 # --- integers ---------------------------------------------------------------------------------
@@ -405,11 +408,11 @@ class Table:
         start = client_app.backbone.build(self.config)[1]
         sources = range(CLIENTS) if sources is None else sources
         sealed = {s: self.shares[s][client] for s in sources if s != client} if self.shares else {}
-        order = wire.TrainRequest("run-1", 1, attempt, 2, {"A": 0, "B": 0}).record()
+        order = messages.TrainRequest("run-1", 1, attempt, 2, {"A": 0, "B": 0}).record()
         records = {
-            wire.ARRAYS: wire.to_record(start),
-            wire.CONFIG: order,
-            wire.RUN_CONFIG: wire.run_config(test_app.flatten(self.config)),
+            messages.ARRAYS: messages.to_record(start),
+            messages.CONFIG: order,
+            messages.RUN_CONFIG: messages.run_config(test_app.flatten(self.config)),
             SECAGG: ConfigRecord(columns("shares", sealed)),
         }
         message = Message(RecordDict(records), dst_node_id=self.nodes[client], message_type="train")
@@ -519,7 +522,7 @@ def test_a_new_attempt_forgets_the_one_before(table):
 
 @pytest.mark.parametrize("harm", [np.nan, np.inf, 100.0])
 def test_an_update_that_the_sum_cannot_hold_is_refused_by_its_client(tiny, monkeypatch, harm):
-    honest, calls = trainer.run_round, []
+    honest, calls = local_round.run_round, []
 
     def harmed(model, data, start, drift, **options):
         result = honest(model, data, start, drift, **options)
@@ -530,7 +533,7 @@ def test_an_update_that_the_sum_cannot_hold_is_refused_by_its_client(tiny, monke
             result[name].flat[0] = harm
         return result
 
-    monkeypatch.setattr(trainer, "run_round", harmed)
+    monkeypatch.setattr(local_round, "run_round", harmed)
     done = run(tiny(**open_run(CLIENTS) | ON), CLIENTS)
     assert [row["replies"] for row in done.rows] == [4, 3, 4]
     assert done.rows[1]["dropped"] == [f"refused: {REFUSALS['update']}"]

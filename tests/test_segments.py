@@ -6,9 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conftest import WORDS, save_tokenizer
-from lalora_app.backbone import build
-from lalora_app.data import Examples
-from lalora_app.tasks import Segmented, segments
+from lalora_app.data.examples import Examples
+from lalora_app.models.backbone import build
+from lalora_app.models.forwards import Segmented, segments
 
 PAIRS = (("free prize", "call now"), ("ok", "hello dear friend see you"), ("see you", "ok"))
 TEXT = st.lists(st.sampled_from(WORDS[5:]), min_size=1, max_size=12).map(" ".join)

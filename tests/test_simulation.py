@@ -10,11 +10,12 @@ import pytest
 
 from conftest import ROOT, make_config
 from fake_grid import FakeGrid
-from lalora_app import cli, server_app
-from lalora_app.config import Config
-from lalora_app.data import split
+from lalora_app import server_app
+from lalora_app.cli import main
+from lalora_app.data.examples import split
 from lalora_app.models.pretrained import public_name, source
-from lalora_app.results import to_toml
+from lalora_app.results.run_folder import to_toml
+from lalora_app.settings.run_config import Config
 
 KEYS = {
     "method",
@@ -34,7 +35,7 @@ def run_toml(config: Config, folder: Path) -> int:
     """Run a config by the command line, as a file, with two simulated clients."""
     file = folder / "run.toml"
     file.write_text(to_toml(config), "utf-8")
-    return cli.main(["run", str(ROOT), "--nodes", "2", "-c", str(file)])
+    return main.main(["run", str(ROOT), "--nodes", "2", "-c", str(file)])
 
 
 def summaries(config: Config) -> list[dict]:

@@ -8,10 +8,11 @@ from flwr.app import Message, RecordDict
 
 from conftest import defaults, written
 from fake_grid import FakeGrid
-from lalora_app import client_app, wire
-from lalora_app.config import ConfigError, flatten
+from lalora_app import client_app
+from lalora_app.client.site import admit
 from lalora_app.privacy.policy import PolicyError
-from lalora_app.site import admit
+from lalora_app.settings.run_config import ConfigError, flatten
+from lalora_app.wire import messages
 
 OWN = {"data-path": "/no/such/own.jsonl", "max-epsilon": float("inf")}
 ASKED = {"input-column": "diagnosis", "label-column": "age", "num-labels": 50}
@@ -26,11 +27,11 @@ def refusal(config, node, kind):
     """Send a client a message without tensors; return its refusal, if it is one."""
     grid = FakeGrid(config, [node])
     ((name, context),) = grid.contexts.items()
-    order = wire.TrainRequest("run", 1, 1, 1, {"A": 0, "B": 0}).record()
-    run = wire.run_config(flatten(config))
-    content = RecordDict({wire.RUN_CONFIG: run, wire.CONFIG: order})
+    order = messages.TrainRequest("run", 1, 1, 1, {"A": 0, "B": 0}).record()
+    run = messages.run_config(flatten(config))
+    content = RecordDict({messages.RUN_CONFIG: run, messages.CONFIG: order})
     message = Message(content, dst_node_id=name, message_type=kind)
-    return client_app.app(message, context).content[wire.CONFIG].get("refusal")
+    return client_app.app(message, context).content[messages.CONFIG].get("refusal")
 
 
 def own_file(tmp_path, rows):

@@ -13,11 +13,11 @@ import pytest
 from PIL import Image as Pictures
 
 from conftest import ROOT, SHARED, described, one_line, written
-from lalora_app import sources
-from lalora_app.config import ConfigError
-from lalora_app.data import split
-from lalora_app.sources import DEMO, DataError, is_local, read
-from lalora_app.wire import REFUSALS
+from lalora_app.data import sources
+from lalora_app.data.examples import split
+from lalora_app.data.sources import DEMO, DataError, is_local, read
+from lalora_app.settings.run_config import ConfigError
+from lalora_app.wire.messages import REFUSALS
 
 WANTED = {"text": "data.input-column", "label": "data.label-column"}
 TRAIN = [{"text": f"train, {i}", "label": i % 2} for i in range(12)]

@@ -8,14 +8,14 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDic
 
 from conftest import make_config
 from fake_grid import SERVER, identify, over_the_wire
-from lalora_app import wire
-from lalora_app.adapter import ServerState, select
-from lalora_app.cohorts import Clients
-from lalora_app.config import parse
-from lalora_app.downlink import LEFT_OUT
-from lalora_app.methods import METHODS
-from lalora_app.strategy import LocalAlternation
-from lalora_app.wire import TrainReply
+from lalora_app.adapter.factors import ServerState, select
+from lalora_app.methods.table import METHODS
+from lalora_app.server.cohorts import Clients
+from lalora_app.server.strategy import LocalAlternation
+from lalora_app.settings.run_config import parse
+from lalora_app.wire import messages
+from lalora_app.wire.downlink import LEFT_OUT
+from lalora_app.wire.messages import TrainReply
 
 A, B, HEAD = "l.lora_A.weight", "l.lora_B.weight", "classifier.weight"
 SHAPES = {A: (2, 6), B: (4, 2), HEAD: (3, 4)}
@@ -86,18 +86,19 @@ def succeed(strategy, seed=1):
 def test_a_request_holds_the_whole_adapter_and_its_order():
     strategy = make()
     requests = asked(strategy)
-    expected = [wire.ARRAYS, wire.DRIFT, wire.CONFIG, wire.RUN_CONFIG, LEFT_OUT]
+    expected = [messages.ARRAYS, messages.DRIFT, messages.CONFIG, messages.RUN_CONFIG, LEFT_OUT]
     assert {r.metadata.dst_node_id for r in requests} == set(NODES)
     for request in requests:
         assert request.metadata.message_type == "train"
         assert {*request.content} == {*expected}
-        assert not request.content[wire.DRIFT]
-        assert parse(wire.run_config_of(request.content)) == strategy.config
+        assert not request.content[messages.DRIFT]
+        assert parse(messages.run_config_of(request.content)) == strategy.config
         assert same_bits(
-            wire.from_record(request.content.array_records[wire.ARRAYS], adapter(0)), noisy(0)
+            messages.from_record(request.content.array_records[messages.ARRAYS], adapter(0)),
+            noisy(0),
         )
-        order = wire.parse_request(request.content, strategy.config)
-        assert order == wire.TrainRequest("run-1", 1, 1, 12, {"A": 0, "B": 0})
+        order = messages.parse_request(request.content, strategy.config)
+        assert order == messages.TrainRequest("run-1", 1, 1, 12, {"A": 0, "B": 0})
 
 
 def test_only_the_cohort_is_asked_and_its_steps_are_counted_down():
@@ -106,7 +107,9 @@ def test_only_the_cohort_is_asked_and_its_steps_are_counted_down():
     for _ in range(3):
         requests = asked(strategy)
         config = strategy.config
-        orders = {r.metadata.dst_node_id: wire.parse_request(r.content, config) for r in requests}
+        orders = {
+            r.metadata.dst_node_id: messages.parse_request(r.content, config) for r in requests
+        }
         left.append({NODES.index(node): order.steps_left for node, order in orders.items()})
         strategy.aggregate_train(1, good(strategy, requests))
     assert left == [{0: 4, 2: 4}, {1: 4, 2: 2}, {0: 2, 1: 2}]
@@ -141,7 +144,7 @@ def test_the_phase_moves_with_successful_aggregations_only(method):
 def test_flowers_own_round_number_plays_no_part():
     strategy = make()
     requests = list(strategy.configure_train(77, ArrayRecord(), ConfigRecord(), None))
-    assert {wire.parse_request(r.content, strategy.config).round for r in requests} == {1}
+    assert {messages.parse_request(r.content, strategy.config).round for r in requests} == {1}
     strategy.aggregate_train(78, good(strategy, requests))
     assert strategy.state.round == 1
 
@@ -160,7 +163,7 @@ def test_a_failed_attempt_moves_nothing_but_the_count_of_attempts(answers):
     assert strategy.state.attempts == before.attempts + 1
     attempt = strategy.attempts[-1]
     assert (attempt.aggregated, attempt.replies, attempt.round) == (False, answers, 2)
-    again = [wire.parse_request(r.content, strategy.config) for r in asked(strategy)]
+    again = [messages.parse_request(r.content, strategy.config) for r in asked(strategy)]
     assert {(order.round, order.attempt) for order in again} == {(2, 3)}
 
 
@@ -179,7 +182,7 @@ def test_the_mean_of_the_uploads_replaces_what_travelled_and_nothing_else():
         assert strategy.state.adapter[name].dtype == np.float32
     assert strategy.state.adapter[A].tobytes() == noisy(0)[A].tobytes()
     assert metrics is None
-    assert same_bits(wire.from_record(arrays, adapter(0)), strategy.state.adapter)
+    assert same_bits(messages.from_record(arrays, adapter(0)), strategy.state.adapter)
 
 
 def test_one_reply_is_its_own_mean():
@@ -242,17 +245,17 @@ def bad_replies(request, upload):
     unreadable = Array("float32", SHAPES[B], "numpy.ndarray", b"\x93NUMPY")
 
     def other_code(content):
-        content.config_records[wire.CONFIG]["code"] = "0" * 64
+        content.config_records[messages.CONFIG]["code"] = "0" * 64
 
     def damaged(content):
-        content.array_records[wire.ARRAYS][B] = unreadable
+        content.array_records[messages.ARRAYS][B] = unreadable
 
     def error(code, node):
         reply = Message(Error(code, "SECRET-1"), reply_to=request)
         reply.metadata.__dict__["_src_node_id"] = node
         return over_the_wire(reply)
 
-    refused = over_the_wire(Message(wire.refusal("budget"), reply_to=request))
+    refused = over_the_wire(Message(messages.refusal("budget"), reply_to=request))
     return {
         "the client raised": (error(2, request.metadata.dst_node_id), "error 2"),
         "its node is gone": (error(5, SERVER), "error 5"),

@@ -9,20 +9,20 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from conftest import make_config
-from lalora_app.adapter import Adapter, kind, pairs, select, sibling
-from lalora_app.aggregate.rule import Aggregated, Round
-from lalora_app.aggregate.tasks import (
-    closed_task,
-    freeze_direction,
-    freeze_subspace,
-    prune_and_expand,
-)
-from lalora_app.parametrise import (
+from lalora_app.adapter.factors import Adapter, kind, pairs, select, sibling
+from lalora_app.adapter.parametrisations import (
     fixed_b,
     split_rows,
     with_basis,
     with_directions,
     with_gates,
+)
+from lalora_app.aggregation.rule import Aggregated, Round
+from lalora_app.aggregation.task_blocks import (
+    closed_task,
+    freeze_direction,
+    freeze_subspace,
+    prune_and_expand,
 )
 
 HEAD = "base_model.model.classifier.weight"

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 
-from lalora_app.encoding import IGNORED, Batch, EncodedSequences
+from lalora_app.data.encoding import IGNORED, Batch, EncodedSequences
 from lalora_app.models.base import pixel_probe, token_probe
-from lalora_app.tasks import (
+from lalora_app.models.forwards import (
     _SEE_ALL,
     CLASSIFICATION,
     LANGUAGE_MODEL,

@@ -12,10 +12,11 @@ from hypothesis import strategies as st
 
 from conftest import make_config
 from fake_grid import identify, over_the_wire
-from lalora_app import backbone, wire
-from lalora_app.adapter import num_bytes, select
-from lalora_app.methods import METHODS
-from lalora_app.wire import Hello, TrainReply, TrainRequest, WireError
+from lalora_app.adapter.factors import num_bytes, select
+from lalora_app.methods.table import METHODS
+from lalora_app.models import backbone
+from lalora_app.wire import messages
+from lalora_app.wire.messages import Hello, TrainReply, TrainRequest, WireError
 
 ROUNDS, STEPS = 10, 2
 RUN = make_config(**{"num-server-rounds": ROUNDS, "train.local-steps": STEPS})
@@ -55,7 +56,7 @@ def order(**changes):
     }
     changed = {**values, **changes}
     return RecordDict(
-        {wire.CONFIG: ConfigRecord({k: v for k, v in changed.items() if v is not None})}
+        {messages.CONFIG: ConfigRecord({k: v for k, v in changed.items() if v is not None})}
     )
 
 
@@ -75,8 +76,8 @@ def reply(upload=None, **changes):
 
 def test_adapter_survives_the_wire_bit_for_bit():
     sent = adapter()
-    got = over_the_wire(answer(RecordDict({wire.ARRAYS: wire.to_record(sent)})))
-    back = wire.from_record(got.content.array_records[wire.ARRAYS], sent)
+    got = over_the_wire(answer(RecordDict({messages.ARRAYS: messages.to_record(sent)})))
+    back = messages.from_record(got.content.array_records[messages.ARRAYS], sent)
     assert list(back) == list(sent)
     for name, array in sent.items():
         assert back[name].dtype == np.float32
@@ -85,7 +86,7 @@ def test_adapter_survives_the_wire_bit_for_bit():
 
 def test_a_transposed_view_travels_as_its_values():
     sent = {A: np.arange(10, dtype=np.float32).reshape(5, 2).T}
-    assert np.array_equal(wire.from_record(wire.to_record(sent), sent)[A], sent[A])
+    assert np.array_equal(messages.from_record(messages.to_record(sent), sent)[A], sent[A])
 
 
 def bf16_bytes():
@@ -123,7 +124,7 @@ def unfit_arrays():
 @pytest.mark.parametrize("case", list(unfit_arrays()))
 def test_an_unfit_array_is_a_wire_error_that_names_it(case):
     with pytest.raises(WireError, match=r"m\.lora_A\.weight"):
-        wire.from_record(with_a(unfit_arrays()[case]), adapter())
+        messages.from_record(with_a(unfit_arrays()[case]), adapter())
 
 
 def header(text):
@@ -150,23 +151,23 @@ def crafted_bytes():
 @pytest.mark.parametrize("case", list(crafted_bytes()))
 def test_crafted_bytes_are_a_wire_error_too(case):
     with pytest.raises(WireError, match=r"m\.lora_A\.weight"):
-        wire.from_record(with_a(claiming_float32(crafted_bytes()[case])), adapter())
+        messages.from_record(with_a(claiming_float32(crafted_bytes()[case])), adapter())
 
 
 def test_missing_and_unexpected_tensors_are_named():
     like = adapter()
     with pytest.raises(WireError, match=r"m\.lora_B\.weight is missing"):
-        wire.from_record(wire.to_record({n: a for n, a in like.items() if n != B}), like)
+        messages.from_record(messages.to_record({n: a for n, a in like.items() if n != B}), like)
     extra = {**like, "m.lora_C.weight": like[A]}
     with pytest.raises(WireError, match=r"m\.lora_C\.weight is unexpected"):
-        wire.from_record(wire.to_record(extra), like)
+        messages.from_record(messages.to_record(extra), like)
 
 
 @fuzz
 @given(data=st.binary(max_size=300))
 def test_any_bytes_in_an_array_give_only_a_wire_error(data):
     with pytest.raises(WireError, match=r"m\.lora_A\.weight"):
-        wire.from_record(with_a(claiming_float32(data)), adapter())
+        messages.from_record(with_a(claiming_float32(data)), adapter())
 
 
 @fuzz
@@ -182,7 +183,7 @@ def test_a_damaged_array_gives_a_wire_error_or_finite_numbers(position, cut, ins
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy's, about files of Python 2
         try:
-            got = wire.from_record(with_a(claiming_float32(damaged)), adapter())
+            got = messages.from_record(with_a(claiming_float32(damaged)), adapter())
         except WireError as error:
             assert A in str(error)  # noqa: PT017
             return
@@ -209,8 +210,8 @@ def test_request_survives_the_wire():
     sent = TrainRequest(
         run="la-lora-1", round=3, attempt=4, steps_left=12, versions={"A": 1, "B": 2}
     )
-    content = answer(RecordDict({wire.CONFIG: sent.record()})).content
-    assert wire.parse_request(content, RUN) == sent
+    content = answer(RecordDict({messages.CONFIG: sent.record()})).content
+    assert messages.parse_request(content, RUN) == sent
 
 
 @pytest.mark.parametrize(
@@ -222,7 +223,7 @@ def test_request_survives_the_wire():
 )
 def test_a_run_name_is_a_plain_name(run):
     with pytest.raises(WireError, match=r"\Arun="):
-        wire.parse_request(order(run=run), RUN)
+        messages.parse_request(order(run=run), RUN)
 
 
 @pytest.mark.parametrize(
@@ -230,10 +231,10 @@ def test_a_run_name_is_a_plain_name(run):
     [("round", 1), ("attempt", 1), ("steps-left", 1), ("version-A", 0), ("version-B", 0)],
 )
 def test_numbers_of_a_request(key, smallest):
-    assert wire.parse_request(order(**{key: smallest}), RUN)
+    assert messages.parse_request(order(**{key: smallest}), RUN)
     for bad in (smallest - 1, -(10**9), True, False, 1.0, float("nan"), "1", [1], None):
         with pytest.raises(WireError, match=rf"\A{key}="):
-            wire.parse_request(order(**{key: bad}), RUN)
+            messages.parse_request(order(**{key: bad}), RUN)
 
 
 @pytest.mark.parametrize(
@@ -244,16 +245,16 @@ def test_numbers_of_a_request(key, smallest):
     ],
 )
 def test_a_request_keeps_to_the_runs_own_number_of_rounds(key, largest):
-    assert wire.parse_request(order(**{key: largest}), RUN)
+    assert messages.parse_request(order(**{key: largest}), RUN)
     for bad in (largest + 1, 10**6, 2**62):
         with pytest.raises(WireError, match=rf"\A{key}={bad} must be at most {largest}"):
-            wire.parse_request(order(**{key: bad}), RUN)
+            messages.parse_request(order(**{key: bad}), RUN)
 
 
 def test_a_request_without_its_record_is_a_wire_error():
-    for content in (RecordDict(), RecordDict({wire.CONFIG: MetricRecord({"round": 1})})):
+    for content in (RecordDict(), RecordDict({messages.CONFIG: MetricRecord({"round": 1})})):
         with pytest.raises(WireError, match="run="):
-            wire.parse_request(content, RUN)
+            messages.parse_request(content, RUN)
 
 
 scalars = st.one_of(
@@ -271,7 +272,7 @@ keys = st.sampled_from(["run", "round", "attempt", "steps-left", "version-A", "v
 def test_any_request_is_read_or_a_wire_error(changes):
     content = order(**changes)
     try:
-        request = wire.parse_request(content, RUN)
+        request = messages.parse_request(content, RUN)
     except WireError as error:
         assert any(str(error).startswith(f"{key}=") for key in changes)  # noqa: PT017
         return
@@ -294,7 +295,7 @@ def expected():
 @pytest.mark.parametrize("size", [None, 17])
 def test_reply_survives_the_wire(size):
     sent = reply(num_examples=size)
-    got = wire.parse_reply(answer(sent.record()), expected(), 3)
+    got = messages.parse_reply(answer(sent.record()), expected(), 3)
     assert (got.round, got.epsilon, got.num_examples) == (3, 1.25, size)
     assert list(got.upload) == [B]
     assert got.upload[B].tobytes() == sent.upload[B].tobytes()
@@ -303,52 +304,52 @@ def test_reply_survives_the_wire(size):
 @pytest.mark.parametrize("t", [2, 4])
 def test_a_reply_to_another_round_is_stale(t):
     with pytest.raises(WireError, match="stale"):
-        wire.parse_reply(answer(reply().record()), expected(), t)
+        messages.parse_reply(answer(reply().record()), expected(), t)
 
 
 def test_a_reply_of_other_code_is_no_reply():
-    for code in ("0" * 64, "", wire.code_hash()[:-1]):
+    for code in ("0" * 64, "", messages.code_hash()[:-1]):
         content = reply().record()
-        content.config_records[wire.CONFIG]["code"] = code
+        content.config_records[messages.CONFIG]["code"] = code
         with pytest.raises(WireError, match="other code"):
-            wire.parse_reply(answer(content), expected(), 3)
-    del content.config_records[wire.CONFIG]["code"]
+            messages.parse_reply(answer(content), expected(), 3)
+    del content.config_records[messages.CONFIG]["code"]
     with pytest.raises(WireError, match="other code"):
-        wire.parse_reply(answer(content), expected(), 3)
+        messages.parse_reply(answer(content), expected(), 3)
 
 
 @pytest.mark.parametrize("spent", [-0.01, float("nan"), -float("inf"), [1.0], None])
 def test_an_epsilon_is_a_number_of_at_least_0(spent):
     content = reply().record()
-    del content.metric_records[wire.METRICS]["epsilon"]
+    del content.metric_records[messages.METRICS]["epsilon"]
     if spent is not None:
-        content.metric_records[wire.METRICS]["epsilon"] = spent
+        content.metric_records[messages.METRICS]["epsilon"] = spent
     with pytest.raises(WireError, match="epsilon="):
-        wire.parse_reply(answer(content), expected(), 3)
+        messages.parse_reply(answer(content), expected(), 3)
 
 
 @pytest.mark.parametrize("size", [0, -5, 3.0, [3]])
 def test_a_size_is_a_positive_integer(size):
     content = reply().record()
-    content.metric_records[wire.METRICS]["num-examples"] = size
+    content.metric_records[messages.METRICS]["num-examples"] = size
     with pytest.raises(WireError, match="num-examples="):
-        wire.parse_reply(answer(content), expected(), 3)
+        messages.parse_reply(answer(content), expected(), 3)
 
 
-@pytest.mark.parametrize("name", [wire.ARRAYS, wire.METRICS, wire.CONFIG])
+@pytest.mark.parametrize("name", [messages.ARRAYS, messages.METRICS, messages.CONFIG])
 def test_a_reply_without_one_of_its_records_is_no_reply(name):
     content = reply().record()
     del content[name]
     with pytest.raises(WireError):
-        wire.parse_reply(answer(content), expected(), 3)
+        messages.parse_reply(answer(content), expected(), 3)
 
 
 def test_a_reply_holds_the_synced_factors_only():
     both = {B: adapter()[B], HEAD: adapter()[HEAD]}
     with pytest.raises(WireError, match=r"m\.lora_A\.weight is unexpected"):
-        wire.parse_reply(answer(reply(adapter()).record()), both, 3)
+        messages.parse_reply(answer(reply(adapter()).record()), both, 3)
     with pytest.raises(WireError, match=r"classifier\.bias is missing"):
-        wire.parse_reply(answer(reply(expected()).record()), both, 3)
+        messages.parse_reply(answer(reply(expected()).record()), both, 3)
 
 
 def test_an_error_message_is_told_without_its_text():
@@ -356,58 +357,58 @@ def test_an_error_message_is_told_without_its_text():
     request = Message(RecordDict(), dst_node_id=7, message_type="train")
     failed = over_the_wire(Message(Error(2, "ValueError: SECRET-7"), reply_to=request))
     with pytest.raises(WireError, match="error 2") as caught:
-        wire.parse_reply(failed, expected(), 3)
+        messages.parse_reply(failed, expected(), 3)
     assert "SECRET" not in str(caught.value)
     with pytest.raises(WireError, match="error 2"):
-        wire.parse_hello(failed)
+        messages.parse_hello(failed)
 
 
-@pytest.mark.parametrize("key", list(wire.REFUSALS))
+@pytest.mark.parametrize("key", list(messages.REFUSALS))
 def test_a_refusal_is_one_fixed_sentence(key):
-    content = wire.refusal(key)
+    content = messages.refusal(key)
     assert {name: dict(record) for name, record in content.items()} == {
-        wire.CONFIG: {"refusal": key}
+        messages.CONFIG: {"refusal": key}
     }
-    for parse in (wire.parse_hello, lambda m: wire.parse_reply(m, expected(), 3)):
+    for parse in (messages.parse_hello, lambda m: messages.parse_reply(m, expected(), 3)):
         with pytest.raises(WireError) as caught:
             parse(answer(content))
-        assert str(caught.value) == f"refused: {wire.REFUSALS[key]}"
+        assert str(caught.value) == f"refused: {messages.REFUSALS[key]}"
 
 
 @pytest.mark.parametrize("key", ["row 17 holds SECRET-7", "", "Budget"])
 def test_no_refusal_says_anything_else(key):
-    assert dict(wire.refusal(key)[wire.CONFIG]) == {"refusal": "internal"}
-    content = RecordDict({wire.CONFIG: ConfigRecord({"refusal": key})})
+    assert dict(messages.refusal(key)[messages.CONFIG]) == {"refusal": "internal"}
+    content = RecordDict({messages.CONFIG: ConfigRecord({"refusal": key})})
     with pytest.raises(WireError) as caught:
-        wire.parse_hello(answer(content))
-    assert str(caught.value) == f"refused: {wire.REFUSALS['internal']}"
+        messages.parse_hello(answer(content))
+    assert str(caught.value) == f"refused: {messages.REFUSALS['internal']}"
 
 
 def test_hello_survives_the_wire():
     got = answer(Hello("clinic-7", 4).record())
-    assert wire.parse_hello(got) == Hello("clinic-7", 4)
+    assert messages.parse_hello(got) == Hello("clinic-7", 4)
     assert {name: set(record) for name, record in got.content.items()} == {
-        wire.CONFIG: {"client", "rank", "code"}
+        messages.CONFIG: {"client", "rank", "code"}
     }
 
 
 @pytest.mark.parametrize("name", ["", 7, True, ["a"], None])
 def test_a_hello_needs_a_name(name):
     content = Hello("x", 4).record()
-    del content.config_records[wire.CONFIG]["client"]
+    del content.config_records[messages.CONFIG]["client"]
     if name is not None:
-        content.config_records[wire.CONFIG]["client"] = name
+        content.config_records[messages.CONFIG]["client"] = name
     with pytest.raises(WireError, match="client must be a name"):
-        wire.parse_hello(answer(content))
+        messages.parse_hello(answer(content))
 
 
 def test_the_code_hash_covers_every_source_file(tmp_path, monkeypatch):
     package = tmp_path / "package"
-    (package / "sub").mkdir(parents=True)
-    for path in ("wire.py", "sub/a.py"):
+    for path in ("wire/messages.py", "sub/a.py"):
+        (package / path).parent.mkdir(parents=True)
         (package / path).write_text("x = 1\n", "utf-8")
-    monkeypatch.setattr(wire, "__file__", str(package / "wire.py"))
-    hashed = wire.code_hash.__wrapped__
+    monkeypatch.setattr(messages, "__file__", str(package / "wire" / "messages.py"))
+    hashed = messages.code_hash.__wrapped__
     before = hashed()
     assert hashed() == before
     (package / "sub" / "a.py").write_text("x = 2\n", "utf-8")
@@ -424,6 +425,6 @@ def test_a_drift_of_an_impossible_rank_is_refused(rank):
         "l.lora_A.weight": np.zeros((rank, 5), "f4"),
         "l.lora_B.weight": np.zeros((7, rank), "f4"),
     }
-    content = RecordDict({wire.DRIFT: wire.to_record(drift)})
+    content = RecordDict({messages.DRIFT: messages.to_record(drift)})
     with pytest.raises(WireError, match=f"has rank {rank}, which must be 1 to 5"):
-        wire.drift_of(content, like)
+        messages.drift_of(content, like)

@@ -9,10 +9,10 @@ from dataclasses import fields, replace
 import numpy as np
 
 from conftest import ROOT, make_config
-from lalora_app import methods
-from lalora_app.aggregate.rule import Round
-from lalora_app.method import Method
-from lalora_app.methods import METHODS
+from lalora_app.aggregation.rule import Round
+from lalora_app.methods import table as methods_table
+from lalora_app.methods.method import Method
+from lalora_app.methods.table import METHODS
 
 LONGEST = 40
 DEFAULTS = {field.name: field.default for field in fields(Method)}
@@ -23,7 +23,7 @@ def example() -> tuple[str, str]:
     (block,) = re.findall(
         r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.S
     )
-    module, entry = block.split("# lalora_app/methods.py, in METHODS\n")
+    module, entry = block.split("# lalora_app/methods/table.py, in METHODS\n")
     return module, entry
 
 
@@ -39,7 +39,7 @@ def test_the_example_works_as_written():
     module, entry = example()
     space: dict = {}
     exec(compile(module, "forget.py", "exec"), space)
-    names = {"replace": replace, "_BOTH": methods._BOTH, "forget": type("module", (), space)}
+    names = {"replace": replace, "_BOTH": methods_table._BOTH, "forget": type("module", (), space)}
     names["forget"].forgetful = staticmethod(space["forgetful"])
     added = eval("{" + entry + "}", names)["forgetful"]
     rng = np.random.default_rng(0)
@@ -52,7 +52,7 @@ def test_the_example_works_as_written():
 
 def entry_lines() -> dict[str, int]:
     """The lines of every value of the dict METHODS."""
-    tree = ast.parse(inspect.getsource(methods))
+    tree = ast.parse(inspect.getsource(methods_table))
     (table,) = [
         node.value
         for node in tree.body

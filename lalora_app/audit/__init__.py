@@ -1,1 +1,5 @@
-"""Audits: attacks on the code that trains, and what their success proves about ε from below."""
+"""Attack the private training and compare the attack's success with the promised epsilon.
+
+In: the app's private step and rounds, with planted examples. Out: a lower bound of epsilon, with
+the confidence of the bound; broken mechanisms must fail.
+"""

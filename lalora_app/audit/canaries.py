@@ -14,7 +14,7 @@ import torch
 from scipy.linalg import hadamard
 from torch import Tensor, nn
 
-from lalora_app.privacy.types import NoisedGrads, PerExampleGrads, Rows, Slot
+from lalora_app.private_step.gradients import NoisedGrads, PerExampleGrads, Rows, Slot
 
 SPREAD = 8  # tensors that each canary's gradient has an equal part in
 _LOUD = 100.0  # norm of a canary's gradient before the clip, in clip norms

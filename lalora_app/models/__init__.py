@@ -1,1 +1,4 @@
-"""Base models: found, loaded by the library that wrote them, with what their task needs."""
+"""Build the frozen backbone with its LoRA layers, and evaluate it.
+
+In: the run's `Config`. Out: a `Backbone` that gives one loss per example, and the initial adapter.
+"""

@@ -6,11 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from lalora_app.config import ConfigError, Model
-from lalora_app.data import Examples
-from lalora_app.encoding import Batch, Encoded
-from lalora_app.sources import first_line
-from lalora_app.tasks import Forward, Task
+from lalora_app.data.encoding import Batch, Encoded
+from lalora_app.data.examples import Examples
+from lalora_app.data.sources import first_line
+from lalora_app.models.forwards import Forward, Task
+from lalora_app.settings.run_config import ConfigError, Model
 
 _PROBE_EXAMPLES, _PROBE_TOKENS = 3, 6
 

@@ -4,8 +4,8 @@ import hashlib
 import importlib.util
 from pathlib import Path
 
-from lalora_app.config import ConfigError, full_path
-from lalora_app.sources import is_local, stamp
+from lalora_app.data.sources import is_local, stamp
+from lalora_app.settings.run_config import ConfigError, full_path
 
 TIMM = "timm:"  # before the name of an architecture or folder of timm
 DEMO = "demo:all-MiniLM-L6-v2"

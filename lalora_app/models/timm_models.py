@@ -11,12 +11,12 @@ from typing import Any
 
 from torch import nn
 
-from lalora_app.config import ConfigError, Model, full_path
-from lalora_app.images import encode_images
+from lalora_app.data.images import encode_images
+from lalora_app.data.sources import is_local, quiet_hub
 from lalora_app.models.base import Base, cannot_load, pixel_probe, require_size
+from lalora_app.models.forwards import CLASSIFICATION, Pixels, timm_logits
 from lalora_app.models.pretrained import TIMM
-from lalora_app.sources import is_local, quiet_hub
-from lalora_app.tasks import CLASSIFICATION, Pixels, timm_logits
+from lalora_app.settings.run_config import ConfigError, Model, full_path
 
 _TARGETS = "attn.qkv,attn.proj"  # Swin, ViT, DeiT, …
 _WEIGHTS = "model.safetensors"

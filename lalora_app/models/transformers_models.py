@@ -8,13 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lalora_app.config import ConfigError, Model
-from lalora_app.encoding import encode_sequences, encode_texts
-from lalora_app.images import encode_images
+from lalora_app.data.encoding import encode_sequences, encode_texts
+from lalora_app.data.images import encode_images
+from lalora_app.data.sources import quiet_hub
 from lalora_app.models.base import Base, cannot_load, pixel_probe, require_size, token_probe
-from lalora_app.models.pretrained import source
-from lalora_app.sources import quiet_hub
-from lalora_app.tasks import (
+from lalora_app.models.forwards import (
     CLASSIFICATION,
     LANGUAGE_MODEL,
     Pixels,
@@ -25,6 +23,8 @@ from lalora_app.tasks import (
     segments,
     text_logits,
 )
+from lalora_app.models.pretrained import source
+from lalora_app.settings.run_config import ConfigError, Model
 
 _HEADS = ("classifier", "score")  # as PEFT's own task types call them
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from lalora_app.config import Config, ConfigError, as_float, full_path
 from lalora_app.privacy.budget import Limit
+from lalora_app.settings.run_config import Config, ConfigError, as_float, full_path
 
 _INLINE = ("max-epsilon", "delta", "public-size")
 _KEYS = (

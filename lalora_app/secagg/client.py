@@ -19,9 +19,9 @@ from flwr.common.secure_aggregation.secaggplus_utils import (
     share_keys_plaintext_separate,
 )
 
-from lalora_app.adapter import Adapter
+from lalora_app.adapter.factors import Adapter
 from lalora_app.secagg import fixed_point, masks
-from lalora_app.secagg.records import (
+from lalora_app.secagg.messages import (
     MASKED,
     SECAGG,
     StageError,
@@ -34,7 +34,7 @@ from lalora_app.secagg.records import (
     record_of,
     reply_of,
 )
-from lalora_app.wire import TrainRequest, count_of
+from lalora_app.wire.messages import TrainRequest, count_of
 
 ADVERTISED, SHARED, TRAINING = "advertised", "shared", "training"
 MASKED_SENT, DONE = "masked", "done"

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from lalora_app.adapter import Adapter, Array
+from lalora_app.adapter.factors import Adapter, Array
 
 Words = NDArray[np.uint32]
 Wide = NDArray[np.float64]

@@ -1,1 +1,0 @@
-"""Server rules: (global adapter, weights, uploads, round) -> Aggregated. One function a paper."""

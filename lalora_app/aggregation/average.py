@@ -1,0 +1,36 @@
+"""FedAvg of the tensors that travelled (McMahan et al., arXiv:1602.05629)."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from lalora_app.adapter.factors import Adapter
+from lalora_app.aggregation.rule import Aggregated, Round, shares_of
+
+
+def mean(current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter]) -> Adapter:
+    """Replace every uploaded tensor by its weighted mean ``Σ p_k X_k`` and keep the others.
+
+    Args:
+        current: the global adapter.
+        weights: positive, one a client; normalised here to ``Σ p_k = 1``.
+        uploads: adapters with equal names and shapes. One client: its own tensors.
+
+    Returns:
+        A full adapter. Sums run in float64.
+
+    Privacy: post-processing of noised uploads; no extra cost.
+    """
+    shares = shares_of(weights)
+    merged = dict(current)
+    for name in uploads[0]:
+        stack = np.stack([upload[name] for upload in uploads]).astype(np.float64)  # (clients, ...)
+        merged[name] = np.tensordot(shares, stack, axes=1).astype(np.float32)
+    return merged
+
+
+def average(
+    current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: Round
+) -> Aggregated:
+    """Average what travelled: the rule of most methods, see :func:`mean`."""
+    return Aggregated(mean(current, weights, uploads))

@@ -1,0 +1,131 @@
+"""How far the server's product is from the mean of the clients' products.
+
+Products are never formed; all figures are relative to ‖Σ p_k B_k A_k‖_F over all layers, in which
+the scale s cancels. A function of what was noised before it was sent: no privacy cost.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lalora_app.adapter.factors import Adapter, pairs
+from lalora_app.adapter.low_rank import Product, norm, stacked, svd
+from lalora_app.aggregation.rule import Aggregated, Wide, shares_of
+from lalora_app.results.spectra import mean_cosine
+
+SHOWN = 4  # singular values
+
+
+@dataclass(frozen=True)
+class Errors:
+    """What a round loses, on one scale.
+
+    Attributes:
+        averaging: ‖E‖_F of averaging the factors apart, E = Σ p_k (B_k − B̄)(A_k − Ā); None where
+            not both factors travelled, or ranks differ.
+        averaging_spectrum: the largest singular values of that E, over all layers.
+        remaining: ‖E‖_F of what the method's own rule made of the uploads; None where the
+            clients' products are not known to the server.
+        remaining_spectrum: the largest singular values of that E.
+        cosine: mean cosine between two clients' updates; None for one client or differing ranks.
+    """
+
+    averaging: float | None = None
+    averaging_spectrum: tuple[float, ...] = ()
+    remaining: float | None = None
+    remaining_spectrum: tuple[float, ...] = ()
+    cosine: float | None = None
+
+
+def _clients(shares: Wide, uploads: Sequence[Adapter], b: str, a: str) -> Product:
+    return stacked((p, up[b], up[a]) for p, up in zip(shares, uploads, strict=True))
+
+
+def _whole(shares: Wide, uploads: Sequence[Adapter]) -> float:
+    """Return ‖Σ p_k B_k A_k‖_F."""
+    layers = [norm(_clients(shares, uploads, b, a)) for b, a in pairs(uploads[0])]
+    return float(np.hypot.reduce(layers))
+
+
+def _apart(shares: Wide, uploads: Sequence[Adapter]) -> Iterator[Product]:
+    """Yield E = Σ p_k (B_k − B̄)(A_k − Ā) of every layer, which does not cancel."""
+    for b, a in pairs(uploads[0]):
+        means = {
+            n: sum(p * up[n].astype(np.float64) for p, up in zip(shares, uploads, strict=True))
+            for n in (b, a)
+        }
+        apart = [{n: up[n] - means[n] for n in (b, a)} for up in uploads]
+        yield _clients(shares, apart, b, a)
+
+
+def _left(shares: Wide, uploads: Sequence[Adapter], new: Aggregated) -> Iterator[Product]:
+    """Yield Σ p_k B_k A_k less the new product and what moved into the base, by layer."""
+    for b, a in pairs(uploads[0]):
+        made = [(-1.0, to[b], to[a]) for to in (new.adapter, new.fold) if b in to]
+        yield stacked([(1.0, *_clients(shares, uploads, b, a)), *made])
+
+
+def _measured(errors: Iterator[Product], whole: float) -> tuple[float, tuple[float, ...]]:
+    """Return ‖E‖_F over all layers and the largest singular values, relative to ``whole``."""
+    values = np.sort(np.concatenate([svd(error).s for error in errors]))[::-1]
+    if whole == 0:
+        return 0.0, ()
+    return float(np.linalg.norm(values) / whole), tuple(map(float, values[:SHOWN] / whole))
+
+
+def _alike(uploads: Sequence[Adapter]) -> bool:
+    return all(up[n].shape == uploads[0][n].shape for up in uploads for n in up)
+
+
+def _has_both(upload: Adapter) -> bool:
+    return any(True for _ in pairs(upload)) and all(a in upload for _, a in pairs(upload))
+
+
+def aggregation_error(weights: Sequence[float], uploads: Sequence[Adapter]) -> float | None:
+    """Return what averaging the factors apart loses, see :class:`Errors`.
+
+    Args:
+        weights: of the clients; p_k are these over their sum.
+        uploads: adapters; where they lack one of the factors, nothing can be said of the products.
+
+    Returns:
+        0 for one client, or for clients that agree on a factor; None if a factor is missing.
+    """
+    shares = shares_of(weights)
+    if not _has_both(uploads[0]) or not _alike(uploads):
+        return None
+    return _measured(_apart(shares, uploads), _whole(shares, uploads))[0]
+
+
+def errors_of(
+    weights: Sequence[float],
+    uploads: Sequence[Adapter],
+    before: Adapter,
+    new: Aggregated,
+    *,
+    complete: bool,
+) -> Errors:
+    """Measure a round.
+
+    Args:
+        weights: of the clients.
+        uploads: what travelled, in units of the global scale.
+        before: the global adapter that the round started from.
+        new: what the method's rule made of it.
+        complete: whether uploads and ``before`` together are all that a client computed with.
+    """
+    shares, alike = shares_of(weights), _alike(uploads)
+    found = Errors()
+    if alike:
+        updates = [{n: up[n] - before[n] for n in up} for up in uploads]
+        found = Errors(cosine=mean_cosine(updates))
+    if not complete:
+        return found
+    whole_uploads = [before | upload for upload in uploads]
+    whole = _whole(shares, whole_uploads)
+    left = _measured(_left(shares, whole_uploads, new), whole)
+    apart: tuple[float | None, tuple[float, ...]] = (None, ())
+    if alike and _has_both(uploads[0]):
+        apart = _measured(_apart(shares, uploads), whole)
+    return Errors(apart[0], apart[1], left[0], left[1], found.cosine)

@@ -1,0 +1,129 @@
+"""The command ``lalora ledger``: read, verify, export and merge a client's ledger."""
+
+import argparse
+import csv
+import math
+import sqlite3
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from lalora_app.privacy.accounting import PRV_TRUSTED, epsilon, is_tight, second_epsilon
+from lalora_app.privacy.ledger import Entry, Ledger
+from lalora_app.privacy.policy import state_folder
+from lalora_app.settings.run_config import ConfigError
+
+_AGREEMENT = 0.01  # relative; both accountants bound the same number from above
+_SLACK = 0.004  # absolute: the first accountant's own additive error
+
+
+def _open_ledger(path: Path | None) -> Ledger:
+    file = path or state_folder({}) / "ledger.sqlite"
+    if not file.is_file():
+        raise ConfigError(f"ledger={file} must be an existing ledger")
+    try:
+        return Ledger(file)
+    except sqlite3.DatabaseError as error:
+        raise ConfigError(f"ledger={file} must be a ledger: {error}") from error
+
+
+def to_delta(text: str) -> float:
+    """Read a number in (0, 1) from the command line."""
+    if not 0 < (value := float(text)) < 1:
+        raise argparse.ArgumentTypeError(f"{text} must be in (0, 1)")
+    return value
+
+
+def to_limit(text: str) -> float:
+    """Read a number greater than 0 from the command line."""
+    if not (value := float(text)) > 0:
+        raise argparse.ArgumentTypeError(f"{text} must be greater than 0")
+    return value
+
+
+def _groups(entries: Sequence[Entry]) -> dict[tuple[str, str], list[Entry]]:
+    groups: dict[tuple[str, str], list[Entry]] = {}
+    for entry in entries:
+        for run in (entry.run, "all runs"):
+            groups.setdefault((entry.dataset, run), []).append(entry)
+    return groups
+
+
+def _show(args: argparse.Namespace) -> int:
+    ledger = _open_ledger(args.path)
+    entries = ledger.entries(args.dataset)
+    print(f"{ledger.path}: {len(entries)} lines, delta {args.delta:g}")
+    for (dataset, run), group in sorted(_groups(entries).items()):
+        spent = epsilon([entry.release for entry in group], args.delta)
+        steps = sum(entry.release.count for entry in group)
+        print(f"{dataset}  |  {run}  |  {steps} releases  |  epsilon {spent:.3f}")
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    ledger = _open_ledger(args.path)
+    if damage := ledger.damage():
+        raise ConfigError(f"ledger={ledger.path} must be whole: {damage}")
+    wrong = 0
+    for (dataset, run), group in sorted(_groups(ledger.entries(args.dataset)).items()):
+        releases = [entry.release for entry in group]
+        first, second = epsilon(releases, args.delta), second_epsilon(releases, args.delta)
+        tolerance = _AGREEMENT * second + _SLACK
+        absurd = min(first, second) > PRV_TRUSTED  # beyond any promise; not compared
+        tight = is_tight(releases, args.delta)  # else the ledger's is RDP, which may only be larger
+        agree = absurd or -tolerance <= first - second <= (tolerance if tight else math.inf)
+        wrong += not agree
+        verdict = "agree" if agree else "DISAGREE"
+        name = "PRV" if tight else "RDP"
+        print(f"{dataset}  |  {run}  |  {name} {first:.4f}  PLD {second:.4f}  {verdict}")
+        if args.max_epsilon < first:
+            wrong += 1
+            print(f"    above max-epsilon {args.max_epsilon}")
+    return 1 if wrong else 0
+
+
+_COLUMNS = ("time", "dataset", "run", "round", "sampling_rate", "noise_multiplier", "count", "uid")
+
+
+def _csv_line(entry: Entry) -> tuple[object, ...]:
+    release = entry.release
+    numbers = (release.sampling_rate, release.noise_multiplier, release.count)
+    return entry.time, entry.dataset, entry.run, entry.round, *numbers, entry.uid
+
+
+def _export(args: argparse.Namespace) -> int:
+    writer = csv.writer(sys.stdout, lineterminator="\n")
+    writer.writerow(_COLUMNS)
+    writer.writerows(map(_csv_line, _open_ledger(args.path).entries(args.dataset)))
+    return 0
+
+
+def _merge(args: argparse.Namespace) -> int:
+    ledger, other = _open_ledger(args.path), _open_ledger(args.other)
+    new = ledger.merge(other)
+    for entry in new:
+        print(f"{entry.dataset}  |  {entry.run}  |  round {entry.round}, {entry.time}")
+    print(f"{ledger.path}: {len(new)} of the {len(other.entries())} lines of {args.other} are new")
+    return 0
+
+
+def add_ledger(commands: Any) -> None:
+    """Add ``ledger`` and its actions to the command line's parser."""
+    ledger = commands.add_parser("ledger", help="what has been released about each dataset")
+    actions = ledger.add_subparsers(required=True, metavar="ACTION")
+    for name, act in (("show", _show), ("verify", _verify)):
+        action = actions.add_parser(name)
+        action.add_argument("--path", type=Path, help="the SQLite file (default: this machine's)")
+        action.add_argument("--dataset", help="only this dataset")
+        action.add_argument("--delta", type=to_delta, default=1e-5)
+        action.set_defaults(act=act)
+    action.add_argument("--max-epsilon", type=to_limit, default=math.inf, help="fail above it")
+    export = actions.add_parser("export", help="every line, as CSV")
+    export.add_argument("--path", type=Path, help="the SQLite file (default: this machine's)")
+    export.add_argument("--dataset", help="only this dataset")
+    export.set_defaults(act=_export)
+    merge = actions.add_parser("merge", help="add another ledger's lines, and say which")
+    merge.add_argument("other", type=Path, help="a ledger; it stays as it is")
+    merge.add_argument("--path", type=Path, help="the ledger that grows (default: this machine's)")
+    merge.set_defaults(act=_merge)

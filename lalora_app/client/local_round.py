@@ -1,0 +1,176 @@
+"""One client's round: private steps on the active factors, in the order of the schedule."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lalora_app.adapter.factors import Adapter, active_names, kind
+from lalora_app.data.encoding import Encoded
+from lalora_app.methods.method import Method
+from lalora_app.methods.optimizers import Hyper
+from lalora_app.models.backbone import Backbone
+from lalora_app.models.frozen_weights import Change
+from lalora_app.privacy.ledger import Reservation
+from lalora_app.privacy.randomness import seed_of
+from lalora_app.private_step.gradients import NoisedGrads
+from lalora_app.private_step.mechanism import add_noise, clipped_sum, poisson_batch
+from lalora_app.settings.run_config import Rule, Train
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The two secret random streams of a client's round."""
+
+    sampling: np.random.Generator
+    noise: np.random.Generator
+
+
+@dataclass(frozen=True)
+class Local:
+    """What a round's local steps follow besides the data.
+
+    Attributes:
+        method: of the run.
+        t: the round, from 1.
+        rounds: of the whole run.
+        train: the run config's table ``train``.
+        rule: its table ``rule``.
+        clip_norm: C, of each example's joint gradient.
+        seed: of what no data has a part in: the client's and the round's own.
+    """
+
+    method: Method
+    t: int
+    rounds: int
+    train: Train
+    rule: Rule
+    clip_norm: float
+    seed: int = 0
+
+    def progress(self, k: int) -> float:
+        """Return which share of the run's steps lies before step ``k``."""
+        steps = self.train.local_steps
+        return ((self.t - 1) * steps + k) / (self.rounds * steps)
+
+
+def make_optimizer(backbone: Backbone, local: Local, noise_std: float) -> torch.optim.Optimizer:
+    """Return the round's optimiser: one group a kind of tensor, learning rates decayed by round.
+
+    A tensor without a gradient is left bit-identical, its moments kept.
+    """
+    train, decay = local.train, local.train.lr_decay ** (local.t - 1)
+    rates = {"A": train.lr_a, "B": train.lr_b, "head": train.lr_head, "gate": local.rule.lr_gate}
+    named = backbone.engine.parameters.items()
+    groups = [
+        {"kind": which, "params": [p for n, p in named if kind(n) == which], "lr": rate * decay}
+        for which, rate in rates.items()
+    ]
+    return local.method.optimizer(groups, Hyper(train, local.rule, noise_std))
+
+
+def _summed(
+    backbone: Backbone, data: Encoded, indices: np.ndarray, clip_norm: float, micro_batch: int
+) -> dict[str, Tensor]:
+    """Return the clipped sum over a batch of any size: zeros if it is empty."""
+    sums: dict[str, Tensor] = {}
+    for batch in data.micro_batches(indices, micro_batch):
+        grads = backbone.engine.gradients(partial(backbone.losses, batch), len(batch.labels))
+        totals = clipped_sum(grads, clip_norm)
+        if sums:
+            torch._foreach_add_(list(sums.values()), [totals[name] for name in sums])
+        else:
+            sums = totals
+    active = [(n, p) for n, p in backbone.engine.parameters.items() if p.requires_grad]
+    return {name: sums[name] if sums else torch.zeros_like(p) for name, p in active}
+
+
+def noise_std_of(reservation: Reservation, clip_norm: float) -> float:
+    """Return z·C. C may be inf only where z is 0, and inf·0 is NaN."""
+    z = reservation.noise_multiplier
+    return z * clip_norm if z > 0 else 0.0
+
+
+def private_gradient(
+    backbone: Backbone,
+    data: Encoded,
+    *,
+    reservation: Reservation,
+    clip_norm: float,
+    micro_batch: int,
+    streams: Streams,
+) -> NoisedGrads:
+    """Draw one counted release: the noised mean gradient of the engine's active tensors.
+
+    Args:
+        backbone: with the tensors of this step made active.
+        data: the client's examples.
+        reservation: gives q and the noise multiplier, and counts the release.
+        clip_norm: C, of each example's joint gradient.
+        micro_batch: examples a forward; noise is added once, to the whole batch's sum.
+        streams: sampling and noise.
+
+    Raises:
+        BudgetError: if the reservation is used up; nothing is drawn then.
+    """
+    reservation.take()
+    q = reservation.sampling_rate
+    indices = poisson_batch(len(data), q, streams.sampling)
+    sums = _summed(backbone, data, indices, clip_norm, micro_batch)
+    noise_std = noise_std_of(reservation, clip_norm)
+    expected = q * len(data)
+    return add_noise(sums, noise_std=noise_std, expected_batch=expected, rng=streams.noise)
+
+
+def apply(backbone: Backbone, optimizer: torch.optim.Optimizer, gradients: NoisedGrads) -> None:
+    """Take one optimiser step on the tensors that have a gradient, and on no other."""
+    for name, parameter in backbone.engine.parameters.items():
+        parameter.grad = gradients.get(name)
+    optimizer.step()
+
+
+def _perturbation(backbone: Backbone, local: Local, k: int) -> Change | None:
+    """Return what the method adds to the frozen weights in step ``k``; drawn without the data."""
+    perturb, rule = local.method.perturb, local.rule
+    if perturb is None:
+        return None
+    seed = seed_of(local.seed, "perturbation", k) % 2**63
+    generator = torch.Generator(backbone.device).manual_seed(seed)
+    return lambda weight: perturb(weight, local.progress(k), rule.flat_radius, generator)
+
+
+def run_round(
+    backbone: Backbone,
+    data: Encoded,
+    start: Adapter,
+    drift: Adapter,
+    *,
+    local: Local,
+    reservation: Reservation,
+    streams: Streams,
+) -> Adapter:
+    """Run a round's local steps from ``start`` and return the client's whole adapter.
+
+    Privacy: every step is one release of the reservation; the result is made of ``start`` and
+    of noised gradients only, so all of it may leave the client.
+    """
+    method, train = local.method, local.train
+    backbone.load(start, drift)
+    expected = reservation.sampling_rate * len(data)
+    noise_std = noise_std_of(reservation, local.clip_norm) / expected
+    optimizer = make_optimizer(backbone, local, noise_std)
+    for k in range(train.local_steps):
+        backbone.engine.activate(active_names(start, method.trains(local.t, k)))
+        with backbone.bases.shaken(_perturbation(backbone, local, k)):
+            noised = private_gradient(
+                backbone,
+                data,
+                reservation=reservation,
+                clip_norm=local.clip_norm,
+                micro_batch=train.micro_batch,
+                streams=streams,
+            )
+        apply(backbone, optimizer, method.postprocess(noised))
+    return method.align(start, backbone.adapter())

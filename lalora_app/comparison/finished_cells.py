@@ -1,0 +1,56 @@
+"""Finished runs of a comparison: found again, and never taken for others."""
+
+import json
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from lalora_app.comparison.plan import Cell, Line, Plan
+from lalora_app.settings.run_config import ConfigError, from_tables
+
+_FREE = {"output", "resume-from", "compare"}  # may differ between two tries of a run
+
+
+def _summary(run: Path) -> dict[str, Any]:
+    return dict(json.loads((run / "summary.json").read_text("utf-8")))
+
+
+def finished(folder: Path, cell: Cell) -> Path | None:
+    """Return the folder of a cell's finished run, if there is one, whatever its settings."""
+    for path in sorted((folder / cell.folder).glob("*/summary.json")):
+        if _summary(path.parent)["status"].startswith("completed"):
+            return path.parent
+    return None
+
+
+def completed(folder: Path, cell: Cell) -> Path | None:
+    """Return the folder of a cell's finished run, if there is one.
+
+    Raises:
+        ConfigError: if it was run with other settings: its result must not be taken for this one.
+    """
+    run = finished(folder, cell)
+    if run:
+        _require_same(run, cell)
+    return run
+
+
+def _require_same(run: Path, cell: Cell) -> None:
+    old = from_tables(tomllib.loads((run / "config.toml").read_text("utf-8")))
+    for key, value in cell.config.items():
+        if key not in _FREE and old.get(key) != value:
+            raise ConfigError(
+                f"{key}={value!r} must be {old.get(key)!r}, as in the finished run {run}; a "
+                "comparison with other settings needs another compare.name"
+            )
+
+
+def accuracy_of(run: Path) -> float:
+    """Return the final accuracy of a finished run."""
+    return float(_summary(run)["accuracy"])
+
+
+def tuned(plan: Plan, folder: Path) -> dict[Line, float]:
+    """Return the scale of each line's learning rates, by the tuning runs that are finished."""
+    runs = [(cell, completed(folder, cell)) for cell in plan.tuning_cells()]
+    return plan.best([(cell, accuracy_of(run)) for cell, run in runs if run])

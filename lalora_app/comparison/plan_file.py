@@ -1,0 +1,217 @@
+"""A comparison's tables as its file says them: every check of them, every message."""
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from lalora_app.comparison.plan import Entry, Plan, Tuning, parse_cell, slug
+from lalora_app.settings.run_config import ConfigError, as_float, from_tables
+
+_METHODS = ("dp-lora", "ffa-lora", "rolora", "la-lora", "la-lora-full")
+_TUNE = {"grid", "seeds", "test-fraction"}
+# Keys of a run that the plan sets, by its own key: what else says them would be ignored.
+_AXES = {
+    "method": "compare.methods",
+    "seed": "compare.seeds",
+    "privacy.epsilon": "compare.epsilons",
+}
+_OF_ALL = {"min-clients": "compare.nodes", "output": "the plan's output", "compare": "the plan"}
+_CONTROL = {"method", "label", "epsilons", "config"}
+_DEFAULTS: dict[str, Any] = {
+    "name": "comparison",
+    "nodes": 4,
+    "methods": list(_METHODS),
+    "epsilons": [1.0, 3.0, math.inf],
+    "seeds": [0, 1, 2],
+    "controls": [],
+    "tune": None,
+}
+
+
+def _numbers(key: str, value: object, kind: type) -> tuple[Any, ...]:
+    values = value if isinstance(value, list) else []
+    good = [v for v in values if type(v) in (int, kind)]
+    if not values or len(good) < len(values) or len(set(good)) < len(good):
+        raise ConfigError(f"compare.{key}={value!r} must be a list of different numbers")
+    return tuple(as_float(v) if kind is float else v for v in values)
+
+
+def _text(key: str, value: object) -> str:
+    if not isinstance(value, str):
+        raise ConfigError(f"compare.{key}={value!r} must be a text")
+    return value
+
+
+def table_of(key: str, value: object) -> dict[str, Any]:
+    """Return a table.
+
+    Raises:
+        ConfigError: if it is none.
+    """
+    if not isinstance(value, Mapping):
+        raise ConfigError(f"{key}={value!r} must be a table")
+    return dict(value)
+
+
+def _require_free(place: str, keys: Mapping[str, Any], taken: Mapping[str, str]) -> None:
+    for key in taken.keys() & keys.keys():
+        raise ConfigError(f"{place}{key}={keys[key]!r} must not be there: {taken[key]} sets it")
+
+
+def check_file(tables: Mapping[str, Any]) -> None:
+    """Refuse what a file with a ``compare`` table says and the table overrules.
+
+    A preset of a run, which has no such table, may be compared as it is.
+
+    Raises:
+        ConfigError: naming the first such key.
+    """
+    if "compare" in tables:
+        _require_free("", from_tables(tables), _AXES)
+
+
+def controls_of(value: object) -> list[dict[str, Any]]:
+    """Return the tables of ``compare.controls``, with the keys of their runs flat in ``config``.
+
+    Raises:
+        ConfigError: if one is no control.
+    """
+    if not isinstance(value, list):
+        raise ConfigError(f"compare.controls={value!r} must be tables, each a [[compare.controls]]")
+    return [_flat_control(table_of("compare.controls", control)) for control in value]
+
+
+def _flat_control(control: dict[str, Any]) -> dict[str, Any]:
+    if "method" not in control or control.keys() - _CONTROL:
+        raise ConfigError(
+            f"compare.controls={control!r} must have a method, and may have "
+            + ", ".join(sorted(_CONTROL - {"method"}))
+        )
+    config = from_tables(table_of("compare.controls.config", control.get("config", {})))
+    own = {"method": "the control's method", "privacy.epsilon": "the control's epsilons"}
+    _require_free("compare.controls.config: ", config, _AXES | _OF_ALL | own)
+    return control | {"config": config}
+
+
+def narrowed(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a ``compare`` table cut to what a command line asks for.
+
+    Args:
+        own: of the plan, its controls as :func:`controls_of` returns them.
+        given: keys that replace its own. ``methods`` may name controls by their labels, and drops
+            those that it does not name; ``epsilons`` cuts a control's own to those given.
+    """
+    controls = list(own.get("controls", []))
+    new = {**own, **given}
+    if "methods" in given:
+        controls = [c for c in controls if _label(c) in given["methods"]]
+        kept = set(map(_label, controls))
+        new["methods"] = [name for name in given["methods"] if name not in kept]
+    if "epsilons" in given:
+        cut = [_at(control, given["epsilons"]) for control in controls]
+        controls = [control for control in cut if control.get("epsilons") != []]
+    return new | {"controls": controls}
+
+
+def _label(control: Mapping[str, Any]) -> Any:
+    return control.get("label", control["method"])
+
+
+def _at(control: Mapping[str, Any], epsilons: list[float]) -> dict[str, Any]:
+    """Return a control at those of its own budgets, if it has any, that are asked for."""
+    own = control.get("epsilons")
+    cut = {"epsilons": [e for e in own if e in epsilons]} if isinstance(own, list) else {}
+    return {**control, **cut}
+
+
+def _control(control: Mapping[str, Any], epsilons: tuple[float, ...]) -> Entry:
+    own = _numbers("controls.epsilons", control.get("epsilons", list(epsilons)), float)
+    method = _text("controls.method", control["method"])
+    label = _text("controls.label", _label(control))
+    return Entry(label, own, {"method": method, **control["config"]})
+
+
+def _entries(settings: Mapping[str, Any]) -> tuple[Entry, ...]:
+    epsilons = _numbers("epsilons", settings["epsilons"], float)
+    names = settings["methods"]
+    if not isinstance(names, list):
+        raise ConfigError(f"compare.methods={names!r} must be a list of methods")
+    entries = [Entry(str(name), epsilons, {"method": name}) for name in names]
+    entries += [_control(control, epsilons) for control in controls_of(settings["controls"])]
+    labels = [entry.label for entry in entries]
+    if not labels or len(set(map(slug, labels))) < len(labels):
+        raise ConfigError(f"compare.methods={labels!r} must be different names, at least one")
+    return tuple(entries)
+
+
+def _tuning(value: object) -> Tuning | None:
+    if value is None:
+        return None
+    raw = table_of("compare.tune", value)
+    if wrong := _TUNE ^ raw.keys():
+        raise ConfigError(f"compare.tune.{min(wrong)}: its keys must be {', '.join(sorted(_TUNE))}")
+    grid = _numbers("tune.grid", raw["grid"], float)
+    seeds = _numbers("tune.seeds", raw["seeds"], int)
+    fraction = raw["test-fraction"]
+    if type(fraction) not in (int, float):
+        raise ConfigError(f"compare.tune.test-fraction={fraction!r} must be a number in (0, 1)")
+    return Tuning(grid, seeds, as_float(fraction))
+
+
+def _name(value: object) -> str:
+    """Return the name as that of a folder below the output, and never of the output or above."""
+    name = slug(_text("name", value))
+    if name in ("", ".", ".."):
+        raise ConfigError(f"compare.name={value!r} must be the name of a folder")
+    return name
+
+
+def read_plan(tables: Mapping[str, Any], defaults: Mapping[str, Any]) -> Plan:
+    """Return the plan of a comparison.
+
+    Args:
+        tables: keys of a run that all runs share, and the table ``compare``: ``name``, ``nodes``,
+            ``methods``, ``epsilons``, ``seeds``, ``controls`` (each a ``method`` with ``label``,
+            ``epsilons``, ``config``) and ``tune`` (``grid``, ``seeds``,
+            ``test-fraction``). What is not given is the five methods of the paper at ε = 1, 3, inf
+            with seeds 0, 1, 2.
+        defaults: the app's own run config, flat.
+
+    Raises:
+        ConfigError: if any of its runs could not start.
+    """
+    own = table_of("compare", tables.get("compare", {}))
+    if unknown := own.keys() - _DEFAULTS.keys():
+        raise ConfigError(f"compare.{min(unknown)} must be one of {', '.join(_DEFAULTS)}")
+    settings = _DEFAULTS | own
+    if type(settings["nodes"]) is not int or settings["nodes"] < 1:
+        raise ConfigError(f"compare.nodes={settings['nodes']!r} must be an integer of at least 1")
+    shared = from_tables({key: value for key, value in tables.items() if key != "compare"})
+    plan = Plan(
+        name=_name(settings["name"]),
+        nodes=settings["nodes"],
+        entries=_entries(settings),
+        seeds=_numbers("seeds", settings["seeds"], int),
+        tuning=_tuning(settings["tune"]),
+        config={**defaults, **shared},
+    )
+    for cell in [*plan.tuning_cells(), *plan.cells({})]:
+        parse_cell(cell)
+    _check_tuning(plan)
+    return plan
+
+
+def _check_tuning(plan: Plan) -> None:
+    splits = {str(cell.config["data.test-split"]) for cell in plan.cells({})}
+    if plan.tuning and "none" in splits:
+        raise ConfigError(
+            'data.test-split="none" must name a split while there is a compare.tune: both would '
+            "take the same examples from the training split (a single file and the demo have no "
+            "other; a folder with two, such as train.jsonl and test.jsonl, has)"
+        )
+
+
+def to_json(tables: Mapping[str, Any]) -> str:
+    """Return a plan's tables as JSON, which :func:`read_plan` takes again."""
+    return json.dumps(tables, indent=2) + "\n"

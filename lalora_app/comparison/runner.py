@@ -1,0 +1,126 @@
+"""Many runs in one: the runs of a plan, one after another, over the same clients and processes."""
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from flwr.serverapp import Grid
+
+from lalora_app.comparison.finished_cells import completed, finished, tuned
+from lalora_app.comparison.plan import Cell, Plan, parse_cell
+from lalora_app.comparison.plan_file import read_plan
+from lalora_app.data.examples import split
+from lalora_app.data.sources import NONE
+from lalora_app.settings.run_config import Config, ConfigError, full_path
+
+Run = Callable[[Grid, Config, float], None]  # the last: seconds to wait for late nodes
+_log = logging.getLogger("flwr")
+
+
+@dataclass
+class Comparison:
+    """Runs what is missing of a plan; what is done is left as it is.
+
+    Args:
+        grid: to the clients.
+        plan: what to run.
+        folder: of the results.
+        run: runs one federation.
+        settle: seconds that the first run waits for late nodes; who comes late is there by then.
+    """
+
+    grid: Grid
+    plan: Plan
+    folder: Path
+    run: Run
+    settle: float
+    _first: bool = True
+    failed: list[str] = field(default_factory=list)
+
+    def _run_cell(self, cell: Cell) -> None:
+        output = str(self.folder / cell.folder)
+        # A run's config.toml repeats that run, and not the comparison that it was part of.
+        config = replace(parse_cell(cell), output=output, compare=NONE)
+        first, self._first = self._first, False
+        try:
+            self.run(self.grid, config, self.settle if first else 0.0)
+        except Exception as error:  # one run that cannot be must not cost the others
+            # As no nodes: it would be so with all, unless others have been seen to work.
+            if first and isinstance(error, ConfigError) and len(self._missing()) == len(self._all):
+                raise ConfigError(f"{cell.folder}: {error}") from error
+            _log.error("LaLoRA compare: %s failed: %s", cell.folder, error)
+            self.failed.append(f"{cell.folder}: {error}")
+
+    @property
+    def _all(self) -> list[Cell]:
+        return [*self.plan.tuning_cells(), *self.plan.cells({})]
+
+    def _missing(self) -> list[Cell]:
+        return [cell for cell in self._all if finished(self.folder, cell) is None]
+
+    def _check_data(self) -> None:
+        """Read what is missing a run: a misspelt test split must not be told after the tuning.
+
+        Raises:
+            ConfigError: naming the first run whose data cannot be used.
+        """
+        firsts = {parse_cell(cell).data: cell.folder for cell in reversed(self._missing())}
+        for data, folder in reversed(firsts.items()):
+            try:
+                split(data)
+            except ConfigError as error:
+                raise ConfigError(f"{folder}: {error}") from error
+
+    def _run_missing(self, cells: list[Cell], what: str, later: int = 0) -> None:
+        """Run the cells that are not done.
+
+        Raises:
+            RuntimeError: at the end, if a run failed.
+        """
+        missing = [cell for cell in cells if completed(self.folder, cell) is None]
+        began = time.monotonic()
+        for done, cell in enumerate(missing):
+            _log.info(
+                "LaLoRA compare: %s %d of %d, %s%s",
+                *(what, len(cells) - len(missing) + done + 1, len(cells), cell.folder),
+                _eta(time.monotonic() - began, done, len(missing) - done + later),
+            )
+            self._run_cell(cell)
+        if self.failed:
+            raise RuntimeError(f"{len(self.failed)} runs failed: " + "; ".join(self.failed))
+
+    def finish(self) -> None:
+        """Tune, then run every cell; rates are never chosen by half a tuning.
+
+        Raises:
+            ConfigError: if the data of a missing run cannot be used; or if the first run of all
+                cannot start: what is wrong is wrong with all.
+            RuntimeError: after the tuning, or at the end, if a run failed.
+        """
+        self._check_data()
+        later = [cell for cell in self.plan.cells({}) if not self._begun(cell)]
+        self._run_missing(self.plan.tuning_cells(), "tuning run", len(later))
+        self._run_missing(self.plan.cells(tuned(self.plan, self.folder)), "run")
+
+    def _begun(self, cell: Cell) -> bool:
+        return (self.folder / cell.folder).exists()
+
+
+def _eta(elapsed: float, done: int, left: int) -> str:
+    return f", ETA {round(elapsed / done * left / 60)} min" if done else ""
+
+
+def run_plan(
+    grid: Grid, file: str, defaults: Mapping[str, object], run: Run, settle: float
+) -> None:
+    """Run what is missing of the plan in ``file``, into the file's folder.
+
+    Raises:
+        ConfigError: before anything runs, if one of the runs could not start.
+    """
+    path = full_path(file)
+    plan = read_plan(json.loads(path.read_text("utf-8")), defaults)
+    Comparison(grid, plan, path.parent, run, settle).finish()

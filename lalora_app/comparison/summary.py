@@ -1,0 +1,85 @@
+"""A comparison on disk: its plan, its finished runs, and the tables and pictures made of them."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lalora_app.comparison.finished_cells import completed, tuned
+from lalora_app.comparison.plan import Plan
+from lalora_app.comparison.plan_file import check_file, controls_of, read_plan, table_of, to_json
+from lalora_app.reports.page import write_report
+from lalora_app.reports.tables import rows_of, to_csv, to_latex, to_markdown, to_text
+from lalora_app.results.finished_run import Record, read_record
+from lalora_app.results.run_folder import check_writable
+from lalora_app.settings.overrides import absolute, read_toml
+from lalora_app.settings.run_config import from_tables, full_path
+
+PLAN = "plan.json"
+
+
+def read_file(file: Path) -> dict[str, Any]:
+    """Return a plan's tables: the ``compare`` table, and flat keys with paths made absolute.
+
+    Raises:
+        ConfigError: if the file cannot be read, or says what its ``compare`` table overrules.
+    """
+    tables, folder = read_toml(file, str(file)), file.parent.resolve()
+    own = table_of("compare", tables.get("compare", {}))
+    check_file(tables)
+    tables.pop("compare", None)
+    if "controls" in own:
+        controls = controls_of(own["controls"])
+        own["controls"] = [c | {"config": absolute(c["config"], folder)} for c in controls]
+    keys = absolute(from_tables(tables), folder)
+    return {"compare": {"name": file.stem} | own, **keys}
+
+
+def prepare(tables: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[Plan, Path]:
+    """Return the checked plan and the folder of its results, with the plan written there.
+
+    Raises:
+        ConfigError: if one of its runs could not start, or the results have nowhere to go.
+    """
+    plan = read_plan(tables, defaults)
+    folder = full_path(str(plan.config["output"])) / plan.name
+    check_writable(str(folder))
+    (folder / PLAN).write_text(to_json(tables), "utf-8")
+    return plan, folder
+
+
+def records(plan: Plan, folder: Path) -> list[Record]:
+    """Return the finished runs of a comparison, in the order of the plan."""
+    cells = plan.cells(tuned(plan, folder))
+    found = [(cell, completed(folder, cell)) for cell in cells]
+    return [read_record(run, cell.label) for cell, run in found if run]
+
+
+def _counts(plan: Plan, folder: Path) -> str:
+    """Tell how much of the plan is finished."""
+    lines = {"runs": plan.cells(tuned(plan, folder)), "tuning runs": plan.tuning_cells()}
+    return " and ".join(
+        f"{sum(completed(folder, cell) is not None for cell in cells)} of {len(cells)} {what}"
+        for what, cells in lines.items()
+        if cells
+    )
+
+
+def summarise(plan: Plan, folder: Path, *, latex: bool = False) -> str:
+    """Write ``table.md``, ``table.tex``, ``runs.csv`` and ``report.html`` of what is finished.
+
+    Returns:
+        The table, in LaTeX too if asked for, and a line on what is finished and where it is; that
+        line alone, and no files, before the first run is.
+    """
+    found = records(plan, folder)
+    counts = _counts(plan, folder)
+    if not found:
+        return f"lalora: {counts} are finished, in {folder}"
+    rows = rows_of(found)
+    (folder / "table.md").write_text(to_markdown(rows), "utf-8")
+    (folder / "table.tex").write_text(to_latex(rows), "utf-8")
+    (folder / "runs.csv").write_text(to_csv(found), "utf-8")
+    write_report(found, folder / "report.html", plan.name)
+    tables = [to_text(rows), *([to_latex(rows)] if latex else [])]
+    where = f"lalora: {counts} are finished; tables, runs.csv and report.html are in {folder}"
+    return "\n".join([*tables, where])

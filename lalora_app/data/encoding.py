@@ -1,0 +1,241 @@
+"""Examples as tensors, and the batches that the model takes."""
+
+import sys
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from lalora_app.data.examples import Examples
+from lalora_app.data.sources import DataError
+
+IGNORED = -100  # the label of a position that has none, as in transformers
+UNLIMITED = sys.maxsize
+Indices = Sequence[int] | np.ndarray
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What the model takes, and what it should say.
+
+    Attributes:
+        inputs: token ids (examples, tokens), or pixels (examples, 3, height, width) of 0 to 255.
+        mask: (examples, tokens), 1 on tokens and 0 on padding; None where nothing is masked.
+        labels: (examples,), or (examples, tokens) for a language model.
+    """
+
+    inputs: Tensor
+    mask: Tensor | None
+    labels: Tensor
+
+
+class Encoded(ABC):
+    """Examples ready to be batched."""
+
+    @abstractmethod
+    def __len__(self) -> int:
+        """Return the number of examples."""
+
+    @abstractmethod
+    def batch(self, indices: Indices, width: int = 0) -> Batch:
+        """Return the given examples, texts with padding up to ``width`` tokens at least."""
+
+    def length(self, index: int) -> int:
+        """Return what batches are sorted by, so that little is padded."""
+        return 0
+
+    @abstractmethod
+    def width(self, index: int) -> int:
+        """Return what an example has in common with all of its micro-batch.
+
+        Privacy: it follows from the example alone. Were a text padded to the longest of its batch,
+        weights with which padding is not harmless would let one example change the others.
+        """
+
+    def full(self) -> int:
+        """Return how many texts are as long as a text may be, so that some of them were cut."""
+        return 0
+
+    def ordered(self, indices: Iterable[int]) -> list[int]:
+        """Return indices in the order in which batches take them."""
+        return sorted(indices, key=lambda index: (self.width(index), self.length(index)))
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        """Yield every example once, by length."""
+        yield from self.micro_batches(range(len(self)), size)
+
+    def micro_batches(self, indices: Iterable[int], size: int) -> Iterator[Batch]:
+        """Yield the given examples in parts of at most ``size``, by length; each of one width."""
+        for width, alike in groupby(self.ordered(indices), key=self.width):
+            part = list(alike)
+            for start in range(0, len(part), size):
+                yield self.batch(part[start : start + size], width)
+
+
+def padded_width(length: int, longest: int) -> int:
+    """Return the tokens that a text is padded to: 8, 16, 32 and so on.
+
+    Few widths: each costs a micro-batch. Limit: never more than ``longest``, which no text exceeds.
+    """
+    return min(max(1 << (length - 1).bit_length(), 8), longest)
+
+
+def _padded(rows: Sequence[Sequence[int]], pad: int, width: int) -> tuple[Tensor, Tensor]:
+    """Return (examples, tokens) ids, padded on the right, and their mask."""
+    tensors = [torch.tensor(row) for row in rows]
+    ids = pad_sequence(tensors, batch_first=True, padding_value=pad)
+    ids = torch.nn.functional.pad(ids, (0, max(width - ids.shape[1], 0)), value=pad)
+    lengths = torch.tensor([len(row) for row in rows])
+    return ids, (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+
+
+@dataclass(frozen=True)
+class EncodedTexts(Encoded):
+    """Texts to be classified, as token ids.
+
+    Attributes:
+        tokens: ids of each text.
+        labels: (examples,).
+        pad: the id of padding.
+        longest: tokens that no text exceeds, whatever the data.
+    """
+
+    tokens: tuple[tuple[int, ...], ...]
+    labels: tuple[int, ...]
+    pad: int
+    longest: int = UNLIMITED
+
+    def __len__(self) -> int:
+        """Return the number of texts."""
+        return len(self.labels)
+
+    def length(self, index: int) -> int:
+        """Return a text's number of tokens."""
+        return len(self.tokens[index])
+
+    def full(self) -> int:
+        """Return how many texts have ``longest`` tokens."""
+        return sum(len(row) >= self.longest for row in self.tokens)
+
+    def width(self, index: int) -> int:
+        """Return the tokens that a text is padded to."""
+        return padded_width(len(self.tokens[index]), self.longest)
+
+    def batch(self, indices: Indices, width: int = 0) -> Batch:
+        """Return the given texts, padded to the longest of them or to ``width``."""
+        ids, mask = _padded([self.tokens[i] for i in indices], self.pad, width)
+        return Batch(ids, mask, torch.tensor([self.labels[i] for i in indices]))
+
+
+@dataclass(frozen=True)
+class EncodedSequences(Encoded):
+    """Texts whose every next token is to be predicted: one text is one example, never packed.
+
+    Attributes:
+        tokens: ids of each text.
+        longest: tokens that no text exceeds, whatever the data.
+    """
+
+    tokens: tuple[tuple[int, ...], ...]
+    longest: int = UNLIMITED
+
+    def __len__(self) -> int:
+        """Return the number of texts."""
+        return len(self.tokens)
+
+    def length(self, index: int) -> int:
+        """Return a text's number of tokens."""
+        return len(self.tokens[index])
+
+    def full(self) -> int:
+        """Return how many texts have ``longest`` tokens."""
+        return sum(len(row) >= self.longest for row in self.tokens)
+
+    def width(self, index: int) -> int:
+        """Return the tokens that a text is padded to."""
+        return padded_width(len(self.tokens[index]), self.longest)
+
+    def batch(self, indices: Indices, width: int = 0) -> Batch:
+        """Return the given texts, padded on the right, where no token of a text looks."""
+        ids, mask = _padded([self.tokens[i] for i in indices], 0, width)
+        return Batch(ids, None, ids.masked_fill(mask == 0, IGNORED))
+
+
+@dataclass(frozen=True)
+class EncodedImages(Encoded):
+    """Images as stored; the model's device brings them to its own size.
+
+    Attributes:
+        stacks: by stored size, (images, 3, height, width) uint8.
+        labels: (examples,).
+        places: (examples,) the stack of each image, and its row there.
+    """
+
+    stacks: tuple[Tensor, ...]
+    labels: tuple[int, ...]
+    places: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of_one_size(cls, pixels: Tensor, labels: tuple[int, ...]) -> "EncodedImages":
+        """Return images of one stack, in its order."""
+        return cls((pixels,), labels, tuple((0, row) for row in range(len(labels))))
+
+    def __len__(self) -> int:
+        """Return the number of images."""
+        return len(self.labels)
+
+    def width(self, index: int) -> int:
+        """Return the number of the stack of an image's size."""
+        return self.places[index][0]
+
+    def batch(self, indices: Indices, width: int = 0) -> Batch:
+        """Return the given images, which must be stored in one size."""
+        (stack,) = {self.places[i][0] for i in indices}
+        rows = torch.tensor([self.places[i][1] for i in indices])
+        labels = torch.tensor([self.labels[i] for i in indices])
+        return Batch(self.stacks[stack][rows], None, labels)
+
+
+def _token_ids(examples: Examples, tokenizer: Any, max_length: int) -> tuple[tuple[int, ...], ...]:
+    """Return the token ids of texts or pairs of texts, cut at ``max_length``."""
+    if any(isinstance(content, bytes) for content in examples.contents):
+        raise DataError("data.input-column", " must hold texts for this model.task, not images")
+    if not examples.contents:
+        return ()
+    pairs = isinstance(examples.contents[0], tuple)
+    columns = zip(*examples.contents, strict=True) if pairs else [examples.contents]
+    texts = [list(column) for column in columns]
+    ids = tokenizer(*texts, truncation=True, max_length=max_length)["input_ids"]
+    for row, tokens in enumerate(ids):
+        if not tokens:
+            place = examples.row(row)
+            raise DataError("data.input-column", f": the text of row {place} has no token")
+    return tuple(map(tuple, ids))
+
+
+@lru_cache(maxsize=32)
+def encode_texts(examples: Examples, tokenizer: Any, max_length: int) -> EncodedTexts:
+    """Return texts to classify as token ids; kept for the process's next use.
+
+    Raises:
+        DataError: if they are no texts, or a text has no token.
+    """
+    ids = _token_ids(examples, tokenizer, max_length)
+    return EncodedTexts(ids, examples.labels, tokenizer.pad_token_id, max_length)
+
+
+@lru_cache(maxsize=32)
+def encode_sequences(examples: Examples, tokenizer: Any, max_length: int) -> EncodedSequences:
+    """Return texts to model as token ids; kept for the process's next use.
+
+    Raises:
+        DataError: if they are no texts, or a text has no token.
+    """
+    return EncodedSequences(_token_ids(examples, tokenizer, max_length), max_length)

@@ -1,0 +1,89 @@
+"""Images of files as pixels, each by itself."""
+
+import io
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lalora_app.data.encoding import EncodedImages
+from lalora_app.data.examples import Examples
+from lalora_app.data.sources import DataError
+
+
+def resized_side(side: int, shorter: int, resize: int) -> int:
+    """Return a side's pixels once the shorter one has ``resize``, as torchvision rounds them."""
+    return resize * side // shorter
+
+
+def middle(side: int, size: int) -> int:
+    """Return where the middle ``size`` pixels of a side begin, as torchvision rounds it."""
+    return round((side - size) / 2)
+
+
+def _decoded(content: object, row: int) -> Any:
+    """Return one image, in RGB."""
+    from PIL import Image
+
+    if not isinstance(content, bytes):
+        raise DataError("data.input-column", " must hold images for this model.task, not texts")
+    try:
+        image: Any = Image.open(io.BytesIO(content))
+        if image.mode.startswith("I;16"):  # PIL would cut 16 bits off at 255
+            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+        return image.convert("RGB")
+    except Exception as error:  # the decoders raise many kinds; all mean the same here
+        raise DataError("data.input-column", f": row {row} is no readable image") from error
+
+
+def _stored(image: Any, resize: int, size: int) -> np.ndarray:
+    """Return the pixels that are kept of an image, (height, width, 3).
+
+    A square that would only be made larger stays as it is; of any other image the shorter side is
+    resized, and a square cut out of its middle.
+    """
+    from PIL import Image
+
+    if image.width == image.height <= resize:
+        return np.array(image)
+    width, height = (resized_side(side, min(image.size), resize) for side in image.size)
+    left, top = middle(width, size), middle(height, size)
+    resized = image.resize((width, height), Image.Resampling.BICUBIC)
+    return np.array(resized.crop((left, top, left + size, top + size)))
+
+
+def _stack(arrays: Sequence[np.ndarray]) -> Tensor:
+    """Return (images, 3, height, width)."""
+    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
+
+
+@lru_cache(maxsize=32)
+def encode_images(examples: Examples, resize: int, size: int) -> EncodedImages:
+    """Return decoded images; kept for the process's next use.
+
+    Small squares stay as they are, for the model's device to resize. What becomes of an image
+    follows from that image alone, and from no other of the data.
+
+    Args:
+        examples: the bytes of image files.
+        resize: pixels of the shorter side before the square is cut out.
+        size: pixels of the square's side.
+
+    Raises:
+        DataError: if an image cannot be read.
+    """
+    arrays = [
+        _stored(_decoded(content, examples.row(i)), resize, size)
+        for i, content in enumerate(examples.contents)
+    ]
+    sizes = sorted({array.shape for array in arrays})
+    stacks: tuple[list[np.ndarray], ...] = tuple([] for _ in sizes)
+    places = []
+    for array in arrays:
+        number = sizes.index(array.shape)
+        places.append((number, len(stacks[number])))
+        stacks[number].append(array)
+    return EncodedImages(tuple(map(_stack, stacks)), examples.labels, tuple(places))

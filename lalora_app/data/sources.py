@@ -1,0 +1,145 @@
+"""Where data comes from: the bundled demo, local files and folders, the Hugging Face hub."""
+
+import hashlib
+import json
+import logging
+import tempfile
+from collections.abc import Iterable, Mapping
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+from lalora_app.settings.run_config import ConfigError, full_path
+
+DEMO = "demo:sms-spam"
+NONE = "none"
+_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+Columns = dict[str, list[Any]]
+
+
+class DataError(ConfigError):
+    """The data cannot be trained on; ``key`` is what a refusal may tell, without any value."""
+
+    def __init__(self, key: str, message: str):
+        super().__init__(f"{key}{message}")
+        self.key = key
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of what an exception says, or its kind where it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def quiet_hub() -> None:
+    """Keep the hub's client from telling every retry: what comes of it is told in one line."""
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+def is_local(name: str) -> bool:
+    """Tell whether a name is a path, and not an id of the hub."""
+    return name.startswith(("/", "~", "."))
+
+
+def has_one_split(name: str) -> bool:
+    """Tell whether a name is all one split: the demo, or a single file that is there."""
+    return name == DEMO or (is_local(name) and full_path(name).is_file())
+
+
+def _demo() -> Columns:
+    text = resources.files("lalora_app").joinpath("assets/sms_spam.jsonl").read_text("utf-8")
+    rows = [json.loads(line) for line in text.splitlines()]
+    return {column: [row[column] for row in rows] for column in rows[0]}
+
+
+def _columns(table: Any, wanted: Iterable[str]) -> Columns:
+    """Return columns as lists; images stay encoded."""
+    from datasets import Image
+
+    for name, feature in table.features.items():
+        if isinstance(feature, Image):
+            table = table.cast_column(name, Image(decode=False))
+    return {name: table[name][:] for name in wanted}  # at once: row by row takes ten times longer
+
+
+def stamp(name: str) -> str:
+    """Return names, sizes and times of change of a file, or of all files of a folder, hashed.
+
+    Limit: what does not exist has no files; reading it is what says so.
+    """
+    root = full_path(name)
+    files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+    listed = [(str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return hashlib.sha256(json.dumps([str(root), listed]).encode()).hexdigest()
+
+
+def _arguments(key: str, path: Path, split: str) -> dict[str, Any]:
+    if path.is_dir():
+        return {"path": str(path)}
+    if path.suffix not in _FORMATS or not path.is_file():
+        known = ", ".join(_FORMATS)
+        raise DataError(
+            key, f'="{path}" must be an existing folder, or a file ending in one of {known}'
+        )
+    return {"path": _FORMATS[path.suffix], "data_files": {split: str(path)}}
+
+
+def _load_local(key: str, path: Path, split: str) -> Any:
+    from datasets import disable_progress_bars, load_dataset
+
+    disable_progress_bars()
+    quiet_hub()
+    arguments = _arguments(key, path, split)
+    kind = path.suffix or "a folder of data files or images"
+    try:  # the library's copy of private data goes with the folder
+        with tempfile.TemporaryDirectory() as cache:
+            return load_dataset(**arguments, split=split, cache_dir=cache, keep_in_memory=True)
+    except Exception as error:  # the readers raise many kinds; all mean the same here
+        reason = f", with a split {split}" if path.is_dir() else ""
+        raise DataError(key, f'="{path}" cannot be read as {kind}{reason}') from error
+
+
+def _load_hub(key: str, name: str, subset: str, split: str) -> Any:
+    from datasets import load_dataset
+
+    quiet_hub()
+    try:
+        return load_dataset(name, None if subset == NONE else subset, split=split)
+    except Exception as error:  # the hub client raises many kinds; all mean the same here
+        raise DataError(
+            key,
+            f'="{name}" (split {split}) cannot be loaded from the hub and is not in the local '
+            f"cache: {first_line(error)}",
+        ) from error
+
+
+def _table(key: str, name: str, subset: str, split: str) -> Any:
+    if is_local(name):
+        return _load_local(key, full_path(name), split)
+    return _load_hub(key, name, subset, split)
+
+
+def read(key: str, name: str, subset: str, split: str, wanted: Mapping[str, str]) -> Columns:
+    """Return the wanted columns of one split of a dataset.
+
+    Args:
+        key: the config key that named the data, for errors.
+        name: ``demo:sms-spam``, a path (absolute, or with ~) of a .jsonl, .json, .csv or .parquet
+            file, of a folder of such files or of images by class, or an id of the hub.
+        subset: of a hub dataset, such as ``sst2`` of GLUE, or ``none``.
+        split: such as ``train``; a single file is all of its split.
+        wanted: name of each column -> the config key that wants it.
+
+    Raises:
+        DataError: if the data is missing, damaged or empty, cannot be fetched, or lacks a column.
+    """
+    table = _demo() if name == DEMO else _table(key, name, subset, split)
+    found = list(table) if isinstance(table, dict) else table.column_names
+    if not found or not len(table[found[0]]):
+        raise DataError(key, f'="{name}" must hold at least one example')
+    for column, asked_by in wanted.items():
+        if column not in found:
+            columns = ", ".join(found)
+            raise DataError(asked_by, f'="{column}" must be a column of the data: {columns}')
+    if isinstance(table, dict):
+        return {column: table[column] for column in wanted}
+    return _columns(table, wanted)

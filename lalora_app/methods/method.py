@@ -1,0 +1,81 @@
+"""What a federated-LoRA method is: a value made of plain functions."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+from torch import Tensor
+
+from lalora_app.adapter.factors import Adapter
+from lalora_app.aggregation.average import average
+from lalora_app.aggregation.rule import Rule as ServerRule
+from lalora_app.methods import alignment, optimizers, schedule
+from lalora_app.methods.filters import identity
+from lalora_app.methods.schedule import Factor, Factors, Syncs, Trains
+from lalora_app.methods.weight_noise import Perturb
+from lalora_app.private_step.gradients import NoisedGrads
+from lalora_app.settings.run_config import Rule
+
+
+def _as_it_is(start: Adapter, rule: Rule) -> Adapter:
+    return start
+
+
+def _own_rank(rank: int, rule: Rule) -> int:
+    return rank
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A federated-LoRA method: plain functions, looked up by name on both sides of the wire.
+
+    Attributes:
+        paper: where it comes from.
+        trains: (round t, step k) -> the factors that take this local step; never empty.
+        syncs: round t -> the factors that travel up and are aggregated.
+        finally_syncs: factors that travel in the last round as well.
+        start: initial adapter -> what the run starts from: seeds and shapes, never data.
+        width: rank of the run -> rank of the model.
+        effective: all trained tensors -> the model's own factors and head; None: they are these.
+        calibrates: the server sets masks and the base by public inputs before the first round.
+        perturb: of the frozen weights while a gradient is taken; drawn without the batch.
+        postprocess: noised gradients -> gradients for the optimiser.
+        optimizer: of the local steps.
+        align: (what the client started from, its result) -> what it keeps and sends.
+        aggregate: (global adapter, weights, uploads, round) -> global adapter and base drift.
+        exact: the new product equals the mean of the clients' products.
+        linear: the server needs only sums of what travels, so it may run under secure
+            aggregation, and a robust mean can take the mean's place.
+        moves_base: part of what is learnt moves into the frozen weights.
+        heterogeneous: clients' ranks may differ.
+        keeps_client_state: a client's result depends on what it kept; made of noised gradients.
+        dp_unit: whose influence the noise hides.
+    """
+
+    paper: str
+    trains: Trains
+    syncs: Syncs
+    finally_syncs: Factors = frozenset()
+    start: Callable[[Adapter, Rule], Adapter] = _as_it_is
+    width: Callable[[int, Rule], int] = _own_rank
+    effective: Callable[[dict[str, Tensor], Rule], dict[str, Tensor]] | None = None
+    calibrates: bool = False
+    perturb: Perturb | None = None
+    postprocess: Callable[[NoisedGrads], NoisedGrads] = identity
+    optimizer: optimizers.Make = optimizers.as_configured
+    align: Callable[[Adapter, Adapter], Adapter] = alignment.keep
+    aggregate: ServerRule = average
+    exact: bool = False
+    linear: bool = True
+    moves_base: bool = False
+    heterogeneous: bool = False
+    keeps_client_state: bool = False
+    dp_unit: Literal["example"] = "example"
+
+    def sent(self, t: int, *, last: bool) -> Factors:
+        """Return the factors that travel up in round ``t``."""
+        return self.syncs(t) | (self.finally_syncs if last else frozenset())
+
+    def resident(self, t: int, local_steps: int) -> frozenset[Factor]:
+        """Return the factors that round ``t`` trains without sending them."""
+        return schedule.trained(self.trains, t, local_steps) - self.syncs(t)

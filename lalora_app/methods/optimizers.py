@@ -1,0 +1,141 @@
+"""The local optimisers: torch's own, and those made for noised gradients.
+
+All of them see noised gradients only, so that none costs privacy. A tensor without a gradient
+keeps its value and its state, bit for bit: a resting factor's filter does not move on.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lalora_app.settings.run_config import Rule, Train
+
+Group = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """What an optimiser may know besides the gradients.
+
+    Attributes:
+        train: the run config's table ``train``.
+        rule: its table ``rule``.
+        noise_std: standard deviation of the noise in one entry of the mean gradient.
+    """
+
+    train: Train
+    rule: Rule
+    noise_std: float = 0.0
+
+
+Make = Callable[[list[Group], Hyper], torch.optim.Optimizer]
+
+
+def as_configured(groups: list[Group], hyper: Hyper) -> torch.optim.Optimizer:
+    """Return SGD or AdamW, as ``train.optimizer`` says."""
+    train = hyper.train
+    # foreach: a few operations for all tensors together
+    if train.optimizer == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=train.weight_decay, foreach=True)
+    return torch.optim.SGD(
+        groups, momentum=train.momentum, weight_decay=train.weight_decay, foreach=True
+    )
+
+
+def plus(groups: list[Group], hyper: Hyper) -> torch.optim.Optimizer:
+    """LoRA+: B learns ``rule.lr-ratio`` times as fast as A (arXiv:2402.12354)."""
+    rates = {group["kind"]: group["lr"] for group in groups}
+    scaled = [
+        group | {"lr": hyper.rule.lr_ratio * rates["A"]} if group["kind"] == "B" else group
+        for group in groups
+    ]
+    return as_configured(scaled, hyper)
+
+
+def _moving(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Tensor, Group]]:
+    """Yield every parameter that has a gradient, with it and its group."""
+    for group in optimizer.param_groups:
+        held = (p for p in group["params"] if p.grad is not None)
+        yield from ((p, p.grad, group) for p in held)
+
+
+class LowPass(torch.optim.Optimizer):
+    """DOPPLER: SGD on noised gradients behind a first-order low-pass filter (arXiv:2408.13460).
+
+    ``m_t = a·m_{t−1} + (1−a)/2·(g_t + g_{t−1})``, with m and g zero before the first step, over
+    the same recursion c_t on the constant 1. White noise comes out with variance (1−a)/2.
+    Limit: a = 0 averages two neighbouring gradients.
+
+    Privacy: a linear map of noised gradients; no extra cost.
+    """
+
+    COEFFICIENT = 0.9
+
+    def __init__(self, groups: list[Group], weight_decay: float = 0.0):
+        super().__init__(groups, {"lr": 1.0, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Take one step on every tensor that has a gradient."""
+        for parameter, grad, group in _moving(self):
+            self._step(parameter, grad, group["lr"], group["weight_decay"])
+
+    def _step(self, parameter: Tensor, grad: Tensor, lr: float, weight_decay: float) -> None:
+        state, a = self.state[parameter], self.COEFFICIENT
+        if not state:
+            zero = torch.zeros_like(parameter)
+            state.update(low=zero, last=zero.clone(), one=0.0, last_one=0.0)
+        half = (1 - a) / 2
+        state["low"].mul_(a).add_(grad + state["last"], alpha=half)
+        state["one"] = a * state["one"] + half * (1.0 + state["last_one"])
+        state["last"], state["last_one"] = grad.clone(), 1.0
+        parameter.mul_(1 - lr * weight_decay).add_(state["low"], alpha=-lr / state["one"])
+
+
+def low_pass(groups: list[Group], hyper: Hyper) -> torch.optim.Optimizer:
+    """Return DOPPLER's optimiser."""
+    return LowPass(groups, hyper.train.weight_decay)
+
+
+class UnbiasedAdamW(torch.optim.Optimizer):
+    """DP-FedAdamW's local step: AdamW whose second moment is freed of the noise (arXiv:2602.19945).
+
+    ``v̂`` overestimates the signal's square by the noise's variance s², so the step divides by
+    ``sqrt(max(v̂ − s², 0)) + ε``, with ε = s: what is left of v̂ may be nothing but chance.
+    Left out: the server's block means of v and the term of the global change.
+    Limit: s = 0 is AdamW with its ε at 1e-8.
+
+    Privacy: s is the run's own constant; no extra cost.
+    """
+
+    BETAS = (0.9, 0.999)
+
+    def __init__(self, groups: list[Group], noise_std: float, weight_decay: float = 0.0):
+        self.noise_std = noise_std
+        super().__init__(groups, {"lr": 1e-3, "weight_decay": weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """Take one step on every tensor that has a gradient."""
+        for parameter, grad, group in _moving(self):
+            self._step(parameter, grad, group["lr"], group["weight_decay"])
+
+    def _step(self, parameter: Tensor, grad: Tensor, lr: float, weight_decay: float) -> None:
+        state, (one, two) = self.state[parameter], self.BETAS
+        if not state:
+            state.update(m=torch.zeros_like(grad), v=torch.zeros_like(grad), steps=0)
+        state["steps"] += 1
+        state["m"].lerp_(grad, 1 - one)
+        state["v"].mul_(two).addcmul_(grad, grad, value=1 - two)
+        mean = state["m"] / (1 - one ** state["steps"])
+        square = state["v"] / (1 - two ** state["steps"]) - self.noise_std**2
+        size = square.clamp(min=0).sqrt_().add_(max(self.noise_std, 1e-8))
+        parameter.mul_(1 - lr * weight_decay).addcdiv_(mean, size, value=-lr)
+
+
+def unbiased_adamw(groups: list[Group], hyper: Hyper) -> torch.optim.Optimizer:
+    """Return DP-FedAdamW's local optimiser, whatever ``train.optimizer`` says."""
+    return UnbiasedAdamW(groups, hyper.noise_std, hyper.train.weight_decay)

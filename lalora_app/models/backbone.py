@@ -1,0 +1,251 @@
+"""The frozen backbone with its LoRA layers: built once a process, checked, evaluated."""
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor, nn
+
+from lalora_app.adapter.factors import Adapter
+from lalora_app.data.encoding import Batch, Encoded
+from lalora_app.data.examples import Examples
+from lalora_app.methods.table import method_of
+from lalora_app.models.base import Base
+from lalora_app.models.device import autocast, narrow_frozen, pick_device, pick_dtype, to_device
+from lalora_app.models.forwards import Forward, Metrics, Task
+from lalora_app.models.frozen_weights import Bases, base_layers
+from lalora_app.models.pretrained import TIMM
+from lalora_app.models.timm_models import load_timm
+from lalora_app.models.transformers_models import load_transformers
+from lalora_app.private_step.compiled_engine import ExpandedEngine
+from lalora_app.private_step.engine import PerExampleEngine
+from lalora_app.private_step.layout_check import check_layout
+from lalora_app.private_step.reparametrised_engine import Effective, PulledBackEngine
+from lalora_app.settings.run_config import Config, ConfigError, Lora, Model
+
+
+@dataclass
+class Backbone:
+    """A PEFT model, its trainable tensors by wire name, and what its task needs.
+
+    The same instance serves every client of a process; only the adapter is loaded anew.
+    """
+
+    model: nn.Module
+    task: Task
+    forward: Forward
+    encode: Callable[[Examples], Encoded]
+    engine: PerExampleEngine
+    device: torch.device
+    dtype: torch.dtype
+    targets: int
+    bases: Bases
+
+    def __post_init__(self) -> None:
+        """Let the engine prepare the forward that trains; an evaluation takes it as it is."""
+        self._train_forward = self.engine.prepare(self._logits)
+
+    def adapter(self) -> Adapter:
+        """Return a copy of the current factors and head, in float32 on the CPU."""
+        parameters = self.engine.parameters.items()
+        return {name: p.detach().float().cpu().numpy().copy() for name, p in parameters}
+
+    @torch.no_grad()
+    def load(self, adapter: Adapter, drift: Adapter | None = None) -> None:
+        """Overwrite all that trains, and make the base ``W0 + B·A`` of the drift, if there is any.
+
+        Names must be the backbone's own, shapes must fit.
+        """
+        for name, parameter in self.engine.parameters.items():
+            parameter.copy_(torch.from_numpy(adapter[name]))
+        self.engine.write()
+        self.bases.move(drift or {})
+
+    def through(self, theta: Adapter, effective: Effective) -> "Backbone":
+        """Return the same model, trained by ``theta``, of which its factors are a function."""
+        view = copy.copy(self)
+        tensors = {name: torch.from_numpy(array).to(self.device) for name, array in theta.items()}
+        view.engine = PulledBackEngine(self.engine, tensors, effective)
+        return view
+
+    def _logits(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
+        with autocast(self.device, self.dtype):
+            return self.forward(self.model, inputs, mask)
+
+    def logits(self, batch: Batch) -> Tensor:
+        """Return what the task's forward gives for a batch, in float32."""
+        return self._logits(*self._inputs(batch))
+
+    def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        mask = None if batch.mask is None else to_device(batch.mask, self.device)
+        return to_device(batch.inputs, self.device), mask
+
+    def losses(self, batch: Batch) -> Tensor:
+        """Return (examples,): the loss of each example on its own."""
+        logits = self._train_forward(*self._inputs(batch))
+        return self.task.losses(logits, to_device(batch.labels, self.device))
+
+    @torch.inference_mode()
+    def evaluate(self, batches: Iterable[Batch]) -> Metrics:
+        """Return ``accuracy`` and ``balanced_accuracy``, or ``accuracy`` and ``perplexity``."""
+        counts = [
+            self.task.count(self.logits(batch), to_device(batch.labels, self.device))
+            for batch in batches
+        ]
+        return self.task.metrics(sum(counts[1:], start=counts[0]))
+
+
+def _targets(lora: Lora, default: str) -> list[str]:
+    """Return PEFT's target names: those of the config, or the architecture's own."""
+    wanted = default if lora.targets == "auto" else lora.targets
+    return [target.strip() for target in wanted.split(",") if target.strip()]
+
+
+def _is_target(path: str, targets: list[str]) -> bool:
+    """Tell whether PEFT adapts the module: its path is a target, or ends in one."""
+    return any(path == target or path.endswith(f".{target}") for target in targets)
+
+
+def _target_sizes(base: nn.Module, lora: Lora, targets: list[str]) -> list[int]:
+    matches = [m for path, m in base.named_modules() if _is_target(path, targets)]
+    layers = [m for m in matches if isinstance(m, nn.Linear)]
+    if not layers or len(layers) < len(matches):
+        names = sorted({p.split(".")[-1] for p, m in base.named_modules() if type(m) is nn.Linear})
+        raise ConfigError(
+            f'lora.targets="{lora.targets}" must name Linear layers of the model; it has '
+            + ", ".join(names)
+        )
+    return [min(layer.in_features, layer.out_features) for layer in layers]
+
+
+def wire_name(parameter: str) -> str:
+    """Return PEFT's saved name of a trainable parameter of a PEFT model."""
+    return parameter.replace(".modules_to_save.default", "").replace(".default", "")
+
+
+def _load(model: Model, num_labels: int) -> Base:
+    if model.name.startswith(TIMM):
+        return load_timm(model, num_labels)
+    return load_transformers(model, num_labels)
+
+
+def _let_checkpoint(model: nn.Module) -> None:
+    """Let transformers' layers recompute: they do so in training mode only, and nothing below."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+
+
+def _with_adapters(base: Base, lora: Lora, targets: list[str]) -> nn.Module:
+    """Return the PEFT model, in eval mode for good.
+
+    The frozen backbone trains no statistics and drops nothing: the noise of the private step
+    regularises more than dropout would.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(
+        task_type=base.task_type,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=targets,
+        modules_to_save=list(base.trained) or None,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own names
+        adapted: nn.Module = get_peft_model(base.model, settings).eval()
+    _let_checkpoint(adapted)
+    return adapted
+
+
+def _engine(model: nn.Module, parameters: dict[str, nn.Parameter], kernel: str) -> PerExampleEngine:
+    if kernel == "compiled":
+        return ExpandedEngine(model, parameters)
+    return PerExampleEngine(model, parameters, kernel)
+
+
+def _build(model: Model, lora: Lora, num_labels: int, seed: int) -> tuple[Backbone, Batch]:
+    device = pick_device(model.device)
+    # A (Kaiming) and the head are drawn here: from the run's seed, never from data.
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        base = _load(model, num_labels)
+        targets = _targets(lora, base.targets)
+        sizes = _target_sizes(base.model, lora, targets)
+        if lora.rank > min(sizes):
+            raise ConfigError(
+                f"lora.rank={lora.rank} must be at most {min(sizes)}, the smallest target layer"
+            )
+        adapted = _with_adapters(base, lora, targets).to(device)
+    trainable = {wire_name(n): p for n, p in adapted.named_parameters() if p.requires_grad}
+    dtype = pick_dtype(model.dtype, device)
+    narrow_frozen(adapted, dtype)
+    backbone = Backbone(
+        model=adapted,
+        task=base.task,
+        forward=base.forward,
+        encode=base.encode,
+        engine=_engine(adapted, trainable, lora.kernel),
+        device=device,
+        dtype=dtype,
+        targets=len(sizes),
+        bases=Bases(base_layers(adapted)),
+    )
+    return backbone, base.probe
+
+
+def _check(backbone: Backbone, probe: Batch) -> None:
+    """Prove the layout on random inputs: data has no part in it."""
+
+    def losses(rows: list[int]) -> Tensor:
+        mask = None if probe.mask is None else probe.mask[rows]
+        return backbone.losses(Batch(probe.inputs[rows], mask, probe.labels[rows]))
+
+    check_layout(backbone.engine, losses, len(probe.labels))
+
+
+Built = tuple[Backbone, Adapter]
+
+
+@lru_cache(maxsize=1)
+def _by_rank(
+    model: Model, lora: Lora, num_labels: int, seed: int
+) -> dict[tuple[int, float], Built]:
+    """Return what this process has built of one model, by rank; only the present model is kept."""
+    return {}
+
+
+def _checked(model: Model, lora: Lora, num_labels: int, seed: int) -> Built:
+    built = _by_rank(model, replace(lora, rank=1, alpha=1.0, ranks="none"), num_labels, seed)
+    key = (lora.rank, lora.alpha)
+    if key not in built:
+        backbone, probe = _build(model, lora, num_labels, seed)
+        start = backbone.adapter()
+        _check(backbone, probe)
+        built[key] = backbone, start
+    return built[key]
+
+
+def build(config: Config) -> Built:
+    """Return the process's backbone and the initial adapter, as the run's method starts.
+
+    A is Kaiming, B zero, the head random, from the run's seed.
+
+    Raises:
+        ConfigError: if the model, its targets, the rank, the device or the method do not fit.
+        LayoutError: if per-example gradients cannot be had from this model.
+    """
+    method, rule, lora = method_of(config), config.rule, config.lora
+    width = method.width(lora.rank, rule)
+    own = replace(lora, rank=width, alpha=lora.alpha * width / lora.rank)  # the same scale α/r
+    backbone, plain = _checked(config.model, own, config.data.num_labels, config.seed)
+    start = method.start({name: array.copy() for name, array in plain.items()}, rule)
+    effective = method.effective
+    if effective is None:
+        return backbone, start
+    return backbone.through(start, lambda theta: effective(theta, rule)), start

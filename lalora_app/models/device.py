@@ -1,0 +1,50 @@
+"""Where the model runs and in which type: CUDA with bf16 autocast, or the CPU."""
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import Tensor, nn
+
+from lalora_app.settings.run_config import ConfigError
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device of ``model.device``; ``auto`` is the GPU where there is one.
+
+    TF32 is off: float32 means float32, and bf16 autocast is the fast path of a GPU.
+
+    Raises:
+        ConfigError: if CUDA is asked for where there is none.
+    """
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError('model.device="cuda" must be "cpu" or "auto" where there is no GPU')
+    return torch.device(name)
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """Return the type of the backbone's matrix products; ``auto`` is bf16 on CUDA."""
+    auto = "bfloat16" if device.type == "cuda" else "float32"
+    return torch.bfloat16 if (auto if name == "auto" else name) == "bfloat16" else torch.float32
+
+
+def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[object]:
+    """Return the context of a forward in ``dtype``."""
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
+
+
+def narrow_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Store frozen Linear layers in ``dtype``, which autocast would cast them to at every call."""
+    for module in model.modules():
+        if type(module) is nn.Linear and not any(p.requires_grad for p in module.parameters()):
+            module.to(dtype)
+
+
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy to the device; to a GPU from pinned memory, so that the host does not wait."""
+    if device.type == "cuda":
+        return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.to(device)

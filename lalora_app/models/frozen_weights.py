@@ -1,0 +1,99 @@
+"""The frozen weights below the adapters: moved by a run's drift, shaken for a step, restored."""
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lalora_app.adapter.factors import Adapter, pairs
+
+Change = Callable[[Tensor], Tensor]  # (a layer's weight W0 + s·B·A (m, n)) -> what is added to it
+
+
+def base_layers(model: nn.Module) -> dict[str, Any]:
+    """Return PEFT's LoRA layers by the wire name of their B."""
+    from peft.tuners.lora import Linear as LoraLinear
+
+    return {
+        f"{path}.lora_B.weight": layer
+        for path, layer in model.named_modules()
+        if isinstance(layer, LoraLinear)
+    }
+
+
+class Bases:
+    """The frozen weights of the adapted layers, and what has been done to them.
+
+    Args:
+        layers: PEFT's LoRA layers by the wire name of their B.
+    """
+
+    def __init__(self, layers: Mapping[str, Any]):
+        self._layers = dict(layers)
+        self._pristine: dict[str, Tensor] = {}  # copies of what has ever been moved
+
+    @property
+    def names(self) -> list[str]:
+        """The wire names of the layers' B."""
+        return list(self._layers)
+
+    def weight(self, name: str) -> Tensor:
+        """Return a layer's frozen weight (m, n), by the wire name of its B."""
+        weight: Tensor = self._layers[name].base_layer.weight
+        return weight
+
+    @torch.no_grad()
+    def move(self, drift: Adapter) -> None:
+        """Make every weight ``W0 + B·A`` of the drift, or W0 where it has none.
+
+        Always from W0, in float32: nothing is lost by moving often.
+        """
+        for b, a in pairs(drift):
+            weight = self.weight(b)
+            pristine = self._pristine.setdefault(b, weight.detach().clone())
+            left, right = (torch.from_numpy(drift[n]).to(weight.device) for n in (b, a))
+            weight.copy_(torch.addmm(pristine.float(), left, right))
+        for name in self._pristine.keys() - drift.keys():
+            self.weight(name).copy_(self._pristine.pop(name))
+
+    def computed(self, name: str) -> Tensor:
+        """Return W0 + s·B·A of a layer, in float32."""
+        layer = self._layers[name]
+        (adapter,) = layer.lora_A
+        b, a = layer.lora_B[adapter].weight.float(), layer.lora_A[adapter].weight.float()
+        return torch.addmm(self.weight(name).float(), b, a, alpha=layer.scaling[adapter])
+
+    @contextlib.contextmanager
+    def watched(self, watch: Callable[[str, Tensor], None]) -> Iterator[None]:
+        """Show ``watch`` the inputs of every layer within the block, with the name of its B."""
+
+        def hook(name: str) -> Any:
+            return lambda layer, inputs: watch(name, inputs[0])
+
+        hooks = [x.register_forward_pre_hook(hook(name)) for name, x in self._layers.items()]
+        try:
+            yield
+        finally:
+            for handle in hooks:
+                handle.remove()
+
+    @contextlib.contextmanager
+    def shaken(self, change: Change | None) -> Iterator[None]:
+        """Add ``change`` to every weight within the block, and restore them bit for bit."""
+        if change is None:
+            yield
+            return
+        kept = {name: self.weight(name).detach().clone() for name in self._layers}
+        try:
+            with torch.no_grad():
+                self._write({n: w.float() + change(self.computed(n)) for n, w in kept.items()})
+            yield
+        finally:
+            self._write(kept)
+
+    @torch.no_grad()
+    def _write(self, weights: Mapping[str, Tensor]) -> None:
+        for name, weight in weights.items():
+            self.weight(name).copy_(weight)

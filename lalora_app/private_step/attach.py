@@ -1,0 +1,161 @@
+"""Which layers train, and the kernel that each of them computes through."""
+
+from collections.abc import Callable, Mapping
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lalora_app.private_step.kernels import (
+    FusedLora,
+    MergedLora,
+    PlainLinear,
+    Recorder,
+    compute_dtype,
+)
+
+Forward = Callable[[Any, Tensor], Tensor]
+
+
+class LayoutError(ValueError):
+    """The model's layout does not allow per-example gradients."""
+
+
+def linear_layers(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Linear]:
+    """Return the Linear layer of each parameter.
+
+    Raises:
+        LayoutError: if a parameter belongs to another kind of layer, or to two.
+    """
+    wanted = {id(parameter): name for name, parameter in parameters.items()}
+    owners: dict[str, nn.Linear] = {}
+    for path, module in model.named_modules():
+        own = [p for p in module.parameters(recurse=False) if id(p) in wanted]
+        if not own:
+            continue
+        if not isinstance(module, nn.Linear) or type(module).forward is not nn.Linear.forward:
+            raise LayoutError(f"{path} trains but is a {type(module).__name__}, not a plain Linear")
+        if shared := owners.keys() & {wanted[id(p)] for p in own}:
+            raise LayoutError(f"{path} shares {min(shared)} with another layer")
+        owners |= {wanted[id(p)]: module for p in own}
+    return owners
+
+
+def _why_not_fused(layer: Any, names: Mapping[int, str]) -> str | None:
+    """Return why a PEFT layer must keep PEFT's own arithmetic; None if it may be fused."""
+    if len(layer.lora_A) != 1 or layer.lora_variant or layer.fan_in_fan_out:
+        return "has several adapters, a LoRA variant or a transposed weight"
+    (adapter,) = layer.lora_A
+    if not isinstance(layer.lora_dropout[adapter], nn.Identity):
+        return "has LoRA dropout"
+    if layer.lora_bias[adapter] or type(layer.base_layer) is not nn.Linear:
+        return "has a LoRA bias or is not a plain Linear"
+    if any(id(p) in names for p in layer.base_layer.parameters()):
+        return "trains its base weight or bias"
+    return None
+
+
+def _lora_parts(layer: Any) -> tuple[nn.Linear, nn.Linear, float]:
+    (adapter,) = layer.lora_A
+    return layer.lora_A[adapter], layer.lora_B[adapter], layer.scaling[adapter]
+
+
+def _switched_off(layer: Any) -> bool:
+    return bool(layer.disable_adapters or layer.merged)
+
+
+def _fused(names: tuple[str | None, str | None], record: Recorder) -> Forward:
+    def forward(layer: Any, x: Tensor) -> Tensor:
+        if _switched_off(layer):
+            return layer.base_layer(x)  # type: ignore[no-any-return]
+        a, b, scale = _lora_parts(layer)
+        arguments = (a.weight, b.weight, layer.base_layer, scale, names, record)
+        return FusedLora.apply(x, *arguments)  # type: ignore[no-any-return]
+
+    return forward
+
+
+class _Merged:
+    """The merged weight, formed anew when a factor or the base has been written to."""
+
+    def __init__(self) -> None:
+        self._key: tuple[Any, ...] = ()
+        self._weight: Tensor | None = None
+
+    def of(self, base: Tensor, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+        key = (scale, dtype, *((p._version, p.data_ptr()) for p in (base, a, b)))
+        if self._weight is None or key != self._key:
+            # Not an inference tensor: one formed in an evaluation serves the next step too.
+            with torch.inference_mode(False), torch.no_grad():
+                wide = torch.promote_types(base.dtype, a.dtype)
+                merged = torch.addmm(base.to(wide), b.to(wide), a.to(wide), alpha=scale)
+                self._key, self._weight = key, merged.to(dtype)
+        return self._weight
+
+
+def _merged(names: tuple[str | None, str | None], record: Recorder) -> Forward:
+    cache = _Merged()
+
+    def forward(layer: Any, x: Tensor) -> Tensor:
+        if _switched_off(layer):
+            return layer.base_layer(x)  # type: ignore[no-any-return]
+        a, b, scale = _lora_parts(layer)
+        base = layer.base_layer
+        merged = cache.of(base.weight, a.weight, b.weight, scale, compute_dtype(x))
+        arguments = (a.weight, b.weight, merged, base.bias, scale, names, record)
+        return MergedLora.apply(x, *arguments)  # type: ignore[no-any-return]
+
+    return forward
+
+
+def _plain(names: tuple[str | None, str | None], record: Recorder) -> Forward:
+    def forward(layer: Any, x: Tensor) -> Tensor:
+        return PlainLinear.apply(x, layer.weight, layer.bias, names, record)  # type: ignore[no-any-return]
+
+    return forward
+
+
+_LORA_KERNELS = {"fused": _fused, "merged": _merged}
+KERNELS = frozenset({*_LORA_KERNELS, "plain"})
+
+
+def replace_forward(layer: nn.Module, forward: Forward) -> None:
+    """Make the layer compute through ``forward(layer, x)``."""
+    layer.forward = MethodType(forward, layer)
+
+
+def attach(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], kernel: str, record: Recorder
+) -> None:
+    """Replace the forward of every layer that trains, so that its backward calls ``record``.
+
+    Args:
+        model: changed in place.
+        parameters: wire name -> parameter, each of a Linear layer.
+        kernel: ``fused``, ``merged`` or ``plain``. A PEFT layer that cannot be fused is plain.
+        record: takes the gradients.
+
+    Raises:
+        LayoutError: if a parameter belongs to another kind of layer, or a layer cannot be merged.
+    """
+    from peft.tuners.lora import Linear as LoraLinear
+
+    owners = linear_layers(model, parameters)
+    names = {id(p): name for name, p in parameters.items()}
+    done: set[int] = set()
+    modules = model.named_modules() if kernel in _LORA_KERNELS else ()
+    for path, layer in ((path, m) for path, m in modules if type(m) is LoraLinear):
+        reason = _why_not_fused(layer, names)
+        if reason and kernel == "merged":
+            raise LayoutError(f'lora.kernel="merged" does not fit {path}, which {reason}')
+        if reason:
+            continue
+        pair = _lora_parts(layer)[:2]
+        keys = (names.get(id(pair[0].weight)), names.get(id(pair[1].weight)))
+        replace_forward(layer, _LORA_KERNELS[kernel](keys, record))
+        done |= {id(part) for part in pair}
+    for linear in {id(layer): layer for layer in owners.values()}.values():
+        if id(linear) not in done:
+            keys = (names.get(id(linear.weight)), names.get(id(linear.bias)))
+            replace_forward(linear, _plain(keys, record))

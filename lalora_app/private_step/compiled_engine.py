@@ -1,0 +1,98 @@
+"""Per-example gradients by expanded leaves: the form that torch.compile takes whole.
+
+Every active weight is expanded to one copy an example, without memory of its own, and these are
+the leaves that autograd differentiates: ordinary operations only, so a compiler sees all of it.
+It forms the gradients of every layer, one-position heads too.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from lalora_app.private_step.attach import linear_layers, replace_forward
+from lalora_app.private_step.engine import PerExampleEngine, require_losses
+from lalora_app.private_step.gradients import PerExampleGrads, Rows, Slot
+from lalora_app.private_step.tape import unused
+
+Names = tuple[str | None, str | None]
+
+
+def _expanded_linear(leaves: dict[str, Tensor], names: Names) -> Callable[[Any, Tensor], Tensor]:
+    weight_name, bias_name = names
+
+    def forward(layer: Any, x: Tensor) -> Tensor:
+        weight, bias = leaves.get(weight_name or ""), leaves.get(bias_name or "")
+        if weight is None and bias is None:
+            return F.linear(x, layer.weight, layer.bias)
+        examples = (bias if weight is None else weight).shape[0]  # type: ignore[union-attr]
+        rows = x.reshape(examples, -1, x.shape[-1])
+        y = rows @ (layer.weight.mT if weight is None else weight.mT)  # (examples, rows, out)
+        if layer.bias is not None:
+            y = y + (layer.bias if bias is None else bias[:, None])
+        return y.reshape(*x.shape[:-1], y.shape[-1])
+
+    return forward
+
+
+class ExpandedEngine(PerExampleEngine):
+    """The engine of ``lora.kernel="compiled"``: same interface, same gradients.
+
+    Args:
+        model: the model; the forward of the layers concerned is replaced in place.
+        parameters: wire name -> parameter, each of a Linear layer (weight or bias).
+
+    Raises:
+        LayoutError: if a parameter belongs to another kind of layer.
+    """
+
+    def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]):
+        self.parameters = dict(parameters)
+        self._leaves: dict[str, Tensor] = {}
+        names = {id(p): name for name, p in parameters.items()}
+        owners = linear_layers(model, parameters)
+        for layer in {id(layer): layer for layer in owners.values()}.values():
+            keys = (names.get(id(layer.weight)), names.get(id(layer.bias)))
+            replace_forward(layer, _expanded_linear(self._leaves, keys))
+
+    def prepare(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return the compiled forward; its backward is compiled with it.
+
+        The leaves are its arguments: a tensor found through a module has a fixed size for the
+        compiler, and every batch size would be compiled anew.
+        """
+
+        def with_leaves(leaves: dict[str, Tensor], *inputs: Tensor) -> Tensor:
+            self._leaves.update(leaves)
+            return forward(*inputs)
+
+        whole = torch.compile(with_leaves, fullgraph=True, dynamic=True)
+
+        def compiled(*inputs: Tensor) -> Tensor:
+            leaves = dict(self._leaves)
+            self._leaves.clear()
+            return whole(leaves, *inputs)
+
+        return compiled
+
+    def gradients(self, losses: Callable[[], Tensor], examples: int) -> PerExampleGrads:
+        """Return one gradient an example of the active parameters (see PerExampleEngine)."""
+        for name, parameter in self.parameters.items():
+            if parameter.requires_grad:
+                leaf = parameter.detach().expand(examples, *parameter.shape)
+                self._leaves[name] = leaf.requires_grad_()
+        try:
+            each = losses()
+            require_losses(each, examples)
+            grads = torch.autograd.grad(each.sum(), list(self._leaves.values()), allow_unused=True)
+            return PerExampleGrads(tuple(map(_block, self._leaves, grads)))
+        finally:
+            self._leaves.clear()
+
+
+def _block(name: str, grad: Tensor | None) -> Rows:
+    if grad is None:
+        raise unused(name)
+    return Rows({name: Slot(tuple(grad.shape[1:]))}, grad.flatten(1))

@@ -1,0 +1,269 @@
+"""The figures of a report: what each shows, and what it leaves out and why."""
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import numpy as np
+from matplotlib.ticker import MaxNLocator
+
+from lalora_app.aggregation.average import average
+from lalora_app.methods.table import METHODS
+from lalora_app.reports import audit_figure
+from lalora_app.reports.figure_style import (
+    Curve,
+    heat_map,
+    house_style,
+    panel,
+    share_height,
+    styles,
+    svg,
+)
+from lalora_app.reports.tables import ACCURACY, METRICS, Metric
+from lalora_app.results.finished_run import Record, group
+
+History = list[dict[str, Any]]
+Axis = Callable[[History], list[float]]  # history -> one number a round
+
+_ERROR = Metric("aggregation_error", "relative aggregation error", 1.0, 3, lower_is_better=True)
+
+
+_LEFT = Metric("remaining_error", "relative error left", 1.0, 3, lower_is_better=True)
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One figure of a report.
+
+    Attributes:
+        title: of the figure.
+        note: what it shows, and what it leaves out and why.
+        panels: SVG elements; empty where there is nothing to show.
+    """
+
+    title: str
+    note: str
+    panels: tuple[str, ...]
+
+
+def curve(runs: Sequence[Record], x: Axis, metric: Metric, above: float = -math.inf) -> Curve:
+    """Return the rounds that all seeds have as one line, in the metric's shown unit.
+
+    Args:
+        runs: seeds of one label and ε.
+        x: where a round is drawn.
+        metric: a key of the history.
+        above: a round is left out where a seed has no finite value above this.
+    """
+    shortest = min(len(run.history) for run in runs)
+    histories = [run.history[:shortest] for run in runs]
+    values = [[row.get(metric.key) for row in history] for history in histories]
+    y = metric.scale * np.array(values, dtype=np.float64)  # None becomes NaN
+    xs = np.array([x(history) for history in histories], dtype=np.float64)
+    failed = np.array([[not row["aggregated"] for row in history] for history in histories])
+    keep = (np.isfinite(y) & np.isfinite(xs) & (y > above)).all(axis=0)
+    xs, y, failed = xs[:, keep], y[:, keep], failed[:, keep]
+    return Curve(xs.mean(0), y.min(0), y.mean(0), y.max(0), np.any(failed, axis=0))
+
+
+def _rounds(history: History) -> list[float]:
+    return [row["attempt"] for row in history]
+
+
+def _megabytes(history: History) -> list[float]:
+    return [total / 1e6 for total in accumulate(row["upload_bytes"] for row in history)]
+
+
+def _spent(history: History) -> list[float]:
+    return [row["epsilon_max"] for row in history]
+
+
+@house_style()
+def _panels(
+    records: Sequence[Record], x: Axis, metric: Metric, xlabel: str, *, log: bool = False
+) -> tuple[str, ...]:
+    """Return one panel for each ε that has values, all with the same height of the axes."""
+    looks = styles(record.label for record in records)
+    lowest = 0.0 if log else -math.inf
+    figures = {}
+    lines = {key: curve(runs, x, metric, lowest) for key, runs in group(records).items()}
+    for epsilon in sorted({record.epsilon for record in records}):
+        own = {label: line for (label, e), line in lines.items() if e == epsilon and len(line.x)}
+        if own:
+            figures[epsilon] = panel(own, looks, log=log)
+    for epsilon, figure in figures.items():
+        axes = figure.axes[0]
+        axes.set(title=f"ε = {epsilon:g}", xlabel=xlabel, ylabel=metric.title)
+        if x is _rounds:
+            axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    if figures:
+        share_height([figure.axes[0] for figure in figures.values()])
+    return tuple(
+        svg(figure, f"{metric.title} by {xlabel}, ε = {epsilon:g}")
+        for epsilon, figure in figures.items()
+    )
+
+
+def by_round(records: Sequence[Record], metric: Metric) -> Chart:
+    """Return a score of the test split by round, failed rounds included."""
+    name = metric.title.removesuffix(" %")
+    note = "On the public test split."
+    return Chart(f"{name.capitalize()} by round", note, _panels(records, _rounds, metric, "round"))
+
+
+def by_upload(records: Sequence[Record]) -> Chart:
+    """Return the accuracy by what one client has sent."""
+    note = "By what a client that takes part in every round has sent so far."
+    panels = _panels(records, _megabytes, ACCURACY, "MB sent by one client")
+    return Chart("Accuracy by upload", note, panels)
+
+
+def by_spending(records: Sequence[Record]) -> Chart:
+    """Return the accuracy by the ε of the client that has spent most; ε = inf has none."""
+    note = "By the largest ε that any client has spent so far."
+    left_out = list(dict.fromkeys(r.label for r in records if math.isinf(r.epsilon)))
+    if left_out:
+        note += f" Left out, as it spends no finite ε: ε = inf of {', '.join(left_out)}."
+    finite = [record for record in records if math.isfinite(record.epsilon)]
+    panels = _panels(finite, _spent, ACCURACY, "ε spent") if finite else ()
+    return Chart("Accuracy by ε spent", note, panels)
+
+
+def _finals(runs: Sequence[Record], metric: Metric, place: int) -> tuple[float, ...]:
+    last = [metric.scale * run.summary[metric.key] for run in runs]
+    return float(place), min(last), sum(last) / len(last), max(last)
+
+
+@house_style()
+def _budget_panel(records: Sequence[Record], metric: Metric) -> str:
+    budgets = sorted({record.epsilon for record in records})
+    points: dict[str, list[tuple[float, ...]]] = {}
+    for (label, epsilon), runs in group(records).items():
+        points.setdefault(label, []).append(_finals(runs, metric, budgets.index(epsilon)))
+    curves = {}
+    for place, (label, ends) in enumerate(points.items()):
+        x, low, mean, high = np.array(ends).T
+        beside = 0.04 * (place - (len(points) - 1) / 2)  # so that no label hides another
+        curves[label] = Curve(x + beside, low, mean, high, np.zeros(len(x), dtype=np.bool_))
+    figure = panel(curves, styles(record.label for record in records))
+    axes = figure.axes[0]
+    axes.set(title="final adapters", xlabel="ε promised", ylabel=metric.title)
+    axes.set_xticks(range(len(budgets)), [f"{epsilon:g}" for epsilon in budgets])
+    return svg(figure, f"final {metric.title} by ε promised")
+
+
+def by_budget(records: Sequence[Record]) -> Chart:
+    """Return the scores of the final adapters by the ε promised."""
+    metrics = [m for m in METRICS if all(m.key in record.summary for record in records)]
+    note = "On the public test split, at the end of the runs."
+    panels = tuple(_budget_panel(records, metric) for metric in metrics)
+    return Chart("Scores by privacy budget", note, panels)
+
+
+def _why_unseen(runs: Sequence[Record]) -> str:
+    """Say why runs without a positive aggregation error have none."""
+    values = [row[_ERROR.key] for run in runs for row in run.history if _ERROR.key in row]
+    method = METHODS.get(runs[0].method)
+    if method is not None and method.exact:
+        return "clients share the factor that they do not send, so the average is exact"
+    if 0 in values:
+        return "it is 0, for which a logarithmic axis has no place"
+    if values:
+        return "a factor that stays on the client cannot be seen by the server"
+    return "it was not recorded"
+
+
+def aggregation_error(records: Sequence[Record]) -> Chart:
+    """Return the aggregation error after every round; no panel where no run has any."""
+    runs_of: dict[str, list[Record]] = {}
+    for record in records:
+        runs_of.setdefault(record.label, []).append(record)
+    reasons: dict[str, list[str]] = {}
+    for label, runs in runs_of.items():
+        if not any(row.get(_ERROR.key) for run in runs for row in run.history):
+            reasons.setdefault(_why_unseen(runs), []).append(label)
+    note = (
+        "What averaging the factors apart from each other loses: the distance between the product "
+        "of the averages and the average of the clients' products, relative to the latter."
+    )
+    for reason, labels in reasons.items():
+        note += f" No curve for {', '.join(labels)}: {reason}."
+    panels = _panels(records, _rounds, _ERROR, "round", log=True)
+    return Chart("Aggregation error by round", note, panels)
+
+
+def remaining_error(records: Sequence[Record]) -> list[Chart]:
+    """Return what rules other than plain averaging leave of the error; no chart without one."""
+    known = [record for record in records if record.method in METHODS]
+    correcting = [r for r in known if METHODS[r.method].aggregate is not average]
+    panels = _panels(correcting, _rounds, _LEFT, "round", log=True) if correcting else ()
+    note = (
+        "What the method's own rule leaves of the aggregation error, base drift included, on the "
+        "same scale: rounding for exact methods."
+    )
+    return [Chart("Error left by the server's rule", note, panels)] if panels else []
+
+
+@house_style()
+def partitions(records: Sequence[Record]) -> Chart:
+    """Return one picture for each different partition of the data among the clients."""
+    title = "Who has which examples"
+    owners: dict[str, list[Record]] = {}
+    for record in records:
+        if record.partition is not None:
+            owners.setdefault(json.dumps(record.partition), []).append(record)
+    if not owners:
+        return Chart(title, "The server does not know how the examples are distributed.", ())
+    pictures = []
+    for text, runs in owners.items():
+        partition = json.loads(text)
+        labels = dict.fromkeys(run.label for run in runs)
+        owner = "seed " + ", ".join(map(str, sorted({run.seed for run in runs})))
+        if len(labels) < len({record.label for record in records}):
+            owner += ": " + ", ".join(labels)
+        figure = heat_map(partition["labels"], np.array(partition["clients"]), owner)
+        pictures.append(svg(figure, f"examples by client and label, {owner}"))
+    note = "Training examples by client and label, and all examples of each client."
+    return Chart(title, note, tuple(pictures))
+
+
+@house_style()
+def _roc_panel(record: Record, audit: dict[str, Any]) -> str:
+    name = f"{record.label} at ε = {record.epsilon:g}, seed {record.seed}"
+    drawn = audit_figure.figure(audit)
+    drawn.axes[0].set(title=name)
+    return svg(drawn, f"ROC of the audit of {name}")
+
+
+def attacks(records: Sequence[Record]) -> list[Chart]:
+    """Return the ROC of every audited run's audit; no chart where none is audited."""
+    panels = tuple(_roc_panel(r, r.audit) for r in records if r.audit is not None)
+    note = (
+        "How well lalora audit tells whether an example was in a client's data: through the "
+        "private step (step; alone: as its only record), and from what a client of a whole run "
+        "sent (run). On logarithmic axes, so that an attack that is sure of few examples shows."
+    )
+    return [Chart("Membership attack", note, panels)] if panels else []
+
+
+def charts(records: Sequence[Record]) -> list[Chart]:
+    """Return every figure of a report, in its order.
+
+    Args:
+        records: at least one.
+    """
+    keys = {key for record in records for row in record.history for key in row}
+    budgets = {record.epsilon for record in records}
+    return [
+        *([by_budget(records)] if len(budgets) > 1 else []),
+        *(by_round(records, metric) for metric in METRICS if metric.key in keys),
+        by_upload(records),
+        by_spending(records),
+        aggregation_error(records),
+        *remaining_error(records),
+        *attacks(records),
+        partitions(records),
+    ]

@@ -1,0 +1,252 @@
+"""One run, or a comparison of several, as a single HTML file that needs nothing else."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from jinja2 import Environment, StrictUndefined
+
+from lalora_app.reports.charts import charts
+from lalora_app.reports.page_template import TEMPLATE
+from lalora_app.reports.tables import (
+    ACCURACY,
+    METRICS,
+    Cell,
+    Row,
+    Spread,
+    best,
+    grid,
+    rows_of,
+    shown,
+)
+from lalora_app.results.finished_run import Record, group
+
+_PLACES = {"output", "resume-from"}  # where files are, not what was done
+_LEGEND = (
+    "Mean ± sample standard deviation over seeds, on the public test split. ε is the largest that "
+    "any client has spent in any of the runs; bytes are the tensors of one client and round; "
+    "seconds are the median."
+)
+
+
+class Tile(NamedTuple):
+    """A number at the top of the page."""
+
+    title: str
+    value: str
+    detail: str
+
+
+@dataclass(frozen=True)
+class Line:
+    """A row of the table: its cells, whether it is private, and whether a new ε begins."""
+
+    cells: list[Cell]
+    private: bool
+    first: bool
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _listed(values: Iterable[object]) -> str:
+    """Return the different values in their order, as one text."""
+    return ", ".join(dict.fromkeys(map(_text, values)))
+
+
+def _setting(runs: Sequence[Record], key: str) -> str:
+    return _listed(run.config.get(key, "not set") for run in runs)
+
+
+def _subject(records: Sequence[Record]) -> str:
+    clients = [record.clients for record in records if record.clients is not None]
+    among = f", by {_listed(clients)} clients" if clients else ""
+    epsilons = _listed(f"{record.epsilon:g}" for record in sorted(records, key=lambda r: r.epsilon))
+    seeds = _listed(sorted(record.seed for record in records))
+    plural = "s" if "," in seeds else ""
+    runs = f"{len(records)} runs" if len(records) > 1 else "One run"
+    return (
+        f"{runs} of {_listed(record.label for record in records)} at ε = {epsilons}, "
+        f"seed{plural} {seeds}: federated fine-tuning of {_setting(records, 'model.name')} with "
+        f"LoRA adapters of rank {_setting(records, 'lora.rank')} on "
+        f"{_setting(records, 'data.name')}{among}, in {_setting(records, 'num-server-rounds')} "
+        f"rounds of {_setting(records, 'train.local-steps')} local steps."
+    )
+
+
+def _warnings(records: Sequence[Record]) -> list[str]:
+    noiseless = [record for record in records if math.isinf(record.epsilon)]
+    finite = [record for record in records if math.isfinite(record.epsilon)]
+    repeatable = [record for record in finite if not record.private]
+    found = []
+    if noiseless:
+        labels = _listed(record.label for record in noiseless)
+        found.append(f"{labels} at ε = inf: no noise was added, and nothing is promised.")
+    for (label, epsilon), runs in group(repeatable).items():
+        noise = _setting(runs, "privacy.noise")
+        found.append(
+            f"{label} at ε = {epsilon:g}: privacy.noise is {noise}. Noise that can be made again "
+            "can be taken away again, so the ε shown is no guarantee."
+        )
+    return found
+
+
+def _audits(records: Sequence[Record]) -> list[str]:
+    """Say both ε of every audited run."""
+    return [
+        f"Audit of {r.label} at ε = {r.epsilon:g}, seed {r.seed}: the attack proves an ε of at "
+        f"least {r.audit['epsilon_lower']:.2f} at {r.audit['confidence']:.0%} confidence; the "
+        f"ledger counts at most {r.audit['epsilon_upper']:.2f} at δ = {r.audit['delta']:g}. "
+        + ("This mechanism is BROKEN." if r.audit["broken"] else "The two are consistent.")
+        for r in records
+        if r.audit is not None
+    ]
+
+
+def _privacy(records: Sequence[Record]) -> list[str]:
+    private = [record for record in records if record.private]
+    if not private:
+        return []
+    epsilons = _listed(f"{r.epsilon:g}" for r in sorted(private, key=lambda r: r.epsilon))
+    deltas = _listed(f"{record.summary['delta']:g}" for record in private)
+    units = _listed(record.privacy["unit"] for record in private)
+    accountants = _listed(record.privacy["accountant"] for record in private)
+    promise = (
+        f"Privacy: each client has (ε, δ)-differential privacy with ε = {epsilons} and "
+        f"δ = {deltas}, over all rounds of a run. Unit: {units}. Accounting: {accountants}."
+    )
+    if len(private) == 1:
+        return [promise]
+    return [
+        promise,
+        "This holds for each run by itself. Runs on the same data add up: lalora ledger show.",
+    ]
+
+
+def _row_tiles(row: Row) -> list[Tile]:
+    scores = [
+        Tile(metric.title, shown(metric, row.scores[metric.key]), "public test split")
+        for metric in METRICS
+        if metric.key in row.scores
+    ]
+    promised = f"of {row.epsilon:g} promised" if row.private else "NOT private"
+    return [
+        *scores,
+        Tile("largest client ε", f"{row.epsilon_reached:.2f}", promised),
+        Tile("sent", f"{row.upload / 1e3:,.0f} kB", "by one client in one round"),
+        Tile("time", f"{row.seconds:,.0f} s", "median of the seeds" if row.seeds > 1 else "in all"),
+    ]
+
+
+def _best_tile(epsilon: float, rows: Sequence[Row]) -> Tile:
+    leaders = best(ACCURACY, rows)
+    title = f"highest accuracy at ε = {epsilon:g}" if leaders else f"accuracy at ε = {epsilon:g}"
+    winners = leaders or rows
+    mean = shown(ACCURACY, Spread(winners[0].scores[ACCURACY.key].mean, None))
+    return Tile(title, _listed(row.label for row in winners), f"{mean} %")
+
+
+def _tiles(rows: Sequence[Row]) -> list[Tile]:
+    if len(rows) == 1:
+        return _row_tiles(rows[0])
+    return [_best_tile(epsilon, list(own)) for epsilon, own in groupby(rows, lambda r: r.epsilon)]
+
+
+def _settings_of(runs: Sequence[Record]) -> dict[str, str]:
+    keys = dict.fromkeys(key for run in runs for key in run.config if key not in _PLACES)
+    return {key: _setting(runs, key) for key in keys}
+
+
+def _notes(records: Sequence[Record]) -> list[str]:
+    """Say what a reader of the means should know about the runs behind them."""
+    notes = []
+    for (label, epsilon), runs in group(records).items():
+        name = f"{label} at ε = {epsilon:g}"
+        failures = [f"{run.failed} of {len(run.history)} (seed {run.seed})" for run in runs]
+        failures = [text for text, run in zip(failures, runs, strict=True) if run.failed]
+        if failures:
+            notes.append(f"{name}: rounds failed, {', '.join(failures)}.")
+        mixed = [
+            key
+            for key in _settings_of(runs)
+            if key != "seed" and len({_setting([run], key) for run in runs}) > 1
+        ]
+        if mixed:
+            notes.append(f"{name}: the mean mixes settings, the runs differ in {_listed(mixed)}.")
+        if len({run.seed for run in runs}) < len(runs):
+            notes.append(f"{name}: the same seed was run more than once.")
+    return notes
+
+
+def _differences(records: Sequence[Record]) -> dict[str, Any]:
+    """Return the settings that all rows share, and the others row by row."""
+    rows = {key: _settings_of(runs) for key, runs in group(records).items()}
+    keys = dict.fromkeys(key for settings in rows.values() for key in settings)
+    values = {key: [row.get(key, "not set") for row in rows.values()] for key in keys}
+    common = [(key, column[0]) for key, column in values.items() if len(set(column)) == 1]
+    told = {"privacy.epsilon", *dict(common)}
+    if all(record.label == record.method for record in records):
+        told.add("method")
+    others = [key for key in keys if key not in told]
+    lines = [
+        [label, f"{epsilon:g}", *(row.get(key, "not set") for key in others)]
+        for (label, epsilon), row in rows.items()
+    ]
+    return {"common": common, "keys": others, "differences": lines if len(rows) > 1 else []}
+
+
+def _lines(rows: Sequence[Row], cells: Sequence[list[Cell]]) -> list[Line]:
+    before = [None, *(row.epsilon for row in rows)]
+    return [
+        Line(line, row.private, first=previous not in (None, row.epsilon))
+        for line, row, previous in zip(cells, rows, before, strict=False)
+    ]
+
+
+def to_html(records: Sequence[Record], title: str) -> str:
+    """Return the report as HTML without scripts and without anything to fetch.
+
+    Args:
+        records: at least one; runs of one label and ε are shown as the seeds of one row.
+        title: of the page.
+    """
+    rows = rows_of(records)
+    titles, cells = grid(rows)
+    # Every value is escaped but the figures, which escape their own texts.
+    page = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    ).from_string(TEMPLATE)
+    return page.render(
+        title=title,
+        subject=_subject(records),
+        warnings=_warnings(records),
+        privacy=[*_privacy(records), *_audits(records)],
+        tiles=_tiles(rows),
+        titles=titles,
+        lines=_lines(rows, cells),
+        legend=_LEGEND,
+        notes=_notes(records),
+        bands=any(row.seeds > 1 for row in rows),
+        charts=charts(records),
+        **_differences(records),
+    )
+
+
+def write_report(records: Sequence[Record], path: Path, title: str) -> None:
+    """Write the report of one run, or of a comparison, to one HTML file.
+
+    Args:
+        records: of the runs, at least one.
+        path: of the file; its folder exists.
+        title: of the page.
+
+    Raises:
+        ValueError: if there is no run.
+    """
+    if not records:
+        raise ValueError(f"records={records!r} must hold at least one run")
+    path.write_text(to_html(records, title) + "\n", "utf-8")

@@ -1,0 +1,90 @@
+"""A finished run opened again: merged into plain weights, or diagnosed on public data."""
+
+import copy
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from lalora_app.adapter.factors import ServerState
+from lalora_app.data.examples import split
+from lalora_app.models.backbone import Backbone, build
+from lalora_app.results.curvature import top_hessian_eigenvalue
+from lalora_app.results.run_folder import RunFolder, read_config
+from lalora_app.results.spectra import intruder_dimensions
+from lalora_app.settings.run_config import Config
+
+_EXAMPLES, _BATCH = 128, 32
+TOP = 10  # singular vectors a layer
+
+
+def open_run(folder: Path) -> tuple[Config, Backbone, ServerState]:
+    """Return a run's config, its model on the CPU in float32, and its last state.
+
+    Raises:
+        ConfigError: if the folder holds no run, or its model cannot be built.
+    """
+    saved = read_config(folder)
+    config = replace(saved, model=replace(saved.model, device="cpu", dtype="float32"))
+    state = RunFolder(folder).latest()
+    model, _ = build(config)
+    model.load(state.adapter, state.drift)
+    return config, model, state
+
+
+def merge(folder: Path, out: Path) -> None:
+    """Write the run's result as plain weights: base, drift and adapter in one.
+
+    A transformers model is saved as such; of a timm model, its state dict.
+
+    Args:
+        folder: of the run.
+        out: made if missing.
+    """
+    from safetensors.torch import save_file
+
+    model = copy.deepcopy(open_run(folder)[1].model)
+    for module in model.modules():
+        vars(module).pop("forward", None)  # the engine's own; plain weights need none
+    merged = model.merge_and_unload()  # type: ignore[operator]
+    out.mkdir(parents=True, exist_ok=True)
+    if hasattr(merged, "save_pretrained"):
+        merged.save_pretrained(str(out))
+    else:
+        tensors = {n: t.contiguous() for n, t in merged.state_dict().items()}
+        save_file(tensors, out / "model.safetensors")
+
+
+def intruders(model: Backbone, state: ServerState) -> dict[str, int]:
+    """Return each layer's intruder dimensions among its ten leading ones (arXiv:2410.21228).
+
+    The base is W0; the adapted weight is what the model computes with, drift included.
+    """
+    adapted = {b: model.bases.computed(b).numpy(force=True) for b in model.bases.names}
+    model.bases.move({})
+    bases = {b: model.bases.weight(b).detach().numpy(force=True) for b in adapted}
+    found = {b: intruder_dimensions(bases[b], adapted[b], top=TOP) for b in adapted}
+    model.bases.move(state.drift)
+    return found
+
+
+def sharpness(config: Config, model: Backbone) -> float:
+    """Return the top eigenvalue of the loss's Hessian on at most 128 public test examples.
+
+    Privacy: public data only.
+    """
+    public = model.encode(split(config.data)[1])
+    rows = np.arange(min(_EXAMPLES, len(public)))
+    return top_hessian_eigenvalue(model, list(public.micro_batches(rows, _BATCH)))
+
+
+def report(folder: Path) -> str:
+    """Return both diagnostics of a run as text."""
+    config, model, state = open_run(folder)
+    counts = intruders(model, state)
+    most = max(counts, key=lambda name: counts[name])
+    return (
+        f"intruder dimensions  {sum(counts.values())} of {TOP * len(counts)}, "
+        f"the most in {most} ({counts[most]})\n"
+        f"top Hessian eigenvalue  {sharpness(config, model):.4g}"
+    )

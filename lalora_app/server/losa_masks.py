@@ -1,0 +1,93 @@
+"""LoSA's masks and ranks: what a server learns of public inputs, and hands to everyone.
+
+arXiv:2502.14816 prunes single weights, after which ΔW ⊙ M has no factors. Here whole input features
+are pruned, for which (W0 + s·B·A) ⊙ M = W0 ⊙ M + s·B·(A ⊙ v): the adapter stays one, and merges
+into the sparse weight. Scores are Wanda's, |W|·‖x‖; ranks follow the layers' reconstruction errors.
+"""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lalora_app.adapter.factors import Adapter, Array, pairs, sibling
+from lalora_app.adapter.parametrisations import rank_mask
+from lalora_app.data.encoding import Encoded
+from lalora_app.models.backbone import Backbone
+from lalora_app.settings.run_config import Rule
+
+EXAMPLES, BATCH = 128, 32
+
+
+@torch.no_grad()
+def input_norms(model: Backbone, public: Encoded) -> dict[str, Array]:
+    """Return (n,) for every adapted layer: the root mean square of its inputs, by the name of B.
+
+    Args:
+        model: as the run starts.
+        public: inputs that are nobody's secret; their labels play no part.
+    """
+    sums: dict[str, Tensor] = {}
+    counts: dict[str, int] = {}
+
+    def watch(name: str, inputs: Tensor) -> None:
+        rows = inputs.reshape(-1, inputs.shape[-1]).float()
+        sums[name] = sums.get(name, torch.zeros_like(rows[0])) + rows.square().sum(0)
+        counts[name] = counts.get(name, 0) + len(rows)
+
+    with model.bases.watched(watch):
+        for batch in public.micro_batches(range(min(EXAMPLES, len(public))), BATCH):
+            model.logits(batch)
+    return {name: (total / counts[name]).sqrt().cpu().numpy() for name, total in sums.items()}
+
+
+def pruned(weight: Array, norms: Array, share: float) -> Array:
+    """Return (n,) of ones, and zeros where an input feature matters least to W (m, n).
+
+    Limit: a share of 0 prunes nothing.
+    """
+    kept = np.ones(len(norms), np.float32)
+    scores = np.linalg.norm(weight, axis=0) * norms
+    kept[np.argsort(scores, kind="stable")[: int(share * len(norms))]] = 0
+    return kept
+
+
+def ranks_of(errors: Mapping[str, float], largest: int) -> dict[str, int]:
+    """Return each layer's rank: half of ``largest`` in the mean, in proportion to its error."""
+    mean = sum(errors.values()) / len(errors)
+    ideal = {b: (largest / 2) * (error / mean if mean > 0 else 1.0) for b, error in errors.items()}
+    return {b: int(np.clip(round(wanted), 1, largest)) for b, wanted in ideal.items()}
+
+
+def sparsified(
+    model: Backbone, public: Encoded, start: Adapter, rule: Rule
+) -> tuple[Adapter, Adapter]:
+    """Return the start with masks of features and ranks, and what pruning takes from the base.
+
+    Args:
+        model: as the run starts.
+        public: inputs of the public split.
+        start: with masks of ones.
+        rule: ``sparsity`` is the share of input features that is pruned.
+
+    Returns:
+        (adapter, drift). The drift is −W0 on the pruned features: a product of their number's rank.
+
+    Privacy: public inputs only.
+    """
+    norms = input_norms(model, public)
+    masked, drift, errors = dict(start), Adapter(), {}
+    for b, a in pairs(start):
+        weight = model.bases.weight(b).detach().float().cpu().numpy()
+        kept = pruned(weight, norms[b], rule.sparsity)
+        gone = np.flatnonzero(kept == 0)
+        masked[sibling(a, "fixed")] = kept
+        errors[b] = float(np.sum((weight[:, gone] * norms[b][gone]) ** 2))
+        if len(gone):
+            drift[b] = -weight[:, gone]
+            drift[a] = np.eye(len(kept), dtype=np.float32)[gone]
+    for b, rank in ranks_of(errors, len(start[next(pairs(start))[1]])).items():
+        room = len(start[sibling(b, "A")])
+        masked[rank_mask(b)] = (np.arange(room) < rank).astype(np.float32)
+    return masked, drift

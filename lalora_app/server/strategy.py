@@ -1,0 +1,299 @@
+"""The one Strategy: asks the cohort, judges each reply on its own, aggregates, moves the phase."""
+
+import logging
+import time
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+
+from lalora_app.adapter.factors import (
+    Adapter,
+    ServerState,
+    at_rank,
+    in_full_units,
+    num_bytes,
+    select,
+)
+from lalora_app.adapter.low_rank import moved
+from lalora_app.aggregation.measured_error import Errors, errors_of
+from lalora_app.aggregation.rule import Round
+from lalora_app.methods.method import Method
+from lalora_app.methods.schedule import Factors
+from lalora_app.server.cohorts import Clients
+from lalora_app.server.robust import robust
+from lalora_app.settings.run_config import Config, flatten
+from lalora_app.wire import messages
+from lalora_app.wire.downlink import Downlink
+from lalora_app.wire.messages import TrainReply, WireError
+
+_log = logging.getLogger("flwr")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """What came of one round that was asked for.
+
+    Attributes:
+        round: t that was asked for.
+        phase: the factors that travelled, such as "B".
+        aggregated: whether the arrays and the phase moved on.
+        replies: valid replies.
+        dropped: one reason a reply that was not used; no values of a client.
+        upload_bytes: tensors of one client's reply, mean over the replies.
+        download_bytes: tensors of one client's request, mean over those asked.
+        epsilon_max: the largest ε that any client can have spent so far in this run.
+        aggregation_error: of averaging the factors apart, relative to the mean of the clients'
+            products; None where only one factor travelled, or only a sum of them.
+        aggregation_spectrum: the largest singular values of that error.
+        remaining_error: of what the method's own rule made of them, on the same scale; None where
+            the clients' products are not known.
+        remaining_spectrum: the largest singular values of that.
+        update_cosine: mean cosine between two clients' updates; None where only a sum travelled.
+        seconds: from the request to the aggregate.
+    """
+
+    round: int
+    phase: str
+    aggregated: bool
+    replies: int
+    dropped: tuple[str, ...]
+    upload_bytes: int
+    download_bytes: int
+    epsilon_max: float
+    aggregation_error: float | None
+    aggregation_spectrum: tuple[float, ...]
+    remaining_error: float | None
+    remaining_spectrum: tuple[float, ...]
+    update_cosine: float | None
+    seconds: float
+
+
+def _require_asked(node: int, asked: Container[int]) -> None:
+    if node not in asked:
+        raise WireError("the reply of a node that was not asked")
+
+
+@dataclass
+class LocalAlternation(Strategy):
+    """Runs any method of METHODS: no branch here depends on which.
+
+    Args:
+        config: the run.
+        method: its entry of METHODS.
+        run: its name in the clients' ledgers.
+        clients: nodes and cohorts.
+        state: where to start: a fresh adapter, or a checkpoint's.
+        epsilon_before: the largest ε spent in this run before a resume.
+    """
+
+    config: Config
+    method: Method
+    run: str
+    clients: Clients
+    state: ServerState
+    epsilon_before: float = 0.0
+    attempts: list[Attempt] = field(default_factory=list)
+    epsilons: dict[int, float] = field(default_factory=dict)
+    _reported: dict[int, float] = field(default_factory=dict)
+    _asked_at: float = 0.0
+    _downlink: Downlink = field(default_factory=Downlink)
+
+    def summary(self) -> None:
+        """Log what the run is."""
+        train, privacy = self.config.train, self.config.privacy
+        _log.info(
+            "LaLoRA %s: %s, %d clients, %d steps of %d expected examples, epsilon %s, delta %s",
+            self.run,
+            self.config.method,
+            len(self.clients.nodes),
+            train.local_steps,
+            train.batch_size,
+            privacy.epsilon,
+            privacy.delta,
+        )
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask the attempt's cohort for round t; Flower's own round number plays no part."""
+        self._asked_at = time.monotonic()
+        attempt = self.state.attempts + 1
+        # A list: Flower's grid goes through it twice, and a generator is empty the second time.
+        return [self._request(client, attempt) for client in self.clients.cohorts[attempt - 1]]
+
+    def _request(self, client: int, attempt: int) -> Message:
+        request = messages.TrainRequest(
+            run=self.run,
+            round=self.state.round + 1,
+            attempt=attempt,
+            steps_left=self.config.train.local_steps * self.clients.rounds_left(client, attempt),
+            versions=self.state.versions,
+        )
+        node = self.clients.nodes[client]
+        content: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {
+            **self._downlink.records(node, self._download(client), self.state.drift),
+            messages.CONFIG: request.record(),
+            messages.RUN_CONFIG: messages.run_config(flatten(self.config)),
+        }
+        return Message(
+            RecordDict(content),
+            dst_node_id=node,
+            message_type="train",
+            group_id=str(attempt),
+        )
+
+    def _rank(self, client: int) -> int:
+        return self.clients.ranks[client] if self.clients.ranks else self.config.lora.rank
+
+    def _download(self, client: int) -> Adapter:
+        return at_rank(self.state.adapter, self._rank(client), self.config.lora.rank)
+
+    def _synced(self) -> Factors:
+        """Return the factors that the attempt under way sends up."""
+        last = self.config.is_last(self.state.attempts + 1)
+        return self.method.sent(self.state.round + 1, last=last)
+
+    def _asked(self) -> dict[int, int]:
+        """Return client by node of those asked to train, in the order of the clients' names."""
+        return {self.clients.nodes[i]: i for i in self.clients.cohorts[self.state.attempts]}
+
+    def _expected(self, client: int) -> Mapping[str, np.ndarray]:
+        """Return the tensors that a client's reply must hold, for names, shapes and type."""
+        return select(self._download(client), self._synced())
+
+    def _judge(self, replies: Iterable[Message]) -> tuple[dict[int, TrainReply], list[str]]:
+        """Return the valid replies by node, in the clients' order, and why others are not."""
+        t, asked = self.state.round + 1, self._asked()
+        expected = {node: self._expected(client) for node, client in asked.items()}
+        some = next(iter(expected.values()), {})
+        accepted: dict[int, TrainReply] = {}
+        dropped: list[str] = []
+        answered = set()
+        for message in replies:
+            node = message.metadata.src_node_id
+            answered.add(message.metadata.reply_to_message_id)
+            try:
+                # The network's own errors come from no node that was asked.
+                reply = messages.parse_reply(message, expected.get(node, some), t)
+                _require_asked(node, expected)
+                accepted[node] = reply
+            except WireError as error:
+                dropped.append(str(error))
+        if (missing := len(asked) - len(answered)) > 0:
+            dropped.append(f"{missing} did not answer in time")
+        # In one order, whatever the order of arrival: sums round alike.
+        return {node: accepted[node] for node in asked if node in accepted}, dropped
+
+    def _weights(self, replies: Sequence[TrainReply]) -> list[float]:
+        if self.config.weighting == "uniform":
+            return [1.0] * len(replies)
+        return [float(reply.num_examples or 0) for reply in replies]
+
+    def _without_size(self, accepted: dict[int, TrainReply], dropped: list[str]) -> None:
+        """Under weighting by public size, drop replies whose client keeps its size."""
+        if self.config.weighting == "public-size":
+            for node in [n for n, reply in accepted.items() if reply.num_examples is None]:
+                del accepted[node]
+                dropped.append('weighting="public-size", and the client keeps its size')
+
+    def _account(self, accepted: dict[int, TrainReply]) -> None:
+        """Note what each client has spent; one whose reply is lost may have spent its promise."""
+        promise = self.config.privacy.epsilon
+        for node, reply in accepted.items():
+            self._reported[node] = max(reply.epsilon, self._reported.get(node, 0.0))
+        for node in self._asked():
+            self.epsilons[node] = self._reported[node] if node in accepted else promise
+
+    def _enough(self, accepted: dict[int, TrainReply], dropped: list[str]) -> bool:
+        """Tell whether the valid replies make a round."""
+        return len(accepted) >= self.config.min_replies
+
+    def _uploads(self, accepted: dict[int, TrainReply]) -> tuple[list[float], list[Adapter]]:
+        """Return the weights and tensors to average, in units of the global scale."""
+        asked, full = self._asked(), self.config.lora.rank
+        ranks = {node: self._rank(asked[node]) for node in accepted}
+        uploads = [in_full_units(r.upload, ranks[node], full) for node, r in accepted.items()]
+        return self._weights(list(accepted.values())), uploads
+
+    def _aggregate(self, accepted: dict[int, TrainReply], synced: Factors) -> Errors:
+        """Move the state on, and measure what that loses of the clients' products."""
+        full, config = self.config.lora.rank, self.config
+        weights, uploads = self._uploads(accepted)
+        before = self.state.adapter
+        shares, kept = robust(config.robust, config.suspects, weights, uploads)
+        info = Round(
+            t=self.state.round + 1,
+            rounds=config.num_server_rounds,
+            seed=config.seed,
+            numbers=config.rule,
+        )
+        new = self.method.aggregate(before, shares, kept, info)
+        scale = config.lora.alpha / full
+        drift = moved(self.state.drift, new.fold, scale) if new.fold else None
+        self.state = self.state.advanced(new.adapter, synced, drift)
+        return errors_of(weights, uploads, before, new, complete=self._complete(info.t, synced))
+
+    def _complete(self, t: int, synced: Factors) -> bool:
+        """Tell whether a client computed with nothing but what the server knows."""
+        kept = self.method.resident(t, self.config.train.local_steps) - synced
+        return not kept and self.method.effective is None and not self.method.keeps_client_state
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Aggregate the valid replies if there are ``min-replies``; else nothing moves.
+
+        A bad reply is dropped and reported; it never ends the run. The phase advances by
+        successful aggregations only.
+        """
+        accepted, dropped = self._judge(replies)
+        self._downlink.answered(accepted)
+        self._account(accepted)
+        self._without_size(accepted, dropped)
+        t, synced = self.state.round + 1, self._synced()
+        good = list(accepted.values())
+        enough = self._enough(accepted, dropped)
+        sizes = [num_bytes(reply.upload) for reply in good]
+        asked = self.clients.cohorts[self.state.attempts]
+        downloads = [self._downlink.bytes[self.clients.nodes[client]] for client in asked]
+        found = Errors()
+        if enough:
+            found = self._aggregate(accepted, synced)
+        else:
+            self.state = self.state.failed()
+        attempt = Attempt(
+            round=t,
+            phase="+".join(sorted(synced)),
+            aggregated=enough,
+            replies=len(good),
+            dropped=tuple(dropped),
+            upload_bytes=sum(sizes) // max(len(sizes), 1),
+            download_bytes=sum(downloads) // len(downloads),
+            epsilon_max=max([self.epsilon_before, *self.epsilons.values()]),
+            aggregation_error=found.averaging,
+            aggregation_spectrum=found.averaging_spectrum,
+            remaining_error=found.remaining,
+            remaining_spectrum=found.remaining_spectrum,
+            update_cosine=found.cosine,
+            seconds=time.monotonic() - self._asked_at,
+        )
+        self.attempts.append(attempt)
+        for reason in dropped:
+            _log.warning("round %d: a reply was dropped: %s", t, reason)
+        return (messages.to_record(self.state.adapter), None) if enough else (None, None)
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask nobody: a client's own accuracy would be a release of its own."""
+        return []
+
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Nothing was asked."""
+        return None

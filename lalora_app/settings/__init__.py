@@ -1,0 +1,5 @@
+"""Read and check what a run is asked to do.
+
+In: Flower's flat run config, TOML files, key=value overrides. Out: a frozen `Config`, or one
+error that names the key, its value and the rule that it breaks.
+"""

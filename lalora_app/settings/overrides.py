@@ -1,0 +1,85 @@
+"""Values that stand over the app's own: TOML files and pairs, read and merged as they are given."""
+
+import re
+import tomllib
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lalora_app.models.pretrained import TIMM
+from lalora_app.settings.run_config import ConfigError, from_tables, full_path
+
+_PAIR = r"""([^\s=]+)\s*=\s*("[^"]*"|'[^']*'|\S+)"""
+_PATHS = {"model.name", "data.name"}
+
+
+def absolute(flat: Mapping[str, Any], folder: Path) -> dict[str, Any]:
+    """Return flat keys with the names that start with a dot as absolute paths.
+
+    Args:
+        flat: keys and values of a run.
+        folder: that such a name is seen from; the run itself goes on in a folder of its own.
+    """
+    return {
+        key: _absolute(value, folder) if key in _PATHS else value for key, value in flat.items()
+    }
+
+
+def _absolute(value: Any, folder: Path) -> Any:
+    prefix = TIMM if str(value).startswith(TIMM) else ""
+    name = str(value).removeprefix(prefix)
+    return f"{prefix}{(folder / name).resolve()}" if name.startswith(".") else value
+
+
+def read_toml(file: Path, name: str) -> dict[str, Any]:
+    """Return a file's tables.
+
+    Args:
+        file: to read.
+        name: of it, in errors.
+
+    Raises:
+        ConfigError: if it cannot be read.
+    """
+    try:
+        return tomllib.loads(file.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{name} must be a readable file: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{name} must be TOML, which is UTF-8: {error}") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{name} must be TOML: {error}") from error
+
+
+def _pairs(text: str) -> dict[str, Any]:
+    """Read ``key=value`` pairs, parted by spaces, each a line of TOML."""
+    lines = [f"{key} = {value}" for key, value in re.findall(_PAIR, text)]
+    if rest := re.sub(_PAIR, "", text).strip():
+        raise ConfigError(f"-c {text!r} must be key=value pairs, and {rest!r} is none")
+    try:
+        return tomllib.loads("\n".join(lines))
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"-c {text!r} must be TOML, strings in quotes: {error}") from error
+
+
+def _read(text: str) -> dict[str, Any]:
+    if not text.endswith(".toml"):
+        return absolute(from_tables(_pairs(text)), Path.cwd())
+    file = full_path(text).resolve()
+    return absolute(from_tables(read_toml(file, f"-c {text}")), file.parent)
+
+
+def merged(overrides: Iterable[str]) -> dict[str, Any]:
+    """Return the flat keys and values of all overrides; of two, the later one wins.
+
+    Args:
+        overrides: each a TOML file, or pairs. Names that start with a dot are seen from the file's
+            folder; those of pairs from where the command is given.
+
+    Raises:
+        ConfigError: if one cannot be read.
+    """
+    values: dict[str, Any] = {}
+    for text in overrides:
+        values |= _read(text)
+    return values

@@ -1,0 +1,289 @@
+"""What crosses the wire: record names, requests, replies, and the judgement of both."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+
+from lalora_app.adapter.factors import Adapter, pairs
+from lalora_app.methods.schedule import Factor
+from lalora_app.settings.run_config import Config, Scalar, flatten
+from lalora_app.wire.tensors import WireError as WireError
+from lalora_app.wire.tensors import from_record as from_record
+from lalora_app.wire.tensors import to_record as to_record
+
+ARRAYS, CONFIG, METRICS, RUN_CONFIG = "arrays", "config", "metrics", "run"
+DRIFT = "drift"  # what has moved into the base since the run began
+_RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+# All that a client ever says about a failure: fixed sentences, no values, no exception text.
+REFUSALS = {
+    "budget": "a privacy limit of the client would be exceeded",
+    "policy": "the client's policy does not allow this run; see the client's log",
+    "config": "the run config or the node config breaks a law; see the client's log",
+    "data": "a client must have at least one example",
+    "data-path": "data-path must be a folder, or a .jsonl, .json, .csv or .parquet file",
+    "data.name": "the dataset must be there, and hold at least one example",
+    "data.input-column": "every row must have a text or a readable image, as model.task needs",
+    "data.label-column": "the label column must exist",
+    "rows": "the columns of a client's own data must exist, and every row be of use; see its log",
+    "data.client-column": "the client column must exist, with a value for each client",
+    "data.partitioner": "the deal must be possible with this data and number of clients",
+    "data.num-labels": "every label must be an integer from 0 to data.num-labels - 1",
+    "data.test-fraction": "data.test-fraction must leave both sides an example",
+    "data.test-split": "data.test-split must not be the training split; a single file has no other",
+    "train.batch-size": "train.batch-size must be at most the client's number of examples",
+    "privacy.delta": "privacy.delta must be below 1/n, n the client's number of examples",
+    "stage": "the stages of secure aggregation must come in order, from one attempt",
+    "update": "the update must be finite, and within the range of secure aggregation",
+    "held": "the client does not hold what the server left out; it is sent all the next time",
+    "request": "the request does not fit the client's model or run config",
+    "internal": "the client failed; see the client's log",
+}
+
+
+@lru_cache(maxsize=1)
+def code_hash() -> str:
+    """Return a SHA-256 over this package's source: both sides must run the same code."""
+    folder = Path(__file__).parents[1]
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.py")):
+        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def adapter_of(content: RecordDict, like: Mapping[str, np.ndarray]) -> Adapter:
+    """Unpack the adapter of a request or a reply, see :func:`from_record`."""
+    return from_record(content.array_records.get(ARRAYS, ArrayRecord()), like)
+
+
+def drift_of(content: RecordDict, like: Mapping[str, np.ndarray]) -> Adapter:
+    """Unpack the drift of a request: nothing, or both factors of every layer, of any fitting rank.
+
+    Args:
+        content: of the request.
+        like: the client's own adapter, for names and widths.
+
+    Raises:
+        WireError: naming the first tensor that does not fit.
+    """
+    record = content.array_records.get(DRIFT, ArrayRecord())
+    if not record:
+        return {}
+    shapes: dict[str, np.ndarray] = {}
+    for b, a in pairs(like):
+        rank = record[a].shape[0] if a in record and len(record[a].shape) == 2 else 1
+        largest = min(like[b].shape[0], like[a].shape[1])
+        if not 1 <= rank <= largest:
+            raise WireError(f"the drift's {a} has rank {rank}, which must be 1 to {largest}")
+        shapes[b] = np.broadcast_to(np.float32(0), (like[b].shape[0], rank))
+        shapes[a] = np.broadcast_to(np.float32(0), (rank, like[a].shape[1]))
+    return from_record(record, shapes)
+
+
+class RefusedError(WireError):
+    """A client refuses; ``key`` is one of :data:`REFUSALS`."""
+
+    def __init__(self, key: str):
+        self.key = key if key in REFUSALS else "internal"
+        self.law = REFUSALS[self.key].removeprefix(self.key + " ")
+        super().__init__(f"refused: {REFUSALS[self.key]}")
+
+
+@dataclass(frozen=True)
+class TrainRequest:
+    """One round's order to one client.
+
+    Attributes:
+        run: name of the run, stable over resumes; the ledger groups by it.
+        round: t, from 1, by successful aggregations; sets the phase.
+        attempt: rounds asked so far, this one included; sets the random streams of seeded runs.
+        steps_left: local steps planned for this client from now to the end of the run.
+        versions: how often each factor has been aggregated.
+    """
+
+    run: str
+    round: int
+    attempt: int
+    steps_left: int
+    versions: Mapping[Factor, int]
+
+    def record(self) -> ConfigRecord:
+        """Pack the order."""
+        numbers = {"round": self.round, "attempt": self.attempt, "steps-left": self.steps_left}
+        versions = {f"version-{factor}": count for factor, count in self.versions.items()}
+        return ConfigRecord({"run": self.run, **numbers, **versions})
+
+
+def count_of(record: ConfigRecord, key: str, smallest: int, largest: float = math.inf) -> int:
+    """Read an integer.
+
+    Raises:
+        WireError: if it is none, or not from ``smallest`` to ``largest``.
+    """
+    value = record.get(key)
+    if type(value) is not int or value < smallest:
+        raise WireError(f"{key}={value!r} must be an integer of at least {smallest}")
+    if value > largest:
+        raise WireError(f"{key}={value!r} must be at most {largest}")
+    return value
+
+
+def parse_request(content: RecordDict, config: Config) -> TrainRequest:
+    """Read a server's order; nothing of it is trusted, and it must keep to the run's own config.
+
+    Raises:
+        WireError: if a key is missing, mistyped or out of range.
+    """
+    record = content.config_records.get(CONFIG, ConfigRecord())
+    run = record.get("run")
+    if not isinstance(run, str) or not _RUN_NAME.fullmatch(run):
+        raise WireError(f"run={run!r} must be a plain name")
+    rounds = config.num_server_rounds
+    return TrainRequest(
+        run=run,
+        round=count_of(record, "round", 1, rounds),
+        attempt=count_of(record, "attempt", 1, rounds),
+        steps_left=count_of(record, "steps-left", 1, rounds * config.train.local_steps),
+        versions={f: count_of(record, f"version-{f}", 0, rounds) for f in ("A", "B")},
+    )
+
+
+def digest(content: RecordDict, config: Config) -> str:
+    """Return a SHA-256 of all that a request asks for; where the server keeps it plays no part.
+
+    Args:
+        content: of the request.
+        config: of its run.
+    """
+    config = replace(config, resume_from="none", output="", compare="none")
+    order = sorted(content.config_records.get(CONFIG, ConfigRecord()).items())
+    found = hashlib.sha256(json.dumps([code_hash(), flatten(config), repr(order)]).encode())
+    for part in (ARRAYS, DRIFT):
+        for name, array in sorted(content.array_records.get(part, ArrayRecord()).items()):
+            found.update(f"{part} {name} {array.dtype} {array.shape}\0".encode() + array.data)
+    return found.hexdigest()
+
+
+def refusal(key: str) -> RecordDict:
+    """Pack a refusal: a key of :data:`REFUSALS`, and nothing else."""
+    return RecordDict({CONFIG: ConfigRecord({"refusal": key if key in REFUSALS else "internal"})})
+
+
+@dataclass(frozen=True)
+class Hello:
+    """What a client says of itself before a run: a stable name, a rank, nothing of its data."""
+
+    client: str
+    rank: int
+
+    def record(self) -> RecordDict:
+        """Pack the reply to a query."""
+        said = ConfigRecord({"client": self.client, "rank": self.rank, "code": code_hash()})
+        return RecordDict({CONFIG: said})
+
+
+@dataclass(frozen=True)
+class TrainReply:
+    """What a round sends up: the synced tensors, and the accounting of this run.
+
+    Attributes:
+        upload: synced factors and head; under secure aggregation one masked vector.
+        round: of the request.
+        epsilon: spent by this client in this run, rounded up to 0.01.
+        num_examples: only where the client has declared its size public.
+    """
+
+    upload: Mapping[str, np.ndarray]
+    round: int
+    epsilon: float
+    num_examples: int | None = None
+
+    def record(self) -> RecordDict:
+        """Pack the reply."""
+        sizes = {} if self.num_examples is None else {"num-examples": self.num_examples}
+        metrics = MetricRecord({"round": self.round, "epsilon": self.epsilon, **sizes})
+        config = ConfigRecord({"code": code_hash()})
+        return RecordDict({ARRAYS: to_record(self.upload), METRICS: metrics, CONFIG: config})
+
+
+def run_config(values: Mapping[str, Scalar]) -> ConfigRecord:
+    """Pack the keys and values of a run: many runs can share one Flower run, whose own are one."""
+    return ConfigRecord({"run-config": json.dumps(dict(values))})
+
+
+def run_config_of(content: RecordDict) -> dict[str, object]:
+    """Read the run config of a message; nothing, where it carries none.
+
+    Raises:
+        WireError: if it is not a JSON object.
+    """
+    text = content.config_records.get(RUN_CONFIG, ConfigRecord()).get("run-config", "{}")
+    try:
+        values = json.loads(str(text))
+    except (ValueError, RecursionError) as error:
+        raise WireError("run-config must be JSON") from error
+    if not isinstance(values, dict):
+        raise WireError("run-config must be a JSON object")
+    return values
+
+
+def accepted(reply: Message) -> RecordDict:
+    """Return the content of a reply that carries neither an error nor a refusal.
+
+    Raises:
+        WireError: saying which, or that the client runs other code.
+    """
+    if reply.has_error():
+        raise WireError(f"error {reply.error.code} from the network or the client's process")
+    config = reply.content.config_records.get(CONFIG, ConfigRecord())
+    if "refusal" in config:
+        raise RefusedError(str(config["refusal"]))
+    if config.get("code") != code_hash():
+        raise WireError("the client runs other code than the server")
+    return reply.content
+
+
+def parse_hello(reply: Message) -> Hello:
+    """Read a client's reply to the query.
+
+    Raises:
+        WireError: if it refuses, failed, or runs other code.
+    """
+    said = accepted(reply).config_records[CONFIG]
+    client = said.get("client")
+    if not isinstance(client, str) or not client:
+        raise WireError("client must be a name")
+    return Hello(client, count_of(said, "rank", 1))
+
+
+def parse_reply(reply: Message, expected: Mapping[str, np.ndarray], t: int) -> TrainReply:
+    """Judge one client's reply on its own.
+
+    Args:
+        reply: as Flower delivers it.
+        expected: the tensors that round ``t`` syncs, for names, shapes and type.
+        t: the round that was asked for.
+
+    Raises:
+        WireError: saying what is wrong with it; the caller drops it and goes on.
+    """
+    content = accepted(reply)
+    metrics = content.metric_records.get(METRICS, MetricRecord())
+    if metrics.get("round") != t:
+        raise WireError(f"round={metrics.get('round')!r} must be {t}: a stale reply")
+    spent = metrics.get("epsilon")
+    if not isinstance(spent, int | float) or not spent >= 0:
+        raise WireError(f"epsilon={spent!r} must be a number of at least 0")
+    size = metrics.get("num-examples")
+    if size is not None and (type(size) is not int or size < 1):
+        raise WireError(f"num-examples={size!r} must be a positive integer")
+    upload = adapter_of(content, expected)
+    return TrainReply(upload, t, float(spent), size)
