@@ -62,14 +62,15 @@ def answer(request: Path, reply: Path, node: dict[str, Any]) -> dict[str, float]
 
     lap("torch")
     from lalora_app import client_app
+    from lalora_app.client import requests
 
     lap("app")
     TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = _NODE
-    _clocked(client_app, "_prepared", "data", spent)
-    _clocked(client_app.backbone, "build", "model", spent)
-    _clocked(client_app, "_reserve", "accounting", spent)
-    _clocked(client_app, "_spent", "accounting", spent)
-    _clocked(client_app.trainer, "run_round", "training", spent)
+    _clocked(requests, "_prepared", "data", spent)
+    _clocked(requests.backbone, "build", "model", spent)
+    _clocked(requests, "_reserve", "accounting", spent)
+    _clocked(requests, "_spent", "accounting", spent)
+    _clocked(requests.local_round, "run_round", "training", spent)
     message = message_from_proto(Proto.FromString(request.read_bytes()))
     context = Context(1, _NODE, node, RecordDict(), {})
     said = client_app.app(message, context)
@@ -115,8 +116,8 @@ def serve(tree: Path, folder: Path, rows: int) -> list[dict[str, Any]]:
     from flwr.app import Message, RecordDict
     from flwr.supercore.task_identity import TaskIdentity
 
-    from lalora_app.adapter.factors import ServerState
-    from lalora_app.methods.table import method_of
+    from lalora_app.aggregation.server_state import ServerState
+    from lalora_app.methods.compatibility import method_of
     from lalora_app.models import backbone
     from lalora_app.server.cohorts import Clients
     from lalora_app.server.strategy import LocalAlternation

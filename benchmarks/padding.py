@@ -18,10 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from lalora_app.cli.simulation import app_defaults
-from lalora_app.client.local_round import _summed
 from lalora_app.data.encoding import Batch, Encoded
 from lalora_app.data.examples import split
 from lalora_app.models.backbone import Backbone, build
+from lalora_app.private_step.step import _summed
 from lalora_app.settings.overrides import merged
 from lalora_app.settings.run_config import Config, parse
 

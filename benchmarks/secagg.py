@@ -32,8 +32,9 @@ from flwr.common.serde import message_from_proto, message_to_proto
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from lalora_app.adapter.factors import Adapter, ServerState, select
-from lalora_app.methods.table import method_of
+from lalora_app.adapter.factors import Adapter, select
+from lalora_app.aggregation.server_state import ServerState
+from lalora_app.methods.compatibility import method_of
 from lalora_app.secagg import client, fixed_point
 from lalora_app.server.cohorts import Clients
 from lalora_app.server_app import STRATEGIES

@@ -12,8 +12,8 @@ from lalora_app.adapter.factors import active_names
 from lalora_app.models.backbone import wire_name
 from lalora_app.privacy.randomness import secure
 from lalora_app.private_step.attach import attach
-from lalora_app.private_step.compiled_engine import ExpandedEngine
-from lalora_app.private_step.engine import PerExampleEngine
+from lalora_app.private_step.compiled_engine import CompiledEngine
+from lalora_app.private_step.engine import KernelEngine
 from lalora_app.private_step.mechanism import CLIP_MARGIN, add_noise, clipped_sum
 
 PHASES = {"A": frozenset("A"), "B": frozenset("B"), "both": frozenset("AB")}
@@ -134,7 +134,7 @@ def nonprivate(cell: Cell, kernel: str) -> Variant:
 def engine(cell: Cell, kernel: str, *, flat: bool | None = None) -> Variant:
     """This package's private step."""
     model, parameters, active = _copied(cell)
-    keeper = PerExampleEngine(model, parameters, kernel, flat=flat)
+    keeper = KernelEngine(model, parameters, kernel, flat=flat)
     keeper.activate(frozenset(active))
 
     def sums() -> Sums:
@@ -154,7 +154,7 @@ def peft_compiled(cell: Cell) -> Variant:
 def compiled(cell: Cell) -> Variant:
     """This package's private step in the form that torch.compile takes whole."""
     model, parameters, active = _copied(cell)
-    keeper = ExpandedEngine(model, parameters)
+    keeper = CompiledEngine(model, parameters)
     keeper.activate(frozenset(active))
     forward = keeper.prepare(lambda batch: cell.losses(model, batch))
 
@@ -270,7 +270,7 @@ PRIVATE = VARIANTS.keys() - NOT_PRIVATE
 def median_norm(cell: Cell) -> float:
     """Return the median of the examples' gradient norms: a clip norm that clips half of them."""
     model, parameters, active = _copied(cell)
-    keeper = PerExampleEngine(model, parameters, "plain")
+    keeper = KernelEngine(model, parameters, "plain")
     keeper.activate(frozenset(active))
     norms = keeper.gradients(lambda: cell.losses(model), cell.examples).norms()
     return float(norms.median())

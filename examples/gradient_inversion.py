@@ -18,7 +18,7 @@ from torch import nn
 
 from lalora_app.privacy.accounting import Release, calibrate, epsilon
 from lalora_app.privacy.randomness import secure
-from lalora_app.private_step.engine import PerExampleEngine
+from lalora_app.private_step.engine import KernelEngine
 from lalora_app.private_step.mechanism import add_noise, clipped_sum
 
 SIDE, RANK, LABELS = 64, 8, 10
@@ -37,7 +37,7 @@ def image() -> np.ndarray:
     return np.asarray(picture, dtype=np.float32) / 255
 
 
-def adapted_layer() -> tuple[nn.Module, PerExampleEngine]:
+def adapted_layer() -> tuple[nn.Module, KernelEngine]:
     """Return a PEFT linear layer with B off zero, as it is after a first round, and its engine."""
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -47,7 +47,7 @@ def adapted_layer() -> tuple[nn.Module, PerExampleEngine]:
     inject_adapter_in_model(settings, model)
     weights = {n: p for n, p in model.named_parameters() if "lora_" in n}
     nn.init.normal_(next(p for n, p in weights.items() if "lora_B" in n), std=0.1)
-    engine = PerExampleEngine(model, weights)
+    engine = KernelEngine(model, weights)
     engine.activate(frozenset(n for n in weights if "lora_A" in n))
     return model, engine
 

@@ -4,129 +4,37 @@ import logging
 import secrets
 import time
 import tomllib
-from collections.abc import Iterable
 from datetime import datetime
 from typing import Any
 
-from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from lalora_app.adapter.factors import Adapter, ServerState
+from lalora_app.adapter.factors import Adapter
+from lalora_app.aggregation.server_state import ServerState
 from lalora_app.comparison.runner import run_plan
 from lalora_app.data.encoding import Encoded
 from lalora_app.data.examples import split
-from lalora_app.data.partition import CLIENT_NAME, label_counts
-from lalora_app.data.sources import NONE, first_line
-from lalora_app.methods.table import checked_rank, method_of
+from lalora_app.data.partition import label_counts
+from lalora_app.methods.compatibility import method_of
 from lalora_app.models import backbone as backbones
 from lalora_app.models.backbone import Backbone
 from lalora_app.private_step.attach import LayoutError
 from lalora_app.results.run_folder import RunFolder, check_writable, new_folder, old_folder
-from lalora_app.server import cohorts
-from lalora_app.server.cohorts import Clients
+from lalora_app.server.ending import finish
+from lalora_app.server.enrolment import SETTLE_SECONDS, find_clients
 from lalora_app.server.losa_masks import sparsified
-from lalora_app.server.progress import Progress, finish
+from lalora_app.server.progress import Progress
 from lalora_app.server.secure_strategy import SecureAlternation
 from lalora_app.server.strategy import LocalAlternation
-from lalora_app.settings.run_config import (
-    Config,
-    ConfigError,
-    flatten,
-    from_tables,
-    full_path,
-    parse,
-)
-from lalora_app.wire import messages
+from lalora_app.settings.errors import ConfigError, first_line
+from lalora_app.settings.names import NONE, full_path
+from lalora_app.settings.run_config import Config, from_tables, parse
+from lalora_app.wire import tensors
 
 app = ServerApp()
 _log = logging.getLogger("flwr")
 STRATEGIES = {"none": LocalAlternation, "secagg+": SecureAlternation}
-_POLL = 1.0  # seconds between looks at the list of nodes
-_SETTLE = 3.0  # seconds that the list must stay the same
-
-
-def _wait_for_nodes(grid: Grid, config: Config, settle: float) -> list[int]:
-    """Return the connected nodes once there are ``min-clients`` and no more come.
-
-    Raises:
-        ConfigError: if there are too few after ``node-timeout`` seconds.
-    """
-    deadline = time.monotonic() + config.node_timeout
-    seen: set[int] = set()
-    since = time.monotonic()
-    while True:
-        now, nodes = time.monotonic(), set(grid.get_node_ids())
-        since = since if nodes == seen else now
-        seen = nodes
-        if len(nodes) >= config.min_clients and now - since >= settle:
-            return sorted(nodes)
-        if now > deadline:
-            raise ConfigError(
-                f"min-clients={config.min_clients} must be at most the number of SuperNodes, "
-                f"which is {len(nodes)} after node-timeout={config.node_timeout} s"
-            )
-        time.sleep(_POLL)
-
-
-def _refusal(error: messages.RefusedError, config: Config) -> str:
-    """Add the run's own value to a client's refusal, which names no value."""
-    values = flatten(config)
-    return f"{error.key}={values[error.key]!r} {error.law}" if error.key in values else str(error)
-
-
-def _require_new(name: str, names: Iterable[str]) -> None:
-    if name in names:
-        raise messages.WireError(f"two clients have the same name {name}")
-
-
-def _ask_names(grid: Grid, config: Config, nodes: list[int]) -> dict[str, tuple[int, int]]:
-    """Query every node; return (node, rank) by its stable name.
-
-    No budget is spent, and every refusal is told.
-    """
-    run = messages.run_config(flatten(config))
-    content = RecordDict({messages.CONFIG: ConfigRecord(), messages.RUN_CONFIG: run})
-    queries = [Message(content, dst_node_id=node, message_type="query") for node in nodes]
-    names: dict[str, tuple[int, int]] = {}
-    refusals = []
-    for reply in grid.send_and_receive(queries, timeout=config.round_timeout):
-        try:
-            hello = messages.parse_hello(reply)
-            _require_new(hello.client, names)
-            names[hello.client] = reply.metadata.src_node_id, checked_rank(hello.rank, config)
-        except messages.RefusedError as error:
-            refusals.append(_refusal(error, config))
-        except (messages.WireError, ConfigError) as error:
-            refusals.append(str(error))
-    for reason in sorted(set(refusals)):
-        _log.error("%d of %d clients: %s", refusals.count(reason), len(nodes), reason)
-    if refusals or len(names) < config.min_clients:
-        raise ConfigError(
-            f"{len(names)} of {len(nodes)} clients can take part; min-clients="
-            f"{config.min_clients} must, and none may refuse: "
-            + ("; ".join(sorted(set(refusals))) or "the others did not answer")
-        )
-    return names
-
-
-def _find_clients(grid: Grid, config: Config, settle: float) -> Clients:
-    said = _ask_names(grid, config, _wait_for_nodes(grid, config, settle))
-    names = {name: node for name, (node, _) in said.items()}
-    per_round = max(1, round(config.fraction_train * len(names)))
-    if config.min_replies > per_round:
-        raise ConfigError(
-            f"min-replies={config.min_replies} must be at most the {per_round} clients of a round"
-        )
-    plan = cohorts.plan(len(names), per_round, config.num_server_rounds, config.seed)
-    order = sorted(names)
-    ranks = [said[name][1] for name in order]
-    return Clients([names[name] for name in order], plan, _simulated(names), ranks)
-
-
-def _simulated(names: Iterable[str]) -> bool:
-    """Tell whether the clients are all the parts of a simulated deal."""
-    found = sorted(names)
-    return found == [CLIENT_NAME.format(i) for i in range(len(found))]
 
 
 def _partition(config: Config, clients: int) -> dict[str, Any]:
@@ -176,7 +84,7 @@ def _train(grid: Grid, strategy: LocalAlternation, progress: Progress) -> None:
     config, state = strategy.config, strategy.state
     strategy.start(
         grid=grid,
-        initial_arrays=messages.to_record(state.adapter),
+        initial_arrays=tensors.to_record(state.adapter),
         num_rounds=config.num_server_rounds - state.attempts,
         timeout=config.round_timeout,
         evaluate_fn=progress,
@@ -206,7 +114,7 @@ def run(grid: Grid, config: Config, settle: float = 0.0) -> None:
     resumed = None if config.resume_from == "none" else _resumed(config)
     sizes = sum(array.size for array in start.values())
     _log.info("LaLoRA model: %d target layers, %d trainable parameters", model.targets, sizes)
-    clients = _find_clients(grid, config, settle)
+    clients = find_clients(grid, config, settle)
 
     if resumed and resumed[0].num_clients() != len(clients.nodes):
         raise ConfigError(
@@ -238,9 +146,9 @@ def main(grid: Grid, context: Context) -> None:
     try:
         config = parse(context.run_config)
         if config.compare == NONE:
-            run(grid, config, _SETTLE)
+            run(grid, config, SETTLE_SECONDS)
         else:
-            run_plan(grid, config.compare, context.run_config, run, _SETTLE)
+            run_plan(grid, config.compare, context.run_config, run, SETTLE_SECONDS)
     except (ConfigError, LayoutError) as error:  # said in full: a traceback would bury it
         _log.error("LaLoRA: %s", error)
         raise ConfigError(str(error)) from None

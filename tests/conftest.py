@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from lalora_app.data.sources import DataError
+from lalora_app.settings.errors import DataError
 from lalora_app.settings.run_config import Config, Data, from_tables, parse
 
 torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other are slow

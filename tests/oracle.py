@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lalora_app.adapter.factors import active_names
-from lalora_app.private_step.compiled_engine import ExpandedEngine
-from lalora_app.private_step.engine import PerExampleEngine
+from lalora_app.private_step.compiled_engine import CompiledEngine
+from lalora_app.private_step.engine import KernelEngine
 from lalora_app.private_step.gradients import PerExampleGrads, Rows, Slot
 from lalora_app.private_step.mechanism import CLIP_MARGIN, clipped_sum
 
@@ -92,10 +92,10 @@ def assert_release_is_right(grads: PerExampleGrads, rows: dict[str, Tensor]) -> 
     assert off <= TOLERANCE * joint(list(expected.values()))
 
 
-def make_engine(model: nn.Module, kernel: str, *, flat: bool = False) -> PerExampleEngine:
+def make_engine(model: nn.Module, kernel: str, *, flat: bool = False) -> KernelEngine:
     if kernel == "expanded":
-        return ExpandedEngine(model, trained(model))
-    return PerExampleEngine(model, trained(model), kernel, flat=flat)
+        return CompiledEngine(model, trained(model))
+    return KernelEngine(model, trained(model), kernel, flat=flat)
 
 
 def assert_engine_is_right(

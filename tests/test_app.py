@@ -27,16 +27,16 @@ from lalora_app.adapter.factors import kind
 from lalora_app.aggregation.average import average
 from lalora_app.client import local_round, resident_factors, site
 from lalora_app.data.examples import split
-from lalora_app.data.sources import DataError
 from lalora_app.methods.table import METHODS
 from lalora_app.models import backbone
 from lalora_app.privacy.accounting import Release, epsilon
-from lalora_app.privacy.ledger import Ledger
-from lalora_app.privacy.policy import state_folder
+from lalora_app.privacy.ledger import Ledger, state_folder
 from lalora_app.private_step.gradients import NoisedGrads
 from lalora_app.results.run_folder import RunFolder
-from lalora_app.settings.run_config import Config, ConfigError, flatten, from_tables, parse
-from lalora_app.wire import messages
+from lalora_app.server import enrolment
+from lalora_app.settings.errors import ConfigError, DataError
+from lalora_app.settings.run_config import Config, flatten, from_tables, parse
+from lalora_app.wire import messages, refusals, tensors
 
 INF = float("inf")
 TRAIN_SIZE, RATE, EPSILON, DELTA = 360, 1 / 15, 0.3, 1e-5
@@ -47,8 +47,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:Optimal order is the largest alp
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     """No waiting for nodes that are all there."""
-    monkeypatch.setattr(server_app, "_POLL", 0.0)
-    monkeypatch.setattr(server_app, "_SETTLE", 0.0)
+    monkeypatch.setattr(enrolment, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(server_app, "SETTLE_SECONDS", 0.0)
 
 
 def sized(clients: int = 2, **changes):
@@ -210,8 +210,8 @@ def finished(request, tmp_path_factory, tiny_model, tiny_data):
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LALORA_HOME", str(folder / "home"))
-        patch.setattr(server_app, "_POLL", 0.0)
-        patch.setattr(server_app, "_SETTLE", 0.0)
+        patch.setattr(enrolment, "POLL_SECONDS", 0.0)
+        patch.setattr(server_app, "SETTLE_SECONDS", 0.0)
         rounds = spied(patch)
         done = run(config)
         books = by_dataset(ledger_entries())
@@ -1008,7 +1008,7 @@ FAILURES = [
     DataError("data.num-labels", f"=2: row 5 has label {SECRET}"),
     DataError(SECRET, "a key that nobody knows"),
     ConfigError(SECRET),
-    messages.WireError(SECRET),
+    tensors.WireError(SECRET),
     client_app.BudgetError(SECRET),
     KeyError(SECRET),
     ExceptionGroup(SECRET, [ValueError(SECRET)]),
@@ -1024,7 +1024,7 @@ def test_every_exception_becomes_a_fixed_refusal(error):
     request = Message(RecordDict(), dst_node_id=7, message_type="train")
     reply = client_app._answer(request, Context(1, 7, {}, RecordDict(), {}), fail)
     assert contents(reply) == {"config": {"refusal"}}
-    assert reply.content["config"]["refusal"] in messages.REFUSALS
+    assert reply.content["config"]["refusal"] in refusals.REFUSALS
     assert SECRET.encode() not in wire_bytes(reply)
 
 
@@ -1277,7 +1277,7 @@ def test_a_label_outside_the_head_is_one_line(refused, tmp_path):
 
 def test_an_empty_client_is_one_line(refused):
     changes = {"data.dirichlet-alpha": 1e-3, "train.batch-size": 1, "privacy.delta": 1e-5}
-    assert messages.REFUSALS["data"] in refused(changes, nodes=30)
+    assert refusals.REFUSALS["data"] in refused(changes, nodes=30)
 
 
 def test_an_output_that_cannot_be_written_is_one_line(refused, tmp_path):
@@ -1300,7 +1300,7 @@ def test_unfit_nodes_are_told_before_any_training(refused):
     own = {"data-path": "/no/such/own.csv", "max-epsilon": INF}
     message = refused({}, nodes=[{}, own])
     assert "1 of 2 clients can take part" in message
-    assert messages.REFUSALS["data-path"] in message
+    assert refusals.REFUSALS["data-path"] in message
 
 
 def test_a_max_length_beyond_the_model_is_one_line(refused, tmp_path):

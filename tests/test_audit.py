@@ -39,11 +39,11 @@ from lalora_app.audit.step_attack import (
     planned,
     side_by_side,
 )
-from lalora_app.cli import main
+from lalora_app.cli import audit_command, main
 from lalora_app.privacy.accounting import Release, epsilon
 from lalora_app.privacy.budget import Limit
 from lalora_app.private_step.mechanism import CLIP_MARGIN, clipped_sum
-from lalora_app.results.peft_export import privacy_sentence
+from lalora_app.results.model_card import privacy_sentence
 from lalora_app.results.run_folder import RunFolder
 
 DELTA = 1e-5
@@ -383,6 +383,6 @@ def test_a_run_is_audited_as_it_was_and_once(tmp_path, options, capsys):
 
 
 def test_seeds_are_a_list_or_a_range():
-    assert main.seeds_of("0..19") == list(range(20))
-    assert main.seeds_of("3,5") == [3, 5]
-    assert main.seeds_of("7") == [7]
+    assert audit_command.seeds_of("0..19") == list(range(20))
+    assert audit_command.seeds_of("3,5") == [3, 5]
+    assert audit_command.seeds_of("7") == [7]

@@ -10,7 +10,7 @@ from conftest import WORDS, save_tokenizer
 from lalora_app.audit.draw_estimates import solved, standardised
 from lalora_app.audit.planted_federation import Federation, mislabelled
 from lalora_app.audit.run_attack import auc, audit_run
-from lalora_app.settings.run_config import ConfigError
+from lalora_app.settings.errors import ConfigError
 
 FIRST, SECOND = [(1, "A"), (1, "B"), (1, "head")], [(2, "A"), (2, "B"), (2, "head")]
 

@@ -22,6 +22,7 @@ from lalora_app.models.frozen_weights import Bases, base_layers
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.randomness import seed_of, seeded
+from lalora_app.private_step import step
 from oracle import trained, without_engine
 
 KERNELS = ["fused", "merged", "plain"]
@@ -345,7 +346,7 @@ def test_flat_lora_takes_every_gradient_at_weights_shaken_by_the_seeds_own_noise
         {},
         local=local,
         reservation=Reservation(Release(1.0, 0.0, steps)),
-        streams=local_round.Streams(seeded(0, "sampling"), seeded(0, "noise")),
+        streams=step.Streams(seeded(0, "sampling"), seeded(0, "noise")),
     )
     assert_bits(backbone.model, before)
     own = dict(adapter)
@@ -386,7 +387,7 @@ def unshaken(backbone: Backbone, data: EncodedTexts, adapter: Adapter, local) ->
         {},
         local=replace(local, method=METHODS["dp-lora"]),
         reservation=Reservation(Release(1.0, 0.0, local.train.local_steps)),
-        streams=local_round.Streams(seeded(0, "sampling"), seeded(0, "noise")),
+        streams=step.Streams(seeded(0, "sampling"), seeded(0, "noise")),
     )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from lalora_app.adapter.factors import ServerState
+from lalora_app.aggregation.server_state import ServerState
 from lalora_app.data.examples import Examples
 from lalora_app.models.backbone import build
 from lalora_app.results.peft_export import export

@@ -21,8 +21,10 @@ from lalora_app.data.encoding import IGNORED, EncodedSequences
 from lalora_app.data.examples import Examples, split
 from lalora_app.models import backbone as backbones
 from lalora_app.models.backbone import Backbone, build
-from lalora_app.models.forwards import LANGUAGE_MODEL
-from lalora_app.settings.run_config import Config, ConfigError
+from lalora_app.models.scores import LANGUAGE_MODEL
+from lalora_app.server import enrolment
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.run_config import Config
 from oracle import (
     assert_engine_is_right,
     assert_equal,
@@ -285,8 +287,8 @@ def test_a_run_ends_with_its_perplexity_and_an_adapter_for_the_stock_model(
 ):
     from peft import PeftModel
 
-    monkeypatch.setattr(server_app, "_POLL", 0.0)
-    monkeypatch.setattr(server_app, "_SETTLE", 0.0)
+    monkeypatch.setattr(enrolment, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(server_app, "SETTLE_SECONDS", 0.0)
     rates = {"train.optimizer": "adamw", "train.lr-a": 0.1, "train.lr-b": 0.1}
     sizes = {"num-server-rounds": 2, "train.batch-size": 24, "train.local-steps": 6}
     repeatable = {"privacy.epsilon": INF, "privacy.noise": "seeded"}

@@ -21,7 +21,7 @@ from lalora_app.privacy import accounting
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.budget import Limit
 from lalora_app.privacy.ledger import Ledger
-from lalora_app.settings.run_config import ConfigError
+from lalora_app.settings.errors import ConfigError
 
 NO_LIMIT = Limit(float("inf"), 1e-5)
 RELEASE = Release(0.05, 2.0, 4)

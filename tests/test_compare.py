@@ -12,7 +12,8 @@ from lalora_app.comparison.finished_cells import completed
 from lalora_app.comparison.runner import _eta, run_plan
 from lalora_app.comparison.summary import PLAN, prepare, read_file, records, summarise
 from lalora_app.data.examples import split
-from lalora_app.settings.run_config import ConfigError, flatten
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.run_config import flatten
 
 INF = float("inf")
 

@@ -8,9 +8,11 @@ import pytest
 from conftest import ROOT, defaults, make_config
 from lalora_app.comparison.plan_file import read_plan
 from lalora_app.comparison.summary import read_file
-from lalora_app.methods.table import METHODS, REFUSED, lookup, method_of
+from lalora_app.methods.compatibility import REFUSED, lookup, method_of
+from lalora_app.methods.table import METHODS
 from lalora_app.results.run_folder import to_toml
-from lalora_app.settings.run_config import ConfigError, flatten, from_tables, parse
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.run_config import flatten, from_tables, parse
 
 INF, NAN = math.inf, math.nan
 PRESETS = sorted((ROOT / "configs").rglob("*.toml"))

@@ -11,7 +11,7 @@ from cryptography.hazmat.primitives.serialization import load_ssh_private_key, l
 
 from lalora_app.cli import main
 from lalora_app.cli.credentials import make_ca, make_node, make_server
-from lalora_app.settings.run_config import ConfigError
+from lalora_app.settings.errors import ConfigError
 
 
 @pytest.fixture

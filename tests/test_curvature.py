@@ -15,8 +15,8 @@ from conftest import WORDS
 from lalora_app.data.encoding import Batch, EncodedImages, EncodedSequences, EncodedTexts
 from lalora_app.models.backbone import Backbone, build, wire_name
 from lalora_app.private_step.attach import LayoutError
-from lalora_app.private_step.compiled_engine import ExpandedEngine
-from lalora_app.private_step.engine import PerExampleEngine
+from lalora_app.private_step.compiled_engine import CompiledEngine
+from lalora_app.private_step.engine import KernelEngine
 from lalora_app.results.curvature import top_hessian_eigenvalue
 from lalora_app.settings.run_config import Config
 from oracle import randomise, trained, without_engine
@@ -59,9 +59,7 @@ def tiny_backbone(tiny) -> Callable[..., Backbone]:
         model = tiny_bert()
         named = {wire_name(name): p for name, p in trained(model).items()}
         expanded = kernel == "expanded"
-        engine = (
-            ExpandedEngine(model, named) if expanded else PerExampleEngine(model, named, kernel)
-        )
+        engine = CompiledEngine(model, named) if expanded else KernelEngine(model, named, kernel)
         return replace(build(tiny())[0], model=model, forward=text_logits, engine=engine)
 
     return make

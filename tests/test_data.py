@@ -8,8 +8,9 @@ import pytest
 from conftest import described, make_config, one_line, written
 from lalora_app.data import examples as datasets
 from lalora_app.data.examples import Examples
-from lalora_app.data.sources import DEMO, DataError
-from lalora_app.settings.run_config import BY_LABEL, PARTITIONERS, ConfigError
+from lalora_app.data.sources import DEMO
+from lalora_app.settings.errors import ConfigError, DataError
+from lalora_app.settings.run_config import BY_LABEL, PARTITIONERS
 
 
 def counted(*parts):

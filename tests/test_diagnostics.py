@@ -10,7 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lalora_app.results.spectra import intruder_dimensions, lanczos_top, mean_cosine, update_cosines
+from lalora_app.aggregation.measured_error import mean_cosine, update_cosines
+from lalora_app.results.spectra import intruder_dimensions, lanczos_top
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**32 - 1)

@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lalora_app.adapter.factors import kind
-from lalora_app.privacy.policy import state_folder
-from lalora_app.wire import messages
-from lalora_app.wire.downlink import DRIFT, LEFT_OUT, Downlink, HeldError, completed, keep
+from lalora_app.client.held_download import HeldError, completed, keep
+from lalora_app.privacy.ledger import state_folder
+from lalora_app.wire import messages, tensors
+from lalora_app.wire.downlink import DRIFT, LEFT_OUT, Downlink
 from test_app import by_dataset, fresh, ledger_entries, open_run, quick, run, same_bits
 
 __all__ = ["quick"]  # a fixture of the app's tests, for this file's runs too
@@ -142,7 +143,7 @@ def test_whatever_is_left_out_is_an_error_of_its_own_or_nothing(tmp_path_factory
     path = tmp_path_factory.mktemp("home") / "held"
     keep(path, adapter(), drift())
     content = RecordDict(
-        {messages.ARRAYS: messages.to_record(adapter()), LEFT_OUT: ConfigRecord(said)}
+        {messages.ARRAYS: tensors.to_record(adapter()), LEFT_OUT: ConfigRecord(said)}
     )
     if not said:
         same(messages.adapter_of(completed(content, path), like()), adapter())

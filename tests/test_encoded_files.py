@@ -13,14 +13,13 @@ from PIL import Image
 from conftest import make_config
 from fake_grid import FakeGrid
 from lalora_app import client_app
-from lalora_app.client import data_cache
+from lalora_app.client import data_cache, requests
 from lalora_app.client.data_cache import Kept, fingerprint
 from lalora_app.client.site import admit
 from lalora_app.data.encoding import EncodedSequences, EncodedTexts
 from lalora_app.data.examples import Examples
 from lalora_app.data.images import encode_images
-from lalora_app.data.sources import DataError
-from lalora_app.settings.run_config import ConfigError
+from lalora_app.settings.errors import ConfigError, DataError
 from test_app import open_run
 
 TOKENS = st.lists(st.lists(st.integers(0, 2**31 - 1), min_size=1, max_size=9), min_size=1)
@@ -129,7 +128,7 @@ def test_a_node_reads_its_data_once_while_nothing_changes(tiny, tmp_path, data_f
         grid = FakeGrid(config, [extra])
         context = next(iter(grid.contexts.values()))
         site = admit(config, context.node_config, 1)
-        results.append([client_app._prepared(config, site)[2] for _ in range(3)])
+        results.append([requests._prepared(config, site)[2] for _ in range(3)])
     assert len(reads) == 3 + 1
     for encoded in results[1]:
         same(encoded, results[0][0])
@@ -139,10 +138,10 @@ def test_too_few_examples_are_refused_from_the_cache_too(tiny, tmp_path, data_fi
     node = {"data-path": str(data_file), "max-epsilon": float("inf"), "data-cache": str(tmp_path)}
     changes = open_run() | {"data.num-labels": 2}
     config = tiny(**changes)
-    client_app._prepared(config, admit(config, node, 1))
+    requests._prepared(config, admit(config, node, 1))
     greedy = tiny(**changes | {"train.batch-size": 61})
     with pytest.raises(ConfigError, match="batch-size=61"):
-        client_app._prepared(greedy, admit(greedy, node, 1))
+        requests._prepared(greedy, admit(greedy, node, 1))
 
 
 def test_a_cache_needs_data_of_its_own(tiny, tmp_path):
@@ -162,5 +161,5 @@ def test_missing_data_is_named_as_without_a_cache(tiny, tmp_path):
     node |= {"data-cache": str(tmp_path / "cache")}
     config = tiny(**open_run())
     with pytest.raises(DataError) as error:
-        client_app._prepared(config, admit(config, node, 1))
+        requests._prepared(config, admit(config, node, 1))
     assert error.value.key == "data-path"

@@ -19,8 +19,9 @@ from lalora_app.models.backbone import build
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.randomness import seeded
-from lalora_app.settings.run_config import ConfigError
-from lalora_app.wire import messages
+from lalora_app.private_step import step
+from lalora_app.settings.errors import ConfigError
+from lalora_app.wire import messages, tensors
 from test_app import arrays, local_steps, open_run, run, tokens_of
 from test_mechanism import assert_gaussian, flat
 
@@ -59,13 +60,13 @@ def released(client, data, *, t, k, z=0.0, seed=0):
     local = local_steps(config, t)
     model.engine.activate(active_names(start, local.method.trains(t, k)))
     with model.bases.shaken(local_round._perturbation(model, local, k)):
-        return local_round.private_gradient(
+        return step.private_gradient(
             model,
             data,
             reservation=Reservation(Release(1.0, z, 1)),
             clip_norm=CLIP,
             micro_batch=3,
-            streams=local_round.Streams(seeded(seed, "sampling"), seeded(seed, "noise")),
+            streams=step.Streams(seeded(seed, "sampling"), seeded(seed, "noise")),
         )
 
 
@@ -243,7 +244,7 @@ def test_one_client_that_sends_nonsense_does_not_move_a_robust_run(tiny, kind_of
         if attempt and partition == 1:
             for array in reply.content[messages.ARRAYS].values():
                 values = np.full(array.shape, 1e6, np.float32)
-                array.data = messages.to_record({"x": values})["x"].data
+                array.data = tensors.to_record({"x": values})["x"].data
         return reply
 
     suspects = {} if kind_of_mean == "median" else {"suspects": 1}

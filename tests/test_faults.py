@@ -23,9 +23,9 @@ from lalora_app import client_app, server_app
 from lalora_app.cli import main
 from lalora_app.models import backbone
 from lalora_app.privacy.accounting import epsilon
-from lalora_app.privacy.ledger import Ledger
-from lalora_app.privacy.policy import state_folder
+from lalora_app.privacy.ledger import Ledger, state_folder
 from lalora_app.results.run_folder import RunFolder
+from lalora_app.server import enrolment
 from lalora_app.settings.run_config import flatten, parse
 from lalora_app.wire import messages
 
@@ -40,7 +40,7 @@ REPEATABLE = {
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
-    monkeypatch.setattr(server_app, "_POLL", 0.0)
+    monkeypatch.setattr(enrolment, "POLL_SECONDS", 0.0)
 
 
 @contextmanager

@@ -15,10 +15,11 @@ from hypothesis import strategies as st
 
 from conftest import defaults, make_config
 from lalora_app.client.site import admit
-from lalora_app.methods.table import method_of
+from lalora_app.methods.compatibility import method_of
 from lalora_app.privacy.policy import Policy, PolicyError, read_policy, read_policy_file
-from lalora_app.settings.run_config import Config, ConfigError, from_tables, parse
-from lalora_app.wire import messages
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.run_config import Config, from_tables, parse
+from lalora_app.wire import messages, tensors
 
 ASKED = os.environ.get("LALORA_FUZZ")
 fuzz = settings(
@@ -140,7 +141,7 @@ def test_any_run_config_on_the_wire_is_a_mapping_or_a_wire_error(text):
     content = RecordDict({messages.RUN_CONFIG: ConfigRecord({"run-config": plain})})
     try:
         found = messages.run_config_of(content)
-    except messages.WireError:
+    except tensors.WireError:
         return
     assert isinstance(found, dict)
 
@@ -158,7 +159,7 @@ def test_any_order_is_read_or_a_wire_error(order):
     content = RecordDict({messages.CONFIG: ConfigRecord(order)})
     try:
         found = messages.parse_request(content, RUN)
-    except messages.WireError:
+    except tensors.WireError:
         return
     assert 1 <= found.round <= RUN.num_server_rounds
     assert "/" not in found.run
@@ -182,7 +183,7 @@ def test_any_tensor_is_finite_or_a_wire_error(data, shape, dtype, part):
     read = messages.adapter_of if part == messages.ARRAYS else messages.drift_of
     try:
         found = read(content, LIKE)
-    except messages.WireError:
+    except tensors.WireError:
         return
     assert all(np.isfinite(array).all() for array in found.values())
 
@@ -206,5 +207,5 @@ def test_deep_nesting_is_an_error_and_no_crash(tmp_path, depth):
     with pytest.raises(ConfigError):
         read_policy_file(path)
     content = RecordDict({messages.RUN_CONFIG: ConfigRecord({"run-config": "[" * depth})})
-    with pytest.raises(messages.WireError):
+    with pytest.raises(tensors.WireError):
         messages.run_config_of(content)

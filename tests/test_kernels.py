@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lalora_app.client.local_round import Streams, private_gradient
 from lalora_app.data.encoding import EncodedTexts
 from lalora_app.data.examples import split
 from lalora_app.models.backbone import build
@@ -19,9 +18,10 @@ from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.randomness import seeded
 from lalora_app.private_step.attach import LayoutError
-from lalora_app.private_step.engine import PerExampleEngine
+from lalora_app.private_step.engine import KernelEngine
 from lalora_app.private_step.gradients import Outer, PerExampleGrads
 from lalora_app.private_step.mechanism import clipped_sum
+from lalora_app.private_step.step import Streams, private_gradient
 from oracle import (
     WAYS,
     Losses,
@@ -165,12 +165,12 @@ def test_narrow_frozen_layers_change_no_bit_of_an_autocast_forward():
 def test_a_layer_with_dropout_keeps_pefts_arithmetic_and_cannot_be_merged():
     model, losses = adapted(Net(), lora_dropout=0.5), losses_of(5)
     expected = loop_gradients(model, losses, [0, 1])  # in eval mode nothing is dropped
-    engine = PerExampleEngine(model, trained(model), "fused")
+    engine = KernelEngine(model, trained(model), "fused")
     assert "forward" not in vars(model.get_submodule("base_model.model.layer"))
     assert_equal(engine.gradients(lambda: losses(model, [0, 1]), 2).dense(), expected, 1e-12)
     again = without_engine(model)
     with pytest.raises(LayoutError, match=r'lora\.kernel="merged" .*layer, which has LoRA dropout'):
-        PerExampleEngine(again, trained(again), "merged")
+        KernelEngine(again, trained(again), "merged")
 
 
 @pytest.mark.parametrize("kernel", ["fused", "merged"])
@@ -178,7 +178,7 @@ def test_a_switched_off_adapter_is_off(kernel):
     model, x = adapted(Net()), torch.randn(3, 5, WIDTH, dtype=torch.float64)
     with model.disable_adapter():
         expected = model(x)
-    PerExampleEngine(model, trained(model), kernel)
+    KernelEngine(model, trained(model), kernel)
     assert not torch.allclose(model(x), expected)
     with model.disable_adapter():
         torch.testing.assert_close(model(x), expected)
@@ -187,7 +187,7 @@ def test_a_switched_off_adapter_is_off(kernel):
 def test_the_merged_weight_follows_its_factors_and_serves_an_evaluation_and_a_step():
     model, losses = adapted(Net()), losses_of(5)
     plain = without_engine(model)
-    engine = PerExampleEngine(model, trained(model), "merged")
+    engine = KernelEngine(model, trained(model), "merged")
     for round_number in range(3):
         with torch.inference_mode():
             torch.testing.assert_close(losses(model, [0, 1]), losses(plain, [0, 1]))

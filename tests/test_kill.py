@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from fake_grid import FakeGrid, identify
-from lalora_app.adapter.factors import ServerState
+from lalora_app.aggregation.server_state import ServerState
 from lalora_app.cli import main
 from lalora_app.client import local_round
 from lalora_app.data.partition import partition
@@ -59,7 +59,7 @@ def _client(config, side: Path, run: str, die_at: int | None):
 
 
 def _method(config):
-    from lalora_app.methods.table import lookup
+    from lalora_app.methods.compatibility import lookup
 
     return lookup(config.method, config.train.local_steps)
 

@@ -13,7 +13,6 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from lalora_app.client.local_round import Streams, private_gradient
 from lalora_app.data.encoding import EncodedTexts
 from lalora_app.data.examples import split
 from lalora_app.models.backbone import Backbone, build, wire_name
@@ -31,6 +30,7 @@ from lalora_app.private_step.mechanism import (
     clipped_sum,
     poisson_batch,
 )
+from lalora_app.private_step.step import Streams, private_gradient
 
 SHAPES = {"q.lora_A.weight": (2, 5), "q.lora_B.weight": (4, 2), "classifier.bias": (3,)}
 EXAMPLES = 12

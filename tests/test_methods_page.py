@@ -3,7 +3,8 @@
 import importlib.util
 
 from conftest import ROOT
-from lalora_app.methods.table import METHODS, REFUSED
+from lalora_app.methods.compatibility import REFUSED
+from lalora_app.methods.table import METHODS
 
 TEXT = (ROOT / "docs" / "methods.md").read_text("utf-8")
 

@@ -15,7 +15,7 @@ from conftest import SHARED, WORDS, make_config, save_tokenizer, timm_class
 from fake_grid import FakeGrid
 from lalora_app import server_app
 from lalora_app.adapter.factors import active_names, kind
-from lalora_app.client.local_round import Local, Streams, apply, make_optimizer, private_gradient
+from lalora_app.client.local_round import Local, apply, make_optimizer
 from lalora_app.data.encoding import Batch, EncodedImages, EncodedSequences, EncodedTexts
 from lalora_app.data.examples import split
 from lalora_app.methods.table import METHODS
@@ -24,7 +24,10 @@ from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.randomness import seeded
 from lalora_app.private_step.mechanism import poisson_batch
-from lalora_app.settings.run_config import Config, ConfigError
+from lalora_app.private_step.step import Streams, private_gradient
+from lalora_app.server import enrolment
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.run_config import Config
 from oracle import assert_engine_is_right, randomise, without_engine
 
 INF = float("inf")
@@ -601,8 +604,8 @@ def test_a_model_of_another_task_is_one_line(images, texts, tiny_model, tiny_vit
 
 def finished(config: Config, monkeypatch) -> tuple[Path, dict]:
     """Run a federation of two clients; return its adapter's folder and its summary."""
-    monkeypatch.setattr(server_app, "_POLL", 0.0)
-    monkeypatch.setattr(server_app, "_SETTLE", 0.0)
+    monkeypatch.setattr(enrolment, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(server_app, "SETTLE_SECONDS", 0.0)
     server_app.run(FakeGrid(config, 2), config)
     (folder,) = Path(config.output).iterdir()
     return folder / "adapter", json.loads((folder / "summary.json").read_text("utf-8"))

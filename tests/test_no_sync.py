@@ -13,17 +13,19 @@ from torch import Tensor, nn
 
 from conftest import make_config
 from lalora_app.adapter.factors import active_names
-from lalora_app.client.local_round import Local, Streams, apply, make_optimizer, private_gradient
+from lalora_app.client.local_round import Local, apply, make_optimizer
 from lalora_app.data.encoding import EncodedTexts
 from lalora_app.methods.table import METHODS
 from lalora_app.models.backbone import Backbone, wire_name
-from lalora_app.models.forwards import CLASSIFICATION, Segmented, mean_logits, text_logits
+from lalora_app.models.forwards import Segmented, mean_logits, text_logits
 from lalora_app.models.frozen_weights import Bases, base_layers
+from lalora_app.models.scores import CLASSIFICATION
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.randomness import seeded
 from lalora_app.private_step import attach, kernels, mechanism
-from lalora_app.private_step.engine import PerExampleEngine
+from lalora_app.private_step.engine import KernelEngine
+from lalora_app.private_step.step import Streams, private_gradient
 
 META = torch.device("meta")
 TOKENS = tuple(tuple(range(2, 4 + i % 5)) for i in range(40))
@@ -51,7 +53,7 @@ def tiny_bert(pooling: str) -> nn.Module:
 def meta_backbone(*, pooling="mean", kernel="fused", dtype=torch.float32) -> Backbone:
     model = tiny_bert(pooling).to(dtype).to(META)
     parameters = {wire_name(n): p for n, p in model.named_parameters() if p.requires_grad}
-    engine = PerExampleEngine(model, parameters, kernel)
+    engine = KernelEngine(model, parameters, kernel)
     forward = Segmented({"mean": mean_logits, "model": text_logits}[pooling], 3)
     bases = Bases(base_layers(model))
     return Backbone(model, CLASSIFICATION, forward, list, engine, META, dtype, 4, bases)

@@ -27,9 +27,10 @@ from lalora_app.models.frozen_weights import base_layers
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.randomness import seeded
-from lalora_app.private_step.engine import PerExampleEngine
+from lalora_app.private_step import step
+from lalora_app.private_step.engine import KernelEngine
 from lalora_app.private_step.mechanism import clipped_sum
-from lalora_app.private_step.reparametrised_engine import PulledBackEngine
+from lalora_app.private_step.reparametrised_engine import ReparametrisedEngine
 from oracle import WAYS, assert_equal, joint, make_engine, randomise, trained, without_engine
 
 AB = frozenset("AB")
@@ -283,7 +284,7 @@ def test_every_example_has_the_gradient_of_its_own_loss_through_the_parametrisat
     plain = without_engine(model)
     for way, flat in WAYS:
         adapted = without_engine(model)
-        engine = PulledBackEngine(make_engine(adapted, way, flat=flat), theta, effective)
+        engine = ReparametrisedEngine(make_engine(adapted, way, flat=flat), theta, effective)
         for k, factors in enumerate(ACTIVE):
             active = active_names(theta, factors)
             engine.activate(active)
@@ -301,7 +302,7 @@ def test_every_example_has_the_gradient_of_its_own_loss_through_the_parametrisat
 
 def test_active_tensors_alone_make_the_norm():
     model, theta, effective = pulled("beamlora")
-    engine = PulledBackEngine(PerExampleEngine(model, trained(model)), theta, effective)
+    engine = ReparametrisedEngine(KernelEngine(model, trained(model)), theta, effective)
     active = active_names(theta, frozenset("B"))
     engine.activate(active)
     grads = engine.gradients(lambda: losses_of(model, [0, 1]), 2)
@@ -315,7 +316,7 @@ def engines():
     made = {}
     for name in [*OWN, "tangled"]:
         model, theta, effective = pulled(name)
-        pulled_back = PulledBackEngine(PerExampleEngine(model, trained(model)), theta, effective)
+        pulled_back = ReparametrisedEngine(KernelEngine(model, trained(model)), theta, effective)
         made[name] = model, pulled_back, active_names(theta, AB)
     return made
 
@@ -373,13 +374,13 @@ def filled(start: Adapter) -> Adapter:
 
 
 def release(backbone, data, *, z=0.0, clip_norm=0.7, seed=0) -> Theta:
-    return local_round.private_gradient(
+    return step.private_gradient(
         backbone,
         data,
         reservation=Reservation(Release(1.0, z, 1)),
         clip_norm=clip_norm,
         micro_batch=5,
-        streams=local_round.Streams(seeded(seed, "sampling"), seeded(seed, "noise")),
+        streams=step.Streams(seeded(seed, "sampling"), seeded(seed, "noise")),
     )
 
 
@@ -494,7 +495,7 @@ def test_a_private_round_trains_all_but_what_is_fixed(name, tasks, built, data):
         {},
         local=local_of(name, **{"rule.tasks": tasks}),
         reservation=Reservation(Release(0.5, 1.0, 2)),
-        streams=local_round.Streams(seeded(0, "sampling"), seeded(0, "noise")),
+        streams=step.Streams(seeded(0, "sampling"), seeded(0, "noise")),
     )
     assert {n: x.shape for n, x in result.items()} == {n: x.shape for n, x in start.items()}
     for tensor, array in start.items():

@@ -14,8 +14,8 @@ from lalora_app.data import examples as datasets
 from lalora_app.data import partition as deals
 from lalora_app.data.examples import Examples
 from lalora_app.data.partition import MAKERS, deal_name, label_counts, partition
-from lalora_app.data.sources import DataError
-from lalora_app.settings.run_config import PARTITIONERS, ConfigError, Data
+from lalora_app.settings.errors import ConfigError, DataError
+from lalora_app.settings.run_config import PARTITIONERS, Data
 
 INF = float("inf")
 BY_SIZE = ("linear", "square", "exponential")

@@ -12,7 +12,7 @@ from lalora_app.data.examples import Examples, split
 from lalora_app.models.backbone import build
 from lalora_app.models.forwards import masked_mean
 from lalora_app.private_step.attach import LayoutError
-from lalora_app.private_step.engine import PerExampleEngine
+from lalora_app.private_step.engine import KernelEngine
 from lalora_app.private_step.layout_check import check_layout
 from lalora_app.private_step.mechanism import clipped_sum
 from oracle import (
@@ -76,7 +76,7 @@ def test_float32_under_bf16_autocast_still_gives_float32_gradients(bert):
     model, losses = bert()
     expected = loop_gradients(without_engine(model), losses, [0, 1, 2, 3])
     model = model.float()
-    engine = PerExampleEngine(model, trained(model))
+    engine = KernelEngine(model, trained(model))
 
     def autocast_losses() -> Tensor:
         with torch.autocast("cpu", torch.bfloat16):
@@ -134,7 +134,7 @@ def test_the_layout_check_passes_swin_and_leaves_its_parameters_alone(swin):
     model, losses = swin
     model = copy.deepcopy(model)
     before = {name: p.detach().clone() for name, p in trained(model).items()}
-    engine = PerExampleEngine(model, trained(model))
+    engine = KernelEngine(model, trained(model))
     engine.activate(frozenset(list(before)[:1]))
     check_layout(engine, lambda rows: losses(model, rows), 3)
     assert set(trained(model)) == set(before)
@@ -166,7 +166,7 @@ def test_an_image_is_clipped_as_one_and_not_by_its_windows(swin):
     by_window = (windows * (clip_norm / norms).clamp(max=1)[:, None, None]).sum(0)
     assert by_window.norm() > 1.5 * clip_norm  # what a clip of windows would let one image do
 
-    engine = PerExampleEngine(model, trained(model))
+    engine = KernelEngine(model, trained(model))
     grads = engine.gradients(lambda: losses(model, [0, 1]), 2).dense()
     image = grads[name][:1]
     torch.testing.assert_close(image[0], windows.sum(0))
@@ -275,7 +275,7 @@ def test_opacus_agrees():
     theirs = GradSampleModule(copy.deepcopy(model), batch_first=True, loss_reduction="sum")
     losses(theirs).sum().backward()
     expected = {n.removeprefix("_module."): p.grad_sample for n, p in theirs.named_parameters()}
-    engine = PerExampleEngine(model, trained(model))
+    engine = KernelEngine(model, trained(model))
     found = engine.gradients(lambda: losses(model), 5).dense()
     assert set(found) == set(expected)
     assert_equal(found, expected, TOLERANCE)
@@ -283,7 +283,7 @@ def test_opacus_agrees():
 
 def test_an_inactive_layer_keeps_no_activation():
     model, x = randomise(Small()), torch.randn(4, 5, 6, dtype=torch.float64)
-    engine = PerExampleEngine(model, trained(model))
+    engine = KernelEngine(model, trained(model))
     kept: list[int] = []
     entered: list[Tensor] = []  # the head's input, which no other function keeps
     model.head.register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0]))
@@ -306,14 +306,14 @@ def test_an_inactive_layer_keeps_no_activation():
 
 def test_rows_that_do_not_divide_into_examples_are_refused():
     model, losses = randomise(Small()), small_losses()
-    engine = PerExampleEngine(model, trained(model))
+    engine = KernelEngine(model, trained(model))
     with pytest.raises(LayoutError, match="4 rows do not divide into 3 examples"):
         engine.gradients(lambda: losses(model, [0, 1, 2, 3])[:3], 3)
 
 
 def test_an_active_parameter_that_takes_no_part_is_named():
     model, losses = randomise(Small(calls=0)), small_losses()
-    engine = PerExampleEngine(model, trained(model))
+    engine = KernelEngine(model, trained(model))
     with pytest.raises(LayoutError, match=r"first\.weight is active but took no part"):
         engine.gradients(lambda: losses(model, [0, 1]), 2)
     engine.activate(frozenset({"head.weight"}))
@@ -329,14 +329,14 @@ def test_an_active_parameter_that_takes_no_part_is_named():
 def test_a_trained_layer_that_is_no_linear_is_refused_at_once(layer):
     model = nn.Sequential(nn.Linear(6, 6), layer)
     with pytest.raises(LayoutError, match=f"1 trains but is a {type(layer).__name__}"):
-        PerExampleEngine(model, trained(model))
+        KernelEngine(model, trained(model))
     layer.requires_grad_(False)
-    assert set(PerExampleEngine(model, trained(model)).parameters) == {"0.weight", "0.bias"}
+    assert set(KernelEngine(model, trained(model)).parameters) == {"0.weight", "0.bias"}
 
 
 def checked(model: nn.Module, *shape: int) -> None:
     losses = small_losses(*shape)
-    engine = PerExampleEngine(model, trained(model))
+    engine = KernelEngine(model, trained(model))
     check_layout(engine, lambda rows: losses(model, rows), 3)
 
 

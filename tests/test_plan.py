@@ -7,7 +7,8 @@ import pytest
 from conftest import defaults
 from lalora_app.comparison.plan import RATES, Cell
 from lalora_app.comparison.plan_file import narrowed, read_plan
-from lalora_app.settings.run_config import ConfigError, parse
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.run_config import parse
 
 INF = math.inf
 

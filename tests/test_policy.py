@@ -9,9 +9,10 @@ from flwr.app import Message, RecordDict
 from fake_grid import FakeGrid
 from lalora_app import client_app, server_app
 from lalora_app.privacy.budget import Limit
-from lalora_app.privacy.ledger import Ledger
-from lalora_app.privacy.policy import PolicyError, read_policy, read_policy_file, state_folder
-from lalora_app.settings.run_config import ConfigError, flatten
+from lalora_app.privacy.ledger import Ledger, state_folder
+from lalora_app.privacy.policy import PolicyError, read_policy, read_policy_file
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.run_config import flatten
 from lalora_app.wire import messages
 
 DELTA = 1e-5

@@ -36,7 +36,7 @@ from lalora_app.reports.tables import (
 )
 from lalora_app.results.finished_run import Record, group, read_record
 from lalora_app.results.run_folder import RunFolder
-from lalora_app.settings.run_config import ConfigError
+from lalora_app.settings.errors import ConfigError
 
 BALANCED, PERPLEXITY = METRICS[1:]
 LABELS = ("la-lora", "rolora", "dp-lora")

@@ -4,7 +4,8 @@ import pytest
 
 from lalora_app.aggregation.average import average
 from lalora_app.methods import schedule
-from lalora_app.methods.table import METHODS, lookup
+from lalora_app.methods.compatibility import lookup
+from lalora_app.methods.table import METHODS
 
 # Four local steps of rounds 1 and 2, and what rounds 1 to 4 send up.
 ALTERNATE_STEPS = ("B A B A", "B A B A")

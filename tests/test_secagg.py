@@ -21,13 +21,15 @@ from fake_grid import FakeGrid, wire_bytes
 from lalora_app import client_app, server_app
 from lalora_app.adapter.factors import active_names, select
 from lalora_app.client import local_round
-from lalora_app.methods.table import METHODS, method_of
+from lalora_app.methods.compatibility import method_of
+from lalora_app.methods.table import METHODS
 from lalora_app.secagg import fixed_point, masks
 from lalora_app.secagg.messages import MASKED, SECAGG, column_of, columns
 from lalora_app.server import progress
-from lalora_app.settings.run_config import ConfigError
-from lalora_app.wire import messages
-from lalora_app.wire.messages import REFUSALS, WireError
+from lalora_app.settings.errors import ConfigError
+from lalora_app.wire import messages, tensors
+from lalora_app.wire.refusals import REFUSALS
+from lalora_app.wire.tensors import WireError
 from test_app import (
     arrays,
     by_dataset,
@@ -410,7 +412,7 @@ class Table:
         sealed = {s: self.shares[s][client] for s in sources if s != client} if self.shares else {}
         order = messages.TrainRequest("run-1", 1, attempt, 2, {"A": 0, "B": 0}).record()
         records = {
-            messages.ARRAYS: messages.to_record(start),
+            messages.ARRAYS: tensors.to_record(start),
             messages.CONFIG: order,
             messages.RUN_CONFIG: messages.run_config(test_app.flatten(self.config)),
             SECAGG: ConfigRecord(columns("shares", sealed)),

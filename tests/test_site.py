@@ -11,7 +11,8 @@ from fake_grid import FakeGrid
 from lalora_app import client_app
 from lalora_app.client.site import admit
 from lalora_app.privacy.policy import PolicyError
-from lalora_app.settings.run_config import ConfigError, flatten
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.run_config import flatten
 from lalora_app.wire import messages
 
 OWN = {"data-path": "/no/such/own.jsonl", "max-epsilon": float("inf")}

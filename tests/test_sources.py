@@ -13,11 +13,12 @@ import pytest
 from PIL import Image as Pictures
 
 from conftest import ROOT, SHARED, described, one_line, written
-from lalora_app.data import sources
 from lalora_app.data.examples import split
-from lalora_app.data.sources import DEMO, DataError, is_local, read
-from lalora_app.settings.run_config import ConfigError
-from lalora_app.wire.messages import REFUSALS
+from lalora_app.data.sources import DEMO, read
+from lalora_app.settings import errors
+from lalora_app.settings.errors import ConfigError, DataError
+from lalora_app.settings.names import is_local
+from lalora_app.wire.refusals import REFUSALS
 
 WANTED = {"text": "data.input-column", "label": "data.label-column"}
 TRAIN = [{"text": f"train, {i}", "label": i % 2} for i in range(12)]
@@ -303,9 +304,9 @@ def test_a_folder_without_data_is_one_line(tmp_path):
 
 
 def test_an_error_without_a_word_is_named_by_its_kind():
-    assert sources.first_line(ValueError("one\ntwo")) == "one"
-    assert sources.first_line(ValueError(" \n two")) == "two"
-    assert sources.first_line(KeyError()) == "KeyError"
+    assert errors.first_line(ValueError("one\ntwo")) == "one"
+    assert errors.first_line(ValueError(" \n two")) == "two"
+    assert errors.first_line(KeyError()) == "KeyError"
 
 
 # --- what a refusal may tell ------------------------------------------------------------------

@@ -8,12 +8,13 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDic
 
 from conftest import make_config
 from fake_grid import SERVER, identify, over_the_wire
-from lalora_app.adapter.factors import ServerState, select
+from lalora_app.adapter.factors import select
+from lalora_app.aggregation.server_state import ServerState
 from lalora_app.methods.table import METHODS
 from lalora_app.server.cohorts import Clients
 from lalora_app.server.strategy import LocalAlternation
 from lalora_app.settings.run_config import parse
-from lalora_app.wire import messages
+from lalora_app.wire import messages, tensors
 from lalora_app.wire.downlink import LEFT_OUT
 from lalora_app.wire.messages import TrainReply
 
@@ -94,7 +95,7 @@ def test_a_request_holds_the_whole_adapter_and_its_order():
         assert not request.content[messages.DRIFT]
         assert parse(messages.run_config_of(request.content)) == strategy.config
         assert same_bits(
-            messages.from_record(request.content.array_records[messages.ARRAYS], adapter(0)),
+            tensors.from_record(request.content.array_records[messages.ARRAYS], adapter(0)),
             noisy(0),
         )
         order = messages.parse_request(request.content, strategy.config)
@@ -182,7 +183,7 @@ def test_the_mean_of_the_uploads_replaces_what_travelled_and_nothing_else():
         assert strategy.state.adapter[name].dtype == np.float32
     assert strategy.state.adapter[A].tobytes() == noisy(0)[A].tobytes()
     assert metrics is None
-    assert same_bits(messages.from_record(arrays, adapter(0)), strategy.state.adapter)
+    assert same_bits(tensors.from_record(arrays, adapter(0)), strategy.state.adapter)
 
 
 def test_one_reply_is_its_own_mean():

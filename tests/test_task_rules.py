@@ -17,13 +17,9 @@ from lalora_app.adapter.parametrisations import (
     with_directions,
     with_gates,
 )
+from lalora_app.aggregation.beam_pruning import prune_and_expand
 from lalora_app.aggregation.rule import Aggregated, Round
-from lalora_app.aggregation.task_blocks import (
-    closed_task,
-    freeze_direction,
-    freeze_subspace,
-    prune_and_expand,
-)
+from lalora_app.aggregation.task_blocks import closed_task, freeze_direction, freeze_subspace
 
 HEAD = "base_model.model.classifier.weight"
 SIZES = {"base_model.model.layer.0": (9, 17), "base_model.model.layer.1": (16, 13)}

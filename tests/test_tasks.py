@@ -16,11 +16,7 @@ from lalora_app.data.encoding import IGNORED, Batch, EncodedSequences
 from lalora_app.models.base import pixel_probe, token_probe
 from lalora_app.models.forwards import (
     _SEE_ALL,
-    CLASSIFICATION,
-    LANGUAGE_MODEL,
-    METRICS,
     Pixels,
-    accuracies,
     attention,
     image_logits,
     masked_mean,
@@ -28,6 +24,7 @@ from lalora_app.models.forwards import (
     timm_logits,
     whole_mask,
 )
+from lalora_app.models.scores import CLASSIFICATION, LANGUAGE_MODEL, METRICS, accuracies
 
 SEEDS = st.integers(0, 2**32 - 1)
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -15,8 +15,9 @@ from fake_grid import identify, over_the_wire
 from lalora_app.adapter.factors import num_bytes, select
 from lalora_app.methods.table import METHODS
 from lalora_app.models import backbone
-from lalora_app.wire import messages
-from lalora_app.wire.messages import Hello, TrainReply, TrainRequest, WireError
+from lalora_app.wire import code_version, messages, refusals, tensors
+from lalora_app.wire.messages import Hello, TrainReply, TrainRequest
+from lalora_app.wire.tensors import WireError
 
 ROUNDS, STEPS = 10, 2
 RUN = make_config(**{"num-server-rounds": ROUNDS, "train.local-steps": STEPS})
@@ -76,8 +77,8 @@ def reply(upload=None, **changes):
 
 def test_adapter_survives_the_wire_bit_for_bit():
     sent = adapter()
-    got = over_the_wire(answer(RecordDict({messages.ARRAYS: messages.to_record(sent)})))
-    back = messages.from_record(got.content.array_records[messages.ARRAYS], sent)
+    got = over_the_wire(answer(RecordDict({messages.ARRAYS: tensors.to_record(sent)})))
+    back = tensors.from_record(got.content.array_records[messages.ARRAYS], sent)
     assert list(back) == list(sent)
     for name, array in sent.items():
         assert back[name].dtype == np.float32
@@ -86,7 +87,7 @@ def test_adapter_survives_the_wire_bit_for_bit():
 
 def test_a_transposed_view_travels_as_its_values():
     sent = {A: np.arange(10, dtype=np.float32).reshape(5, 2).T}
-    assert np.array_equal(messages.from_record(messages.to_record(sent), sent)[A], sent[A])
+    assert np.array_equal(tensors.from_record(tensors.to_record(sent), sent)[A], sent[A])
 
 
 def bf16_bytes():
@@ -124,7 +125,7 @@ def unfit_arrays():
 @pytest.mark.parametrize("case", list(unfit_arrays()))
 def test_an_unfit_array_is_a_wire_error_that_names_it(case):
     with pytest.raises(WireError, match=r"m\.lora_A\.weight"):
-        messages.from_record(with_a(unfit_arrays()[case]), adapter())
+        tensors.from_record(with_a(unfit_arrays()[case]), adapter())
 
 
 def header(text):
@@ -151,23 +152,23 @@ def crafted_bytes():
 @pytest.mark.parametrize("case", list(crafted_bytes()))
 def test_crafted_bytes_are_a_wire_error_too(case):
     with pytest.raises(WireError, match=r"m\.lora_A\.weight"):
-        messages.from_record(with_a(claiming_float32(crafted_bytes()[case])), adapter())
+        tensors.from_record(with_a(claiming_float32(crafted_bytes()[case])), adapter())
 
 
 def test_missing_and_unexpected_tensors_are_named():
     like = adapter()
     with pytest.raises(WireError, match=r"m\.lora_B\.weight is missing"):
-        messages.from_record(messages.to_record({n: a for n, a in like.items() if n != B}), like)
+        tensors.from_record(tensors.to_record({n: a for n, a in like.items() if n != B}), like)
     extra = {**like, "m.lora_C.weight": like[A]}
     with pytest.raises(WireError, match=r"m\.lora_C\.weight is unexpected"):
-        messages.from_record(messages.to_record(extra), like)
+        tensors.from_record(tensors.to_record(extra), like)
 
 
 @fuzz
 @given(data=st.binary(max_size=300))
 def test_any_bytes_in_an_array_give_only_a_wire_error(data):
     with pytest.raises(WireError, match=r"m\.lora_A\.weight"):
-        messages.from_record(with_a(claiming_float32(data)), adapter())
+        tensors.from_record(with_a(claiming_float32(data)), adapter())
 
 
 @fuzz
@@ -183,7 +184,7 @@ def test_a_damaged_array_gives_a_wire_error_or_finite_numbers(position, cut, ins
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # numpy's, about files of Python 2
         try:
-            got = messages.from_record(with_a(claiming_float32(damaged)), adapter())
+            got = tensors.from_record(with_a(claiming_float32(damaged)), adapter())
         except WireError as error:
             assert A in str(error)  # noqa: PT017
             return
@@ -308,7 +309,7 @@ def test_a_reply_to_another_round_is_stale(t):
 
 
 def test_a_reply_of_other_code_is_no_reply():
-    for code in ("0" * 64, "", messages.code_hash()[:-1]):
+    for code in ("0" * 64, "", code_version.code_hash()[:-1]):
         content = reply().record()
         content.config_records[messages.CONFIG]["code"] = code
         with pytest.raises(WireError, match="other code"):
@@ -363,7 +364,7 @@ def test_an_error_message_is_told_without_its_text():
         messages.parse_hello(failed)
 
 
-@pytest.mark.parametrize("key", list(messages.REFUSALS))
+@pytest.mark.parametrize("key", list(refusals.REFUSALS))
 def test_a_refusal_is_one_fixed_sentence(key):
     content = messages.refusal(key)
     assert {name: dict(record) for name, record in content.items()} == {
@@ -408,7 +409,7 @@ def test_the_code_hash_covers_every_source_file(tmp_path, monkeypatch):
         (package / path).parent.mkdir(parents=True)
         (package / path).write_text("x = 1\n", "utf-8")
     monkeypatch.setattr(messages, "__file__", str(package / "wire" / "messages.py"))
-    hashed = messages.code_hash.__wrapped__
+    hashed = code_version.code_hash.__wrapped__
     before = hashed()
     assert hashed() == before
     (package / "sub" / "a.py").write_text("x = 2\n", "utf-8")
@@ -425,6 +426,6 @@ def test_a_drift_of_an_impossible_rank_is_refused(rank):
         "l.lora_A.weight": np.zeros((rank, 5), "f4"),
         "l.lora_B.weight": np.zeros((7, rank), "f4"),
     }
-    content = RecordDict({messages.DRIFT: messages.to_record(drift)})
+    content = RecordDict({messages.DRIFT: tensors.to_record(drift)})
     with pytest.raises(WireError, match=f"has rank {rank}, which must be 1 to 5"):
         messages.drift_of(content, like)

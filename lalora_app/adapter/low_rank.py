@@ -8,9 +8,11 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lalora_app.adapter.factors import Adapter, Array, pairs
-from lalora_app.aggregation.rule import Wide
+
+Wide = NDArray[np.float64]
 
 NEGLIGIBLE = 1e-7  # of the largest singular value: below what float32 factors can say
 

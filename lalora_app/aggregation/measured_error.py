@@ -4,15 +4,14 @@ Products are never formed; all figures are relative to ‖Σ p_k B_k A_k‖_F ov
 the scale s cancels. A function of what was noised before it was sent: no privacy cost.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from lalora_app.adapter.factors import Adapter, pairs
-from lalora_app.adapter.low_rank import Product, norm, stacked, svd
-from lalora_app.aggregation.rule import Aggregated, Wide, shares_of
-from lalora_app.results.spectra import mean_cosine
+from lalora_app.adapter.low_rank import Product, Wide, norm, stacked, svd
+from lalora_app.aggregation.rule import Aggregated, shares_of
 
 SHOWN = 4  # singular values
 
@@ -129,3 +128,62 @@ def errors_of(
     if alike and _has_both(uploads[0]):
         apart = _measured(_apart(shares, uploads), whole)
     return Errors(apart[0], apart[1], left[0], left[1], found.cosine)
+
+
+def _rows(name: str, updates: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
+    """Return (clients, entries) of one tensor, in float64."""
+    shapes = [update[name].shape for update in updates]
+    if len(set(shapes)) > 1:
+        raise ValueError(f"{name} of {sorted(set(shapes))} must be of one shape in all updates")
+    return np.stack([update[name].ravel() for update in updates]).astype(np.float64)
+
+
+def _gram(updates: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
+    """Return (clients, clients) inner products, one tensor at a time: little is copied at once."""
+    names = updates[0].keys()
+    for client, update in enumerate(updates):
+        if update.keys() != names:
+            differing = min(update.keys() ^ names)
+            raise ValueError(f"update {client} must have the same tensors as update 0: {differing}")
+    gram = np.zeros((len(updates), len(updates)))
+    for name in names:
+        rows = _rows(name, updates)
+        gram += rows @ rows.T
+    return gram
+
+
+def update_cosines(updates: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
+    """Return (clients, clients): the cosine between every two clients' flattened updates.
+
+    Args:
+        updates: of at least one client: upload minus the global tensor, by tensor name.
+
+    Returns:
+        A symmetric matrix in [-1, 1] with ones on its diagonal. A zero update has no direction:
+        its entries off the diagonal are 0.
+
+    Raises:
+        ValueError: if there is no update, or if their tensors differ in name or shape.
+
+    Privacy: a function of what was noised before it was sent; unavailable to a server that sees
+        sums only.
+    """
+    if not updates:
+        raise ValueError("cosines of 0 updates: there must be at least 1")
+    gram = _gram(updates)
+    norms = np.sqrt(np.diag(gram))
+    norms[norms == 0] = 1.0  # the numerators are zero too
+    cosines: np.ndarray = np.clip(gram / np.outer(norms, norms), -1.0, 1.0)
+    np.fill_diagonal(cosines, 1.0)
+    return cosines
+
+
+def mean_cosine(updates: Sequence[Mapping[str, np.ndarray]]) -> float | None:
+    """Return the mean cosine over all pairs of different clients; None for one client.
+
+    Args:
+        updates: see ``update_cosines``, whose errors and privacy are this one's too.
+    """
+    cosines = update_cosines(updates)
+    pairs = cosines[np.triu_indices(len(cosines), k=1)]
+    return float(pairs.mean()) if pairs.size else None

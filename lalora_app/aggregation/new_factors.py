@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from lalora_app.adapter.factors import Adapter, Array, kind, pairs
-from lalora_app.adapter.low_rank import balanced, stacked, svd
+from lalora_app.adapter.low_rank import Wide, balanced, stacked, svd
 from lalora_app.aggregation.average import mean
-from lalora_app.aggregation.rule import Aggregated, Round, Wide, shares_of
+from lalora_app.aggregation.rule import Aggregated, Round, shares_of
 from lalora_app.settings.run_config import Rule
 
 

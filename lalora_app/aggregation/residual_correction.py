@@ -6,9 +6,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from lalora_app.adapter.factors import Adapter, pairs
-from lalora_app.adapter.low_rank import Product, balanced, norm, rank_of, stacked, svd
+from lalora_app.adapter.low_rank import Product, Wide, balanced, norm, rank_of, stacked, svd
 from lalora_app.aggregation.average import mean
-from lalora_app.aggregation.rule import Aggregated, Round, Wide, shares_of
+from lalora_app.aggregation.rule import Aggregated, Round, shares_of
 
 # (what ΔW lacks (m, R)·(R, n), B̄ (m, r), Ā (r, n), round) -> ΔB (m, r)
 Correction = Callable[[Product, Wide, Wide, Round], Wide]

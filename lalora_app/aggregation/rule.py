@@ -4,12 +4,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lalora_app.adapter.factors import Adapter
+from lalora_app.adapter.low_rank import Wide
 from lalora_app.settings.run_config import Rule as Numbers
-
-Wide = NDArray[np.float64]
 
 
 @dataclass(frozen=True)

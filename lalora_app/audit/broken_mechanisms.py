@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from lalora_app.audit.step_attack import Attack, Observed, Step
-from lalora_app.client.local_round import Streams, private_gradient
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.randomness import seeded
 from lalora_app.private_step.gradients import NoisedGrads, PerExampleGrads, Rows
 from lalora_app.private_step.mechanism import clip_scales, poisson_batch
+from lalora_app.private_step.step import Streams, private_gradient
 
 WINDOWS = 4  # of an example, for the clip by window
 _FIRST_DRAW = 0  # seed of the noise that is used again and again

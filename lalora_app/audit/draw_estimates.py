@@ -17,7 +17,6 @@ from torch import Tensor
 
 from lalora_app.adapter.factors import Adapter, Kind, active_names, kind
 from lalora_app.audit.planted_federation import Federation, Sent
-from lalora_app.client.local_round import noise_std_of
 from lalora_app.data.encoding import Encoded
 from lalora_app.methods.method import Method
 from lalora_app.methods.optimizers import as_configured
@@ -25,7 +24,9 @@ from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.randomness import seeded
 from lalora_app.private_step.gradients import NoisedGrads
 from lalora_app.private_step.mechanism import clip_scales
-from lalora_app.settings.run_config import Config, ConfigError
+from lalora_app.private_step.step import noise_std_of
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.run_config import Config
 
 _POINT = np.float32(0.25)  # of the way from a round's start to its end: gradients are taken there
 BATCH = 32

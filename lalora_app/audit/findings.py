@@ -5,9 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lalora_app.results.model_card import CARD_ROW
+
 SURE = 1e-4  # p-value below which the verdict is "broken": one false alarm in 10,000 audits
-CARD_ROW = "| ε, lower bound (audit) |"  # how the line of a model card begins
-NOT_AUDITED = f"{CARD_ROW} not audited: `lalora audit --run` with the folder of the run |"
 
 
 @dataclass(frozen=True)

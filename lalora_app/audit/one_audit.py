@@ -22,7 +22,8 @@ from lalora_app.audit.step_attack import (
 from lalora_app.data.partition import partition
 from lalora_app.privacy.budget import Limit
 from lalora_app.privacy.randomness import seed_of
-from lalora_app.settings.run_config import Config, ConfigError
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.run_config import Config
 
 REAL = "lalora"
 CONTROL = "gaussian"

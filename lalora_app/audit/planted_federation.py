@@ -10,19 +10,20 @@ from pathlib import Path
 
 import numpy as np
 
-from lalora_app.adapter.factors import Adapter, Kind, ServerState, active_names, kind, select
+from lalora_app.adapter.factors import Adapter, Factors, Kind, active_names, kind, select
 from lalora_app.adapter.low_rank import moved
 from lalora_app.aggregation.rule import Round
+from lalora_app.aggregation.server_state import ServerState
 from lalora_app.client import local_round, resident_factors
 from lalora_app.data.encoding import Batch, Encoded, Indices
 from lalora_app.data.examples import Examples, split
 from lalora_app.data.partition import partition
-from lalora_app.methods.schedule import Factors
-from lalora_app.methods.table import method_of
+from lalora_app.methods.compatibility import method_of
 from lalora_app.models.backbone import build
 from lalora_app.privacy.accounting import Release, calibrate, epsilon
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.randomness import seed_of, seeded
+from lalora_app.private_step import step
 from lalora_app.settings.run_config import Config
 
 _VICTIM = 0
@@ -181,7 +182,7 @@ class Federation:
             config.privacy.clip_norm,
             seed_of(self.seed, index, t),
         )
-        streams = local_round.Streams(
+        streams = step.Streams(
             seeded(self.seed, "audit sampling", index, t),
             seeded(self.seed, "audit noise", index, t),
         )

@@ -18,7 +18,7 @@ from lalora_app.audit.estimators import Guesses, one_run, roc
 from lalora_app.audit.planted_federation import Federation, Sent, mislabelled
 from lalora_app.audit.step_attack import Observed, guessed, likelihood
 from lalora_app.data.encoding import Encoded
-from lalora_app.methods.table import method_of
+from lalora_app.methods.compatibility import method_of
 from lalora_app.models.backbone import Backbone
 from lalora_app.privacy.randomness import seeded
 from lalora_app.settings.run_config import Config

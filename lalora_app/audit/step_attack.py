@@ -10,12 +10,12 @@ import numpy as np
 
 from lalora_app.audit.canaries import SPREAD, Canaries, CanaryBackbone, CanaryData
 from lalora_app.audit.estimators import Errors, Guesses, one_run, roc, subsampled
-from lalora_app.client.local_round import Streams, private_gradient
 from lalora_app.privacy.accounting import Release, epsilon
 from lalora_app.privacy.budget import Limit, noise_for
 from lalora_app.privacy.ledger import Ledger, Reservation
 from lalora_app.privacy.randomness import seed_of, seeded
 from lalora_app.private_step.gradients import NoisedGrads
+from lalora_app.private_step.step import Streams, private_gradient
 
 Step = Callable[..., NoisedGrads]  # takes what trainer.private_gradient takes
 Shapes = Mapping[str, tuple[int, ...]]

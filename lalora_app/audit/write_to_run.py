@@ -2,10 +2,11 @@
 
 from pathlib import Path
 
-from lalora_app.audit.findings import CARD_ROW, Report
+from lalora_app.audit.findings import Report
 from lalora_app.results.finished_run import read_record
+from lalora_app.results.model_card import CARD_ROW
 from lalora_app.results.run_folder import RunFolder
-from lalora_app.settings.run_config import ConfigError
+from lalora_app.settings.errors import ConfigError
 
 
 def check_finished(folder: Path) -> None:

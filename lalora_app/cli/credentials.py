@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.serialization import (
 )
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
-from lalora_app.settings.run_config import ConfigError
+from lalora_app.settings.errors import ConfigError
 
 _CURVE = ec.SECP384R1()  # Flower takes ECDSA keys only
 _CA_DAYS = 3650

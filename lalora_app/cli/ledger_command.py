@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from lalora_app.cli.argument_types import to_delta, to_limit
 from lalora_app.privacy.accounting import PRV_TRUSTED, epsilon, is_tight, second_epsilon
-from lalora_app.privacy.ledger import Entry, Ledger
-from lalora_app.privacy.policy import state_folder
-from lalora_app.settings.run_config import ConfigError
+from lalora_app.privacy.ledger import Entry, Ledger, state_folder
+from lalora_app.settings.errors import ConfigError
 
 _AGREEMENT = 0.01  # relative; both accountants bound the same number from above
 _SLACK = 0.004  # absolute: the first accountant's own additive error
@@ -26,20 +26,6 @@ def _open_ledger(path: Path | None) -> Ledger:
         return Ledger(file)
     except sqlite3.DatabaseError as error:
         raise ConfigError(f"ledger={file} must be a ledger: {error}") from error
-
-
-def to_delta(text: str) -> float:
-    """Read a number in (0, 1) from the command line."""
-    if not 0 < (value := float(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be in (0, 1)")
-    return value
-
-
-def to_limit(text: str) -> float:
-    """Read a number greater than 0 from the command line."""
-    if not (value := float(text)) > 0:
-        raise argparse.ArgumentTypeError(f"{text} must be greater than 0")
-    return value
 
 
 def _groups(entries: Sequence[Entry]) -> dict[tuple[str, str], list[Entry]]:

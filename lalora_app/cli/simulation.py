@@ -22,10 +22,11 @@ from typing import Any
 
 import psutil
 
-from lalora_app.methods.table import method_of
+from lalora_app.methods.compatibility import method_of
 from lalora_app.results.run_folder import as_toml
+from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.overrides import merged
-from lalora_app.settings.run_config import ConfigError, Scalar, flatten, from_tables, parse
+from lalora_app.settings.run_config import Scalar, flatten, from_tables, parse
 
 _FLWR = str(Path(sys.executable).parent / "flwr")
 _GRACE = 10.0  # seconds to end by itself

@@ -25,7 +25,7 @@ from lalora_app.data.encoding import Encoded, EncodedImages, EncodedSequences, E
 from lalora_app.data.sources import stamp
 from lalora_app.models.pretrained import revision
 from lalora_app.settings.run_config import Config, flatten
-from lalora_app.wire.messages import code_hash
+from lalora_app.wire.code_version import code_hash
 
 # What decides on how an example is encoded; the device, or how it is trained on, does not.
 _KEYS = ("data.", "model.name", "model.task", "model.max-length", "model.image-", "model.weights")

@@ -1,11 +1,8 @@
 """One client's round: private steps on the active factors, in the order of the schedule."""
 
 from dataclasses import dataclass
-from functools import partial
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from lalora_app.adapter.factors import Adapter, active_names, kind
 from lalora_app.data.encoding import Encoded
@@ -16,16 +13,8 @@ from lalora_app.models.frozen_weights import Change
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.randomness import seed_of
 from lalora_app.private_step.gradients import NoisedGrads
-from lalora_app.private_step.mechanism import add_noise, clipped_sum, poisson_batch
+from lalora_app.private_step.step import Streams, noise_std_of, private_gradient
 from lalora_app.settings.run_config import Rule, Train
-
-
-@dataclass(frozen=True)
-class Streams:
-    """The two secret random streams of a client's round."""
-
-    sampling: np.random.Generator
-    noise: np.random.Generator
 
 
 @dataclass(frozen=True)
@@ -69,59 +58,6 @@ def make_optimizer(backbone: Backbone, local: Local, noise_std: float) -> torch.
         for which, rate in rates.items()
     ]
     return local.method.optimizer(groups, Hyper(train, local.rule, noise_std))
-
-
-def _summed(
-    backbone: Backbone, data: Encoded, indices: np.ndarray, clip_norm: float, micro_batch: int
-) -> dict[str, Tensor]:
-    """Return the clipped sum over a batch of any size: zeros if it is empty."""
-    sums: dict[str, Tensor] = {}
-    for batch in data.micro_batches(indices, micro_batch):
-        grads = backbone.engine.gradients(partial(backbone.losses, batch), len(batch.labels))
-        totals = clipped_sum(grads, clip_norm)
-        if sums:
-            torch._foreach_add_(list(sums.values()), [totals[name] for name in sums])
-        else:
-            sums = totals
-    active = [(n, p) for n, p in backbone.engine.parameters.items() if p.requires_grad]
-    return {name: sums[name] if sums else torch.zeros_like(p) for name, p in active}
-
-
-def noise_std_of(reservation: Reservation, clip_norm: float) -> float:
-    """Return z·C. C may be inf only where z is 0, and inf·0 is NaN."""
-    z = reservation.noise_multiplier
-    return z * clip_norm if z > 0 else 0.0
-
-
-def private_gradient(
-    backbone: Backbone,
-    data: Encoded,
-    *,
-    reservation: Reservation,
-    clip_norm: float,
-    micro_batch: int,
-    streams: Streams,
-) -> NoisedGrads:
-    """Draw one counted release: the noised mean gradient of the engine's active tensors.
-
-    Args:
-        backbone: with the tensors of this step made active.
-        data: the client's examples.
-        reservation: gives q and the noise multiplier, and counts the release.
-        clip_norm: C, of each example's joint gradient.
-        micro_batch: examples a forward; noise is added once, to the whole batch's sum.
-        streams: sampling and noise.
-
-    Raises:
-        BudgetError: if the reservation is used up; nothing is drawn then.
-    """
-    reservation.take()
-    q = reservation.sampling_rate
-    indices = poisson_batch(len(data), q, streams.sampling)
-    sums = _summed(backbone, data, indices, clip_norm, micro_batch)
-    noise_std = noise_std_of(reservation, clip_norm)
-    expected = q * len(data)
-    return add_noise(sums, noise_std=noise_std, expected_batch=expected, rng=streams.noise)
 
 
 def apply(backbone: Backbone, optimizer: torch.optim.Optimizer, gradients: NoisedGrads) -> None:

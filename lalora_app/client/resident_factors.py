@@ -11,8 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from lalora_app.adapter.atomic_files import file_name, replacing
-from lalora_app.adapter.factors import Adapter, kind
-from lalora_app.methods.schedule import Factor, Factors
+from lalora_app.adapter.factors import Adapter, Factor, Factors, kind
 
 
 def resident_file(folder: Path, dataset: str, run: str) -> Path:

@@ -8,10 +8,12 @@ from pathlib import Path
 from lalora_app.data.examples import Examples, check_client
 from lalora_app.data.examples import private_file as read_private_file
 from lalora_app.data.partition import CLIENT_NAME, deal_name, partition
-from lalora_app.methods.table import checked_rank
-from lalora_app.privacy.ledger import Ledger
-from lalora_app.privacy.policy import Policy, PolicyError, read_policy, state_folder
-from lalora_app.settings.run_config import Config, ConfigError, flatten, full_path
+from lalora_app.methods.compatibility import checked_rank
+from lalora_app.privacy.ledger import Ledger, state_folder
+from lalora_app.privacy.policy import Policy, PolicyError, read_policy
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.names import full_path
+from lalora_app.settings.run_config import Config, flatten
 
 # What a site says of its own data, by default what the app does. A server that chose would learn
 # from a refusal, without noise and on no ledger, whether any column holds labels in its range.

@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from lalora_app.comparison.plan import Cell, Line, Plan
-from lalora_app.settings.run_config import ConfigError, from_tables
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.run_config import from_tables
 
 _FREE = {"output", "resume-from", "compare"}  # may differ between two tries of a run
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
-from lalora_app.methods.table import method_of
-from lalora_app.settings.run_config import Config, ConfigError, Scalar, as_float, parse
+from lalora_app.methods.compatibility import method_of
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.run_config import Config, Scalar, as_float, parse
 
 Flat = dict[str, Scalar]
 Line = tuple[str, float]  # label and ε

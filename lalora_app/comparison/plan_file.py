@@ -6,7 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lalora_app.comparison.plan import Entry, Plan, Tuning, parse_cell, slug
-from lalora_app.settings.run_config import ConfigError, as_float, from_tables
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.run_config import as_float, from_tables
 
 _METHODS = ("dp-lora", "ffa-lora", "rolora", "la-lora", "la-lora-full")
 _TUNE = {"grid", "seeds", "test-fraction"}

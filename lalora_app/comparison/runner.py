@@ -13,8 +13,9 @@ from lalora_app.comparison.finished_cells import completed, finished, tuned
 from lalora_app.comparison.plan import Cell, Plan, parse_cell
 from lalora_app.comparison.plan_file import read_plan
 from lalora_app.data.examples import split
-from lalora_app.data.sources import NONE
-from lalora_app.settings.run_config import Config, ConfigError, full_path
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.names import NONE, full_path
+from lalora_app.settings.run_config import Config
 
 Run = Callable[[Grid, Config, float], None]  # the last: seconds to wait for late nodes
 _log = logging.getLogger("flwr")

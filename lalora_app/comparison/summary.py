@@ -11,8 +11,9 @@ from lalora_app.reports.page import write_report
 from lalora_app.reports.tables import rows_of, to_csv, to_latex, to_markdown, to_text
 from lalora_app.results.finished_run import Record, read_record
 from lalora_app.results.run_folder import check_writable
+from lalora_app.settings.names import full_path
 from lalora_app.settings.overrides import absolute, read_toml
-from lalora_app.settings.run_config import from_tables, full_path
+from lalora_app.settings.run_config import from_tables
 
 PLAN = "plan.json"
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from lalora_app.data.examples import Examples
-from lalora_app.data.sources import DataError
+from lalora_app.settings.errors import DataError
 
 IGNORED = -100  # the label of a position that has none, as in transformers
 UNLIMITED = sys.maxsize

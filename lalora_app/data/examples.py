@@ -7,8 +7,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from lalora_app.data.sources import NONE, DataError, has_one_split, read
-from lalora_app.settings.run_config import Data, full_path
+from lalora_app.data.sources import has_one_split, read
+from lalora_app.settings.errors import DataError
+from lalora_app.settings.names import NONE, full_path
+from lalora_app.settings.run_config import Data
 
 Content = str | tuple[str, ...] | bytes  # a text, a pair of texts, or an encoded image
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lalora_app.data.encoding import EncodedImages
 from lalora_app.data.examples import Examples
-from lalora_app.data.sources import DataError
+from lalora_app.settings.errors import DataError
 
 
 def resized_side(side: int, shorter: int, resize: int) -> int:

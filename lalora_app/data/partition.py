@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 
 from lalora_app.data.examples import Examples, split
-from lalora_app.data.sources import NONE, DataError, first_line
+from lalora_app.settings.errors import DataError, first_line
+from lalora_app.settings.names import NONE
 from lalora_app.settings.run_config import BY_LABEL, Data
 
 CLIENT_NAME = "partition-{:06d}"  # of a simulated client, by its index

@@ -9,35 +9,17 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from lalora_app.settings.run_config import ConfigError, full_path
+from lalora_app.settings.errors import DataError, first_line
+from lalora_app.settings.names import NONE, full_path, is_local
 
 DEMO = "demo:sms-spam"
-NONE = "none"
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 Columns = dict[str, list[Any]]
-
-
-class DataError(ConfigError):
-    """The data cannot be trained on; ``key`` is what a refusal may tell, without any value."""
-
-    def __init__(self, key: str, message: str):
-        super().__init__(f"{key}{message}")
-        self.key = key
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of what an exception says, or its kind where it says nothing."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def quiet_hub() -> None:
     """Keep the hub's client from telling every retry: what comes of it is told in one line."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-
-
-def is_local(name: str) -> bool:
-    """Tell whether a name is a path, and not an id of the hub."""
-    return name.startswith(("/", "~", "."))
 
 
 def has_one_split(name: str) -> bool:

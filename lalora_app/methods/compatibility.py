@@ -1,6 +1,28 @@
-"""What a run under secure aggregation cannot be: the server knows one sum a round."""
+"""Look up a method, and refuse settings that a method or secure aggregation cannot work with."""
 
-from lalora_app.settings.run_config import Config, ConfigError
+import difflib
+import json
+
+from lalora_app.methods import compatibility, schedule
+from lalora_app.methods.method import Method
+from lalora_app.methods.table import METHODS
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.run_config import Config
+
+# What papers publish and no example-level noise covers: refused by name, with the rule it breaks.
+REFUSED = {
+    "deer-published": "rule F: its noise is shaped by the other factor, but ΔB is clipped in "
+    'another geometry; method="deer" clips where the noise is',
+    "galore-raw-gradient": "rules E and I: a projector of a raw gradient is a release without "
+    'noise; method="galore-dwa" takes it of noised updates',
+    "fedsa-raw-state": "rule E: a factor or head trained without noise on the client reaches "
+    'what is sent later; method="fedsa-lora" noises it too',
+    "la-lora-published": "rule C: it clips batch means at a median of the private batch; "
+    'method="la-lora-full" clips every example at a constant',
+    "fedsmooth-lora": "rule E: it starts from a raw gradient and keeps a raw residual",
+    "ilora": "rule E: its control variates are made of raw gradients",
+    "losa-private": "rule I: masks and ranks of private activations are not noised",
+}
 
 
 def check(config: Config, *, linear: bool) -> None:
@@ -37,3 +59,68 @@ def check(config: Config, *, linear: bool) -> None:
             f"min-replies={config.min_replies} must be at least 2 for {here}: a sum of one upload "
             "is that upload"
         )
+
+
+def _require_known(name: str) -> None:
+    if name in REFUSED:
+        raise ConfigError(f"method={json.dumps(name)} is refused by {REFUSED[name]}")
+    if name not in METHODS:
+        nearest = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.0)[0]
+        known = ", ".join(METHODS)
+        raise ConfigError(
+            f'method={json.dumps(name)} must be one of {known}; did you mean "{nearest}"?'
+        )
+
+
+def lookup(name: str, local_steps: int) -> Method:
+    """Return the method called ``name``, after checking that its rounds train what they send.
+
+    Raises:
+        ConfigError: if there is no such method, it is one that gives no guarantee, or
+            ``local_steps`` is too few for its schedule.
+    """
+    _require_known(name)
+    method = METHODS[name]
+    for t in (1, 2):  # the longest period of any schedule
+        if not method.syncs(t) <= schedule.trained(method.trains, t, local_steps):
+            raise ConfigError(
+                f"train.local-steps={local_steps} must be at least 2 for method {name}: "
+                "a round must train every factor that it sends"
+            )
+    return method
+
+
+def method_of(config: Config) -> Method:
+    """Return a run's method, after checking that the rest of the config goes with it.
+
+    Raises:
+        ConfigError: naming the rule that the combination breaks.
+    """
+    method, ranks = lookup(config.method, config.train.local_steps), config.lora.ranks
+    if ranks != "none" and not method.heterogeneous:
+        able = ", ".join(name for name, entry in METHODS.items() if entry.heterogeneous)
+        raise ConfigError(
+            f'lora.ranks="{ranks}" must be "none" for method {config.method}, whose factors have '
+            f"one rank; these take several: {able}"
+        )
+    if config.robust != "none" and not method.linear:
+        raise ConfigError(
+            f'robust="{config.robust}" must be "none" for method {config.method}, whose server '
+            "rule is not a mean"
+        )
+    compatibility.check(config, linear=method.linear)
+    return method
+
+
+def checked_rank(rank: object, config: Config) -> int:
+    """Return a client's rank, which both sides check: neither trusts the other's word.
+
+    Raises:
+        ConfigError: if the run has no room for it, or its method wants one rank for all.
+    """
+    largest = config.lora.rank
+    if type(rank) is not int or not 1 <= rank <= largest:
+        raise ConfigError(f"rank={rank!r} must be 1 to lora.rank={largest}")
+    if rank != largest and not method_of(config).heterogeneous:
+        raise ConfigError(f"rank={rank} must be lora.rank={largest} for method {config.method}")
+    return rank

@@ -6,12 +6,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from lalora_app.adapter.factors import Adapter
+from lalora_app.adapter.factors import Adapter, Factor, Factors
 from lalora_app.aggregation.average import average
 from lalora_app.aggregation.rule import Rule as ServerRule
 from lalora_app.methods import alignment, optimizers, schedule
 from lalora_app.methods.filters import identity
-from lalora_app.methods.schedule import Factor, Factors, Syncs, Trains
+from lalora_app.methods.schedule import Syncs, Trains
 from lalora_app.methods.weight_noise import Perturb
 from lalora_app.private_step.gradients import NoisedGrads
 from lalora_app.settings.run_config import Rule

@@ -6,17 +6,12 @@ and restart in every round. B comes first everywhere: B starts at zero, so the g
 """
 
 from collections.abc import Callable
-from typing import Literal
 
-Factor = Literal["A", "B"]
-Factors = frozenset[Factor]
+from lalora_app.adapter.factors import AB, A, B, Factors
+
 PERIOD = 2  # steps after which every schedule begins again
 Trains = Callable[[int, int], Factors]
 Syncs = Callable[[int], Factors]
-
-A: Factors = frozenset({"A"})
-B: Factors = frozenset({"B"})
-AB: Factors = frozenset({"A", "B"})
 
 
 def both(t: int, k: int = 0) -> Factors:

@@ -1,22 +1,20 @@
 """METHODS: every federated-LoRA method as one value. Clip and noise belong to the run, not here."""
 
-import difflib
-import json
 from dataclasses import replace
 
-from lalora_app.adapter import parametrisations
+from lalora_app.adapter import factors, parametrisations
 from lalora_app.aggregation import (
+    beam_pruning,
     fold_into_base,
     new_factors,
     padded_average,
     residual_correction,
     task_blocks,
 )
-from lalora_app.methods import alignment, compatibility, optimizers, schedule
+from lalora_app.methods import alignment, optimizers, schedule
 from lalora_app.methods.filters import binomial, identity, permuted, scaled
 from lalora_app.methods.method import Method
 from lalora_app.methods.weight_noise import row_noise
-from lalora_app.settings.run_config import Config, ConfigError
 
 _BOTH = Method(paper="arXiv:2312.17493", trains=schedule.both, syncs=schedule.both)
 _ONLY_B = Method(
@@ -109,7 +107,7 @@ METHODS: dict[str, Method] = {
         _BOTH,
         paper="arXiv:2410.01463, local state noised",
         syncs=schedule.only_a,
-        finally_syncs=schedule.AB,
+        finally_syncs=factors.AB,
         keeps_client_state=True,
     ),
     "flat-lora": replace(_BOTH, paper="arXiv:2409.14396", perturb=row_noise),
@@ -121,7 +119,7 @@ METHODS: dict[str, Method] = {
         paper="arXiv:2502.13604",
         start=parametrisations.with_gates,
         effective=parametrisations.gated,
-        aggregate=task_blocks.prune_and_expand,
+        aggregate=beam_pruning.prune_and_expand,
     ),
     "sd-lora": replace(
         _BOTH,
@@ -148,83 +146,3 @@ METHODS: dict[str, Method] = {
         moves_base=True,
     ),
 }
-
-# What papers publish and no example-level noise covers: refused by name, with the rule it breaks.
-REFUSED = {
-    "deer-published": "rule F: its noise is shaped by the other factor, but ΔB is clipped in "
-    'another geometry; method="deer" clips where the noise is',
-    "galore-raw-gradient": "rules E and I: a projector of a raw gradient is a release without "
-    'noise; method="galore-dwa" takes it of noised updates',
-    "fedsa-raw-state": "rule E: a factor or head trained without noise on the client reaches "
-    'what is sent later; method="fedsa-lora" noises it too',
-    "la-lora-published": "rule C: it clips batch means at a median of the private batch; "
-    'method="la-lora-full" clips every example at a constant',
-    "fedsmooth-lora": "rule E: it starts from a raw gradient and keeps a raw residual",
-    "ilora": "rule E: its control variates are made of raw gradients",
-    "losa-private": "rule I: masks and ranks of private activations are not noised",
-}
-
-
-def _require_known(name: str) -> None:
-    if name in REFUSED:
-        raise ConfigError(f"method={json.dumps(name)} is refused by {REFUSED[name]}")
-    if name not in METHODS:
-        nearest = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.0)[0]
-        known = ", ".join(METHODS)
-        raise ConfigError(
-            f'method={json.dumps(name)} must be one of {known}; did you mean "{nearest}"?'
-        )
-
-
-def lookup(name: str, local_steps: int) -> Method:
-    """Return the method called ``name``, after checking that its rounds train what they send.
-
-    Raises:
-        ConfigError: if there is no such method, it is one that gives no guarantee, or
-            ``local_steps`` is too few for its schedule.
-    """
-    _require_known(name)
-    method = METHODS[name]
-    for t in (1, 2):  # the longest period of any schedule
-        if not method.syncs(t) <= schedule.trained(method.trains, t, local_steps):
-            raise ConfigError(
-                f"train.local-steps={local_steps} must be at least 2 for method {name}: "
-                "a round must train every factor that it sends"
-            )
-    return method
-
-
-def method_of(config: Config) -> Method:
-    """Return a run's method, after checking that the rest of the config goes with it.
-
-    Raises:
-        ConfigError: naming the rule that the combination breaks.
-    """
-    method, ranks = lookup(config.method, config.train.local_steps), config.lora.ranks
-    if ranks != "none" and not method.heterogeneous:
-        able = ", ".join(name for name, entry in METHODS.items() if entry.heterogeneous)
-        raise ConfigError(
-            f'lora.ranks="{ranks}" must be "none" for method {config.method}, whose factors have '
-            f"one rank; these take several: {able}"
-        )
-    if config.robust != "none" and not method.linear:
-        raise ConfigError(
-            f'robust="{config.robust}" must be "none" for method {config.method}, whose server '
-            "rule is not a mean"
-        )
-    compatibility.check(config, linear=method.linear)
-    return method
-
-
-def checked_rank(rank: object, config: Config) -> int:
-    """Return a client's rank, which both sides check: neither trusts the other's word.
-
-    Raises:
-        ConfigError: if the run has no room for it, or its method wants one rank for all.
-    """
-    largest = config.lora.rank
-    if type(rank) is not int or not 1 <= rank <= largest:
-        raise ConfigError(f"rank={rank!r} must be 1 to lora.rank={largest}")
-    if rank != largest and not method_of(config).heterogeneous:
-        raise ConfigError(f"rank={rank} must be lora.rank={largest} for method {config.method}")
-    return rank

@@ -12,19 +12,21 @@ from torch import Tensor, nn
 from lalora_app.adapter.factors import Adapter
 from lalora_app.data.encoding import Batch, Encoded
 from lalora_app.data.examples import Examples
-from lalora_app.methods.table import method_of
+from lalora_app.methods.compatibility import method_of
 from lalora_app.models.base import Base
 from lalora_app.models.device import autocast, narrow_frozen, pick_device, pick_dtype, to_device
-from lalora_app.models.forwards import Forward, Metrics, Task
+from lalora_app.models.forwards import Forward
 from lalora_app.models.frozen_weights import Bases, base_layers
-from lalora_app.models.pretrained import TIMM
+from lalora_app.models.scores import Metrics, Task
 from lalora_app.models.timm_models import load_timm
 from lalora_app.models.transformers_models import load_transformers
-from lalora_app.private_step.compiled_engine import ExpandedEngine
-from lalora_app.private_step.engine import PerExampleEngine
+from lalora_app.private_step.compiled_engine import CompiledEngine
+from lalora_app.private_step.engine import Engine, KernelEngine
 from lalora_app.private_step.layout_check import check_layout
-from lalora_app.private_step.reparametrised_engine import Effective, PulledBackEngine
-from lalora_app.settings.run_config import Config, ConfigError, Lora, Model
+from lalora_app.private_step.reparametrised_engine import Effective, ReparametrisedEngine
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.names import TIMM
+from lalora_app.settings.run_config import Config, Lora, Model
 
 
 @dataclass
@@ -38,7 +40,7 @@ class Backbone:
     task: Task
     forward: Forward
     encode: Callable[[Examples], Encoded]
-    engine: PerExampleEngine
+    engine: Engine
     device: torch.device
     dtype: torch.dtype
     targets: int
@@ -68,7 +70,7 @@ class Backbone:
         """Return the same model, trained by ``theta``, of which its factors are a function."""
         view = copy.copy(self)
         tensors = {name: torch.from_numpy(array).to(self.device) for name, array in theta.items()}
-        view.engine = PulledBackEngine(self.engine, tensors, effective)
+        view.engine = ReparametrisedEngine(self.engine, tensors, effective)
         return view
 
     def _logits(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
@@ -163,10 +165,10 @@ def _with_adapters(base: Base, lora: Lora, targets: list[str]) -> nn.Module:
     return adapted
 
 
-def _engine(model: nn.Module, parameters: dict[str, nn.Parameter], kernel: str) -> PerExampleEngine:
+def _engine(model: nn.Module, parameters: dict[str, nn.Parameter], kernel: str) -> Engine:
     if kernel == "compiled":
-        return ExpandedEngine(model, parameters)
-    return PerExampleEngine(model, parameters, kernel)
+        return CompiledEngine(model, parameters)
+    return KernelEngine(model, parameters, kernel)
 
 
 def _build(model: Model, lora: Lora, num_labels: int, seed: int) -> tuple[Backbone, Batch]:

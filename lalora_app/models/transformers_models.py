@@ -13,8 +13,6 @@ from lalora_app.data.images import encode_images
 from lalora_app.data.sources import quiet_hub
 from lalora_app.models.base import Base, cannot_load, pixel_probe, require_size, token_probe
 from lalora_app.models.forwards import (
-    CLASSIFICATION,
-    LANGUAGE_MODEL,
     Pixels,
     Segmented,
     causal_logits,
@@ -24,7 +22,9 @@ from lalora_app.models.forwards import (
     text_logits,
 )
 from lalora_app.models.pretrained import source
-from lalora_app.settings.run_config import ConfigError, Model
+from lalora_app.models.scores import CLASSIFICATION, LANGUAGE_MODEL
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.run_config import Model
 
 _HEADS = ("classifier", "score")  # as PEFT's own task types call them
 

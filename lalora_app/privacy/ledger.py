@@ -1,8 +1,9 @@
 """The client's ledger: an SQLite file in which every release is committed before it is drawn."""
 
+import os
 import secrets
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.budget import BudgetError, Limit, check
+from lalora_app.settings.names import full_path
 
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS releases (
@@ -227,3 +229,9 @@ def _check_day(entries: list[Entry], now: datetime, most: int) -> None:
     rounds = sum(entry.time > since for entry in entries)
     if rounds >= most:
         raise BudgetError(f"{rounds} rounds in 24 hours; max-rounds-per-day={most}")
+
+
+def state_folder(node_config: Mapping[str, object]) -> Path:
+    """Return where this client keeps its ledger: ``state-path``, else $LALORA_HOME, ~/.lalora."""
+    default = os.environ.get("LALORA_HOME", "~/.lalora")
+    return full_path(str(node_config.get("state-path", default)))

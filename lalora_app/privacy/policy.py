@@ -1,7 +1,6 @@
 """The client's own limits, of a TOML file or of its node config: they cap what any server asks."""
 
 import math
-import os
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from lalora_app.privacy.budget import Limit
-from lalora_app.settings.run_config import Config, ConfigError, as_float, full_path
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.names import full_path
+from lalora_app.settings.run_config import Config, as_float
 
 _INLINE = ("max-epsilon", "delta", "public-size")
 _KEYS = (
@@ -240,9 +241,3 @@ def read_policy(
     # A server must not declare the size of data that is not its own.
     default = public and "data-path" not in node_config
     return Policy(limit, _flag(node_config, "public-size", default, "node config"))
-
-
-def state_folder(node_config: Mapping[str, object]) -> Path:
-    """Return where this client keeps its ledger: ``state-path``, else $LALORA_HOME, ~/.lalora."""
-    default = os.environ.get("LALORA_HOME", "~/.lalora")
-    return full_path(str(node_config.get("state-path", default)))

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lalora_app.private_step.attach import linear_layers, replace_forward
-from lalora_app.private_step.engine import PerExampleEngine, require_losses
+from lalora_app.private_step.engine import require_losses, set_trainable
 from lalora_app.private_step.gradients import PerExampleGrads, Rows, Slot
 from lalora_app.private_step.tape import unused
 
@@ -37,7 +37,7 @@ def _expanded_linear(leaves: dict[str, Tensor], names: Names) -> Callable[[Any, 
     return forward
 
 
-class ExpandedEngine(PerExampleEngine):
+class CompiledEngine:
     """The engine of ``lora.kernel="compiled"``: same interface, same gradients.
 
     Args:
@@ -49,13 +49,25 @@ class ExpandedEngine(PerExampleEngine):
     """
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]):
-        self.parameters = dict(parameters)
+        self._parameters = dict(parameters)
         self._leaves: dict[str, Tensor] = {}
         names = {id(p): name for name, p in parameters.items()}
         owners = linear_layers(model, parameters)
         for layer in {id(layer): layer for layer in owners.values()}.values():
             keys = (names.get(id(layer.weight)), names.get(id(layer.bias)))
             replace_forward(layer, _expanded_linear(self._leaves, keys))
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the trainable tensors by wire name; they are the model's own."""
+        return self._parameters
+
+    def activate(self, names: frozenset[str]) -> None:
+        """Make exactly ``names`` trainable: only these are expanded."""
+        set_trainable(self.parameters, names)
+
+    def write(self) -> None:
+        """Do nothing: the parameters are the model's own."""
 
     def prepare(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return the compiled forward; its backward is compiled with it.
@@ -78,7 +90,7 @@ class ExpandedEngine(PerExampleEngine):
         return compiled
 
     def gradients(self, losses: Callable[[], Tensor], examples: int) -> PerExampleGrads:
-        """Return one gradient an example of the active parameters (see PerExampleEngine)."""
+        """Return one gradient an example of the active parameters (see :class:`Engine`)."""
         for name, parameter in self.parameters.items():
             if parameter.requires_grad:
                 leaf = parameter.detach().expand(examples, *parameter.shape)

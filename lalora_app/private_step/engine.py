@@ -1,4 +1,4 @@
-"""Per-example gradients of the trainable Linear layers, in one forward and one backward.
+"""Per-example gradients of the trainable Linear layers, in one forward and one backward pass.
 
 Each trainable layer computes through a kernel whose backward records what its weight gradient is
 made of, and no summed gradient. One batched product turns that into one gradient an example; for
@@ -8,6 +8,7 @@ by the image and not by the window (trap L).
 """
 
 from collections.abc import Callable, Mapping
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +28,45 @@ def require_losses(each: Tensor, examples: int) -> None:
         raise LayoutError(f"losses are of shape {tuple(each.shape)}, and must be ({examples},)")
 
 
-class PerExampleEngine:
-    """Book-keeper of per-example gradients over named parameters of Linear layers.
+def set_trainable(parameters: Mapping[str, nn.Parameter], names: frozenset[str]) -> None:
+    """Make exactly the named parameters require gradients."""
+    for name, parameter in parameters.items():
+        parameter.requires_grad_(name in names)
+
+
+class Engine(Protocol):
+    """A source of per-example gradients for the trainable tensors of one model.
+
+    Implementations: :class:`KernelEngine`, ``CompiledEngine``, ``ReparametrisedEngine``.
+    """
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the trainable tensors by wire name."""
+
+    def activate(self, names: frozenset[str]) -> None:
+        """Make exactly the named tensors trainable in the next steps."""
+
+    def write(self) -> None:
+        """Copy the present parameters into the model, if the model does not hold them itself."""
+
+    def prepare(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return the forward function to use in training: ``forward`` itself, or compiled."""
+
+    def gradients(self, losses: Callable[[], Tensor], examples: int) -> PerExampleGrads:
+        """Return one gradient per example for every active tensor.
+
+        Args:
+            losses: function without arguments; runs the forward pass, returns (examples,) losses.
+            examples: number of examples in the batch.
+
+        Raises:
+            LayoutError: if an active tensor took no part, or a shape does not fit the examples.
+        """
+
+
+class KernelEngine:
+    """The engine of ``lora.kernel`` "fused", "merged" and "plain": layers record their factors.
 
     Args:
         model: the model; the forward of the layers concerned is replaced in place.
@@ -49,7 +87,7 @@ class PerExampleEngine:
         *,
         flat: bool | None = None,
     ):
-        self.parameters = dict(parameters)
+        self._parameters = dict(parameters)
         on_gpu = any(p.device.type != "cpu" for p in parameters.values())
         self._flat = on_gpu if flat is None else flat
         shapes = {name: tuple(p.shape) for name, p in parameters.items()}
@@ -61,17 +99,21 @@ class PerExampleEngine:
     def _record(self, name: str, g: Tensor, x: Tensor | None, scale: float = 1.0) -> None:
         self._tape.record(name, g, x, scale)
 
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the trainable tensors by wire name; they are the model's own."""
+        return self._parameters
+
     def write(self) -> None:
-        """Make the model compute with the present parameters: here they are its own."""
+        """Do nothing: the parameters are the model's own."""
 
     def prepare(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return the forward to train through: here, as it is."""
+        """Return the forward function as it is."""
         return forward
 
     def activate(self, names: frozenset[str]) -> None:
         """Make exactly ``names`` trainable, so that autograd keeps no activation for the rest."""
-        for name, parameter in self.parameters.items():
-            parameter.requires_grad_(name in names)
+        set_trainable(self.parameters, names)
 
     def _layout(self) -> Layout:
         active = tuple(name for name, p in self.parameters.items() if p.requires_grad)

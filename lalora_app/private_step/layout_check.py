@@ -7,13 +7,13 @@ import torch
 from torch import Tensor, nn
 
 from lalora_app.private_step.attach import LayoutError
-from lalora_app.private_step.engine import PerExampleEngine
+from lalora_app.private_step.engine import Engine
 from lalora_app.private_step.gradients import PerExampleGrads
 
 Losses = Callable[[list[int]], Tensor]
 
 
-def check_layout(engine: PerExampleEngine, losses: Losses, examples: int) -> None:
+def check_layout(engine: Engine, losses: Losses, examples: int) -> None:
     """Prove that rows are grouped by example and that no layer mixes examples (traps K, L).
 
     The loss of one example of a batch is differentiated: every other example's row must be exactly
@@ -45,7 +45,7 @@ def check_layout(engine: PerExampleEngine, losses: Losses, examples: int) -> Non
 
 
 @torch.no_grad()
-def _restore(engine: PerExampleEngine, kept: dict[str, Tensor]) -> None:
+def _restore(engine: Engine, kept: dict[str, Tensor]) -> None:
     for name, parameter in engine.parameters.items():
         parameter.copy_(kept[name])
 

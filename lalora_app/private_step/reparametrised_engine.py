@@ -10,14 +10,14 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor, nn
 
-from lalora_app.private_step.engine import PerExampleEngine
+from lalora_app.private_step.engine import Engine, set_trainable
 from lalora_app.private_step.gradients import PerExampleGrads, Rows, Slot
 
 Tensors = dict[str, Tensor]
 Effective = Callable[[Tensors], Tensors]  # θ -> the model's own tensors; differentiable
 
 
-class PulledBackEngine(PerExampleEngine):
+class ReparametrisedEngine:
     """An engine whose parameters are θ.
 
     Args:
@@ -26,9 +26,22 @@ class PulledBackEngine(PerExampleEngine):
         effective: θ -> all of the engine's tensors.
     """
 
-    def __init__(self, engine: PerExampleEngine, theta: Mapping[str, Tensor], effective: Effective):
-        self.parameters = {name: nn.Parameter(value.clone()) for name, value in theta.items()}
+    def __init__(self, engine: Engine, theta: Mapping[str, Tensor], effective: Effective):
+        self._parameters = {name: nn.Parameter(value.clone()) for name, value in theta.items()}
         self._engine, self._effective = engine, effective
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """Return the tensors of θ by name."""
+        return self._parameters
+
+    def activate(self, names: frozenset[str]) -> None:
+        """Make exactly the named tensors of θ trainable."""
+        set_trainable(self.parameters, names)
+
+    def prepare(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Return the forward function that the model's own engine prepares."""
+        return self._engine.prepare(forward)
 
     def write(self) -> None:
         """Make the model compute with the present θ."""
@@ -37,7 +50,7 @@ class PulledBackEngine(PerExampleEngine):
                 self._engine.parameters[name].copy_(value)
 
     def gradients(self, losses: Callable[[], Tensor], examples: int) -> PerExampleGrads:
-        """Return one gradient an example of the active θ, see :class:`PerExampleEngine`."""
+        """Return one gradient an example of the active θ, see :class:`Engine`."""
         self.write()
         self._engine.activate(frozenset(self._engine.parameters))
         grads = self._engine.gradients(losses, examples).dense()

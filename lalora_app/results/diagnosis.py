@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from lalora_app.adapter.factors import ServerState
+from lalora_app.aggregation.server_state import ServerState
 from lalora_app.data.examples import split
 from lalora_app.models.backbone import Backbone, build
 from lalora_app.results.curvature import top_hessian_eigenvalue

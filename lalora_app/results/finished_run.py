@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from lalora_app.results.run_folder import RunFolder
-from lalora_app.settings.run_config import ConfigError, Scalar, from_tables
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.run_config import Scalar, from_tables
 
 
 @dataclass(frozen=True)

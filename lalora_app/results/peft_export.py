@@ -7,120 +7,20 @@ from typing import Any, cast
 from peft import LoraConfig, PeftModel
 from safetensors.numpy import load_file, save_file
 
-from lalora_app.adapter.factors import Adapter, ServerState, pairs
+from lalora_app.adapter.factors import Adapter, pairs
 from lalora_app.adapter.low_rank import balanced, rank_of, stacked, svd
-from lalora_app.audit.findings import NOT_AUDITED
-from lalora_app.data.sources import is_local
+from lalora_app.aggregation.server_state import ServerState
 from lalora_app.models.backbone import Backbone
-from lalora_app.models.forwards import Segmented, scores_of, told
-from lalora_app.models.pretrained import TIMM, public_name
-from lalora_app.models.transformers_models import auto_class
+from lalora_app.models.forwards import Segmented
+from lalora_app.models.pretrained import public_name
+from lalora_app.models.scores import scores_of, told
+from lalora_app.results.model_card import (
+    _CARD,
+    _load_code,
+    _logits_code,
+    privacy_sentence,
+)
 from lalora_app.settings.run_config import Config
-
-ADJACENCY = (
-    "one example of one client replaced by an empty record (zero-out); clients' data sets are "
-    "disjoint and their sizes are known"
-)
-ACCOUNTANT = "Opacus PRV accountant, Poisson-subsampled Gaussian, composed over all rounds"
-
-_CARD = """\
----
-base_model: {base}
-library_name: peft
-tags: [lora, federated-learning, differential-privacy, flower]
----
-# {method} adapter for {base}
-
-Trained by LaLoRA in {rounds} federated rounds on `{data}`.
-{privacy}
-
-Test split: {quality}.
-
-```python
-from peft import PeftModel
-{load}
-model = PeftModel.from_pretrained(base, "path/to/this/folder")
-{logits}
-```
-"""
-
-_TRANSFORMERS = """\
-import transformers
-
-base = transformers.{auto}.from_pretrained("{base}"{labels})"""
-
-_TOKENS = """\
-tokenizer = transformers.AutoTokenizer.from_pretrained("{base}")
-tokens = tokenizer(
-    {texts}, padding=True, padding_side="right", truncation=True, max_length={longest},
-    return_token_type_ids={segmented}, return_tensors="pt",
-)
-"""
-
-_TIMM = """\
-import timm
-
-base = timm.create_model("{base}", pretrained=True, num_classes={labels}, img_size={size})"""
-
-_LOGITS = {
-    ("text-classification", "mean"): """\
-out = model(**tokens).logits                    # (examples, tokens, labels)
-mask = tokens["attention_mask"].unsqueeze(-1)
-logits = (out * mask).sum(1) / mask.sum(1)      # the mean over the tokens classifies the text""",
-    ("text-classification", "model"): "logits = model(**tokens).logits",
-    ("image-classification", "model"): "logits = model(images)",
-    ("causal-lm", "model"): "logits = model(**tokens).logits",
-}
-
-_PRIVATE = """
-| privacy | |
-|---|---|
-| ε, upper bound (ledger) | {epsilon:.2f} (the largest of all clients) |
-{audit}
-| δ | {delta:g} |
-| unit | {adjacency} |
-| accountant | {accountant} |
-
-Only tensors that were clipped per example and noised left the clients. Not covered: the choice
-of hyper-parameters, and floating-point effects of the noise."""
-
-_NOT_PRIVATE = """
-**Not private**: {reason}."""
-
-
-def privacy_sentence(config: Config, epsilon: float) -> str:
-    """Return what the model card says about privacy."""
-    if config.privacy.private:
-        return _PRIVATE.format(
-            epsilon=epsilon,
-            delta=config.privacy.delta,
-            audit=NOT_AUDITED,
-            adjacency=ADJACENCY,
-            accountant=ACCOUNTANT,
-        )
-    seeded = config.privacy.noise == "seeded"
-    return _NOT_PRIVATE.format(
-        reason="the noise was drawn from a known seed" if seeded else "trained with ε = inf"
-    )
-
-
-def _load_code(config: Config, base: str) -> str:
-    model, labels = config.model, config.data.num_labels
-    if model.name.startswith(TIMM):
-        base = base.replace("timm/", "local-dir:", 1) if is_local(model.name[len(TIMM) :]) else base
-        return _TIMM.format(base=base.removeprefix("timm/"), labels=labels, size=model.image_size)
-    head = "" if model.task == "causal-lm" else f", num_labels={labels}"
-    if model.task == "image-classification":
-        head += ", ignore_mismatched_sizes=True"
-    return _TRANSFORMERS.format(auto=auto_class(model), base=base, labels=head)
-
-
-def _logits_code(config: Config, base: str, segmented: bool) -> str:
-    model = config.model
-    texts = "texts, others" if "," in config.data.input_column else "texts"
-    tokens = _TOKENS.format(base=base, texts=texts, longest=model.max_length, segmented=segmented)
-    logits = _LOGITS[model.task, model.pooling]
-    return tokens + logits if "tokens" in logits else logits
 
 
 def _with_drift(folder: Path, drift: Adapter) -> None:

@@ -13,16 +13,10 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
-from lalora_app.adapter.factors import ServerState
-from lalora_app.settings.run_config import (
-    Config,
-    ConfigError,
-    Scalar,
-    flatten,
-    from_tables,
-    full_path,
-    parse,
-)
+from lalora_app.aggregation.server_state import ServerState
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.names import full_path
+from lalora_app.settings.run_config import Config, Scalar, flatten, from_tables, parse
 
 _KEPT_CHECKPOINTS = 2
 _DRIFT = "drift."  # before the names of what has moved into the base

@@ -1,6 +1,6 @@
 """What a server can tell from weights and uploads alone: intruders, agreement, curvature."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 
 import numpy as np
 
@@ -51,65 +51,6 @@ def intruder_dimensions(
     leading = _left_singular_vectors(adapted)[:, :top]  # (m, at most top)
     cosines = np.abs(_left_singular_vectors(base).T @ leading)  # (rank of the base, leading)
     return int(np.sum(cosines.max(axis=0, initial=0.0) < threshold))
-
-
-def _rows(name: str, updates: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
-    """Return (clients, entries) of one tensor, in float64."""
-    shapes = [update[name].shape for update in updates]
-    if len(set(shapes)) > 1:
-        raise ValueError(f"{name} of {sorted(set(shapes))} must be of one shape in all updates")
-    return np.stack([update[name].ravel() for update in updates]).astype(np.float64)
-
-
-def _gram(updates: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
-    """Return (clients, clients) inner products, one tensor at a time: little is copied at once."""
-    names = updates[0].keys()
-    for client, update in enumerate(updates):
-        if update.keys() != names:
-            differing = min(update.keys() ^ names)
-            raise ValueError(f"update {client} must have the same tensors as update 0: {differing}")
-    gram = np.zeros((len(updates), len(updates)))
-    for name in names:
-        rows = _rows(name, updates)
-        gram += rows @ rows.T
-    return gram
-
-
-def update_cosines(updates: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
-    """Return (clients, clients): the cosine between every two clients' flattened updates.
-
-    Args:
-        updates: of at least one client: upload minus the global tensor, by tensor name.
-
-    Returns:
-        A symmetric matrix in [-1, 1] with ones on its diagonal. A zero update has no direction:
-        its entries off the diagonal are 0.
-
-    Raises:
-        ValueError: if there is no update, or if their tensors differ in name or shape.
-
-    Privacy: a function of what was noised before it was sent; unavailable to a server that sees
-        sums only.
-    """
-    if not updates:
-        raise ValueError("cosines of 0 updates: there must be at least 1")
-    gram = _gram(updates)
-    norms = np.sqrt(np.diag(gram))
-    norms[norms == 0] = 1.0  # the numerators are zero too
-    cosines: np.ndarray = np.clip(gram / np.outer(norms, norms), -1.0, 1.0)
-    np.fill_diagonal(cosines, 1.0)
-    return cosines
-
-
-def mean_cosine(updates: Sequence[Mapping[str, np.ndarray]]) -> float | None:
-    """Return the mean cosine over all pairs of different clients; None for one client.
-
-    Args:
-        updates: see ``update_cosines``, whose errors and privacy are this one's too.
-    """
-    cosines = update_cosines(updates)
-    pairs = cosines[np.triu_indices(len(cosines), k=1)]
-    return float(pairs.mean()) if pairs.size else None
 
 
 def _orthogonal(vector: np.ndarray, basis: np.ndarray) -> np.ndarray:

@@ -21,7 +21,7 @@ from flwr.supercore.primitives.asymmetric import (
 )
 
 from lalora_app.secagg.fixed_point import Words
-from lalora_app.wire.messages import WireError
+from lalora_app.wire.tensors import WireError
 
 KEY_BYTES = 48  # of a private key on Flower's curve, P-384
 

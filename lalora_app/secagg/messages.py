@@ -4,7 +4,9 @@ from collections.abc import Mapping
 
 from flwr.app import ConfigRecord, RecordDict
 
-from lalora_app.wire.messages import CONFIG, WireError, code_hash, count_of
+from lalora_app.wire.code_version import code_hash
+from lalora_app.wire.messages import CONFIG, count_of
+from lalora_app.wire.tensors import WireError
 
 # Flower's own union of what a ConfigRecord takes.
 Value = (

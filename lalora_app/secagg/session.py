@@ -11,7 +11,8 @@ from flwr.serverapp import Grid
 from lalora_app.secagg import masks
 from lalora_app.secagg.fixed_point import Words
 from lalora_app.secagg.messages import SECAGG, Value, bytes_of, column_of, columns, record_of
-from lalora_app.wire.messages import WireError, accepted
+from lalora_app.wire.messages import accepted
+from lalora_app.wire.tensors import WireError
 
 Read = Callable[[ConfigRecord, int], None]  # of a reply's record, and its client
 

@@ -7,13 +7,13 @@ import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
-from lalora_app.adapter.factors import Adapter, select
-from lalora_app.methods.schedule import Factors
+from lalora_app.adapter.factors import Adapter, Factors, select
 from lalora_app.secagg import fixed_point
 from lalora_app.secagg.messages import MASKED, SECAGG
 from lalora_app.secagg.session import Session
 from lalora_app.server.strategy import LocalAlternation
-from lalora_app.wire.messages import TrainReply, WireError
+from lalora_app.wire.messages import TrainReply
+from lalora_app.wire.tensors import WireError
 
 
 @dataclass

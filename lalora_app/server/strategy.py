@@ -10,25 +10,19 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from lalora_app.adapter.factors import (
-    Adapter,
-    ServerState,
-    at_rank,
-    in_full_units,
-    num_bytes,
-    select,
-)
+from lalora_app.adapter.factors import Adapter, Factors, at_rank, in_full_units, num_bytes, select
 from lalora_app.adapter.low_rank import moved
 from lalora_app.aggregation.measured_error import Errors, errors_of
 from lalora_app.aggregation.rule import Round
+from lalora_app.aggregation.server_state import ServerState
 from lalora_app.methods.method import Method
-from lalora_app.methods.schedule import Factors
 from lalora_app.server.cohorts import Clients
 from lalora_app.server.robust import robust
 from lalora_app.settings.run_config import Config, flatten
-from lalora_app.wire import messages
+from lalora_app.wire import messages, tensors
 from lalora_app.wire.downlink import Downlink
-from lalora_app.wire.messages import TrainReply, WireError
+from lalora_app.wire.messages import TrainReply
+from lalora_app.wire.tensors import WireError
 
 _log = logging.getLogger("flwr")
 
@@ -284,7 +278,7 @@ class LocalAlternation(Strategy):
         self.attempts.append(attempt)
         for reason in dropped:
             _log.warning("round %d: a reply was dropped: %s", t, reason)
-        return (messages.to_record(self.state.adapter), None) if enough else (None, None)
+        return (tensors.to_record(self.state.adapter), None) if enough else (None, None)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

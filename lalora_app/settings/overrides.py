@@ -6,8 +6,9 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lalora_app.models.pretrained import TIMM
-from lalora_app.settings.run_config import ConfigError, from_tables, full_path
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.names import TIMM, full_path
+from lalora_app.settings.run_config import from_tables
 
 _PAIR = r"""([^\s=]+)\s*=\s*("[^"]*"|'[^']*'|\S+)"""
 _PATHS = {"model.name", "data.name"}

@@ -4,10 +4,9 @@ import difflib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
-from pathlib import Path
 from typing import Any, TypeVar, cast
 
-from lalora_app.settings.value_rules import ConfigError as ConfigError
+from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.value_rules import (
     anything,
     are_ranks,
@@ -285,11 +284,3 @@ def from_tables(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
         name = prefix + key
         flat |= from_tables(value, name + ".") if isinstance(value, dict) else {name: value}
     return flat
-
-
-def full_path(text: str) -> Path:
-    """Return the path of a config value; ConfigError at the home ``~name`` of no user."""
-    try:
-        return Path(text).expanduser()
-    except RuntimeError as error:
-        raise ConfigError(f"{text!r} must start with the home of a user") from error

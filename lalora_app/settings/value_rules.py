@@ -6,10 +6,6 @@ from dataclasses import field
 from typing import Any
 
 
-class ConfigError(ValueError):
-    """A value that the run cannot start with: names the key, the value and the law it breaks."""
-
-
 def law(text: str, holds: Callable[[Any], bool]) -> Any:
     """Declare a dataclass field with the law that its value must obey (NaN obeys none)."""
     return field(metadata={"law": text, "holds": holds})

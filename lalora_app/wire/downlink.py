@@ -6,28 +6,19 @@ what it leaves out of the next one. A client that does not hold it refuses, at n
 sent everything the next time. Privacy: the server's tensors, kept as they came.
 """
 
-import contextlib
 import hashlib
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
-from flwr.app import ArrayRecord, ConfigRecord, RecordDict
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from flwr.app import ArrayRecord, ConfigRecord
 
-from lalora_app.adapter.atomic_files import file_name, replacing
 from lalora_app.adapter.factors import Adapter, kind, num_bytes
 from lalora_app.wire.messages import ARRAYS, DRIFT
-from lalora_app.wire.tensors import WireError, to_record
+from lalora_app.wire.tensors import to_record
 
 LEFT_OUT = "left-out"
 Parts = dict[str, Adapter]  # by kind; and the drift
-
-
-class HeldError(WireError):
-    """The client does not hold what the server left out."""
 
 
 def parts(adapter: Mapping[str, np.ndarray], drift: Mapping[str, np.ndarray]) -> Parts:
@@ -82,52 +73,3 @@ class Downlink:
     def answered(self, nodes: Iterable[int]) -> None:
         """Note whose valid replies have come: they hold what they were asked with."""
         self._held |= {node: self._asked[node] for node in nodes}
-
-
-def download_file(folder: Path, dataset: str, client: str, run: str) -> Path:
-    """Return the file of what a client was last sent in a run."""
-    return folder / "downloads" / file_name(dataset, client, run)
-
-
-def keep(path: Path, adapter: Adapter, drift: Adapter) -> None:
-    """Keep what the client was sent in place of what it was sent before, atomically."""
-    named = {f"{ARRAYS}/{name}": array for name, array in adapter.items()}
-    named |= {f"{DRIFT}/{name}": array for name, array in drift.items()}
-    with replacing(path) as new:
-        save_file(named, new)
-
-
-def _held(path: Path) -> Parts:
-    """Return what the client holds; nothing, where the file is missing or damaged."""
-    with contextlib.suppress(SafetensorError, OSError, ValueError):
-        named = [(*name.split("/", 1), array) for name, array in load_file(path).items()]
-        adapter, drift = (
-            {name: array for where, name, array in named if where == record}
-            for record in (ARRAYS, DRIFT)
-        )
-        return parts(adapter, drift)
-    return {}
-
-
-def completed(content: RecordDict, path: Path) -> RecordDict:
-    """Return a request with what it left out; one that leaves nothing out as it is.
-
-    Args:
-        content: of the request; nothing of it is trusted.
-        path: from :func:`download_file`.
-
-    Raises:
-        HeldError: if the client does not hold it, bit for bit.
-    """
-    left_out = content.config_records.get(LEFT_OUT, ConfigRecord())
-    if not left_out:
-        return content
-    held, whole = _held(path), RecordDict(dict(content.items()))
-    for part, wanted in left_out.items():
-        tensors = held.get(part, {})
-        if not tensors or content_hash(tensors) != wanted:
-            raise HeldError(f"{part} was left out, and is not held")
-        record = DRIFT if part == DRIFT else ARRAYS
-        sent = whole.array_records.get(record, ArrayRecord())
-        whole[record] = ArrayRecord({**sent, **to_record(tensors)})
-    return whole

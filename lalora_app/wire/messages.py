@@ -6,57 +6,19 @@ import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from lalora_app.adapter.factors import Adapter, pairs
-from lalora_app.methods.schedule import Factor
+from lalora_app.adapter.factors import Adapter, Factor, pairs
 from lalora_app.settings.run_config import Config, Scalar, flatten
-from lalora_app.wire.tensors import WireError as WireError
-from lalora_app.wire.tensors import from_record as from_record
-from lalora_app.wire.tensors import to_record as to_record
+from lalora_app.wire.code_version import code_hash
+from lalora_app.wire.refusals import REFUSALS, RefusedError
+from lalora_app.wire.tensors import WireError, from_record, to_record
 
 ARRAYS, CONFIG, METRICS, RUN_CONFIG = "arrays", "config", "metrics", "run"
 DRIFT = "drift"  # what has moved into the base since the run began
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
-
-# All that a client ever says about a failure: fixed sentences, no values, no exception text.
-REFUSALS = {
-    "budget": "a privacy limit of the client would be exceeded",
-    "policy": "the client's policy does not allow this run; see the client's log",
-    "config": "the run config or the node config breaks a law; see the client's log",
-    "data": "a client must have at least one example",
-    "data-path": "data-path must be a folder, or a .jsonl, .json, .csv or .parquet file",
-    "data.name": "the dataset must be there, and hold at least one example",
-    "data.input-column": "every row must have a text or a readable image, as model.task needs",
-    "data.label-column": "the label column must exist",
-    "rows": "the columns of a client's own data must exist, and every row be of use; see its log",
-    "data.client-column": "the client column must exist, with a value for each client",
-    "data.partitioner": "the deal must be possible with this data and number of clients",
-    "data.num-labels": "every label must be an integer from 0 to data.num-labels - 1",
-    "data.test-fraction": "data.test-fraction must leave both sides an example",
-    "data.test-split": "data.test-split must not be the training split; a single file has no other",
-    "train.batch-size": "train.batch-size must be at most the client's number of examples",
-    "privacy.delta": "privacy.delta must be below 1/n, n the client's number of examples",
-    "stage": "the stages of secure aggregation must come in order, from one attempt",
-    "update": "the update must be finite, and within the range of secure aggregation",
-    "held": "the client does not hold what the server left out; it is sent all the next time",
-    "request": "the request does not fit the client's model or run config",
-    "internal": "the client failed; see the client's log",
-}
-
-
-@lru_cache(maxsize=1)
-def code_hash() -> str:
-    """Return a SHA-256 over this package's source: both sides must run the same code."""
-    folder = Path(__file__).parents[1]
-    digest = hashlib.sha256()
-    for path in sorted(folder.rglob("*.py")):
-        digest.update(str(path.relative_to(folder)).encode() + b"\0" + path.read_bytes() + b"\0")
-    return digest.hexdigest()
 
 
 def adapter_of(content: RecordDict, like: Mapping[str, np.ndarray]) -> Adapter:
@@ -86,15 +48,6 @@ def drift_of(content: RecordDict, like: Mapping[str, np.ndarray]) -> Adapter:
         shapes[b] = np.broadcast_to(np.float32(0), (like[b].shape[0], rank))
         shapes[a] = np.broadcast_to(np.float32(0), (rank, like[a].shape[1]))
     return from_record(record, shapes)
-
-
-class RefusedError(WireError):
-    """A client refuses; ``key`` is one of :data:`REFUSALS`."""
-
-    def __init__(self, key: str):
-        self.key = key if key in REFUSALS else "internal"
-        self.law = REFUSALS[self.key].removeprefix(self.key + " ")
-        super().__init__(f"refused: {REFUSALS[self.key]}")
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,68 @@
+"""The command `lalora audit`."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from lalora_app.cli.argument_types import at_least_one, list_of, to_delta, to_limit
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.run_config import Config, parse
+
+
+def _audit(args: argparse.Namespace) -> int:
+    from lalora_app.audit.one_audit import FAST, FULL, Request, audited
+    from lalora_app.audit.write_to_run import publish
+
+    config, clients = _audited_config(args)
+    request = Request(config, args.mechanism, clients, args.confidence, FAST if args.fast else FULL)
+    broken = False
+    for seed in args.seeds:
+        found = audited(request, seed, lambda line: print(f"lalora: {line}", file=sys.stderr))
+        broken |= found.broken
+        print(found.json() if args.json else found.text(), flush=True)
+        if args.run:
+            publish(found, args.run)
+    return 1 if broken else 0
+
+
+def _audited_config(args: argparse.Namespace) -> tuple[Config, int]:
+    """Return the config to attack and its number of clients: a run's own, or the app's."""
+    from lalora_app.audit.write_to_run import check_finished
+    from lalora_app.cli.simulation import app_defaults
+    from lalora_app.results.run_folder import RunFolder, read_config
+
+    given = {"privacy.epsilon": args.epsilon, "privacy.delta": args.delta}
+    changed = {key: value for key, value in given.items() if value is not None}
+    if args.run is None:
+        return parse(app_defaults(args.app) | changed), args.nodes
+    if changed or len(args.seeds) > 1 or args.mechanism != "lalora":
+        raise ConfigError(
+            f"run={args.run} must be audited as it was: without --epsilon, --delta and "
+            "--mechanism, and with one seed"
+        )
+    config = read_config(args.run)
+    check_finished(args.run)
+    return config, RunFolder(args.run).num_clients() or args.nodes
+
+
+def seeds_of(text: str) -> list[int]:
+    """Return the seeds of "0,1,2", or of "0..19", both ends included."""
+    first, dots, last = text.partition("..")
+    return list(range(int(first), int(last) + 1)) if dots else list_of(int)(text)
+
+
+def add_audit(commands: Any) -> None:
+    """Add `lalora audit` to the parser."""
+    audit = commands.add_parser("audit", help="attack the private step; fails when it is broken")
+    audit.add_argument("--app", type=Path, default=Path(), help="folder of the app")
+    audit.add_argument("--epsilon", type=to_limit, help="promise to test (default: the run's)")
+    audit.add_argument("--delta", type=to_delta, help="of the promise (default: the run's)")
+    audit.add_argument("--seeds", "--seed", type=seeds_of, default=[0], metavar="S,S or S..S")
+    audit.add_argument("--run", type=Path, help="folder of a finished run, told of the result")
+    audit.add_argument("--nodes", type=at_least_one, default=4, help="simulated clients")
+    audit.add_argument("--confidence", type=to_delta, default=0.95, help="of the lower bound")
+    audit.add_argument("--mechanism", default="lalora", help="or one that is known to be broken")
+    audit.add_argument("--fast", action="store_true", help="the step audit only, and smaller")
+    audit.add_argument("--json", action="store_true", help="one object a seed and line")
+    audit.set_defaults(act=_audit)

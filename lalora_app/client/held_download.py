@@ -1,0 +1,67 @@
+"""The server's tensors that a client keeps, so that the next request can leave them out."""
+
+import contextlib
+from pathlib import Path
+
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from lalora_app.adapter.atomic_files import file_name, replacing
+from lalora_app.adapter.factors import Adapter
+from lalora_app.wire.downlink import LEFT_OUT, Parts, content_hash, parts
+from lalora_app.wire.messages import ARRAYS, DRIFT
+from lalora_app.wire.tensors import WireError, to_record
+
+
+class HeldError(WireError):
+    """The client does not hold what the server left out."""
+
+
+def download_file(folder: Path, dataset: str, client: str, run: str) -> Path:
+    """Return the file of what a client was last sent in a run."""
+    return folder / "downloads" / file_name(dataset, client, run)
+
+
+def keep(path: Path, adapter: Adapter, drift: Adapter) -> None:
+    """Keep what the client was sent in place of what it was sent before, atomically."""
+    named = {f"{ARRAYS}/{name}": array for name, array in adapter.items()}
+    named |= {f"{DRIFT}/{name}": array for name, array in drift.items()}
+    with replacing(path) as new:
+        save_file(named, new)
+
+
+def _held(path: Path) -> Parts:
+    """Return what the client holds; nothing, where the file is missing or damaged."""
+    with contextlib.suppress(SafetensorError, OSError, ValueError):
+        named = [(*name.split("/", 1), array) for name, array in load_file(path).items()]
+        adapter, drift = (
+            {name: array for where, name, array in named if where == record}
+            for record in (ARRAYS, DRIFT)
+        )
+        return parts(adapter, drift)
+    return {}
+
+
+def completed(content: RecordDict, path: Path) -> RecordDict:
+    """Return a request with what it left out; one that leaves nothing out as it is.
+
+    Args:
+        content: of the request; nothing of it is trusted.
+        path: from :func:`download_file`.
+
+    Raises:
+        HeldError: if the client does not hold it, bit for bit.
+    """
+    left_out = content.config_records.get(LEFT_OUT, ConfigRecord())
+    if not left_out:
+        return content
+    held, whole = _held(path), RecordDict(dict(content.items()))
+    for part, wanted in left_out.items():
+        tensors = held.get(part, {})
+        if not tensors or content_hash(tensors) != wanted:
+            raise HeldError(f"{part} was left out, and is not held")
+        record = DRIFT if part == DRIFT else ARRAYS
+        sent = whole.array_records.get(record, ArrayRecord())
+        whole[record] = ArrayRecord({**sent, **to_record(tensors)})
+    return whole

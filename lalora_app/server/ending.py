@@ -1,0 +1,94 @@
+"""Write the results of a finished run: adapter, summary, privacy report, HTML report."""
+
+import logging
+from typing import Any
+
+from lalora_app.models.scores import scores_of, told
+from lalora_app.results.model_card import ACCOUNTANT, ADJACENCY
+from lalora_app.results.peft_export import export
+from lalora_app.results.run_folder import RunFolder
+from lalora_app.server.progress import Progress
+from lalora_app.settings.run_config import Config
+
+_log = logging.getLogger("flwr")
+
+
+def _mean_bytes(rows: list[dict[str, Any]], key: str) -> float:
+    used = [row[key] for row in rows if row["aggregated"]]
+    mean = sum(used) / len(used)
+    return int(mean) if mean == int(mean) else mean
+
+
+def _summary(config: Config, rows: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    last = rows[-1]
+    failed = sum(not row["aggregated"] for row in rows)
+    return {
+        "method": config.method,
+        "rounds": sum(row["aggregated"] for row in rows),
+        **scores_of(last),
+        "epsilon_max": last["epsilon_max"],
+        "delta": config.privacy.delta,
+        "upload_bytes_per_round": _mean_bytes(rows, "upload_bytes"),
+        "download_bytes_per_round": _mean_bytes(rows, "download_bytes"),
+        "seconds": round(seconds, 1),
+        "status": "completed" if failed == 0 else f"completed, {failed} rounds failed",
+    }
+
+
+def _privacy_report(config: Config, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        "private": config.privacy.private,
+        "epsilon_max": rows[-1]["epsilon_max"],
+        "epsilon_promised": config.privacy.epsilon,
+        "delta": config.privacy.delta,
+        "unit": ADJACENCY,
+        "sampling": "Poisson, at each client's own rate: expected batch size over its examples",
+        "mechanism": f"Gaussian, on sums of gradients clipped to {config.privacy.clip_norm}",
+        "accountant": ACCOUNTANT,
+        "noise": config.privacy.noise,
+        "secure_aggregation": config.secure_aggregation,
+        "participation": "balanced; no amplification by client sampling is claimed",
+        "composition": "all rounds of this run; other runs on the same data: lalora ledger show",
+        "not_covered": "hyper-parameter tuning, floating-point noise, timing side channels",
+    }
+
+
+def _write_report(folder: RunFolder) -> None:
+    """Draw the run; the budget is spent, so what cannot be drawn must not cost its result."""
+    # Seconds to import matplotlib: only at the end of a run.
+    from lalora_app.reports.page import write_report
+    from lalora_app.results.finished_run import read_record
+
+    try:
+        write_report([read_record(folder.path)], folder.path / "report.html", folder.name)
+    except Exception as error:
+        _log.error("report.html cannot be drawn, all else is there: %s", error, exc_info=True)
+
+
+def finish(progress: Progress) -> None:
+    """Write adapter, privacy report and summary, and print the result lines last.
+
+    Raises:
+        RuntimeError: if no round was aggregated.
+    """
+    config, folder, rows = progress.config, progress.folder, progress.rows
+    if not any(row["aggregated"] for row in rows):
+        reasons = sorted({reason for row in rows for reason in row["dropped"]})
+        raise RuntimeError(f"no round was aggregated: {'; '.join(reasons)}")
+    summary = _summary(config, rows, progress.elapsed())
+    export(progress.model, progress.strategy.state, folder.adapter, config, rows[-1])
+    folder.write_json("privacy.json", _privacy_report(config, rows))
+    folder.write_json("summary.json", summary)
+    _write_report(folder)
+    _log.info("")
+    _log.info("LaLoRA results    %s", folder.path)
+    _log.info("LaLoRA quality    %s", told(scores_of(summary)))
+    _log.info(
+        "LaLoRA privacy    largest client epsilon %.2f at delta %g%s",
+        *(summary["epsilon_max"], summary["delta"]),
+        "" if config.privacy.private else "  (NOT private, see privacy.json)",
+    )
+    _log.info(
+        "LaLoRA bytes      %s up, %s down, a client and round",
+        *(f"{summary[f'{way}_bytes_per_round']:,.0f}" for way in ("upload", "download")),
+    )

@@ -1,0 +1,112 @@
+"""Find the clients of a run: wait for nodes, ask names and ranks, plan the cohorts."""
+
+import logging
+import time
+from collections.abc import Iterable
+
+from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.serverapp import Grid
+
+from lalora_app.data.partition import CLIENT_NAME
+from lalora_app.methods.compatibility import checked_rank
+from lalora_app.server import cohorts
+from lalora_app.server.cohorts import Clients
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.run_config import Config, flatten
+from lalora_app.wire import messages, refusals, tensors
+
+_log = logging.getLogger("flwr")
+
+POLL_SECONDS = 1.0  # seconds between looks at the list of nodes
+
+
+SETTLE_SECONDS = 3.0  # seconds that the list must stay the same
+
+
+def _wait_for_nodes(grid: Grid, config: Config, settle: float) -> list[int]:
+    """Return the connected nodes once there are ``min-clients`` and no more come.
+
+    Raises:
+        ConfigError: if there are too few after ``node-timeout`` seconds.
+    """
+    deadline = time.monotonic() + config.node_timeout
+    seen: set[int] = set()
+    since = time.monotonic()
+    while True:
+        now, nodes = time.monotonic(), set(grid.get_node_ids())
+        since = since if nodes == seen else now
+        seen = nodes
+        if len(nodes) >= config.min_clients and now - since >= settle:
+            return sorted(nodes)
+        if now > deadline:
+            raise ConfigError(
+                f"min-clients={config.min_clients} must be at most the number of SuperNodes, "
+                f"which is {len(nodes)} after node-timeout={config.node_timeout} s"
+            )
+        time.sleep(POLL_SECONDS)
+
+
+def _refusal(error: refusals.RefusedError, config: Config) -> str:
+    """Add the run's own value to a client's refusal, which names no value."""
+    values = flatten(config)
+    return f"{error.key}={values[error.key]!r} {error.law}" if error.key in values else str(error)
+
+
+def _require_new(name: str, names: Iterable[str]) -> None:
+    if name in names:
+        raise tensors.WireError(f"two clients have the same name {name}")
+
+
+def _ask_names(grid: Grid, config: Config, nodes: list[int]) -> dict[str, tuple[int, int]]:
+    """Query every node; return (node, rank) by its stable name.
+
+    No budget is spent, and every refusal is told.
+    """
+    run = messages.run_config(flatten(config))
+    content = RecordDict({messages.CONFIG: ConfigRecord(), messages.RUN_CONFIG: run})
+    queries = [Message(content, dst_node_id=node, message_type="query") for node in nodes]
+    names: dict[str, tuple[int, int]] = {}
+    reasons: list[str] = []
+    for reply in grid.send_and_receive(queries, timeout=config.round_timeout):
+        try:
+            hello = messages.parse_hello(reply)
+            _require_new(hello.client, names)
+            names[hello.client] = reply.metadata.src_node_id, checked_rank(hello.rank, config)
+        except refusals.RefusedError as error:
+            reasons.append(_refusal(error, config))
+        except (tensors.WireError, ConfigError) as error:
+            reasons.append(str(error))
+    for reason in sorted(set(reasons)):
+        _log.error("%d of %d clients: %s", reasons.count(reason), len(nodes), reason)
+    if reasons or len(names) < config.min_clients:
+        raise ConfigError(
+            f"{len(names)} of {len(nodes)} clients can take part; min-clients="
+            f"{config.min_clients} must, and none may refuse: "
+            + ("; ".join(sorted(set(reasons))) or "the others did not answer")
+        )
+    return names
+
+
+def find_clients(grid: Grid, config: Config, settle: float) -> Clients:
+    """Return the clients of a run, and the cohort of each round.
+
+    Raises:
+        ConfigError: if too few clients can take part, or one refuses.
+    """
+    said = _ask_names(grid, config, _wait_for_nodes(grid, config, settle))
+    names = {name: node for name, (node, _) in said.items()}
+    per_round = max(1, round(config.fraction_train * len(names)))
+    if config.min_replies > per_round:
+        raise ConfigError(
+            f"min-replies={config.min_replies} must be at most the {per_round} clients of a round"
+        )
+    plan = cohorts.plan(len(names), per_round, config.num_server_rounds, config.seed)
+    order = sorted(names)
+    ranks = [said[name][1] for name in order]
+    return Clients([names[name] for name in order], plan, _simulated(names), ranks)
+
+
+def _simulated(names: Iterable[str]) -> bool:
+    """Tell whether the clients are all the parts of a simulated deal."""
+    found = sorted(names)
+    return found == [CLIENT_NAME.format(i) for i in range(len(found))]

@@ -1,0 +1,37 @@
+"""The fixed sentences in which a client tells the server about a failure."""
+
+from lalora_app.wire.tensors import WireError
+
+# All that a client ever says about a failure: fixed sentences, no values, no exception text.
+REFUSALS = {
+    "budget": "a privacy limit of the client would be exceeded",
+    "policy": "the client's policy does not allow this run; see the client's log",
+    "config": "the run config or the node config breaks a law; see the client's log",
+    "data": "a client must have at least one example",
+    "data-path": "data-path must be a folder, or a .jsonl, .json, .csv or .parquet file",
+    "data.name": "the dataset must be there, and hold at least one example",
+    "data.input-column": "every row must have a text or a readable image, as model.task needs",
+    "data.label-column": "the label column must exist",
+    "rows": "the columns of a client's own data must exist, and every row be of use; see its log",
+    "data.client-column": "the client column must exist, with a value for each client",
+    "data.partitioner": "the deal must be possible with this data and number of clients",
+    "data.num-labels": "every label must be an integer from 0 to data.num-labels - 1",
+    "data.test-fraction": "data.test-fraction must leave both sides an example",
+    "data.test-split": "data.test-split must not be the training split; a single file has no other",
+    "train.batch-size": "train.batch-size must be at most the client's number of examples",
+    "privacy.delta": "privacy.delta must be below 1/n, n the client's number of examples",
+    "stage": "the stages of secure aggregation must come in order, from one attempt",
+    "update": "the update must be finite, and within the range of secure aggregation",
+    "held": "the client does not hold what the server left out; it is sent all the next time",
+    "request": "the request does not fit the client's model or run config",
+    "internal": "the client failed; see the client's log",
+}
+
+
+class RefusedError(WireError):
+    """A client refuses; ``key`` is one of :data:`REFUSALS`."""
+
+    def __init__(self, key: str):
+        self.key = key if key in REFUSALS else "internal"
+        self.law = REFUSALS[self.key].removeprefix(self.key + " ")
+        super().__init__(f"refused: {REFUSALS[self.key]}")
