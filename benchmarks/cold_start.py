@@ -120,7 +120,7 @@ def serve(tree: Path, folder: Path, rows: int) -> list[dict[str, Any]]:
     from lalora_app.methods.compatibility import method_of
     from lalora_app.models import backbone
     from lalora_app.server.cohorts import Clients
-    from lalora_app.server.strategy import LocalAlternation
+    from lalora_app.server.strategy import FederatedLora
     from lalora_app.settings.run_config import flatten
     from lalora_app.wire import messages
 
@@ -137,7 +137,7 @@ def serve(tree: Path, folder: Path, rows: int) -> list[dict[str, Any]]:
     rows_found: list[dict[str, Any]] = [{"message": "query", **spent}]
     state = ServerState(backbone.build(config)[1])
     clients = Clients([_NODE], [(0,)] * ROUNDS)
-    strategy = LocalAlternation(config, method_of(config), "run", clients, state)
+    strategy = FederatedLora(config, method_of(config), "run", clients, state)
     for t in range(1, ROUNDS + 1):
         (request,) = strategy.configure_train(t, None, None, None)  # type: ignore[arg-type]
         reply, spent = _deliver(request, folder, node)

@@ -78,7 +78,9 @@ class Loopback(Grid):
             n: x + 0.05 * self.rng.standard_normal(x.shape, np.float32) for n, x in start.items()
         }
         self.uploads.append(upload)
-        seal = client.SEALS[self.config.secure_aggregation](message.content, context, request)
+        seal = client.UPLOAD_ENCODERS[self.config.secure_aggregation](
+            message.content, context, request
+        )
         return messages.TrainReply(seal(upload, start), request.round, 1.0).record()
 
     def _answer(self, message: Message) -> Message:

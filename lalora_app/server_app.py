@@ -23,10 +23,10 @@ from lalora_app.private_step.attach import LayoutError
 from lalora_app.results.run_folder import RunFolder, check_writable, new_folder, old_folder
 from lalora_app.server.ending import finish
 from lalora_app.server.enrolment import SETTLE_SECONDS, find_clients
-from lalora_app.server.losa_masks import sparsified
+from lalora_app.server.losa_masks import losa_start
 from lalora_app.server.progress import Progress
-from lalora_app.server.secure_strategy import SecureAlternation
-from lalora_app.server.strategy import LocalAlternation
+from lalora_app.server.secure_strategy import SecureFederatedLora
+from lalora_app.server.strategy import FederatedLora
 from lalora_app.settings.errors import ConfigError, first_line
 from lalora_app.settings.names import NONE, full_path
 from lalora_app.settings.run_config import Config, from_tables, parse
@@ -34,7 +34,7 @@ from lalora_app.wire import tensors
 
 app = ServerApp()
 _log = logging.getLogger("flwr")
-STRATEGIES = {"none": LocalAlternation, "secagg+": SecureAlternation}
+STRATEGIES = {"none": FederatedLora, "secagg+": SecureFederatedLora}
 
 
 def _partition(config: Config, clients: int) -> dict[str, Any]:
@@ -52,7 +52,7 @@ def _begin(config: Config, model: Backbone, test: Encoded, start: Adapter) -> Se
     """Return the state before the first round."""
     if not method_of(config).calibrates:
         return ServerState(start)
-    adapter, drift = sparsified(model, test, start, config.rule)
+    adapter, drift = losa_start(model, test, start, config.rule)
     return ServerState(adapter, drift=drift)
 
 
@@ -80,7 +80,7 @@ def _warn_if_not_private(config: Config) -> None:
         _log.warning("privacy.epsilon=inf: this run is NOT private")
 
 
-def _train(grid: Grid, strategy: LocalAlternation, progress: Progress) -> None:
+def _train(grid: Grid, strategy: FederatedLora, progress: Progress) -> None:
     config, state = strategy.config, strategy.state
     strategy.start(
         grid=grid,

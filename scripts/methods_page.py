@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lalora_app.adapter.factors import Adapter, num_bytes, select
-from lalora_app.aggregation.rule import Round
+from lalora_app.aggregation.rule import RoundInfo
 from lalora_app.methods.method import Method
 from lalora_app.methods.table import METHODS
 from lalora_app.settings.run_config import Config, from_tables, parse
@@ -54,7 +54,7 @@ def moved(method: Method, start: Adapter, config: Config) -> int:
         {n: x + rng.standard_normal(x.shape, np.float32) for n, x in sent.items()}
         for sent in [select(start, method.syncs(1))] * 2
     ]
-    info = Round(t=1, rounds=config.num_server_rounds, seed=config.seed, numbers=config.rule)
+    info = RoundInfo(t=1, rounds=config.num_server_rounds, seed=config.seed, numbers=config.rule)
     after = parts(method.aggregate(start, [1.0, 1.0], uploads, info).adapter, {})
     before = parts(start, {})
     return sum(

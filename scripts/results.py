@@ -10,8 +10,8 @@ import tomllib
 from collections import defaultdict
 from pathlib import Path
 
-from lalora_app.comparison.finished_cells import accuracy_of, completed, tuned
-from lalora_app.comparison.plan import Line, Plan
+from lalora_app.comparison.finished_cells import accuracy_of, find_completed, tuned_scales
+from lalora_app.comparison.plan import MethodAtEpsilon, Plan
 from lalora_app.comparison.plan_file import read_plan
 from lalora_app.comparison.summary import PLAN, records
 from lalora_app.reports.charts import aggregation_error, by_round, by_upload, partitions
@@ -33,11 +33,11 @@ def load(folder: Path) -> Plan:
 
 def tuning(plan: Plan, folder: Path) -> str:
     """Return a Markdown table: accuracy on held-out training data by method, ε and scale."""
-    scores: dict[tuple[Line, float], list[float]] = defaultdict(list)
+    scores: dict[tuple[MethodAtEpsilon, float], list[float]] = defaultdict(list)
     for cell in plan.tuning_cells():
-        if run := completed(folder, cell):
+        if run := find_completed(folder, cell):
             scores[cell.line, cell.scale].append(100 * accuracy_of(run))
-    chosen, grid = tuned(plan, folder), sorted({scale for _, scale in scores})
+    chosen, grid = tuned_scales(plan, folder), sorted({scale for _, scale in scores})
     table = ["| method | ε | " + " | ".join(f"rates × {scale:g}" for scale in grid) + " |"]
     table.append("|---" * (len(grid) + 2) + "|")
     lines = dict.fromkeys(cell.line for cell in plan.tuning_cells())

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lalora_app.adapter.factors import Adapter
-from lalora_app.methods.alignment import keep, rotated
+from lalora_app.methods.alignment import keep_result, rotated
 
 B, A, HEAD = "q.lora_B.weight", "q.lora_A.weight", "classifier.weight"
 M, N = 6, 9
@@ -134,4 +134,4 @@ def test_a_zero_factor_is_no_obstacle():
 
 def test_keep_returns_the_result_itself():
     _, start, result = case(4, 2)
-    assert keep(start, result) is result
+    assert keep_result(start, result) is result

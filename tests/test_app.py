@@ -1036,7 +1036,7 @@ def test_no_text_of_an_exception_leaves_a_client(tiny, monkeypatch, where, error
 
     module, name = {
         "query": (site, "partition"),
-        "before the ledger": (resident_factors, "substitute"),
+        "before the ledger": (resident_factors, "with_residents"),
         "after the ledger": (local_round, "run_round"),
     }[where]
     monkeypatch.setattr(module, name, fail)

@@ -14,8 +14,8 @@ from lalora_app.audit import one_audit, published_mechanism
 from lalora_app.audit.broken_mechanisms import BROKEN
 from lalora_app.audit.canaries import SPREAD, Canaries
 from lalora_app.audit.estimators import (
-    Errors,
     Guesses,
+    TestErrors,
     at_most,
     counted_p_value,
     gaussian,
@@ -25,19 +25,19 @@ from lalora_app.audit.estimators import (
     subsampled,
     two_sided,
 )
-from lalora_app.audit.findings import SURE, Report, Row
+from lalora_app.audit.findings import SURE, AuditReport, AuditRow
 from lalora_app.audit.step_attack import (
     ATTACKS,
+    CountedReleases,
     Observed,
-    Plan,
     alone,
     bounded,
-    errors_of,
+    counted_releases,
     guessed,
     likelihood,
     observe,
-    planned,
     side_by_side,
+    test_errors,
 )
 from lalora_app.cli import audit_command, main
 from lalora_app.privacy.accounting import Release, epsilon
@@ -52,9 +52,9 @@ RATE, ROUNDS, STEPS = 64 / 1079, 10, 4  # of the first client of the default run
 
 
 @cache
-def plan_at(eps: float) -> Plan:
+def plan_at(eps: float) -> CountedReleases:
     """The default run's releases at ε, and their composition in the ledger."""
-    return planned(Limit(eps, DELTA), rate=RATE, rounds=ROUNDS, steps=STEPS, clip_norm=0.5)
+    return counted_releases(Limit(eps, DELTA), rate=RATE, rounds=ROUNDS, steps=STEPS, clip_norm=0.5)
 
 
 def normal_games(mu: float, canaries: int, seed: int) -> Observed:
@@ -117,7 +117,7 @@ def test_on_exact_gaussian_draws_no_bound_is_above_and_the_curve_reaches_its_sha
     for seed in range(20):
         seen = normal_games(mu, 40_000, seed)
         scores = likelihood(seen, 1.0)
-        errors = errors_of(scores, seen.members)
+        errors = test_errors(scores, seen.members)
         bounds = {
             "two": two_sided(errors, DELTA, 0.95),
             "gdp": gaussian(errors, DELTA, 0.95),
@@ -140,7 +140,7 @@ def test_the_curve_of_the_composition_is_met_from_below():
         noise = np.full((release.count, 1), release.noise_multiplier)
         scores = likelihood(Observed(x, noise, members), release.sampling_rate)
         found = subsampled(
-            errors_of(scores, members),
+            test_errors(scores, members),
             DELTA,
             0.999,
             sampling_rate=release.sampling_rate,
@@ -150,10 +150,10 @@ def test_the_curve_of_the_composition_is_met_from_below():
 
 
 def test_useless_attacks_prove_nothing():
-    coin = Errors(500, 1000, 500, 1000)
+    coin = TestErrors(500, 1000, 500, 1000)
     assert two_sided(coin, DELTA, 0.95) == gaussian(coin, DELTA, 0.95) == 0.0
     assert subsampled(coin, DELTA, 0.95, sampling_rate=0.05, steps=40) == 0.0
-    worse = Errors(900, 1000, 900, 1000)
+    worse = TestErrors(900, 1000, 900, 1000)
     assert gaussian(worse, DELTA, 0.95) == 0.0
 
 
@@ -213,10 +213,10 @@ def test_no_seed_of_twenty_proves_more_than_the_ledger_counts(eps):
 @pytest.mark.slow
 @pytest.mark.parametrize("eps", [1.0, 3.0, 8.0])
 def test_on_the_plain_gaussian_the_real_step_is_audited_to_eighty_percent(eps):
-    plan = planned(Limit(eps, DELTA), rate=1.0, rounds=1, steps=1, clip_norm=0.5)
+    plan = counted_releases(Limit(eps, DELTA), rate=1.0, rounds=1, steps=1, clip_norm=0.5)
     runs = [observe(plan, SHAPES, 3840, seed, blanks=256) for seed in range(40)]
     scores = likelihood(side_by_side(runs), 1.0)
-    errors = errors_of(scores, side_by_side(runs).members)
+    errors = test_errors(scores, side_by_side(runs).members)
     for bound in (
         gaussian(errors, DELTA, 0.95),
         subsampled(errors, DELTA, 0.95, sampling_rate=1.0, steps=1),
@@ -276,9 +276,9 @@ def test_the_published_clip_is_that_of_the_batch_and_its_median():
 # --- the report and the command ----------------------------------------------------------------
 
 
-def report(lower: float, p_value: float = 0.3) -> Report:
-    rows = [Row("step", lower, 2.9, "said", p_value), Row("run", 0.0, None, "said")]
-    return Report("lalora", 3.0, 0.95, DELTA, 4, rows)
+def report(lower: float, p_value: float = 0.3) -> AuditReport:
+    rows = [AuditRow("step", lower, 2.9, "said", p_value), AuditRow("run", 0.0, None, "said")]
+    return AuditReport("lalora", 3.0, 0.95, DELTA, 4, rows)
 
 
 def test_the_report_has_both_epsilons_and_a_verdict():

@@ -18,7 +18,7 @@ from lalora_app.data.examples import split
 from lalora_app.methods.table import METHODS
 from lalora_app.methods.weight_noise import row_noise
 from lalora_app.models.backbone import Backbone, build, wire_name
-from lalora_app.models.frozen_weights import Bases, base_layers
+from lalora_app.models.frozen_weights import FrozenWeights, base_layers
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.randomness import seed_of, seeded
@@ -124,12 +124,12 @@ def weights_of(model) -> dict[str, Tensor]:
     }
 
 
-def narrowed(backbone: Backbone, dtype: torch.dtype) -> tuple[Bases, torch.nn.Module]:
+def narrowed(backbone: Backbone, dtype: torch.dtype) -> tuple[FrozenWeights, torch.nn.Module]:
     """Bases of a copy of the model whose frozen weights are of a type."""
     model = without_engine(backbone.model)
     for layer in base_layers(model).values():
         layer.base_layer.weight.data = layer.base_layer.weight.data.to(dtype)
-    return Bases(base_layers(model)), model
+    return FrozenWeights(base_layers(model)), model
 
 
 def assert_bits(model, expected: dict[str, Tensor]) -> None:
@@ -154,7 +154,7 @@ def test_within_the_block_every_weight_has_moved_by_the_change_and_then_is_back(
         seen.append(weight.clone())
         return torch.full_like(weight, 0.01 * len(seen)) * weight
 
-    with bases.shaken(change):
+    with bases.perturbed(change):
         for weight, old, computed, k in zip(
             weights_of(model).values(), before.values(), seen, range(1, 5), strict=True
         ):
@@ -178,7 +178,7 @@ def test_an_exception_within_the_block_or_half_way_into_it_restores_every_weight
     before = weights_of(model)
 
     def fail_inside() -> None:
-        with bases.shaken(torch.ones_like):
+        with bases.perturbed(torch.ones_like):
             moved = weights_of(model)
             assert not any(torch.equal(moved[name], weight) for name, weight in before.items())
             raise ArithmeticError("inside")
@@ -194,7 +194,7 @@ def test_an_exception_within_the_block_or_half_way_into_it_restores_every_weight
             raise ArithmeticError("half way")
         return torch.ones_like(weight)
 
-    with pytest.raises(ArithmeticError, match="half way"), bases.shaken(broken):
+    with pytest.raises(ArithmeticError, match="half way"), bases.perturbed(broken):
         pass
     assert_bits(model, before)
 
@@ -202,7 +202,7 @@ def test_an_exception_within_the_block_or_half_way_into_it_restores_every_weight
 def test_without_a_change_the_block_does_nothing(prepared):
     model = prepared()[0]
     before, versions = weights_of(model.model), [p._version for p in model.model.parameters()]
-    with model.bases.shaken(None):
+    with model.frozen_weights.perturbed(None):
         assert_bits(model.model, before)
     assert [p._version for p in model.model.parameters()] == versions
 
@@ -241,14 +241,14 @@ def test_moving_is_always_from_the_first_weight_and_an_empty_drift_is_back_there
     for rank, seed, layers in [(1, 0, 4), (5, 1, 4), (2, 2, 2), (2, 2, 2), (3, 3, 3)]:
         drift = drift_of(adapter, rank, seed, layers)
         given = copy.deepcopy(drift)
-        bases.move(drift)
+        bases.set_drift(drift)
         expected = moved_by(before, drift)
         for name, weight in weights_of(model).items():
             tolerance = {"rtol": 1e-5, "atol": 1e-6} if dtype == torch.float32 else {}
             torch.testing.assert_close(weight, expected[name].to(dtype), **tolerance)
             assert torch.equal(weight, before[name]) == (name not in drift)
         assert all(np.array_equal(drift[name], array) for name, array in given.items())
-    bases.move({})
+    bases.set_drift({})
     assert_bits(model, before)
 
 
@@ -256,12 +256,12 @@ def test_a_shake_of_moved_weights_comes_back_to_the_moved_ones(prepared):
     backbone, adapter = prepared()
     bases, model = narrowed(backbone, torch.float32)
     before = weights_of(model)
-    bases.move(drift_of(adapter, 2, 0))
+    bases.set_drift(drift_of(adapter, 2, 0))
     moved = weights_of(model)
-    with bases.shaken(torch.ones_like):
+    with bases.perturbed(torch.ones_like):
         pass
     assert_bits(model, moved)
-    bases.move({})
+    bases.set_drift({})
     assert_bits(model, before)
 
 
@@ -293,12 +293,12 @@ def test_an_evaluation_sees_the_moved_and_the_shaken_weights(prepared, data, ker
     first = logits(backbone, data)  # a merged kernel has now formed its weight
     for rank, seed in [(2, 0), (3, 1)]:
         drift = drift_of(adapter, rank, seed)
-        backbone.bases.move(drift)
+        backbone.frozen_weights.set_drift(drift)
         expected = logits(dense(backbone, moved_by(before, drift), adapter), data)
         found = logits(backbone, data)
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)
         assert (found - first).abs().max() > 1e-2
-        with backbone.bases.shaken(lambda weight: 0.5 * weight):
+        with backbone.frozen_weights.perturbed(lambda weight: 0.5 * weight):
             shaken = logits(backbone, data)
         stretched = {
             name: weight + 0.5 * (weight + 1.5 * product(adapter, name))

@@ -8,7 +8,7 @@ import pytest
 from conftest import defaults
 from fake_grid import FakeGrid
 from lalora_app import server_app
-from lalora_app.comparison.finished_cells import completed
+from lalora_app.comparison.finished_cells import find_completed
 from lalora_app.comparison.runner import _eta, run_plan
 from lalora_app.comparison.summary import PLAN, prepare, read_file, records, summarise
 from lalora_app.data.examples import split
@@ -231,14 +231,14 @@ def test_a_finished_run_is_never_taken_for_one_with_other_settings(tables):
     changed = tables | {"train.lr-a": 0.123}
     plan, folder = prepare(changed, defaults())
     with pytest.raises(ConfigError, match=r"train\.lr-a=0\.123 must be .* another compare\.name"):
-        completed(folder, plan.cells({})[0])
+        find_completed(folder, plan.cells({})[0])
 
 
 def test_tuning_chooses_by_data_that_the_test_split_does_not_hold(tuned_tables):
     plan, folder, _ = run(tuned_tables)
     accuracies = {}
     for cell in plan.tuning_cells():
-        path = completed(folder, cell)
+        path = find_completed(folder, cell)
         accuracies[cell.scale] = json.loads((path / "summary.json").read_text())["accuracy"]
     better = max(accuracies, key=lambda scale: (accuracies[scale], -scale))
     (record,) = records(plan, folder)

@@ -43,7 +43,7 @@ def test_intruders_are_those_of_the_dense_weights(done):
     found = intruders(model, state)
     assert len(found) == 4  # query and value of two layers
     for name, count in found.items():
-        layer = model.bases._layers[name]
+        layer = model.frozen_weights._layers[name]
         a, b = (part["default"].weight.detach().double() for part in (layer.lora_A, layer.lora_B))
         own = layer.base_layer.weight.detach().double()
         moved = state.drift and state.drift[name] @ state.drift[name.replace("_B", "_A")]

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lalora_app.adapter.factors import kind
-from lalora_app.client.held_download import HeldError, completed, keep
+from lalora_app.client.held_download import HeldError, completed, save_download
 from lalora_app.privacy.ledger import state_folder
 from lalora_app.wire import messages, tensors
 from lalora_app.wire.downlink import DRIFT, LEFT_OUT, Downlink
@@ -56,7 +56,7 @@ def test_the_first_request_holds_everything_and_later_ones_what_has_changed(tmp_
     first = asked(server, adapter())
     assert names(first) == {A, B, HEAD}
     assert not first[LEFT_OUT]
-    keep(path, *read(first))
+    save_download(path, *read(first))
     server.answered([NODE])
     second = asked(server, adapter(b=2, head=1))
     assert names(second) == {B, HEAD}
@@ -90,7 +90,7 @@ def test_a_client_reads_what_the_server_has_or_refuses(tmp_path_factory, rounds)
         same(got[0], now)
         same(got[1], moved)
         if kept:
-            keep(path, *got)
+            save_download(path, *got)
         if comes:
             server.answered([NODE])
 
@@ -112,7 +112,7 @@ def test_other_nodes_hold_nothing():
 
 def test_a_drift_is_left_out_until_it_moves(tmp_path):
     server, path = Downlink(), tmp_path / "held"
-    keep(path, *read(asked(server, adapter(), drift(2))))
+    save_download(path, *read(asked(server, adapter(), drift(2))))
     server.answered([NODE])
     again = asked(server, adapter(), drift(2))
     assert not again[DRIFT]
@@ -129,11 +129,11 @@ def test_what_is_not_held_bit_for_bit_is_refused(tmp_path, held):
     content = asked(server, adapter(1))
     match held:
         case "other":
-            keep(path, adapter(np.nextafter(np.float32(1), np.float32(2))), {})
+            save_download(path, adapter(np.nextafter(np.float32(1), np.float32(2))), {})
         case "damaged":
             path.write_bytes(b"\xff" * 100)
         case "other shape":
-            keep(path, {A: np.ones((6, 2), np.float32)}, {})
+            save_download(path, {A: np.ones((6, 2), np.float32)}, {})
     with pytest.raises(HeldError, match="was left out, and is not held"):
         completed(content, path)
 
@@ -141,7 +141,7 @@ def test_what_is_not_held_bit_for_bit_is_refused(tmp_path, held):
 @given(st.dictionaries(st.text(max_size=8), st.text(max_size=70), max_size=3))
 def test_whatever_is_left_out_is_an_error_of_its_own_or_nothing(tmp_path_factory, said):
     path = tmp_path_factory.mktemp("home") / "held"
-    keep(path, adapter(), drift())
+    save_download(path, adapter(), drift())
     content = RecordDict(
         {messages.ARRAYS: tensors.to_record(adapter()), LEFT_OUT: ConfigRecord(said)}
     )

@@ -14,7 +14,7 @@ from conftest import make_config
 from fake_grid import FakeGrid
 from lalora_app import client_app
 from lalora_app.client import data_cache, requests
-from lalora_app.client.data_cache import Kept, fingerprint
+from lalora_app.client.data_cache import CacheFile, fingerprint
 from lalora_app.client.site import admit
 from lalora_app.data.encoding import EncodedSequences, EncodedTexts
 from lalora_app.data.examples import Examples
@@ -39,7 +39,7 @@ def same(one, other, size=3):
 @given(TOKENS, st.integers(0, 9))
 def test_texts_come_back(tmp_path_factory, tokens, pad):
     rows = tuple(map(tuple, tokens))
-    file = Kept(tmp_path_factory.mktemp("cache") / "x.safetensors", "f")
+    file = CacheFile(tmp_path_factory.mktemp("cache") / "x.safetensors", "f")
     labels = tuple(range(len(rows)))
     for encoded in (EncodedTexts(rows, labels, pad, 9), EncodedSequences(rows, 10)):
         file.write(encoded)
@@ -54,7 +54,7 @@ def test_images_come_back(tmp_path):
         return file.getvalue()
 
     encoded = encode_images(Examples((image(3, 4), image(200, 2), image(9, 4)), (1, 0, 1)), 4, 4)
-    file = Kept(tmp_path / "x.safetensors", "f")
+    file = CacheFile(tmp_path / "x.safetensors", "f")
     file.write(encoded)
     found = file.read()
     assert (found.labels, found.places) == (encoded.labels, encoded.places)
@@ -64,7 +64,7 @@ def test_images_come_back(tmp_path):
 
 
 def test_the_file_is_this_users_alone(tmp_path):
-    file = Kept(tmp_path / "new" / "x.safetensors", "f")
+    file = CacheFile(tmp_path / "new" / "x.safetensors", "f")
     file.write(EncodedSequences(((1, 2),)))
     assert file.path.stat().st_mode & 0o777 == 0o600
     assert file.path.parent.stat().st_mode & 0o777 == 0o700
@@ -73,14 +73,14 @@ def test_the_file_is_this_users_alone(tmp_path):
 
 @pytest.mark.parametrize("harm", ["missing", "damaged", "cut", "another"])
 def test_what_does_not_fit_is_not_read(tmp_path, harm):
-    file = Kept(tmp_path / "x.safetensors", "f")
+    file = CacheFile(tmp_path / "x.safetensors", "f")
     if harm != "missing":
         file.write(EncodedSequences(((1, 2), (3,))))
     if harm == "damaged":
         file.path.write_bytes(b"\xff" * 64)
     if harm == "cut":
         file.path.write_bytes(file.path.read_bytes()[:-4])
-    wanted = Kept(file.path, "g") if harm == "another" else file
+    wanted = CacheFile(file.path, "g") if harm == "another" else file
     assert wanted.read() is None
 
 
@@ -153,7 +153,7 @@ def test_a_cache_needs_data_of_its_own(tiny, tmp_path):
 def test_no_file_without_a_folder(tiny, data_file):
     node = {"data-path": str(data_file), "max-epsilon": float("inf")}
     config = tiny(**open_run())
-    assert data_cache.kept(admit(config, node, 1), config) is None
+    assert data_cache.cache_file(admit(config, node, 1), config) is None
 
 
 def test_missing_data_is_named_as_without_a_cache(tiny, tmp_path):

@@ -59,7 +59,7 @@ def released(client, data, *, t, k, z=0.0, seed=0):
     config, model, start, _ = client
     local = local_steps(config, t)
     model.engine.activate(active_names(start, local.method.trains(t, k)))
-    with model.bases.shaken(local_round._perturbation(model, local, k)):
+    with model.frozen_weights.perturbed(local_round._perturbation(model, local, k)):
         return step.private_gradient(
             model,
             data,

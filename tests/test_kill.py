@@ -20,7 +20,7 @@ from lalora_app.privacy.accounting import epsilon, second_epsilon
 from lalora_app.privacy.budget import Limit, noise_for
 from lalora_app.privacy.ledger import Ledger
 from lalora_app.server.cohorts import Clients
-from lalora_app.server.strategy import LocalAlternation
+from lalora_app.server.strategy import FederatedLora
 
 KILLS = 20
 ROUNDS = 40
@@ -52,7 +52,7 @@ def _client(config, side: Path, run: str, die_at: int | None):
     _, start = backbone.build(config)
     node = next(iter(grid.contexts))
     clients = Clients([node], [(0,)] * ROUNDS)
-    strategy = LocalAlternation(config, _method(config), run, clients, ServerState(start))
+    strategy = FederatedLora(config, _method(config), run, clients, ServerState(start))
     for _ in range(ROUNDS):
         requests = strategy.configure_train(0, None, None, grid)
         strategy.aggregate_train(0, grid.send_and_receive(requests))

@@ -18,7 +18,7 @@ from lalora_app.data.encoding import EncodedTexts
 from lalora_app.methods.table import METHODS
 from lalora_app.models.backbone import Backbone, wire_name
 from lalora_app.models.forwards import Segmented, mean_logits, text_logits
-from lalora_app.models.frozen_weights import Bases, base_layers
+from lalora_app.models.frozen_weights import FrozenWeights, base_layers
 from lalora_app.models.scores import CLASSIFICATION
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.ledger import Reservation
@@ -55,7 +55,7 @@ def meta_backbone(*, pooling="mean", kernel="fused", dtype=torch.float32) -> Bac
     parameters = {wire_name(n): p for n, p in model.named_parameters() if p.requires_grad}
     engine = KernelEngine(model, parameters, kernel)
     forward = Segmented({"mean": mean_logits, "model": text_logits}[pooling], 3)
-    bases = Bases(base_layers(model))
+    bases = FrozenWeights(base_layers(model))
     return Backbone(model, CLASSIFICATION, forward, list, engine, META, dtype, 4, bases)
 
 

@@ -17,8 +17,8 @@ from lalora_app.methods.optimizers import (
     LowPass,
     UnbiasedAdamW,
     as_configured,
+    lora_plus,
     low_pass,
-    plus,
     unbiased_adamw,
 )
 from lalora_app.methods.table import METHODS
@@ -199,7 +199,7 @@ def test_lora_plus_teaches_b_at_the_ratio_times_the_rate_of_a_and_leaves_the_oth
     rates = {"B": 7.0, "A": 0.3, "head": 5.0, "gate": 0.01}
     groups = [group(parameter(drawn(0, 1)[0]), lr=lr, kind=kind) for kind, lr in rates.items()]
     before = copy.deepcopy(groups)
-    made = plus(groups, hyper(**{"train.optimizer": optimizer, "rule.lr-ratio": 5.0}))
+    made = lora_plus(groups, hyper(**{"train.optimizer": optimizer, "rule.lr-ratio": 5.0}))
     found = {g["kind"]: g["lr"] for g in made.param_groups}
     assert found == {"B": pytest.approx(1.5), "A": 0.3, "head": 5.0, "gate": 0.01}
     assert type(made) is {"sgd": torch.optim.SGD, "adamw": torch.optim.AdamW}[optimizer]
@@ -210,7 +210,7 @@ def test_lora_plus_with_the_ratio_of_the_run_is_the_plain_optimiser():
     changes = {"train.lr-a": 0.5, "train.lr-b": 1.5, "rule.lr-ratio": 3.0}
     rates = {"A": 0.5, "B": 1.5}
     groups = [group(parameter(drawn(0, 1)[0]), lr=lr, kind=kind) for kind, lr in rates.items()]
-    made, plain = plus(groups, hyper(**changes)), as_configured(groups, hyper(**changes))
+    made, plain = lora_plus(groups, hyper(**changes)), as_configured(groups, hyper(**changes))
     assert [g["lr"] for g in made.param_groups] == [g["lr"] for g in plain.param_groups]
 
 
@@ -219,7 +219,7 @@ def test_lora_plus_with_the_ratio_of_the_run_is_the_plain_optimiser():
 MAKES = {
     "sgd": (as_configured, {"train.optimizer": "sgd", "train.momentum": 0.9}),
     "adamw": (as_configured, {"train.optimizer": "adamw"}),
-    "lora-plus": (plus, {"train.optimizer": "adamw"}),
+    "lora-plus": (lora_plus, {"train.optimizer": "adamw"}),
     "doppler": (low_pass, {}),
     "dp-fedadamw": (unbiased_adamw, {}),
 }

@@ -5,7 +5,7 @@ import math
 import pytest
 
 from conftest import defaults
-from lalora_app.comparison.plan import RATES, Cell
+from lalora_app.comparison.plan import RATES, PlanCell
 from lalora_app.comparison.plan_file import narrowed, read_plan
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import parse
@@ -128,7 +128,7 @@ def test_tuning_needs_a_test_split_of_its_own():
 
 def test_every_cell_is_a_run_config():
     for cell in plan_of(tune=TUNE).cells({}):
-        assert isinstance(cell, Cell)
+        assert isinstance(cell, PlanCell)
         parse(cell.config)
 
 

@@ -5,7 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lalora_app.adapter.low_rank import Product, balanced, compressed, moved, norm, stacked, svd
+from lalora_app.adapter.low_rank import (
+    Product,
+    add_to_drift,
+    balanced,
+    compressed,
+    norm,
+    stacked,
+    svd,
+)
 
 B, A = "base_model.model.layer.0.lora_B.weight", "base_model.model.layer.0.lora_A.weight"
 FEW = settings(max_examples=40, deadline=None, derandomize=True)
@@ -191,7 +199,7 @@ def test_the_base_has_moved_by_every_fold_times_its_scale_at_a_bounded_rank(seed
     before = [{name: array.tobytes() for name, array in fold.items()} for fold in folds]
     drift: dict[str, np.ndarray] = {}
     for fold in folds:
-        drift = moved(drift, fold, scale)
+        drift = add_to_drift(drift, fold, scale)
     expected = scale * sum(matmul((fold[B], fold[A])) for fold in folds)
     np.testing.assert_allclose(
         matmul((drift[B], drift[A])), expected, atol=3e-6 * np.linalg.norm(expected)
@@ -205,6 +213,6 @@ def test_what_does_not_move_stays_in_the_drift():
     rng = np.random.default_rng(0)
     drift = {B: drawn(rng, 8, 2), A: drawn(rng, 2, 6)}
     other = {name.replace("layer.0", "layer.1"): array for name, array in drift.items()}
-    both = moved(drift, other, 2.0)
+    both = add_to_drift(drift, other, 2.0)
     assert set(both) == {*drift, *other}
     assert all(both[name] is drift[name] for name in drift)

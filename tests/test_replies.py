@@ -14,30 +14,30 @@ def path(tmp_path):
 
 
 def test_the_same_request_gets_the_same_bytes(path):
-    last_reply.keep(path, "one", UPLOAD)
-    again = last_reply.again(path, "one")
+    last_reply.save_reply(path, "one", UPLOAD)
+    again = last_reply.load_if_same_request(path, "one")
     assert {n: a.tobytes() for n, a in again.items()} == {n: a.tobytes() for n, a in UPLOAD.items()}
 
 
 def test_another_request_gets_none(path):
-    assert last_reply.again(path, "one") is None
-    last_reply.keep(path, "one", UPLOAD)
-    assert last_reply.again(path, "two") is None
+    assert last_reply.load_if_same_request(path, "one") is None
+    last_reply.save_reply(path, "one", UPLOAD)
+    assert last_reply.load_if_same_request(path, "two") is None
 
 
 def test_only_the_last_reply_is_kept_and_no_other_file(path):
-    last_reply.keep(path, "one", UPLOAD)
-    last_reply.keep(path, "two", UPLOAD)
-    assert last_reply.again(path, "one") is None
-    assert last_reply.again(path, "two") is not None
+    last_reply.save_reply(path, "one", UPLOAD)
+    last_reply.save_reply(path, "two", UPLOAD)
+    assert last_reply.load_if_same_request(path, "one") is None
+    assert last_reply.load_if_same_request(path, "two") is not None
     assert list(path.parent.iterdir()) == [path]
 
 
 @pytest.mark.parametrize("harm", [b"", b"{", b"\xff" * 100])
 def test_a_damaged_file_means_a_new_answer(path, harm):
-    last_reply.keep(path, "one", UPLOAD)
+    last_reply.save_reply(path, "one", UPLOAD)
     path.write_bytes(harm)
-    assert last_reply.again(path, "one") is None
+    assert last_reply.load_if_same_request(path, "one") is None
 
 
 def test_every_dataset_and_client_has_its_own_file(tmp_path):

@@ -16,11 +16,11 @@ def adapter(value: float) -> dict[str, np.ndarray]:
 
 
 def keep(path, kept, factors, versions, attempt=1):
-    resident_factors.keep(path, kept, factors, versions, attempt)
+    resident_factors.save_residents(path, kept, factors, versions, attempt)
 
 
 def substitute(path, start, versions, attempt=2):
-    return resident_factors.substitute(path, start, versions, attempt)
+    return resident_factors.with_residents(path, start, versions, attempt)
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from conftest import make_config
 from lalora_app.adapter.factors import Adapter
 from lalora_app.aggregation.average import average
-from lalora_app.aggregation.rule import Round
+from lalora_app.aggregation.rule import RoundInfo
 from lalora_app.server.robust import COMBINE, krum, median, robust, trimmed_mean
 
 SHAPES = {"q.lora_A.weight": (2, 5), "q.lora_B.weight": (4, 2), "classifier.bias": (3,)}
@@ -154,7 +154,7 @@ def test_where_clients_agree_a_robust_mean_is_what_they_say_and_the_rule_passes_
     uploads = [drawn(2, 1)[0]] * 5
     current = drawn(3, 1)[0]
     shares, kept = robust(kind, 1, [1.0] * 5, uploads)
-    info = Round(t=1, rounds=2, seed=0, numbers=make_config().rule)
+    info = RoundInfo(t=1, rounds=2, seed=0, numbers=make_config().rule)
     found = average(current, shares, kept, info).adapter
     assert_same(found, kept[0])
     assert_near(found, uploads[0])

@@ -22,7 +22,7 @@ from lalora_app.aggregation.new_factors import (
 )
 from lalora_app.aggregation.padded_average import padded_mean
 from lalora_app.aggregation.residual_correction import corrected, cosine, residual_fold, ridge
-from lalora_app.aggregation.rule import Aggregated, Round
+from lalora_app.aggregation.rule import Aggregated, RoundInfo
 
 HEAD = "base_model.model.classifier.weight"
 SIZES = {"base_model.model.layer.0": (6, 9), "base_model.model.layer.1": (11, 8)}
@@ -40,8 +40,8 @@ def numbers(period: int = 1, fair_weight: float = 0.01):
     return make_config(**{"rule.period": period, "rule.fair-weight": fair_weight}).rule
 
 
-def at(t: int = 1, seed: int = 7, **changes) -> Round:
-    return Round(t=t, rounds=9, seed=seed, numbers=numbers(**changes))
+def at(t: int = 1, seed: int = 7, **changes) -> RoundInfo:
+    return RoundInfo(t=t, rounds=9, seed=seed, numbers=numbers(**changes))
 
 
 def drawn(rng: np.random.Generator, rank: int = RANK, sizes=SIZES) -> Adapter:
@@ -718,7 +718,7 @@ def test_flexlora_leaves_no_direction_with_two_zero_factors():
     draw = rng.standard_normal
     current = {b: np.zeros((6, 4), "f4"), a: draw((4, 5)).astype("f4")}
     upload = {b: draw((6, 1)).astype("f4"), a: draw((1, 5)).astype("f4")}
-    info = Round(t=1, rounds=1, seed=0, numbers=make_config().rule)
+    info = RoundInfo(t=1, rounds=1, seed=0, numbers=make_config().rule)
     new = product_mean(current, [1.0], [upload], info).adapter
     assert np.allclose(new[b] @ new[a], upload[b] @ upload[a], atol=1e-5)
     assert all(row.any() for row in new[a])

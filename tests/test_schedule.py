@@ -73,7 +73,7 @@ def test_a_round_trains_all_that_it_sends_and_the_rest_is_resident(name, local_s
         trained = set()
         for k in range(local_steps):
             trained |= method.trains(t, k)
-        assert schedule.trained(method.trains, t, local_steps) == trained
+        assert schedule.factors_trained_in(method.trains, t, local_steps) == trained
         assert method.syncs(t) <= trained
         assert method.resident(t, local_steps) == trained - method.syncs(t)
 

@@ -12,7 +12,7 @@ from lalora_app.adapter.factors import select
 from lalora_app.aggregation.server_state import ServerState
 from lalora_app.methods.table import METHODS
 from lalora_app.server.cohorts import Clients
-from lalora_app.server.strategy import LocalAlternation
+from lalora_app.server.strategy import FederatedLora
 from lalora_app.settings.run_config import parse
 from lalora_app.wire import messages, tensors
 from lalora_app.wire.downlink import LEFT_OUT
@@ -39,7 +39,7 @@ def make(*, method="la-lora", cohorts=None, attempts=6, **changes):
     plan = cohorts or [tuple(range(len(NODES)))] * attempts
     clients = Clients(NODES, plan)
     start = METHODS[method].start(noisy(0), config.rule)
-    return LocalAlternation(config, METHODS[method], "run-1", clients, ServerState(start))
+    return FederatedLora(config, METHODS[method], "run-1", clients, ServerState(start))
 
 
 def asked(strategy):

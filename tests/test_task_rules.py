@@ -18,7 +18,7 @@ from lalora_app.adapter.parametrisations import (
     with_gates,
 )
 from lalora_app.aggregation.beam_pruning import prune_and_expand
-from lalora_app.aggregation.rule import Aggregated, Round
+from lalora_app.aggregation.rule import Aggregated, RoundInfo
 from lalora_app.aggregation.task_blocks import closed_task, freeze_direction, freeze_subspace
 
 HEAD = "base_model.model.classifier.weight"
@@ -34,8 +34,8 @@ def numbers(**changes):
     return make_config(**{f"rule.{key.replace('_', '-')}": v for key, v in changes.items()}).rule
 
 
-def at(t: int, rounds: int, **changes) -> Round:
-    return Round(t=t, rounds=rounds, seed=7, numbers=numbers(**changes))
+def at(t: int, rounds: int, **changes) -> RoundInfo:
+    return RoundInfo(t=t, rounds=rounds, seed=7, numbers=numbers(**changes))
 
 
 def plain(rng: np.random.Generator, rank: int) -> Adapter:

@@ -16,7 +16,7 @@ from lalora_app.adapter.factors import num_bytes, select
 from lalora_app.methods.table import METHODS
 from lalora_app.models import backbone
 from lalora_app.wire import code_version, messages, refusals, tensors
-from lalora_app.wire.messages import Hello, TrainReply, TrainRequest
+from lalora_app.wire.messages import SiteHello, TrainReply, TrainRequest
 from lalora_app.wire.tensors import WireError
 
 ROUNDS, STEPS = 10, 2
@@ -386,8 +386,8 @@ def test_no_refusal_says_anything_else(key):
 
 
 def test_hello_survives_the_wire():
-    got = answer(Hello("clinic-7", 4).record())
-    assert messages.parse_hello(got) == Hello("clinic-7", 4)
+    got = answer(SiteHello("clinic-7", 4).record())
+    assert messages.parse_hello(got) == SiteHello("clinic-7", 4)
     assert {name: set(record) for name, record in got.content.items()} == {
         messages.CONFIG: {"client", "rank", "code"}
     }
@@ -395,7 +395,7 @@ def test_hello_survives_the_wire():
 
 @pytest.mark.parametrize("name", ["", 7, True, ["a"], None])
 def test_a_hello_needs_a_name(name):
-    content = Hello("x", 4).record()
+    content = SiteHello("x", 4).record()
     del content.config_records[messages.CONFIG]["client"]
     if name is not None:
         content.config_records[messages.CONFIG]["client"] = name

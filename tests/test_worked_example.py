@@ -9,7 +9,7 @@ from dataclasses import fields, replace
 import numpy as np
 
 from conftest import ROOT, make_config
-from lalora_app.aggregation.rule import Round
+from lalora_app.aggregation.rule import RoundInfo
 from lalora_app.methods import table as methods_table
 from lalora_app.methods.method import Method
 from lalora_app.methods.table import METHODS
@@ -44,7 +44,7 @@ def test_the_example_works_as_written():
     added = eval("{" + entry + "}", names)["forgetful"]
     rng = np.random.default_rng(0)
     start = {n: rng.standard_normal((2, 2)).astype("f4") for n in ("l.lora_A.w", "l.lora_B.w", "h")}
-    info = Round(t=1, rounds=1, seed=0, numbers=make_config().rule)
+    info = RoundInfo(t=1, rounds=1, seed=0, numbers=make_config().rule)
     new = added.aggregate(start, [1.0], [start], info).adapter
     assert np.allclose(new["l.lora_A.w"], 0.9 * start["l.lora_A.w"])
     assert np.array_equal(new["h"], start["h"])

@@ -13,7 +13,7 @@ def file_name(*parts: str) -> str:
 
 
 @contextmanager
-def replacing(path: Path, *, mode: int = 0o777) -> Iterator[Path]:
+def replace_atomically(path: Path, *, mode: int = 0o777) -> Iterator[Path]:
     """Give a file to write, which takes the place of ``path`` once the block has ended well.
 
     Args:

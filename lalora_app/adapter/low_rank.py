@@ -95,7 +95,7 @@ def compressed(b: Array, a: Array) -> tuple[Array, Array]:
     return balanced(found, rank_of(found))
 
 
-def moved(drift: Adapter, fold: Adapter, scale: float) -> Adapter:
+def add_to_drift(drift: Adapter, fold: Adapter, scale: float) -> Adapter:
     """Return the drift of the base with ``scale·B·A`` of ``fold`` added.
 
     Ranks add up; beyond half of a layer's smaller side the product is compressed to its own rank.

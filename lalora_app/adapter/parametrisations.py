@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lalora_app.adapter.factors import Adapter, kind, pairs, sibling
-from lalora_app.settings.run_config import Rule
+from lalora_app.settings.run_config import MethodNumbers
 
 T = TypeVar("T")
 
@@ -21,13 +21,13 @@ def _models_own(tensors: Mapping[str, T]) -> dict[str, T]:
     return {name: x for name, x in tensors.items() if kind(name) in ("A", "B", "head")}
 
 
-def with_gates(start: Adapter, rule: Rule) -> Adapter:
+def with_gates(start: Adapter, rule: MethodNumbers) -> Adapter:
     """BeamLoRA: add gates g (r,) at zero, where all directions count alike."""
     gates = {sibling(a, "gate"): np.zeros(len(start[a]), np.float32) for _, a in pairs(start)}
     return start | gates
 
 
-def gated(theta: Mapping[str, Tensor], rule: Rule) -> dict[str, Tensor]:
+def gated(theta: Mapping[str, Tensor], rule: MethodNumbers) -> dict[str, Tensor]:
     """BeamLoRA: A becomes r·softmax(g/τ) ∘ A, so ΔW = s·B·diag(r·softmax(g/τ))·A.
 
     τ is ``rule.gate-temperature`` (arXiv:2502.13604). Limit: rank 1 leaves A as it is.
@@ -42,7 +42,7 @@ def gated(theta: Mapping[str, Tensor], rule: Rule) -> dict[str, Tensor]:
     return own
 
 
-def blocks(rank: int, rule: Rule) -> int:
+def blocks(rank: int, rule: MethodNumbers) -> int:
     """SD-LoRA: return the rank that a model needs for the directions of every task."""
     return rank * rule.tasks
 
@@ -52,7 +52,7 @@ def fixed_b(b: str) -> str:
     return sibling(b, "fixed").replace(".lora_fixed.", ".lora_fixed.B.")
 
 
-def with_directions(start: Adapter, rule: Rule) -> Adapter:
+def with_directions(start: Adapter, rule: MethodNumbers) -> Adapter:
     """SD-LoRA: keep a first block as the factors, and make room for the tasks before.
 
     Frozen directions begin at zero, as do their magnitudes α (tasks − 1,).
@@ -67,7 +67,7 @@ def with_directions(start: Adapter, rule: Rule) -> Adapter:
     return extended
 
 
-def directed(theta: Mapping[str, Tensor], rule: Rule) -> dict[str, Tensor]:
+def directed(theta: Mapping[str, Tensor], rule: MethodNumbers) -> dict[str, Tensor]:
     """SD-LoRA: ΔW = s·(B·A + Σ_i α_i·B̂_i·Â_i) over the tasks before (arXiv:2501.13198, eq. 4).
 
     The paper's own magnitude of the present task is left in B, which has it anyway.
@@ -88,7 +88,7 @@ def rank_mask(b: str) -> str:
     return sibling(b, "fixed").replace(".lora_fixed.", ".lora_fixed.ranks.")
 
 
-def with_masks(start: Adapter, rule: Rule) -> Adapter:
+def with_masks(start: Adapter, rule: MethodNumbers) -> Adapter:
     """LoSA: add masks of input features (n,) and ranks (r,); ones, until a server calibrates."""
     masks = Adapter()
     for b, a in pairs(start):
@@ -97,7 +97,7 @@ def with_masks(start: Adapter, rule: Rule) -> Adapter:
     return start | masks
 
 
-def masked(theta: Mapping[str, Tensor], rule: Rule) -> dict[str, Tensor]:
+def masked(theta: Mapping[str, Tensor], rule: MethodNumbers) -> dict[str, Tensor]:
     """LoSA: A becomes A ⊙ (ranks kept)·(features kept)ᵀ (arXiv:2502.14816).
 
     Privacy: masks are of public inputs; noise on what is masked never reaches the model.
@@ -108,7 +108,7 @@ def masked(theta: Mapping[str, Tensor], rule: Rule) -> dict[str, Tensor]:
     return own
 
 
-def with_basis(start: Adapter, rule: Rule) -> Adapter:
+def with_basis(start: Adapter, rule: MethodNumbers) -> Adapter:
     """DualLoRA: add room for a basis Φ (r·(tasks − 1), n) of what the tasks before have used."""
     room = {
         sibling(a, "fixed"): np.tile(np.zeros_like(start[a]), (rule.tasks - 1, 1))
@@ -128,7 +128,7 @@ def split_rows(a: Any, basis: Any) -> tuple[Any, Any]:
     return a[:half] - inside[:half], inside[half:] if bool((basis != 0).any()) else a[half:]
 
 
-def projected(theta: Mapping[str, Tensor], rule: Rule) -> dict[str, Tensor]:
+def projected(theta: Mapping[str, Tensor], rule: MethodNumbers) -> dict[str, Tensor]:
     """DualLoRA: an orthogonal adapter outside of Φ, a residual one inside (arXiv:2411.00623).
 
     Its bases come from raw features, which are private; Φ here spans the noised updates of the

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lalora_app.adapter.factors import Adapter
-from lalora_app.aggregation.rule import Aggregated, Round, shares_of
+from lalora_app.aggregation.rule import Aggregated, RoundInfo, shares_of
 
 
 def mean(current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter]) -> Adapter:
@@ -30,7 +30,7 @@ def mean(current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter])
 
 
 def average(
-    current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: Round
+    current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: RoundInfo
 ) -> Aggregated:
     """Average what travelled: the rule of most methods, see :func:`mean`."""
     return Aggregated(mean(current, weights, uploads))

@@ -6,7 +6,7 @@ import numpy as np
 
 from lalora_app.adapter.factors import Adapter, Array, pairs, sibling
 from lalora_app.aggregation.average import mean
-from lalora_app.aggregation.rule import Aggregated, Round
+from lalora_app.aggregation.rule import Aggregated, RoundInfo
 
 KEPT = 0.95  # BeamLoRA: the share of the gates' mass that may not be pruned
 
@@ -22,7 +22,7 @@ def _sources(gate: Array, temperature: float) -> tuple[list[int], list[int]]:
 
 
 def prune_and_expand(
-    current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: Round
+    current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: RoundInfo
 ) -> Aggregated:
     """BeamLoRA: average; every ``rule.period`` rounds weak directions become copies of strong ones.
 

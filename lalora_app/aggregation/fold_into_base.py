@@ -7,18 +7,18 @@ import numpy as np
 from lalora_app.adapter.factors import Adapter, Array, pairs
 from lalora_app.aggregation.average import mean
 from lalora_app.aggregation.new_factors import heads_mean, orthonormal_rows
-from lalora_app.aggregation.rule import Aggregated, Round, shares_of
+from lalora_app.aggregation.rule import Aggregated, RoundInfo, shares_of
 from lalora_app.privacy.randomness import seeded
 
 
-def fresh_a(shape: tuple[int, ...], info: Round, name: str) -> Array:
+def fresh_a(shape: tuple[int, ...], info: RoundInfo, name: str) -> Array:
     """Draw A (r, n) as PEFT does, U(−1/√n, 1/√n), from the run's seed and the round; no data."""
     bound = shape[1] ** -0.5
     rng = seeded(info.seed, "fresh A", info.t, name)
     return rng.uniform(-bound, bound, shape).astype(np.float32)
 
 
-def restarted(merged: Adapter, info: Round) -> Adapter:
+def restarted(merged: Adapter, info: RoundInfo) -> Adapter:
     """Return the adapter with new A and zero B."""
     fresh = dict(merged)
     for b, a in pairs(merged):
@@ -26,13 +26,13 @@ def restarted(merged: Adapter, info: Round) -> Adapter:
     return fresh
 
 
-def _due(info: Round) -> bool:
+def _due(info: RoundInfo) -> bool:
     """Tell whether a block of ``rule.period`` rounds ends here."""
     return info.t % info.numbers.period == 0
 
 
 def stack_fold(
-    current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: Round
+    current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: RoundInfo
 ) -> Aggregated:
     """FLoRA: move Σ p_k B_k A_k into the base as one stack, and start anew (arXiv:2409.05976).
 
@@ -51,7 +51,7 @@ def stack_fold(
 
 
 def chain_fold(
-    current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: Round
+    current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: RoundInfo
 ) -> Aggregated:
     """RAC-LoRA: W += s·B̄·A at the end of a block, then a new random frozen A (arXiv:2410.08305).
 
@@ -67,7 +67,7 @@ def chain_fold(
 
 
 def subspace_fold(
-    current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: Round
+    current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: RoundInfo
 ) -> Aggregated:
     """Average weights that were trained in a subspace: GaLore made private (arXiv:2410.23111).
 

@@ -17,7 +17,7 @@ SHOWN = 4  # singular values
 
 
 @dataclass(frozen=True)
-class Errors:
+class AggregationErrors:
     """What a round loses, on one scale.
 
     Attributes:
@@ -97,14 +97,14 @@ def aggregation_error(weights: Sequence[float], uploads: Sequence[Adapter]) -> f
     return _measured(_apart(shares, uploads), _whole(shares, uploads))[0]
 
 
-def errors_of(
+def aggregation_errors(
     weights: Sequence[float],
     uploads: Sequence[Adapter],
     before: Adapter,
     new: Aggregated,
     *,
     complete: bool,
-) -> Errors:
+) -> AggregationErrors:
     """Measure a round.
 
     Args:
@@ -115,10 +115,10 @@ def errors_of(
         complete: whether uploads and ``before`` together are all that a client computed with.
     """
     shares, alike = shares_of(weights), _alike(uploads)
-    found = Errors()
+    found = AggregationErrors()
     if alike:
         updates = [{n: up[n] - before[n] for n in up} for up in uploads]
-        found = Errors(cosine=mean_cosine(updates))
+        found = AggregationErrors(cosine=mean_cosine(updates))
     if not complete:
         return found
     whole_uploads = [before | upload for upload in uploads]
@@ -127,7 +127,7 @@ def errors_of(
     apart: tuple[float | None, tuple[float, ...]] = (None, ())
     if alike and _has_both(uploads[0]):
         apart = _measured(_apart(shares, uploads), whole)
-    return Errors(apart[0], apart[1], left[0], left[1], found.cosine)
+    return AggregationErrors(apart[0], apart[1], left[0], left[1], found.cosine)
 
 
 def _rows(name: str, updates: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:

@@ -7,8 +7,8 @@ import numpy as np
 from lalora_app.adapter.factors import Adapter, Array, kind, pairs
 from lalora_app.adapter.low_rank import Wide, balanced, stacked, svd
 from lalora_app.aggregation.average import mean
-from lalora_app.aggregation.rule import Aggregated, Round, shares_of
-from lalora_app.settings.run_config import Rule
+from lalora_app.aggregation.rule import Aggregated, RoundInfo, shares_of
+from lalora_app.settings.run_config import MethodNumbers
 
 
 def heads_mean(current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter]) -> Adapter:
@@ -18,7 +18,7 @@ def heads_mean(current: Adapter, weights: Sequence[float], uploads: Sequence[Ada
 
 
 def product_mean(
-    current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: Round
+    current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: RoundInfo
 ) -> Aggregated:
     """FlexLoRA: the best factors for Σ p_k B_k A_k (arXiv:2402.11505, §3).
 
@@ -44,7 +44,7 @@ def product_mean(
 
 
 def refactored(
-    current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: Round
+    current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: RoundInfo
 ) -> Aggregated:
     """FedSVD: B̄A = UΣVᵀ; A becomes Vᵀ, with orthonormal rows, and B becomes UΣ (arXiv:2505.12805).
 
@@ -85,13 +85,13 @@ def _resting_orthonormal(adapter: Adapter, resting: str) -> Adapter:
     return changed
 
 
-def start_orthonormal(start: Adapter, numbers: Rule) -> Adapter:
+def start_orthonormal(start: Adapter, numbers: MethodNumbers) -> Adapter:
     """Return the initial adapter with orthonormal rows in A; B is zero and stays so."""
     return _resting_orthonormal(start, "A")
 
 
 def product_space(
-    current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: Round
+    current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: RoundInfo
 ) -> Aggregated:
     """DEeR made right: clip and noise in the geometry of the product (arXiv:2410.12926, corrected).
 

@@ -8,7 +8,7 @@ import numpy as np
 from lalora_app.adapter.factors import Adapter, Array, pairs
 from lalora_app.adapter.low_rank import norm, stacked
 from lalora_app.aggregation.average import mean
-from lalora_app.aggregation.rule import Aggregated, Round
+from lalora_app.aggregation.rule import Aggregated, RoundInfo
 
 
 def _padded(array: Array, shape: tuple[int, ...]) -> Array:
@@ -24,7 +24,7 @@ def _size(adapter: Adapter) -> float:
 
 
 def padded_mean(
-    current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: Round
+    current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: RoundInfo
 ) -> Aggregated:
     """Average zero-padded factors with p_k ∝ w_k·‖B_k A_k‖_F (arXiv:2401.06432, §3.2).
 

@@ -8,10 +8,10 @@ import numpy as np
 from lalora_app.adapter.factors import Adapter, pairs
 from lalora_app.adapter.low_rank import Product, Wide, balanced, norm, rank_of, stacked, svd
 from lalora_app.aggregation.average import mean
-from lalora_app.aggregation.rule import Aggregated, Round, shares_of
+from lalora_app.aggregation.rule import Aggregated, RoundInfo, shares_of
 
 # (what ΔW lacks (m, R)·(R, n), B̄ (m, r), Ā (r, n), round) -> ΔB (m, r)
-Correction = Callable[[Product, Wide, Wide, Round], Wide]
+Correction = Callable[[Product, Wide, Wide, RoundInfo], Wide]
 
 
 def _lacking(merged: Adapter, shares: Wide, uploads: Sequence[Adapter], b: str, a: str) -> Product:
@@ -22,7 +22,7 @@ def _lacking(merged: Adapter, shares: Wide, uploads: Sequence[Adapter], b: str, 
 
 
 def residual_fold(
-    current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: Round
+    current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: RoundInfo
 ) -> Aggregated:
     """FedEx-LoRA: average the factors and move Σ p_k B_k A_k − B̄Ā into the base (arXiv:2410.09432).
 
@@ -38,7 +38,7 @@ def residual_fold(
     return Aggregated(merged, fold)
 
 
-def ridge(lacking: Product, b_mean: Wide, a_mean: Wide, info: Round) -> Wide:
+def ridge(lacking: Product, b_mean: Wide, a_mean: Wide, info: RoundInfo) -> Wide:
     """Return argmin_D ‖lacking − D·Ā‖² + λ‖D‖², in closed form.
 
     λ is ``rule.fair-weight`` times the mean squared singular value of Ā. λ → ∞: no correction.
@@ -55,7 +55,7 @@ def ridge(lacking: Product, b_mean: Wide, a_mean: Wide, info: Round) -> Wide:
 _COSINE_STEPS, _COSINE_RATE = 100, 0.01
 
 
-def cosine(lacking: Product, b_mean: Wide, a_mean: Wide, info: Round) -> Wide:
+def cosine(lacking: Product, b_mean: Wide, a_mean: Wide, info: RoundInfo) -> Wide:
     """Return D that gradient descent finds for 1 − cos(ΔW, (B̄+D)Ā) + λ‖D‖ (arXiv:2411.14961).
 
     λ is ``rule.fair-weight``; steps and rate are relative to ‖B̄‖, the paper gives none. The best
@@ -95,7 +95,7 @@ def corrected(correction: Correction) -> Callable[..., Aggregated]:
     """
 
     def rule(
-        current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: Round
+        current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: RoundInfo
     ) -> Aggregated:
         merged, shares = mean(current, weights, uploads), shares_of(weights)
         for b, a in pairs(current):

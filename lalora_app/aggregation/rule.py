@@ -7,7 +7,7 @@ import numpy as np
 
 from lalora_app.adapter.factors import Adapter
 from lalora_app.adapter.low_rank import Wide
-from lalora_app.settings.run_config import Rule as Numbers
+from lalora_app.settings.run_config import MethodNumbers as Numbers
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Aggregated:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Round:
+class RoundInfo:
     """What a rule may know besides the tensors: no data, and nothing of one client.
 
     Attributes:
@@ -41,7 +41,7 @@ class Round:
     numbers: Numbers
 
 
-Rule = Callable[[Adapter, Sequence[float], Sequence[Adapter], Round], Aggregated]
+ServerRule = Callable[[Adapter, Sequence[float], Sequence[Adapter], RoundInfo], Aggregated]
 
 
 def shares_of(weights: Sequence[float]) -> Wide:

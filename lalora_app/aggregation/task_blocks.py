@@ -12,16 +12,16 @@ from lalora_app.adapter.low_rank import NEGLIGIBLE, Wide, stacked, svd
 from lalora_app.adapter.parametrisations import fixed_b, split_rows
 from lalora_app.aggregation.average import mean
 from lalora_app.aggregation.fold_into_base import restarted
-from lalora_app.aggregation.rule import Aggregated, Round
+from lalora_app.aggregation.rule import Aggregated, RoundInfo
 
 NEW = 1e-3  # DualLoRA: the sine of the angle to the basis from which on a direction is new
 
 
-def _task(t: int, info: Round) -> int:
+def _task(t: int, info: RoundInfo) -> int:
     return (t - 1) * info.numbers.tasks // info.rounds
 
 
-def closed_task(info: Round) -> int | None:
+def closed_task(info: RoundInfo) -> int | None:
     """Return the number of the task (from 0) that ends with this round; None: it goes on.
 
     The last task of a run stays open: its factors are the result.
@@ -31,7 +31,7 @@ def closed_task(info: Round) -> int | None:
 
 
 def freeze_direction(
-    current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: Round
+    current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: RoundInfo
 ) -> Aggregated:
     """SD-LoRA: average; at a task's end freeze B·A/(‖B‖‖A‖), with ‖B‖‖A‖ as its magnitude.
 
@@ -71,7 +71,7 @@ def _grown(basis: Array, place: slice, directions: Wide) -> Array:
 
 
 def freeze_subspace(
-    current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: Round
+    current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: RoundInfo
 ) -> Aggregated:
     """DualLoRA: average; at a task's end move the product into the base and its rows into Φ.
 

@@ -20,7 +20,7 @@ SPREAD = 8  # tensors that each canary's gradient has an equal part in
 _LOUD = 100.0  # norm of a canary's gradient before the clip, in clip norms
 
 
-class Batch(NamedTuple):
+class CanaryBatch(NamedTuple):
     """Canaries of a micro-batch, under the name that the trainer asks a batch's size of."""
 
     labels: Tensor
@@ -91,11 +91,11 @@ class CanaryData:
         """Return the number of records, the empty ones included."""
         return len(self.canaries.members)
 
-    def micro_batches(self, indices: Iterable[int], size: int) -> Iterator[Batch]:
+    def micro_batches(self, indices: Iterable[int], size: int) -> Iterator[CanaryBatch]:
         """Yield the members among the given records; an empty one adds nothing to any sum."""
         drawn = np.asarray(list(indices), dtype=int)
         inside = torch.from_numpy(drawn[self.canaries.members[drawn]])
-        yield from (Batch(part) for part in torch.split(inside, size) if len(part))
+        yield from (CanaryBatch(part) for part in torch.split(inside, size) if len(part))
 
 
 class CanaryEngine:
@@ -116,6 +116,6 @@ class CanaryBackbone:
     def __init__(self, canaries: Canaries):
         self.engine = CanaryEngine(canaries)
 
-    def losses(self, batch: Batch) -> Tensor:
+    def losses(self, batch: CanaryBatch) -> Tensor:
         """Return who is in the batch: the engine needs no losses."""
         return batch.labels

@@ -34,11 +34,11 @@ _DRIFT = 1e-3  # of a gradient's mean square: what that point does not tell of t
 _LEAST_SPREAD = 0.1  # the errors of a linear model are no Gaussian's: nothing is surer than this
 _FEWEST = 1e-6  # of a record's share that shows; below it, nothing is said
 
-Rows = dict[Kind, np.ndarray]  # by kind of tensor: (records, entries), float32
+GradientRows = dict[Kind, np.ndarray]  # by kind of tensor: (records, entries), float32
 
 
 @dataclass(frozen=True)
-class Shares:
+class DrawEstimates:
     """How often each canary was drawn, as far as a kind of tensor tells.
 
     Attributes:
@@ -103,7 +103,7 @@ def _clipped(
     }
 
 
-def _filtered(parts: Mapping[str, Tensor], method: Method) -> Rows:
+def _filtered(parts: Mapping[str, Tensor], method: Method) -> GradientRows:
     """Return (records, entries) by kind, behind the method's filter: a linear map."""
     count = len(next(iter(parts.values())))
     rows: dict[Kind, list[Tensor]] = {}
@@ -117,7 +117,7 @@ def _filtered(parts: Mapping[str, Tensor], method: Method) -> Rows:
     return {which: torch.stack(lines).cpu().numpy() for which, lines in rows.items()}
 
 
-def _gradients(federation: Federation, sent: Sent) -> Rows:
+def _gradients(federation: Federation, sent: Sent) -> GradientRows:
     """Return every record's gradient on the way through a round, as a step uses it."""
     backbone, engine = federation.backbone, federation.backbone.engine
     backbone.load(_underway(sent), sent.drift)
@@ -166,7 +166,7 @@ def solved(
     return counts, 1 - ridge * np.diag(inverse)
 
 
-def shares(federation: Federation, sent: Sent, canaries: int) -> dict[Kind, Shares]:
+def draw_estimates(federation: Federation, sent: Sent, canaries: int) -> dict[Kind, DrawEstimates]:
     """Return what each kind of tensor of a round tells of the canaries, the last of the records."""
     config, method = federation.config, federation.method
     rows = _gradients(federation, sent)
@@ -181,7 +181,7 @@ def shares(federation: Federation, sent: Sent, canaries: int) -> dict[Kind, Shar
             noise=steps * noise * _noise_left(method, sent.start, which),
         )
         x, spread = standardised(counts[-canaries:], shows[-canaries:], steps * q)
-        found[which] = Shares(x, spread, 1 - (1 - q) ** steps)
+        found[which] = DrawEstimates(x, spread, 1 - (1 - q) ** steps)
     return found
 
 

@@ -11,7 +11,7 @@ SURE = 1e-4  # p-value below which the verdict is "broken": one false alarm in 1
 
 
 @dataclass(frozen=True)
-class Row:
+class AuditRow:
     """One attack's outcome.
 
     Attributes:
@@ -32,7 +32,7 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Report:
+class AuditReport:
     """An audit of one seed.
 
     Attributes:
@@ -50,7 +50,7 @@ class Report:
     confidence: float
     delta: float
     seed: int
-    rows: Sequence[Row]
+    rows: Sequence[AuditRow]
     facts: Mapping[str, object] = field(default_factory=dict)
 
     @property

@@ -7,16 +7,16 @@ from dataclasses import dataclass, replace
 from lalora_app.audit import published_mechanism
 from lalora_app.audit.broken_mechanisms import BROKEN
 from lalora_app.audit.estimators import counted_p_value
-from lalora_app.audit.findings import Report, Row
+from lalora_app.audit.findings import AuditReport, AuditRow
 from lalora_app.audit.step_attack import (
     ATTACKS,
     Bound,
-    Plan,
+    CountedReleases,
     alone,
     bounded,
     by_curve,
+    counted_releases,
     observe,
-    planned,
     side_by_side,
 )
 from lalora_app.data.partition import partition
@@ -95,14 +95,14 @@ class Request:
 Say = Callable[[str], None]
 
 
-def plan_of(request: Request) -> Plan:
+def plan_of(request: Request) -> CountedReleases:
     """Return the releases that the client's ledger counts; the control is one full batch."""
     privacy, train = request.config.privacy, request.config.train
     limit = Limit(privacy.epsilon, privacy.delta)
     if request.mechanism == CONTROL:
-        return planned(limit, rate=1.0, rounds=1, steps=1, clip_norm=privacy.clip_norm)
+        return counted_releases(limit, rate=1.0, rounds=1, steps=1, clip_norm=privacy.clip_norm)
     data = partition(request.config.data, request.config.seed, request.clients)[0]
-    return planned(
+    return counted_releases(
         limit,
         rate=train.batch_size / len(data),
         rounds=request.config.num_server_rounds,
@@ -111,14 +111,16 @@ def plan_of(request: Request) -> Plan:
     )
 
 
-def _row(name: str, bound: Bound, plan: Plan, curve: float | None = None) -> Row:
+def _row(name: str, bound: Bound, plan: CountedReleases, curve: float | None = None) -> AuditRow:
     guesses = bound.guesses
     said = f"{guesses.correct} of {guesses.made} guesses right by {bound.attack}"
     p_value = counted_p_value(bound.errors, [plan.release])
-    return Row(name, bound.epsilon, curve, said, p_value, bound.roc)
+    return AuditRow(name, bound.epsilon, curve, said, p_value, bound.roc)
 
 
-def _crowd(request: Request, plan: Plan, seed: int, confidence: float) -> Row:
+def _many_canaries(
+    request: Request, plan: CountedReleases, seed: int, confidence: float
+) -> AuditRow:
     """Attack whole runs in which half of many canaries are."""
     size, broken = request.size, BROKEN.get(request.mechanism)
     runs = 1 if broken else size.runs  # a broken step may know the order of one run's records
@@ -138,7 +140,9 @@ def _crowd(request: Request, plan: Plan, seed: int, confidence: float) -> Row:
     return _row("step", bound, plan, None if broken else by_curve(bound, plan, confidence))
 
 
-def _lonely(request: Request, plan: Plan, seed: int, confidence: float) -> Row:
+def _single_canary(
+    request: Request, plan: CountedReleases, seed: int, confidence: float
+) -> AuditRow:
     """Attack runs in which the canary is the only record."""
     broken = BROKEN.get(request.mechanism)
     more = {"step": broken.make()} if broken else {}
@@ -146,7 +150,9 @@ def _lonely(request: Request, plan: Plan, seed: int, confidence: float) -> Row:
     return _row("step, alone", bounded(seen, plan, confidence), plan)
 
 
-def _end_to_end(request: Request, seed: int, confidence: float) -> tuple[Row, dict[str, object]]:
+def _end_to_end(
+    request: Request, seed: int, confidence: float
+) -> tuple[AuditRow, dict[str, object]]:
     """Attack a whole federation; imports the models only where it is asked for."""
     from lalora_app.audit.run_attack import audit_run
 
@@ -161,10 +167,10 @@ def _end_to_end(request: Request, seed: int, confidence: float) -> tuple[Row, di
     said = f"{guesses.correct} of {guesses.made} guesses right, AUC {bound.aucs['sent']:.3f}"
     by_round = [[p.t, p.kind, p.sent, p.spread, p.auc, p.auc_drawn] for p in bound.parts]
     facts: dict[str, object] = {"auc": bound.aucs, "by_round": by_round}
-    return Row("run", bound.epsilon, None, said, roc=bound.roc), facts
+    return AuditRow("run", bound.epsilon, None, said, roc=bound.roc), facts
 
 
-def _published(request: Request, seed: int) -> Report:
+def _published(request: Request, seed: int) -> AuditReport:
     """Attack one step of the published mechanism, with a typical and with a loud example."""
     privacy, trials = request.config.privacy, request.size.trials
     confidence = (1 + request.confidence) / 2
@@ -174,11 +180,11 @@ def _published(request: Request, seed: int) -> Report:
         seen = published_mechanism.attacked(setting, trials, seed)
         said = f"{seen.errors.false_alarms + seen.errors.misses} errors in {2 * trials} trials"
         said += f", {seen.distance:.0f} deviations of the noise apart"
-        rows.append(Row(name, seen.bound(privacy.delta, confidence), None, said))
-    return Report(PUBLISHED, privacy.epsilon, request.confidence, privacy.delta, seed, rows)
+        rows.append(AuditRow(name, seen.bound(privacy.delta, confidence), None, said))
+    return AuditReport(PUBLISHED, privacy.epsilon, request.confidence, privacy.delta, seed, rows)
 
 
-def audited(request: Request, seed: int, say: Say) -> Report:
+def run_audit(request: Request, seed: int, say: Say) -> AuditReport:
     """Run all attacks that the mechanism is put through, with progress lines to ``say``.
 
     The real mechanism's rows share the confidence, so that all of them hold at once. In a broken
@@ -195,17 +201,17 @@ def audited(request: Request, seed: int, say: Say) -> Report:
     real = request.mechanism == REAL
     whole = real and request.size.planted > 0
     each = 1 - (1 - request.confidence) / (1 + real + whole)
-    rows: list[Row] = []
+    rows: list[AuditRow] = []
     facts: dict[str, object] = {}
     if not (broken and broken.alone):
-        rows.append(_crowd(request, plan, seed, each))
+        rows.append(_many_canaries(request, plan, seed, each))
         say(f"step: at least {rows[-1].epsilon:.2f}")
     if real or (broken and broken.alone):
-        rows.append(_lonely(request, plan, seed, each))
+        rows.append(_single_canary(request, plan, seed, each))
         say(f"step, alone: at least {rows[-1].epsilon:.2f}")
     if whole:
         row, facts = _end_to_end(request, seed, each)
         rows.append(row)
-    return Report(
+    return AuditReport(
         request.mechanism, plan.epsilon, request.confidence, plan.delta, seed, rows, facts
     )

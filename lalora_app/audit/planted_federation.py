@@ -11,8 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from lalora_app.adapter.factors import Adapter, Factors, Kind, active_names, kind, select
-from lalora_app.adapter.low_rank import moved
-from lalora_app.aggregation.rule import Round
+from lalora_app.adapter.low_rank import add_to_drift
+from lalora_app.aggregation.rule import RoundInfo
 from lalora_app.aggregation.server_state import ServerState
 from lalora_app.client import local_round, resident_factors
 from lalora_app.data.encoding import Batch, Encoded, Indices
@@ -97,7 +97,7 @@ def mislabelled(config: Config, count: int) -> Examples:
 
 
 @dataclass(frozen=True)
-class Site:
+class PlantedSite:
     """A simulated client."""
 
     data: Planted
@@ -143,14 +143,14 @@ class Federation:
             for i, data in enumerate(own)
         ]
 
-    def _site(self, index: int, data: Examples, absent: frozenset[int]) -> Site:
+    def _site(self, index: int, data: Examples, absent: frozenset[int]) -> PlantedSite:
         privacy, train = self.config.privacy, self.config.train
         rate = train.batch_size / len(data)
         steps = self.config.num_server_rounds * train.local_steps
         noise = calibrate(privacy.epsilon, privacy.delta, sampling_rate=rate, steps=steps)
         planted = Planted(self.backbone.encode(data), absent)
         folder = self._folder / str(index) / "waiting.safetensors"
-        return Site(planted, Release(rate, noise, train.local_steps), folder)
+        return PlantedSite(planted, Release(rate, noise, train.local_steps), folder)
 
     @property
     def release(self) -> Release:
@@ -172,7 +172,7 @@ class Federation:
         """Return a client's result of the round under way."""
         site, config, t = self.sites[index], self.config, self.state.round + 1
         versions = self.state.versions
-        start = resident_factors.substitute(site.residents, self.state.adapter, versions, t)
+        start = resident_factors.with_residents(site.residents, self.state.adapter, versions, t)
         local = local_round.Local(
             self.method,
             t,
@@ -196,7 +196,7 @@ class Federation:
             streams=streams,
         )
         waiting = self.method.resident(t, config.train.local_steps)
-        resident_factors.keep(site.residents, result, waiting, versions, t)
+        resident_factors.save_residents(site.residents, result, waiting, versions, t)
         return result
 
     def rounds(self) -> Iterator[Sent]:
@@ -225,8 +225,10 @@ class Federation:
 
     def _aggregate(self, t: int, uploads: list[Adapter], synced: Factors) -> None:
         config, state = self.config, self.state
-        info = Round(t=t, rounds=config.num_server_rounds, seed=config.seed, numbers=config.rule)
+        info = RoundInfo(
+            t=t, rounds=config.num_server_rounds, seed=config.seed, numbers=config.rule
+        )
         new = self.method.aggregate(state.adapter, [1.0] * len(uploads), uploads, info)
         scale = config.lora.alpha / config.lora.rank
-        drift = moved(state.drift, new.fold, scale) if new.fold else None
+        drift = add_to_drift(state.drift, new.fold, scale) if new.fold else None
         self.state = state.advanced(new.adapter, synced, drift)

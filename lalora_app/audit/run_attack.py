@@ -13,7 +13,13 @@ import torch
 from scipy import stats
 
 from lalora_app.adapter.factors import Adapter, Kind
-from lalora_app.audit.draw_estimates import BATCH, Shares, check, in_own_order, shares
+from lalora_app.audit.draw_estimates import (
+    BATCH,
+    DrawEstimates,
+    check,
+    draw_estimates,
+    in_own_order,
+)
 from lalora_app.audit.estimators import Guesses, one_run, roc
 from lalora_app.audit.planted_federation import Federation, Sent, mislabelled
 from lalora_app.audit.step_attack import Observed, guessed, likelihood
@@ -89,7 +95,7 @@ def _losses(backbone: Backbone, canaries: Encoded, adapter: Adapter) -> np.ndarr
     return in_own_order(canaries, [part.cpu().numpy() for part in parts])
 
 
-def scored(found: list[Shares], members: np.ndarray) -> np.ndarray:
+def scored(found: list[DrawEstimates], members: np.ndarray) -> np.ndarray:
     """Return (canaries,): the likelihood ratio of "in" over several releases; none: zeros."""
     if not found:
         return np.zeros(len(members))
@@ -128,7 +134,7 @@ def _drawn(federation: Federation, steps: list[int], canaries: int) -> np.ndarra
 
 
 def _part(
-    federation: Federation, sent: Sent, which: Kind, found: Shares, members: np.ndarray
+    federation: Federation, sent: Sent, which: Kind, found: DrawEstimates, members: np.ndarray
 ) -> Part:
     scores = scored([found], members)
     drawn = _drawn(federation, sent.steps[which], len(members))
@@ -136,7 +142,7 @@ def _part(
     return Part(sent.t, which, which in sent.kinds, float(np.median(found.spread)), *own)
 
 
-def _groups(parts: list[Part], found: list[Shares]) -> dict[str, list[Shares]]:
+def _groups(parts: list[Part], found: list[DrawEstimates]) -> dict[str, list[DrawEstimates]]:
     """Return what attackers who see more or less of the run have."""
     pairs = list(zip(parts, found, strict=True))
     kinds = dict.fromkeys(part.kind for part in parts)
@@ -155,9 +161,9 @@ def _attacked(
     config, backbone = federation.config, federation.backbone
     before = _losses(backbone, encoded, federation.state.adapter)
     parts: list[Part] = []
-    found: list[Shares] = []
+    found: list[DrawEstimates] = []
     for sent in federation.rounds():
-        for which, own in shares(federation, sent, len(members)).items():
+        for which, own in draw_estimates(federation, sent, len(members)).items():
             found.append(own)
             parts.append(_part(federation, sent, which, own, members))
     after = _losses(backbone, encoded, federation.state.adapter)

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from lalora_app.audit.canaries import SPREAD, Canaries, CanaryBackbone, CanaryData
-from lalora_app.audit.estimators import Errors, Guesses, one_run, roc, subsampled
+from lalora_app.audit.estimators import Guesses, TestErrors, one_run, roc, subsampled
 from lalora_app.privacy.accounting import Release, epsilon
 from lalora_app.privacy.budget import Limit, noise_for
 from lalora_app.privacy.ledger import Ledger, Reservation
@@ -21,14 +21,16 @@ Step = Callable[..., NoisedGrads]  # takes what trainer.private_gradient takes
 Shapes = Mapping[str, tuple[int, ...]]
 _FLOOR = 1e-3  # of a noise that is taken for a Gaussian's, in clip norms
 _SHARES = (0.003, 0.01, 0.03, 0.1, 0.3)  # of the canaries, guessed on either side
-_WARY = 0.999  # confidence at which attacks are compared: a few lucky guesses do not win
+_SELECTION_CONFIDENCE = (
+    0.999  # confidence at which attacks are compared: a few lucky guesses do not win
+)
 _MICRO_BATCH = 128
 _COIN = 0.5  # the chance of each canary to be in
 _ALONE = {f"tensor {i}": (9,) for i in range(SPREAD)}  # room for one canary and 64 blanks
 
 
 @dataclass(frozen=True)
-class Plan:
+class CountedReleases:
     """What the ledger has counted of a run, and what that promises.
 
     Attributes:
@@ -44,7 +46,9 @@ class Plan:
     clip_norm: float
 
 
-def planned(limit: Limit, *, rate: float, rounds: int, steps: int, clip_norm: float) -> Plan:
+def counted_releases(
+    limit: Limit, *, rate: float, rounds: int, steps: int, clip_norm: float
+) -> CountedReleases:
     """Return a run's releases, booked in a real ledger of its own as a client books them.
 
     Args:
@@ -68,7 +72,7 @@ def planned(limit: Limit, *, rate: float, rounds: int, steps: int, clip_norm: fl
                 node_limit=nobody,
             )
         spent = epsilon(ledger.releases("audit", "audit"), limit.delta)
-    return Plan(Release(rate, noise, total), limit.delta, spent, clip_norm)
+    return CountedReleases(Release(rate, noise, total), limit.delta, spent, clip_norm)
 
 
 @dataclass(frozen=True)
@@ -86,7 +90,9 @@ class Observed:
     members: np.ndarray
 
 
-def _projections(plan: Plan, canaries: Canaries, step: Step, streams: Streams) -> Iterator[Any]:
+def _projections(
+    plan: CountedReleases, canaries: Canaries, step: Step, streams: Streams
+) -> Iterator[Any]:
     data, backbone = CanaryData(canaries), CanaryBackbone(canaries)
     reservation = Reservation(plan.release)
     for _ in range(plan.release.count):
@@ -102,7 +108,13 @@ def _projections(plan: Plan, canaries: Canaries, step: Step, streams: Streams) -
 
 
 def observe(
-    plan: Plan, shapes: Shapes, count: int, seed: int, *, blanks: int, step: Step = private_gradient
+    plan: CountedReleases,
+    shapes: Shapes,
+    count: int,
+    seed: int,
+    *,
+    blanks: int,
+    step: Step = private_gradient,
 ) -> Observed:
     """Run a whole run's private steps on canaries, half of them in, and project the releases.
 
@@ -128,7 +140,9 @@ def side_by_side(runs: list[Observed]) -> Observed:
     return Observed(np.hstack(x), np.hstack(noise), np.concatenate(members))
 
 
-def alone(plan: Plan, trials: int, seed: int, *, step: Step = private_gradient) -> Observed:
+def alone(
+    plan: CountedReleases, trials: int, seed: int, *, step: Step = private_gradient
+) -> Observed:
     """Observe ``trials`` runs whose only record is the canary: most of their batches are empty."""
     runs = [
         observe(plan, _ALONE, 1, seed_of(seed, "audit alone", i), blanks=64, step=step)
@@ -197,7 +211,7 @@ class Bound:
     epsilon: float
     attack: str
     guesses: Guesses
-    errors: Errors
+    errors: TestErrors
     roc: list[tuple[float, float]]
 
 
@@ -208,14 +222,14 @@ def _chosen(
     options = [(name, share) for name in scores for share in _SHARES]
     return max(
         options,
-        key=lambda o: one_run(guessed(scores[o[0]], members, o[1]), delta, _WARY),
+        key=lambda o: one_run(guessed(scores[o[0]], members, o[1]), delta, _SELECTION_CONFIDENCE),
     )
 
 
-def errors_of(scores: np.ndarray, members: np.ndarray) -> Errors:
+def test_errors(scores: np.ndarray, members: np.ndarray) -> TestErrors:
     """Return how often "in where the ratio is above 1" errs."""
     said = scores > 0
-    return Errors(
+    return TestErrors(
         int((said & ~members).sum()),
         int((~members).sum()),
         int((~said & members).sum()),
@@ -224,7 +238,10 @@ def errors_of(scores: np.ndarray, members: np.ndarray) -> Errors:
 
 
 def bounded(
-    seen: Observed, plan: Plan, confidence: float, attacks: Mapping[str, Attack] = ATTACKS
+    seen: Observed,
+    plan: CountedReleases,
+    confidence: float,
+    attacks: Mapping[str, Attack] = ATTACKS,
 ) -> Bound:
     """Attack what was seen. Even canaries choose the attack, odd ones pay for the bound."""
     rate = plan.release.sampling_rate
@@ -232,12 +249,12 @@ def bounded(
     first = {name: values[::2] for name, values in scores.items()}
     name, share = _chosen(first, seen.members[::2], plan.delta)
     guesses = guessed(scores[name][1::2], seen.members[1::2], share)
-    errors = errors_of(scores["likelihood"], seen.members)
+    errors = test_errors(scores["likelihood"], seen.members)
     found = one_run(guesses, plan.delta, confidence)
     return Bound(found, name, guesses, errors, roc(scores[name], seen.members))
 
 
-def by_curve(bound: Bound, plan: Plan, confidence: float) -> float:
+def by_curve(bound: Bound, plan: CountedReleases, confidence: float) -> float:
     """Return the bound if the mechanism is the accountant's with an unknown noise."""
     rate, steps = plan.release.sampling_rate, plan.release.count
     return subsampled(bound.errors, plan.delta, confidence, sampling_rate=rate, steps=steps)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from lalora_app.audit.findings import Report
+from lalora_app.audit.findings import AuditReport
 from lalora_app.results.finished_run import read_record
 from lalora_app.results.model_card import CARD_ROW
 from lalora_app.results.run_folder import RunFolder
@@ -24,7 +24,7 @@ def _card(folder: Path) -> Path:
     return RunFolder(folder).adapter / "README.md"
 
 
-def publish(found: Report, folder: Path) -> None:
+def add_to_run(found: AuditReport, folder: Path) -> None:
     """Write audit.json, and tell both ε in the run's report and model card.
 
     Args:

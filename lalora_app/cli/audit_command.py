@@ -11,18 +11,18 @@ from lalora_app.settings.run_config import Config, parse
 
 
 def _audit(args: argparse.Namespace) -> int:
-    from lalora_app.audit.one_audit import FAST, FULL, Request, audited
-    from lalora_app.audit.write_to_run import publish
+    from lalora_app.audit.one_audit import FAST, FULL, Request, run_audit
+    from lalora_app.audit.write_to_run import add_to_run
 
     config, clients = _audited_config(args)
     request = Request(config, args.mechanism, clients, args.confidence, FAST if args.fast else FULL)
     broken = False
     for seed in args.seeds:
-        found = audited(request, seed, lambda line: print(f"lalora: {line}", file=sys.stderr))
+        found = run_audit(request, seed, lambda line: print(f"lalora: {line}", file=sys.stderr))
         broken |= found.broken
         print(found.json() if args.json else found.text(), flush=True)
         if args.run:
-            publish(found, args.run)
+            add_to_run(found, args.run)
     return 1 if broken else 0
 
 

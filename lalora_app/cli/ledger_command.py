@@ -11,7 +11,7 @@ from typing import Any
 
 from lalora_app.cli.argument_types import to_delta, to_limit
 from lalora_app.privacy.accounting import PRV_TRUSTED, epsilon, is_tight, second_epsilon
-from lalora_app.privacy.ledger import Entry, Ledger, state_folder
+from lalora_app.privacy.ledger import Ledger, LedgerEntry, state_folder
 from lalora_app.settings.errors import ConfigError
 
 _AGREEMENT = 0.01  # relative; both accountants bound the same number from above
@@ -28,8 +28,8 @@ def _open_ledger(path: Path | None) -> Ledger:
         raise ConfigError(f"ledger={file} must be a ledger: {error}") from error
 
 
-def _groups(entries: Sequence[Entry]) -> dict[tuple[str, str], list[Entry]]:
-    groups: dict[tuple[str, str], list[Entry]] = {}
+def _groups(entries: Sequence[LedgerEntry]) -> dict[tuple[str, str], list[LedgerEntry]]:
+    groups: dict[tuple[str, str], list[LedgerEntry]] = {}
     for entry in entries:
         for run in (entry.run, "all runs"):
             groups.setdefault((entry.dataset, run), []).append(entry)
@@ -72,7 +72,7 @@ def _verify(args: argparse.Namespace) -> int:
 _COLUMNS = ("time", "dataset", "run", "round", "sampling_rate", "noise_multiplier", "count", "uid")
 
 
-def _csv_line(entry: Entry) -> tuple[object, ...]:
+def _csv_line(entry: LedgerEntry) -> tuple[object, ...]:
     release = entry.release
     numbers = (release.sampling_rate, release.noise_multiplier, release.count)
     return entry.time, entry.dataset, entry.run, entry.round, *numbers, entry.uid

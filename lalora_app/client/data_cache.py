@@ -19,7 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lalora_app.adapter.atomic_files import file_name, replacing
+from lalora_app.adapter.atomic_files import file_name, replace_atomically
 from lalora_app.client.site import Site
 from lalora_app.data.encoding import Encoded, EncodedImages, EncodedSequences, EncodedTexts
 from lalora_app.data.sources import stamp
@@ -83,7 +83,7 @@ def _unpacked(tensors: dict[str, Tensor], said: dict[str, str]) -> Encoded:
 
 
 @dataclass(frozen=True)
-class Kept:
+class CacheFile:
     """One client's file.
 
     Attributes:
@@ -109,15 +109,15 @@ class Kept:
     def write(self, encoded: Encoded) -> None:
         """Keep the examples, for this user only, in place of those kept before; atomically."""
         tensors, said = _packed(encoded)
-        with replacing(self.path, mode=0o700) as new:
+        with replace_atomically(self.path, mode=0o700) as new:
             new.touch(mode=0o600)
             save_file(tensors, new, metadata=said | {"fingerprint": self.fingerprint})
 
 
-def kept(site: Site, config: Config) -> Kept | None:
+def cache_file(site: Site, config: Config) -> CacheFile | None:
     """Return a client's file in the folder that its site names; None: it names none."""
     if site.cache is None:
         return None
     folder, data_path = site.cache
     name = file_name(site.dataset, site.client)
-    return Kept(folder / name, fingerprint(config, data_path))
+    return CacheFile(folder / name, fingerprint(config, data_path))

@@ -7,7 +7,7 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 
-from lalora_app.adapter.atomic_files import file_name, replacing
+from lalora_app.adapter.atomic_files import file_name, replace_atomically
 from lalora_app.adapter.factors import Adapter
 from lalora_app.wire.downlink import LEFT_OUT, Parts, content_hash, parts
 from lalora_app.wire.messages import ARRAYS, DRIFT
@@ -23,11 +23,11 @@ def download_file(folder: Path, dataset: str, client: str, run: str) -> Path:
     return folder / "downloads" / file_name(dataset, client, run)
 
 
-def keep(path: Path, adapter: Adapter, drift: Adapter) -> None:
+def save_download(path: Path, adapter: Adapter, drift: Adapter) -> None:
     """Keep what the client was sent in place of what it was sent before, atomically."""
     named = {f"{ARRAYS}/{name}": array for name, array in adapter.items()}
     named |= {f"{DRIFT}/{name}": array for name, array in drift.items()}
-    with replacing(path) as new:
+    with replace_atomically(path) as new:
         save_file(named, new)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from lalora_app.adapter.atomic_files import file_name, replacing
+from lalora_app.adapter.atomic_files import file_name, replace_atomically
 from lalora_app.adapter.factors import Adapter
 
 
@@ -19,7 +19,7 @@ def reply_file(folder: Path, dataset: str, client: str) -> Path:
     return folder / "replies" / file_name(dataset, client)
 
 
-def keep(path: Path, request: str, upload: Adapter) -> None:
+def save_reply(path: Path, request: str, upload: Adapter) -> None:
     """Keep a reply in place of the one before, atomically.
 
     Args:
@@ -27,11 +27,11 @@ def keep(path: Path, request: str, upload: Adapter) -> None:
         request: digest of all that was asked for.
         upload: the tensors of the reply.
     """
-    with replacing(path) as new:
+    with replace_atomically(path) as new:
         save_file(upload, new, metadata={"request": request})
 
 
-def again(path: Path, request: str) -> Adapter | None:
+def load_if_same_request(path: Path, request: str) -> Adapter | None:
     """Return what the same request was answered with; None: it is new, or the file is damaged."""
     with (
         contextlib.suppress(SafetensorError, OSError, ValueError),

@@ -14,7 +14,7 @@ from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.randomness import seed_of
 from lalora_app.private_step.gradients import NoisedGrads
 from lalora_app.private_step.step import Streams, noise_std_of, private_gradient
-from lalora_app.settings.run_config import Rule, Train
+from lalora_app.settings.run_config import MethodNumbers, Train
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Local:
     t: int
     rounds: int
     train: Train
-    rule: Rule
+    rule: MethodNumbers
     clip_norm: float
     seed: int = 0
 
@@ -99,7 +99,7 @@ def run_round(
     optimizer = make_optimizer(backbone, local, noise_std)
     for k in range(train.local_steps):
         backbone.engine.activate(active_names(start, method.trains(local.t, k)))
-        with backbone.bases.shaken(_perturbation(backbone, local, k)):
+        with backbone.frozen_weights.perturbed(_perturbation(backbone, local, k)):
             noised = private_gradient(
                 backbone,
                 data,

@@ -42,7 +42,7 @@ Prepared = tuple[backbone.Backbone, Adapter, Encoded]
 def _prepared(config: Config, site: Site) -> Prepared:
     """Return everything that can fail for a reason of ours: before any budget is spent."""
     own = replace(config, lora=replace(config.lora, rank=site.rank))
-    kept = data_cache.kept(site, config)
+    kept = data_cache.cache_file(site, config)
     old = kept.read() if kept else None
     if old is not None:
         site.require_size(len(old), config)
@@ -106,7 +106,7 @@ def hello(message: Message, context: Context) -> RecordDict:
     config = _config(message, context)
     site = admit(config, context.node_config, context.node_id)
     _prepared(config, site)
-    return messages.Hello(site.client, site.rank).record()
+    return messages.SiteHello(site.client, site.rank).record()
 
 
 def _reply(
@@ -158,7 +158,7 @@ def _hold(path: Path, received: _Received, *, last: bool) -> None:
     if last:
         path.unlink(missing_ok=True)
     else:
-        held_download.keep(path, received.adapter, received.drift)
+        held_download.save_download(path, received.adapter, received.drift)
 
 
 def _tell_times(request: messages.TrainRequest, client: str, clock: Sequence[float]) -> None:
@@ -187,16 +187,16 @@ def train(message: Message, context: Context) -> RecordDict:
     # Under secure aggregation every answer has masks of its own: sums of one round over different
     # clients would tell them apart.
     plain = config.secure_aggregation == NONE
-    old = last_reply.again(said, received.digest) if plain else None
+    old = last_reply.load_if_same_request(said, received.digest) if plain else None
     if old is not None:
         return _reply(config, site, request, len(encoded), old)
     resident = resident_factors.resident_file(site.state, site.dataset, request.run)
-    start = resident_factors.substitute(
+    start = resident_factors.with_residents(
         resident, received.adapter, request.versions, request.attempt
     )
 
     # Out of order, a stage of secure aggregation is refused here, before anything is spent.
-    seal = secagg.SEALS[config.secure_aggregation](message.content, context, request)
+    seal = secagg.UPLOAD_ENCODERS[config.secure_aggregation](message.content, context, request)
 
     clock = [time.monotonic()]
     reservation = _reserve(config, site, len(encoded), request)
@@ -225,9 +225,11 @@ def train(message: Message, context: Context) -> RecordDict:
     sent = method.sent(request.round, last=config.is_last(request.attempt))
     upload = seal(select(result, sent), select(received.adapter, sent))
     with _losing_at_most_a_file():
-        resident_factors.keep(resident, result, waiting, request.versions, request.attempt)
+        resident_factors.save_residents(
+            resident, result, waiting, request.versions, request.attempt
+        )
         if plain:
-            last_reply.keep(said, received.digest, dict(upload))
+            last_reply.save_reply(said, received.digest, dict(upload))
     with _losing_at_most_a_file():
         _hold(held, received, last=last)
     return _reply(config, site, request, len(encoded), upload)

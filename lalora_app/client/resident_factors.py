@@ -10,7 +10,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from lalora_app.adapter.atomic_files import file_name, replacing
+from lalora_app.adapter.atomic_files import file_name, replace_atomically
 from lalora_app.adapter.factors import Adapter, Factor, Factors, kind
 
 
@@ -23,7 +23,7 @@ def _previous(path: Path) -> Path:
     return path.with_suffix(".previous.safetensors")
 
 
-def keep(
+def save_residents(
     path: Path,
     adapter: Adapter,
     factors: Factors,
@@ -50,7 +50,7 @@ def keep(
         name: array for name, array in adapter.items() if kind(name) in factors
     }
     metadata = {"attempt": str(attempt)} | {str(f): str(v) for f, v in versions.items()}
-    with replacing(path) as new:
+    with replace_atomically(path) as new:
         save_file(tensors, new, metadata=metadata)
         _set_aside(path, attempt)
 
@@ -89,7 +89,9 @@ def _waiting(path: Path, versions: Mapping[Factor, int], attempt: int) -> Adapte
     return before | _read(path, versions) if _attempt_of(path) < attempt else before
 
 
-def substitute(path: Path, start: Adapter, versions: Mapping[Factor, int], attempt: int) -> Adapter:
+def with_residents(
+    path: Path, start: Adapter, versions: Mapping[Factor, int], attempt: int
+) -> Adapter:
     """Return ``start`` with every resident factor that the server has not re-aggregated since.
 
     A missing or damaged file, or another version or shape, means the server's copy. What was kept

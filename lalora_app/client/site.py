@@ -76,24 +76,24 @@ def _rank(config: Config, node: Mapping[str, object]) -> int:
     return checked_rank(node.get("rank", turn[index % len(turn)]), config)
 
 
-Data = tuple[str, str, Callable[[], Examples]]  # client, dataset, load
+SiteData = tuple[str, str, Callable[[], Examples]]  # client, dataset, load
 
 
-def _own(config: Config, node: Mapping[str, object], node_id: int) -> Data:
+def _own(config: Config, node: Mapping[str, object], node_id: int) -> SiteData:
     path = str(node["data-path"])
     dataset = str(node.get("dataset-id", f"file {full_path(path).resolve()}"))
     name = str(node.get("name", f"node-{node_id}"))
     return name, dataset, lambda: read_private_file(path, config.data)
 
 
-def _simulated(config: Config, node: Mapping[str, object]) -> Data:
+def _simulated(config: Config, node: Mapping[str, object]) -> SiteData:
     data, seed = config.data, config.seed
     index, clients = int(str(node["partition-id"])), int(str(node["num-partitions"]))
     dataset = f"simulated {data.name} {deal_name(data, seed)} {index}/{clients}"
     return CLIENT_NAME.format(index), dataset, lambda: partition(data, seed, clients)[index]
 
 
-def _data(config: Config, node: Mapping[str, object], node_id: int) -> Data:
+def _data(config: Config, node: Mapping[str, object], node_id: int) -> SiteData:
     """Find this node's data: its own file, or its part of a simulated deal (Flower Hub's rule)."""
     if "data-path" in node:
         return _own(config, node, node_id)

@@ -5,7 +5,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from lalora_app.comparison.plan import Cell, Line, Plan
+from lalora_app.comparison.plan import MethodAtEpsilon, Plan, PlanCell
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import from_tables
 
@@ -16,7 +16,7 @@ def _summary(run: Path) -> dict[str, Any]:
     return dict(json.loads((run / "summary.json").read_text("utf-8")))
 
 
-def finished(folder: Path, cell: Cell) -> Path | None:
+def find_finished(folder: Path, cell: PlanCell) -> Path | None:
     """Return the folder of a cell's finished run, if there is one, whatever its settings."""
     for path in sorted((folder / cell.folder).glob("*/summary.json")):
         if _summary(path.parent)["status"].startswith("completed"):
@@ -24,19 +24,19 @@ def finished(folder: Path, cell: Cell) -> Path | None:
     return None
 
 
-def completed(folder: Path, cell: Cell) -> Path | None:
+def find_completed(folder: Path, cell: PlanCell) -> Path | None:
     """Return the folder of a cell's finished run, if there is one.
 
     Raises:
         ConfigError: if it was run with other settings: its result must not be taken for this one.
     """
-    run = finished(folder, cell)
+    run = find_finished(folder, cell)
     if run:
         _require_same(run, cell)
     return run
 
 
-def _require_same(run: Path, cell: Cell) -> None:
+def _require_same(run: Path, cell: PlanCell) -> None:
     old = from_tables(tomllib.loads((run / "config.toml").read_text("utf-8")))
     for key, value in cell.config.items():
         if key not in _FREE and old.get(key) != value:
@@ -51,7 +51,7 @@ def accuracy_of(run: Path) -> float:
     return float(_summary(run)["accuracy"])
 
 
-def tuned(plan: Plan, folder: Path) -> dict[Line, float]:
+def tuned_scales(plan: Plan, folder: Path) -> dict[MethodAtEpsilon, float]:
     """Return the scale of each line's learning rates, by the tuning runs that are finished."""
-    runs = [(cell, completed(folder, cell)) for cell in plan.tuning_cells()]
+    runs = [(cell, find_completed(folder, cell)) for cell in plan.tuning_cells()]
     return plan.best([(cell, accuracy_of(run)) for cell, run in runs if run])

@@ -10,13 +10,13 @@ from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import Config, Scalar, as_float, parse
 
 Flat = dict[str, Scalar]
-Line = tuple[str, float]  # label and ε
-Scales = Mapping[Line, float]  # factors of the learning rates
+MethodAtEpsilon = tuple[str, float]  # label and ε
+Scales = Mapping[MethodAtEpsilon, float]  # factors of the learning rates
 RATES = ("train.lr-a", "train.lr-b", "train.lr-head")
 
 
 @dataclass(frozen=True)
-class Entry:
+class PlanEntry:
     """One line of the comparison: a method with what is particular to it, at some budgets."""
 
     label: str
@@ -40,7 +40,7 @@ class Tuning:
 
 
 @dataclass(frozen=True)
-class Cell:
+class PlanCell:
     """One run of a comparison.
 
     Attributes:
@@ -58,7 +58,7 @@ class Cell:
     scale: float = 1.0
 
     @property
-    def line(self) -> Line:
+    def line(self) -> MethodAtEpsilon:
         """What the run is one seed of."""
         return self.label, self.epsilon
 
@@ -69,21 +69,23 @@ class Plan:
 
     name: str
     nodes: int
-    entries: tuple[Entry, ...]
+    entries: tuple[PlanEntry, ...]
     seeds: tuple[int, ...]
     tuning: Tuning | None
     config: Mapping[str, Scalar]
 
-    def _cell(self, entry: Entry, epsilon: float, folder: str, scale: float, **keys: Any) -> Cell:
+    def _cell(
+        self, entry: PlanEntry, epsilon: float, folder: str, scale: float, **keys: Any
+    ) -> PlanCell:
         budget = {"privacy.epsilon": epsilon, "min-clients": self.nodes}
         own = {**self.config, **entry.config, **budget, **keys}
         rates = {key: _scaled(own[key], scale) for key in RATES}
-        return Cell(entry.label, epsilon, folder, own | rates, scale)
+        return PlanCell(entry.label, epsilon, folder, own | rates, scale)
 
-    def _lines(self) -> Iterable[tuple[Entry, float]]:
+    def _lines(self) -> Iterable[tuple[PlanEntry, float]]:
         return ((entry, epsilon) for entry in self.entries for epsilon in entry.epsilons)
 
-    def tuning_cells(self) -> list[Cell]:
+    def tuning_cells(self) -> list[PlanCell]:
         """Return the runs that learning rates are chosen by; none without a grid."""
         tuning = self.tuning
         if tuning is None:
@@ -96,8 +98,8 @@ class Plan:
         ]
 
     def _tuning_cell(
-        self, tuning: Tuning, entry: Entry, epsilon: float, scale: float, seed: int
-    ) -> Cell:
+        self, tuning: Tuning, entry: PlanEntry, epsilon: float, scale: float, seed: int
+    ) -> PlanCell:
         folder = f"tuning/{slug(entry.label)}-eps{short(epsilon)}-x{short(scale)}-seed{seed}"
         rounds = {**self.config, **entry.config}["num-server-rounds"]
         keys = {
@@ -108,7 +110,7 @@ class Plan:
         }
         return self._cell(entry, epsilon, folder, scale, **keys)
 
-    def cells(self, scales: Scales) -> list[Cell]:
+    def cells(self, scales: Scales) -> list[PlanCell]:
         """Return the runs that are compared, seed by seed: cut short, it is a smaller comparison.
 
         Args:
@@ -126,13 +128,13 @@ class Plan:
             for entry, e in self._lines()
         ]
 
-    def best(self, results: Sequence[tuple[Cell, float]]) -> dict[Line, float]:
+    def best(self, results: Sequence[tuple[PlanCell, float]]) -> dict[MethodAtEpsilon, float]:
         """Return the scale of each line whose tuning runs are the most accurate on average.
 
         Args:
             results: tuning cells with their accuracy; of equals, the smaller scale wins.
         """
-        scores: dict[tuple[Line, float], list[float]] = {}
+        scores: dict[tuple[MethodAtEpsilon, float], list[float]] = {}
         for cell, accuracy in results:
             scores.setdefault((cell.line, cell.scale), []).append(accuracy)
         ranked = sorted(scores, key=lambda choice: (fmean(scores[choice]), -choice[1]))
@@ -155,7 +157,7 @@ def short(value: float) -> str:
     return text if float(text) == value else repr(value)
 
 
-def parse_cell(cell: Cell) -> Config:
+def parse_cell(cell: PlanCell) -> Config:
     """Return a run's config, checked.
 
     Raises:

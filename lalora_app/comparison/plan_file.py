@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from lalora_app.comparison.plan import Entry, Plan, Tuning, parse_cell, slug
+from lalora_app.comparison.plan import Plan, PlanEntry, Tuning, parse_cell, slug
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import as_float, from_tables
 
@@ -126,19 +126,19 @@ def _at(control: Mapping[str, Any], epsilons: list[float]) -> dict[str, Any]:
     return {**control, **cut}
 
 
-def _control(control: Mapping[str, Any], epsilons: tuple[float, ...]) -> Entry:
+def _control(control: Mapping[str, Any], epsilons: tuple[float, ...]) -> PlanEntry:
     own = _numbers("controls.epsilons", control.get("epsilons", list(epsilons)), float)
     method = _text("controls.method", control["method"])
     label = _text("controls.label", _label(control))
-    return Entry(label, own, {"method": method, **control["config"]})
+    return PlanEntry(label, own, {"method": method, **control["config"]})
 
 
-def _entries(settings: Mapping[str, Any]) -> tuple[Entry, ...]:
+def _entries(settings: Mapping[str, Any]) -> tuple[PlanEntry, ...]:
     epsilons = _numbers("epsilons", settings["epsilons"], float)
     names = settings["methods"]
     if not isinstance(names, list):
         raise ConfigError(f"compare.methods={names!r} must be a list of methods")
-    entries = [Entry(str(name), epsilons, {"method": name}) for name in names]
+    entries = [PlanEntry(str(name), epsilons, {"method": name}) for name in names]
     entries += [_control(control, epsilons) for control in controls_of(settings["controls"])]
     labels = [entry.label for entry in entries]
     if not labels or len(set(map(slug, labels))) < len(labels):

@@ -9,8 +9,8 @@ from pathlib import Path
 
 from flwr.serverapp import Grid
 
-from lalora_app.comparison.finished_cells import completed, finished, tuned
-from lalora_app.comparison.plan import Cell, Plan, parse_cell
+from lalora_app.comparison.finished_cells import find_completed, find_finished, tuned_scales
+from lalora_app.comparison.plan import Plan, PlanCell, parse_cell
 from lalora_app.comparison.plan_file import read_plan
 from lalora_app.data.examples import split
 from lalora_app.settings.errors import ConfigError
@@ -41,7 +41,7 @@ class Comparison:
     _first: bool = True
     failed: list[str] = field(default_factory=list)
 
-    def _run_cell(self, cell: Cell) -> None:
+    def _run_cell(self, cell: PlanCell) -> None:
         output = str(self.folder / cell.folder)
         # A run's config.toml repeats that run, and not the comparison that it was part of.
         config = replace(parse_cell(cell), output=output, compare=NONE)
@@ -56,11 +56,11 @@ class Comparison:
             self.failed.append(f"{cell.folder}: {error}")
 
     @property
-    def _all(self) -> list[Cell]:
+    def _all(self) -> list[PlanCell]:
         return [*self.plan.tuning_cells(), *self.plan.cells({})]
 
-    def _missing(self) -> list[Cell]:
-        return [cell for cell in self._all if finished(self.folder, cell) is None]
+    def _missing(self) -> list[PlanCell]:
+        return [cell for cell in self._all if find_finished(self.folder, cell) is None]
 
     def _check_data(self) -> None:
         """Read what is missing a run: a misspelt test split must not be told after the tuning.
@@ -75,13 +75,13 @@ class Comparison:
             except ConfigError as error:
                 raise ConfigError(f"{folder}: {error}") from error
 
-    def _run_missing(self, cells: list[Cell], what: str, later: int = 0) -> None:
+    def _run_missing(self, cells: list[PlanCell], what: str, later: int = 0) -> None:
         """Run the cells that are not done.
 
         Raises:
             RuntimeError: at the end, if a run failed.
         """
-        missing = [cell for cell in cells if completed(self.folder, cell) is None]
+        missing = [cell for cell in cells if find_completed(self.folder, cell) is None]
         began = time.monotonic()
         for done, cell in enumerate(missing):
             _log.info(
@@ -104,9 +104,9 @@ class Comparison:
         self._check_data()
         later = [cell for cell in self.plan.cells({}) if not self._begun(cell)]
         self._run_missing(self.plan.tuning_cells(), "tuning run", len(later))
-        self._run_missing(self.plan.cells(tuned(self.plan, self.folder)), "run")
+        self._run_missing(self.plan.cells(tuned_scales(self.plan, self.folder)), "run")
 
-    def _begun(self, cell: Cell) -> bool:
+    def _begun(self, cell: PlanCell) -> bool:
         return (self.folder / cell.folder).exists()
 
 

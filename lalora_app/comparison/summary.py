@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from lalora_app.comparison.finished_cells import completed, tuned
+from lalora_app.comparison.finished_cells import find_completed, tuned_scales
 from lalora_app.comparison.plan import Plan
 from lalora_app.comparison.plan_file import check_file, controls_of, read_plan, table_of, to_json
 from lalora_app.reports.page import write_report
@@ -50,16 +50,16 @@ def prepare(tables: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[Pla
 
 def records(plan: Plan, folder: Path) -> list[Record]:
     """Return the finished runs of a comparison, in the order of the plan."""
-    cells = plan.cells(tuned(plan, folder))
-    found = [(cell, completed(folder, cell)) for cell in cells]
+    cells = plan.cells(tuned_scales(plan, folder))
+    found = [(cell, find_completed(folder, cell)) for cell in cells]
     return [read_record(run, cell.label) for cell, run in found if run]
 
 
 def _counts(plan: Plan, folder: Path) -> str:
     """Tell how much of the plan is finished."""
-    lines = {"runs": plan.cells(tuned(plan, folder)), "tuning runs": plan.tuning_cells()}
+    lines = {"runs": plan.cells(tuned_scales(plan, folder)), "tuning runs": plan.tuning_cells()}
     return " and ".join(
-        f"{sum(completed(folder, cell) is not None for cell in cells)} of {len(cells)} {what}"
+        f"{sum(find_completed(folder, cell) is not None for cell in cells)} of {len(cells)} {what}"
         for what, cells in lines.items()
         if cells
     )

@@ -25,7 +25,7 @@ REFUSED = {
 }
 
 
-def check(config: Config, *, linear: bool) -> None:
+def check_secure_aggregation(config: Config, *, linear: bool) -> None:
     """Check that a sum of the uploads is all that the run's server needs.
 
     Args:
@@ -82,7 +82,7 @@ def lookup(name: str, local_steps: int) -> Method:
     _require_known(name)
     method = METHODS[name]
     for t in (1, 2):  # the longest period of any schedule
-        if not method.syncs(t) <= schedule.trained(method.trains, t, local_steps):
+        if not method.syncs(t) <= schedule.factors_trained_in(method.trains, t, local_steps):
             raise ConfigError(
                 f"train.local-steps={local_steps} must be at least 2 for method {name}: "
                 "a round must train every factor that it sends"
@@ -108,7 +108,7 @@ def method_of(config: Config) -> Method:
             f'robust="{config.robust}" must be "none" for method {config.method}, whose server '
             "rule is not a mean"
         )
-    compatibility.check(config, linear=method.linear)
+    compatibility.check_secure_aggregation(config, linear=method.linear)
     return method
 
 

@@ -8,20 +8,20 @@ from torch import Tensor
 
 from lalora_app.adapter.factors import Adapter, Factor, Factors
 from lalora_app.aggregation.average import average
-from lalora_app.aggregation.rule import Rule as ServerRule
+from lalora_app.aggregation.rule import ServerRule as ServerRule
 from lalora_app.methods import alignment, optimizers, schedule
 from lalora_app.methods.filters import identity
 from lalora_app.methods.schedule import Syncs, Trains
 from lalora_app.methods.weight_noise import Perturb
 from lalora_app.private_step.gradients import NoisedGrads
-from lalora_app.settings.run_config import Rule
+from lalora_app.settings.run_config import MethodNumbers
 
 
-def _as_it_is(start: Adapter, rule: Rule) -> Adapter:
+def _as_it_is(start: Adapter, rule: MethodNumbers) -> Adapter:
     return start
 
 
-def _own_rank(rank: int, rule: Rule) -> int:
+def _own_rank(rank: int, rule: MethodNumbers) -> int:
     return rank
 
 
@@ -56,14 +56,14 @@ class Method:
     trains: Trains
     syncs: Syncs
     finally_syncs: Factors = frozenset()
-    start: Callable[[Adapter, Rule], Adapter] = _as_it_is
-    width: Callable[[int, Rule], int] = _own_rank
-    effective: Callable[[dict[str, Tensor], Rule], dict[str, Tensor]] | None = None
+    start: Callable[[Adapter, MethodNumbers], Adapter] = _as_it_is
+    width: Callable[[int, MethodNumbers], int] = _own_rank
+    effective: Callable[[dict[str, Tensor], MethodNumbers], dict[str, Tensor]] | None = None
     calibrates: bool = False
     perturb: Perturb | None = None
     postprocess: Callable[[NoisedGrads], NoisedGrads] = identity
     optimizer: optimizers.Make = optimizers.as_configured
-    align: Callable[[Adapter, Adapter], Adapter] = alignment.keep
+    align: Callable[[Adapter, Adapter], Adapter] = alignment.keep_result
     aggregate: ServerRule = average
     exact: bool = False
     linear: bool = True
@@ -78,4 +78,4 @@ class Method:
 
     def resident(self, t: int, local_steps: int) -> frozenset[Factor]:
         """Return the factors that round ``t`` trains without sending them."""
-        return schedule.trained(self.trains, t, local_steps) - self.syncs(t)
+        return schedule.factors_trained_in(self.trains, t, local_steps) - self.syncs(t)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lalora_app.settings.run_config import Rule, Train
+from lalora_app.settings.run_config import MethodNumbers, Train
 
 Group = dict[str, Any]
 
@@ -27,7 +27,7 @@ class Hyper:
     """
 
     train: Train
-    rule: Rule
+    rule: MethodNumbers
     noise_std: float = 0.0
 
 
@@ -45,7 +45,7 @@ def as_configured(groups: list[Group], hyper: Hyper) -> torch.optim.Optimizer:
     )
 
 
-def plus(groups: list[Group], hyper: Hyper) -> torch.optim.Optimizer:
+def lora_plus(groups: list[Group], hyper: Hyper) -> torch.optim.Optimizer:
     """LoRA+: B learns ``rule.lr-ratio`` times as fast as A (arXiv:2402.12354)."""
     rates = {group["kind"]: group["lr"] for group in groups}
     scaled = [

@@ -39,6 +39,6 @@ def alternate_steps(t: int, k: int) -> Factors:
     return B if k % 2 == 0 else A
 
 
-def trained(trains: Trains, t: int, local_steps: int) -> Factors:
+def factors_trained_in(trains: Trains, t: int, local_steps: int) -> Factors:
     """Return the factors that round ``t`` trains: the union of ``trains(t, k)`` over its steps."""
     return frozenset().union(*(trains(t, k) for k in range(min(local_steps, PERIOD))))

@@ -111,7 +111,7 @@ METHODS: dict[str, Method] = {
         keeps_client_state=True,
     ),
     "flat-lora": replace(_BOTH, paper="arXiv:2409.14396", perturb=row_noise),
-    "lora-plus": replace(_BOTH, paper="arXiv:2402.12354", optimizer=optimizers.plus),
+    "lora-plus": replace(_BOTH, paper="arXiv:2402.12354", optimizer=optimizers.lora_plus),
     "doppler": replace(_BOTH, paper="arXiv:2408.13460", optimizer=optimizers.low_pass),
     "dp-fedadamw": replace(_BOTH, paper="arXiv:2602.19945", optimizer=optimizers.unbiased_adamw),
     "beamlora": replace(

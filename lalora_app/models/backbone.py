@@ -16,7 +16,7 @@ from lalora_app.methods.compatibility import method_of
 from lalora_app.models.base import Base
 from lalora_app.models.device import autocast, narrow_frozen, pick_device, pick_dtype, to_device
 from lalora_app.models.forwards import Forward
-from lalora_app.models.frozen_weights import Bases, base_layers
+from lalora_app.models.frozen_weights import FrozenWeights, base_layers
 from lalora_app.models.scores import Metrics, Task
 from lalora_app.models.timm_models import load_timm
 from lalora_app.models.transformers_models import load_transformers
@@ -44,7 +44,7 @@ class Backbone:
     device: torch.device
     dtype: torch.dtype
     targets: int
-    bases: Bases
+    frozen_weights: FrozenWeights
 
     def __post_init__(self) -> None:
         """Let the engine prepare the forward that trains; an evaluation takes it as it is."""
@@ -64,9 +64,9 @@ class Backbone:
         for name, parameter in self.engine.parameters.items():
             parameter.copy_(torch.from_numpy(adapter[name]))
         self.engine.write()
-        self.bases.move(drift or {})
+        self.frozen_weights.set_drift(drift or {})
 
-    def through(self, theta: Adapter, effective: Effective) -> "Backbone":
+    def reparametrised(self, theta: Adapter, effective: Effective) -> "Backbone":
         """Return the same model, trained by ``theta``, of which its factors are a function."""
         view = copy.copy(self)
         tensors = {name: torch.from_numpy(array).to(self.device) for name, array in theta.items()}
@@ -196,7 +196,7 @@ def _build(model: Model, lora: Lora, num_labels: int, seed: int) -> tuple[Backbo
         device=device,
         dtype=dtype,
         targets=len(sizes),
-        bases=Bases(base_layers(adapted)),
+        frozen_weights=FrozenWeights(base_layers(adapted)),
     )
     return backbone, base.probe
 
@@ -250,4 +250,4 @@ def build(config: Config) -> Built:
     effective = method.effective
     if effective is None:
         return backbone, start
-    return backbone.through(start, lambda theta: effective(theta, rule)), start
+    return backbone.reparametrised(start, lambda theta: effective(theta, rule)), start

@@ -23,7 +23,7 @@ def base_layers(model: nn.Module) -> dict[str, Any]:
     }
 
 
-class Bases:
+class FrozenWeights:
     """The frozen weights of the adapted layers, and what has been done to them.
 
     Args:
@@ -45,7 +45,7 @@ class Bases:
         return weight
 
     @torch.no_grad()
-    def move(self, drift: Adapter) -> None:
+    def set_drift(self, drift: Adapter) -> None:
         """Make every weight ``W0 + B·A`` of the drift, or W0 where it has none.
 
         Always from W0, in float32: nothing is lost by moving often.
@@ -66,7 +66,7 @@ class Bases:
         return torch.addmm(self.weight(name).float(), b, a, alpha=layer.scaling[adapter])
 
     @contextlib.contextmanager
-    def watched(self, watch: Callable[[str, Tensor], None]) -> Iterator[None]:
+    def with_input_hook(self, watch: Callable[[str, Tensor], None]) -> Iterator[None]:
         """Show ``watch`` the inputs of every layer within the block, with the name of its B."""
 
         def hook(name: str) -> Any:
@@ -80,7 +80,7 @@ class Bases:
                 handle.remove()
 
     @contextlib.contextmanager
-    def shaken(self, change: Change | None) -> Iterator[None]:
+    def perturbed(self, change: Change | None) -> Iterator[None]:
         """Add ``change`` to every weight within the block, and restore them bit for bit."""
         if change is None:
             yield

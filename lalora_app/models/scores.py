@@ -16,12 +16,12 @@ Metrics = dict[str, float]
 METRICS = ("accuracy", "balanced_accuracy", "perplexity")  # every name that a task reports
 
 
-def scores_of(row: Mapping[str, Any]) -> Metrics:
+def scores_in_row(row: Mapping[str, Any]) -> Metrics:
     """Return what a row of the history holds of a task's metrics."""
     return {name: row[name] for name in METRICS if name in row}
 
 
-def told(scores: Metrics, between: str = "  ") -> str:
+def format_scores(scores: Metrics, between: str = "  ") -> str:
     """Return metrics in words."""
     return between.join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items())
 

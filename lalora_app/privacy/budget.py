@@ -18,7 +18,7 @@ class Limit:
     delta: float
 
 
-def check(past: list[Release], plan: Release, limit: Limit, whose: str) -> None:
+def check_limit(past: list[Release], plan: Release, limit: Limit, whose: str) -> None:
     """Check that a plan keeps to a limit; ε = inf is none.
 
     Raises:

@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from lalora_app.privacy.accounting import Release
-from lalora_app.privacy.budget import BudgetError, Limit, check
+from lalora_app.privacy.budget import BudgetError, Limit, check_limit
 from lalora_app.settings.names import full_path
 
 _SCHEMA = """
@@ -62,7 +62,7 @@ class Reservation:
 
 
 @dataclass(frozen=True)
-class Entry:
+class LedgerEntry:
     """One line of the ledger; ``uid`` is its own, in whatever copy it stands."""
 
     time: str
@@ -109,7 +109,7 @@ class Ledger:
                 raise
             db.execute("COMMIT")
 
-    def entries(self, dataset: str | None = None, run: str | None = None) -> list[Entry]:
+    def entries(self, dataset: str | None = None, run: str | None = None) -> list[LedgerEntry]:
         """Return the lines of a dataset and run; None means all of them."""
         with self._open() as db:
             return _read(db, dataset, run)
@@ -127,7 +127,7 @@ class Ledger:
                 return str(error)
         return "" if found == "ok" else found
 
-    def merge(self, other: "Ledger") -> list[Entry]:
+    def merge(self, other: "Ledger") -> list[LedgerEntry]:
         """Add the lines of another ledger that this one does not have; return them.
 
         Lines are told apart by their own names: what stands in both counts once, and two releases
@@ -177,14 +177,14 @@ class Ledger:
         with self._exclusive() as db:
             for limit, scope in ((run_limit, run), (node_limit, None)):
                 past = [entry.release for entry in _read(db, dataset, scope)]
-                check(past, plan, limit, "run" if scope else "node")
+                check_limit(past, plan, limit, "run" if scope else "node")
             if max_rounds is not None:
                 _check_run(_read(db, dataset, run), max_rounds)
             now = datetime.now(UTC)
             if per_day is not None:
                 _check_day(_read(db, dataset, None), now, per_day)
             uid = secrets.token_hex(16)
-            _write(db, Entry(_stamp(now), dataset, run, round_, release, uid))
+            _write(db, LedgerEntry(_stamp(now), dataset, run, round_, release, uid))
         return Reservation(release)
 
 
@@ -200,7 +200,7 @@ def _name_lines(db: sqlite3.Connection) -> None:
         db.executescript(_NAME_LINES)
 
 
-def _write(db: sqlite3.Connection, entry: Entry) -> None:
+def _write(db: sqlite3.Connection, entry: LedgerEntry) -> None:
     release = entry.release
     row = (entry.time, entry.dataset, entry.run, entry.round)
     numbers = (release.sampling_rate, release.noise_multiplier, release.count)
@@ -210,21 +210,21 @@ def _write(db: sqlite3.Connection, entry: Entry) -> None:
     )
 
 
-def _read(db: sqlite3.Connection, dataset: str | None, run: str | None) -> list[Entry]:
+def _read(db: sqlite3.Connection, dataset: str | None, run: str | None) -> list[LedgerEntry]:
     rows = db.execute(
         f"SELECT {_COLUMNS} FROM releases "
         "WHERE (?1 IS NULL OR dataset = ?1) AND (?2 IS NULL OR run = ?2) ORDER BY id",
         (dataset, run),
     )
-    return [Entry(t, d, r, n, Release(q, z, c), uid) for t, d, r, n, q, z, c, uid in rows]
+    return [LedgerEntry(t, d, r, n, Release(q, z, c), uid) for t, d, r, n, q, z, c, uid in rows]
 
 
-def _check_run(entries: list[Entry], most: int) -> None:
+def _check_run(entries: list[LedgerEntry], most: int) -> None:
     if len(entries) >= most:
         raise BudgetError(f"{len(entries)} rounds of this run; max-rounds={most}")
 
 
-def _check_day(entries: list[Entry], now: datetime, most: int) -> None:
+def _check_day(entries: list[LedgerEntry], now: datetime, most: int) -> None:
     since = _stamp(now - timedelta(days=1))
     rounds = sum(entry.time > since for entry in entries)
     if rounds >= most:

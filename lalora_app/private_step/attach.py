@@ -15,7 +15,7 @@ from lalora_app.private_step.kernels import (
     compute_dtype,
 )
 
-Forward = Callable[[Any, Tensor], Tensor]
+LayerForward = Callable[[Any, Tensor], Tensor]
 
 
 class LayoutError(ValueError):
@@ -65,7 +65,7 @@ def _switched_off(layer: Any) -> bool:
     return bool(layer.disable_adapters or layer.merged)
 
 
-def _fused(names: tuple[str | None, str | None], record: Recorder) -> Forward:
+def _fused(names: tuple[str | None, str | None], record: Recorder) -> LayerForward:
     def forward(layer: Any, x: Tensor) -> Tensor:
         if _switched_off(layer):
             return layer.base_layer(x)  # type: ignore[no-any-return]
@@ -94,7 +94,7 @@ class _Merged:
         return self._weight
 
 
-def _merged(names: tuple[str | None, str | None], record: Recorder) -> Forward:
+def _merged(names: tuple[str | None, str | None], record: Recorder) -> LayerForward:
     cache = _Merged()
 
     def forward(layer: Any, x: Tensor) -> Tensor:
@@ -109,7 +109,7 @@ def _merged(names: tuple[str | None, str | None], record: Recorder) -> Forward:
     return forward
 
 
-def _plain(names: tuple[str | None, str | None], record: Recorder) -> Forward:
+def _plain(names: tuple[str | None, str | None], record: Recorder) -> LayerForward:
     def forward(layer: Any, x: Tensor) -> Tensor:
         return PlainLinear.apply(x, layer.weight, layer.bias, names, record)  # type: ignore[no-any-return]
 
@@ -120,7 +120,7 @@ _LORA_KERNELS = {"fused": _fused, "merged": _merged}
 KERNELS = frozenset({*_LORA_KERNELS, "plain"})
 
 
-def replace_forward(layer: nn.Module, forward: Forward) -> None:
+def replace_forward(layer: nn.Module, forward: LayerForward) -> None:
     """Make the layer compute through ``forward(layer, x)``."""
     layer.forward = MethodType(forward, layer)
 

@@ -14,9 +14,9 @@ from lalora_app.reports.page_template import TEMPLATE
 from lalora_app.reports.tables import (
     ACCURACY,
     METRICS,
-    Cell,
-    Row,
+    RunRow,
     Spread,
+    TableCell,
     best,
     grid,
     rows_of,
@@ -41,10 +41,10 @@ class Tile(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Line:
+class PageRow:
     """A row of the table: its cells, whether it is private, and whether a new ε begins."""
 
-    cells: list[Cell]
+    cells: list[TableCell]
     private: bool
     first: bool
 
@@ -127,7 +127,7 @@ def _privacy(records: Sequence[Record]) -> list[str]:
     ]
 
 
-def _row_tiles(row: Row) -> list[Tile]:
+def _row_tiles(row: RunRow) -> list[Tile]:
     scores = [
         Tile(metric.title, shown(metric, row.scores[metric.key]), "public test split")
         for metric in METRICS
@@ -142,7 +142,7 @@ def _row_tiles(row: Row) -> list[Tile]:
     ]
 
 
-def _best_tile(epsilon: float, rows: Sequence[Row]) -> Tile:
+def _best_tile(epsilon: float, rows: Sequence[RunRow]) -> Tile:
     leaders = best(ACCURACY, rows)
     title = f"highest accuracy at ε = {epsilon:g}" if leaders else f"accuracy at ε = {epsilon:g}"
     winners = leaders or rows
@@ -150,7 +150,7 @@ def _best_tile(epsilon: float, rows: Sequence[Row]) -> Tile:
     return Tile(title, _listed(row.label for row in winners), f"{mean} %")
 
 
-def _tiles(rows: Sequence[Row]) -> list[Tile]:
+def _tiles(rows: Sequence[RunRow]) -> list[Tile]:
     if len(rows) == 1:
         return _row_tiles(rows[0])
     return [_best_tile(epsilon, list(own)) for epsilon, own in groupby(rows, lambda r: r.epsilon)]
@@ -199,10 +199,10 @@ def _differences(records: Sequence[Record]) -> dict[str, Any]:
     return {"common": common, "keys": others, "differences": lines if len(rows) > 1 else []}
 
 
-def _lines(rows: Sequence[Row], cells: Sequence[list[Cell]]) -> list[Line]:
+def _lines(rows: Sequence[RunRow], cells: Sequence[list[TableCell]]) -> list[PageRow]:
     before = [None, *(row.epsilon for row in rows)]
     return [
-        Line(line, row.private, first=previous not in (None, row.epsilon))
+        PageRow(line, row.private, first=previous not in (None, row.epsilon))
         for line, row, previous in zip(cells, rows, before, strict=False)
     ]
 

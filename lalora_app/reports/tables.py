@@ -48,7 +48,7 @@ class Spread(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Row:
+class RunRow:
     """The seeds of one label at one ε.
 
     Attributes:
@@ -77,7 +77,7 @@ class Row:
     error_left: float | None = None
 
 
-class Cell(NamedTuple):
+class TableCell(NamedTuple):
     """One shown value, and whether it is the best mean of its ε."""
 
     text: str
@@ -95,10 +95,10 @@ def _error_left(runs: Sequence[Record]) -> float | None:
     return statistics.fmean(known) if known else None
 
 
-def _row(label: str, epsilon: float, runs: Sequence[Record]) -> Row:
+def _row(label: str, epsilon: float, runs: Sequence[Record]) -> RunRow:
     summaries = [run.summary for run in runs]
     keys = [m.key for m in METRICS if all(m.key in summary for summary in summaries)]
-    return Row(
+    return RunRow(
         label=label,
         epsilon=epsilon,
         private=all(run.private for run in runs),
@@ -112,7 +112,7 @@ def _row(label: str, epsilon: float, runs: Sequence[Record]) -> Row:
     )
 
 
-def rows_of(records: Sequence[Record]) -> list[Row]:
+def rows_of(records: Sequence[Record]) -> list[RunRow]:
     """Return a row for each label and ε, in the order of ``finished_run.group``."""
     return [_row(label, epsilon, runs) for (label, epsilon), runs in group(records).items()]
 
@@ -123,7 +123,7 @@ def shown(metric: Metric, spread: Spread) -> str:
     return " ± ".join(f"{metric.scale * n:.{metric.digits}f}" for n in numbers)
 
 
-def best(metric: Metric, rows: Sequence[Row]) -> list[Row]:
+def best(metric: Metric, rows: Sequence[RunRow]) -> list[RunRow]:
     """Return the rows with the best mean as far as it is shown; none if there is no rival.
 
     A mean that is NaN has lost, but is a rival: compared with numbers, it would beat or lose to
@@ -138,7 +138,7 @@ def best(metric: Metric, rows: Sequence[Row]) -> list[Row]:
     return [row for row, mean in zip(scored, means, strict=True) if mean == top]
 
 
-def grid(rows: Sequence[Row], infinity: str = "inf") -> tuple[list[str], list[list[Cell]]]:
+def grid(rows: Sequence[RunRow], infinity: str = "inf") -> tuple[list[str], list[list[TableCell]]]:
     """Return titles and cells of the table; ``infinity`` is how ε = inf is shown."""
     metrics = [m for m in METRICS if any(m.key in row.scores for row in rows)]
     titles = ["method", "ε promised", "seeds", *(m.title for m in metrics)]
@@ -150,29 +150,29 @@ def grid(rows: Sequence[Row], infinity: str = "inf") -> tuple[list[str], list[li
         for row in best(metric, list(peers))
     }
 
-    def score(metric: Metric, row: Row) -> Cell:
+    def score(metric: Metric, row: RunRow) -> TableCell:
         if metric.key not in row.scores:
-            return Cell("–")
+            return TableCell("–")
         leads = (metric.key, row.label, row.epsilon) in leaders
-        return Cell(shown(metric, row.scores[metric.key]), leads)
+        return TableCell(shown(metric, row.scores[metric.key]), leads)
 
-    def number(value: float, form: str) -> Cell:
-        return Cell(format(value, form) if math.isfinite(value) else infinity)
+    def number(value: float, form: str) -> TableCell:
+        return TableCell(format(value, form) if math.isfinite(value) else infinity)
 
     cells = [
         [
-            *(Cell(row.label), number(row.epsilon, "g"), Cell(str(row.seeds))),
+            *(TableCell(row.label), number(row.epsilon, "g"), TableCell(str(row.seeds))),
             *(score(metric, row) for metric in metrics),
             *(number(row.epsilon_reached, ".2f"), number(row.upload, ",.0f")),
             *(number(row.download, ",.0f"), number(row.seconds, ".0f")),
-            Cell("–" if row.error_left is None else f"{row.error_left:.2g}"),
+            TableCell("–" if row.error_left is None else f"{row.error_left:.2g}"),
         ]
         for row in rows
     ]
     return titles, cells
 
 
-def to_text(rows: Sequence[Row]) -> str:
+def to_text(rows: Sequence[RunRow]) -> str:
     """Return the table for a terminal: columns aligned, the first to the left."""
     titles, cells = grid(rows)
     lines = [titles, *([cell.text for cell in line] for line in cells)]
@@ -184,11 +184,11 @@ def to_text(rows: Sequence[Row]) -> str:
     )
 
 
-def to_markdown(rows: Sequence[Row]) -> str:
+def to_markdown(rows: Sequence[RunRow]) -> str:
     """Return the table as Markdown; the best mean of each ε is bold."""
     titles, cells = grid(rows)
 
-    def show(cell: Cell) -> str:
+    def show(cell: TableCell) -> str:
         text = re.sub(r"([\\`*_|<\[\]])", r"\\\1", cell.text)
         return f"**{text}**" if cell.best else text
 
@@ -207,11 +207,11 @@ _LATEX = str.maketrans(
 )
 
 
-def to_latex(rows: Sequence[Row]) -> str:
+def to_latex(rows: Sequence[RunRow]) -> str:
     """Return a tabular for the package booktabs; the best mean of each ε is bold."""
     titles, cells = grid(rows, infinity="∞")
 
-    def show(cell: Cell) -> str:
+    def show(cell: TableCell) -> str:
         text = cell.text.translate(_LATEX)
         return rf"\textbf{{{text}}}" if cell.best else text
 

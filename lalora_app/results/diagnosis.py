@@ -60,11 +60,11 @@ def intruders(model: Backbone, state: ServerState) -> dict[str, int]:
 
     The base is W0; the adapted weight is what the model computes with, drift included.
     """
-    adapted = {b: model.bases.computed(b).numpy(force=True) for b in model.bases.names}
-    model.bases.move({})
-    bases = {b: model.bases.weight(b).detach().numpy(force=True) for b in adapted}
+    adapted = {b: model.frozen_weights.computed(b).numpy(force=True) for b in model.frozen_weights.names}
+    model.frozen_weights.set_drift({})
+    bases = {b: model.frozen_weights.weight(b).detach().numpy(force=True) for b in adapted}
     found = {b: intruder_dimensions(bases[b], adapted[b], top=TOP) for b in adapted}
-    model.bases.move(state.drift)
+    model.frozen_weights.set_drift(state.drift)
     return found
 
 

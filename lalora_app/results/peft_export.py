@@ -13,7 +13,7 @@ from lalora_app.aggregation.server_state import ServerState
 from lalora_app.models.backbone import Backbone
 from lalora_app.models.forwards import Segmented
 from lalora_app.models.pretrained import public_name
-from lalora_app.models.scores import scores_of, told
+from lalora_app.models.scores import format_scores, scores_in_row
 from lalora_app.results.model_card import (
     _CARD,
     _load_code,
@@ -73,6 +73,6 @@ def export(
         rounds=row["round"],
         data=config.data.name,
         privacy=privacy_sentence(config, row["epsilon_max"]),
-        quality=told(scores_of(row), ", "),
+        quality=format_scores(scores_in_row(row), ", "),
     )
     (folder / "README.md").write_text(card, encoding="utf-8")

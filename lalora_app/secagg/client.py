@@ -40,7 +40,7 @@ ADVERTISED, SHARED, TRAINING = "advertised", "shared", "training"
 MASKED_SENT, DONE = "masked", "done"
 
 Upload = Mapping[str, np.ndarray]
-Seal = Callable[[Adapter, Adapter], Upload]
+UploadEncoder = Callable[[Adapter, Adapter], Upload]
 
 
 @dataclass(frozen=True)
@@ -203,7 +203,7 @@ def _masked(state: State, upload: Adapter, start: Adapter) -> Upload:
     return {MASKED: words}
 
 
-def masking(content: RecordDict, context: Context, request: TrainRequest) -> Seal:
+def masking(content: RecordDict, context: Context, request: TrainRequest) -> UploadEncoder:
     """Return what turns an upload into a masked vector; call it before the ledger is asked.
 
     Raises:
@@ -225,12 +225,12 @@ def masking(content: RecordDict, context: Context, request: TrainRequest) -> Sea
     return seal
 
 
-def plain(content: RecordDict, context: Context, request: TrainRequest) -> Seal:
+def send_unmasked(content: RecordDict, context: Context, request: TrainRequest) -> UploadEncoder:
     """Send the tensors themselves."""
     return lambda upload, start: upload
 
 
-SEALS = {"none": plain, "secagg+": masking}
+UPLOAD_ENCODERS = {"none": send_unmasked, "secagg+": masking}
 
 
 def unmask(message: Message, context: Context) -> RecordDict:

@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from lalora_app.secagg import masks
 from lalora_app.secagg.fixed_point import Words
 from lalora_app.secagg.messages import SECAGG, Value, bytes_of, column_of, columns, record_of
-from lalora_app.wire.messages import accepted
+from lalora_app.wire.messages import content_or_raise
 from lalora_app.wire.tensors import WireError
 
 Read = Callable[[ConfigRecord, int], None]  # of a reply's record, and its client
@@ -58,7 +58,7 @@ class Session:
     def _read(self, stage: str, message: Message, read: Read, asked: Mapping[int, int]) -> None:
         """Have one reply read; one that breaks a law is dropped, and never ends the attempt."""
         try:
-            record, node = record_of(accepted(message)), message.metadata.src_node_id
+            record, node = record_of(content_or_raise(message)), message.metadata.src_node_id
             if node not in asked:
                 raise WireError("the reply of a node that was not asked")
             read(record, asked[node])

@@ -8,7 +8,7 @@ import numpy as np
 from lalora_app.privacy.randomness import seeded
 
 
-def plan(clients: int, per_round: int, rounds: int, seed: int) -> list[tuple[int, ...]]:
+def plan_cohorts(clients: int, per_round: int, rounds: int, seed: int) -> list[tuple[int, ...]]:
     """Return the cohort of every attempt: always those who have taken part least, ties at random.
 
     Each client takes part in ⌊rounds·per_round/clients⌋ or one more rounds, so the releases that

@@ -3,7 +3,7 @@
 import logging
 from typing import Any
 
-from lalora_app.models.scores import scores_of, told
+from lalora_app.models.scores import format_scores, scores_in_row
 from lalora_app.results.model_card import ACCOUNTANT, ADJACENCY
 from lalora_app.results.peft_export import export
 from lalora_app.results.run_folder import RunFolder
@@ -25,7 +25,7 @@ def _summary(config: Config, rows: list[dict[str, Any]], seconds: float) -> dict
     return {
         "method": config.method,
         "rounds": sum(row["aggregated"] for row in rows),
-        **scores_of(last),
+        **scores_in_row(last),
         "epsilon_max": last["epsilon_max"],
         "delta": config.privacy.delta,
         "upload_bytes_per_round": _mean_bytes(rows, "upload_bytes"),
@@ -82,7 +82,7 @@ def finish(progress: Progress) -> None:
     _write_report(folder)
     _log.info("")
     _log.info("LaLoRA results    %s", folder.path)
-    _log.info("LaLoRA quality    %s", told(scores_of(summary)))
+    _log.info("LaLoRA quality    %s", format_scores(scores_in_row(summary)))
     _log.info(
         "LaLoRA privacy    largest client epsilon %.2f at delta %g%s",
         *(summary["epsilon_max"], summary["delta"]),

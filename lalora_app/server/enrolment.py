@@ -100,7 +100,7 @@ def find_clients(grid: Grid, config: Config, settle: float) -> Clients:
         raise ConfigError(
             f"min-replies={config.min_replies} must be at most the {per_round} clients of a round"
         )
-    plan = cohorts.plan(len(names), per_round, config.num_server_rounds, config.seed)
+    plan = cohorts.plan_cohorts(len(names), per_round, config.num_server_rounds, config.seed)
     order = sorted(names)
     ranks = [said[name][1] for name in order]
     return Clients([names[name] for name in order], plan, _simulated(names), ranks)

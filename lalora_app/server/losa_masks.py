@@ -15,7 +15,7 @@ from lalora_app.adapter.factors import Adapter, Array, pairs, sibling
 from lalora_app.adapter.parametrisations import rank_mask
 from lalora_app.data.encoding import Encoded
 from lalora_app.models.backbone import Backbone
-from lalora_app.settings.run_config import Rule
+from lalora_app.settings.run_config import MethodNumbers
 
 EXAMPLES, BATCH = 128, 32
 
@@ -36,7 +36,7 @@ def input_norms(model: Backbone, public: Encoded) -> dict[str, Array]:
         sums[name] = sums.get(name, torch.zeros_like(rows[0])) + rows.square().sum(0)
         counts[name] = counts.get(name, 0) + len(rows)
 
-    with model.bases.watched(watch):
+    with model.frozen_weights.with_input_hook(watch):
         for batch in public.micro_batches(range(min(EXAMPLES, len(public))), BATCH):
             model.logits(batch)
     return {name: (total / counts[name]).sqrt().cpu().numpy() for name, total in sums.items()}
@@ -60,8 +60,8 @@ def ranks_of(errors: Mapping[str, float], largest: int) -> dict[str, int]:
     return {b: int(np.clip(round(wanted), 1, largest)) for b, wanted in ideal.items()}
 
 
-def sparsified(
-    model: Backbone, public: Encoded, start: Adapter, rule: Rule
+def losa_start(
+    model: Backbone, public: Encoded, start: Adapter, rule: MethodNumbers
 ) -> tuple[Adapter, Adapter]:
     """Return the start with masks of features and ranks, and what pruning takes from the base.
 
@@ -79,7 +79,7 @@ def sparsified(
     norms = input_norms(model, public)
     masked, drift, errors = dict(start), Adapter(), {}
     for b, a in pairs(start):
-        weight = model.bases.weight(b).detach().float().cpu().numpy()
+        weight = model.frozen_weights.weight(b).detach().float().cpu().numpy()
         kept = pruned(weight, norms[b], rule.sparsity)
         gone = np.flatnonzero(kept == 0)
         masked[sibling(a, "fixed")] = kept

@@ -9,9 +9,9 @@ from flwr.app import ArrayRecord, MetricRecord
 
 from lalora_app.data.encoding import Encoded
 from lalora_app.models.backbone import Backbone
-from lalora_app.models.scores import Metrics, scores_of, told
+from lalora_app.models.scores import Metrics, format_scores, scores_in_row
 from lalora_app.results.run_folder import RunFolder
-from lalora_app.server.strategy import LocalAlternation
+from lalora_app.server.strategy import FederatedLora
 from lalora_app.settings.run_config import Config
 
 _log = logging.getLogger("flwr")
@@ -29,7 +29,7 @@ class Progress:
 
     config: Config
     folder: RunFolder
-    strategy: LocalAlternation
+    strategy: FederatedLora
     model: Backbone
     test: Encoded
     rows: list[dict[str, Any]]
@@ -56,7 +56,7 @@ class Progress:
         attempts, state = self.strategy.attempts, self.strategy.state
         if not self.config.is_evaluated(state.attempts):
             return {}
-        before = scores_of(self.rows[-1]) if self.rows else {}
+        before = scores_in_row(self.rows[-1]) if self.rows else {}
         if before and attempts and not attempts[-1].aggregated:  # the adapter is the same
             return before
         self.model.load(state.adapter, state.drift)
@@ -73,6 +73,6 @@ class Progress:
             "LaLoRA round %d/%d  phase %s  %s  %s  epsilon <= %.2f  %.1f s  ETA %d:%02d",
             *(done, total, attempt["phase"]),
             "aggregated" if attempt["aggregated"] else "FAILED: too few valid replies",
-            *(told(scores) or "not evaluated", attempt["epsilon_max"]),
+            *(format_scores(scores) or "not evaluated", attempt["epsilon_max"]),
             *(attempt["seconds"], int(left) // 60, int(left) % 60),
         )

@@ -11,13 +11,13 @@ from lalora_app.adapter.factors import Adapter, Factors, select
 from lalora_app.secagg import fixed_point
 from lalora_app.secagg.messages import MASKED, SECAGG
 from lalora_app.secagg.session import Session
-from lalora_app.server.strategy import LocalAlternation
+from lalora_app.server.strategy import FederatedLora
 from lalora_app.wire.messages import TrainReply
 from lalora_app.wire.tensors import WireError
 
 
 @dataclass
-class SecureAlternation(LocalAlternation):
+class SecureFederatedLora(FederatedLora):
     """The same rounds on sums: keys before the requests, and unmasking after the replies.
 
     What needs a single client's tensors is gone: their finiteness is the client's own law, and

@@ -11,9 +11,9 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
 from lalora_app.adapter.factors import Adapter, Factors, at_rank, in_full_units, num_bytes, select
-from lalora_app.adapter.low_rank import moved
-from lalora_app.aggregation.measured_error import Errors, errors_of
-from lalora_app.aggregation.rule import Round
+from lalora_app.adapter.low_rank import add_to_drift
+from lalora_app.aggregation.measured_error import AggregationErrors, aggregation_errors
+from lalora_app.aggregation.rule import RoundInfo
 from lalora_app.aggregation.server_state import ServerState
 from lalora_app.methods.method import Method
 from lalora_app.server.cohorts import Clients
@@ -72,7 +72,7 @@ def _require_asked(node: int, asked: Container[int]) -> None:
 
 
 @dataclass
-class LocalAlternation(Strategy):
+class FederatedLora(Strategy):
     """Runs any method of METHODS: no branch here depends on which.
 
     Args:
@@ -213,13 +213,13 @@ class LocalAlternation(Strategy):
         uploads = [in_full_units(r.upload, ranks[node], full) for node, r in accepted.items()]
         return self._weights(list(accepted.values())), uploads
 
-    def _aggregate(self, accepted: dict[int, TrainReply], synced: Factors) -> Errors:
+    def _aggregate(self, accepted: dict[int, TrainReply], synced: Factors) -> AggregationErrors:
         """Move the state on, and measure what that loses of the clients' products."""
         full, config = self.config.lora.rank, self.config
         weights, uploads = self._uploads(accepted)
         before = self.state.adapter
         shares, kept = robust(config.robust, config.suspects, weights, uploads)
-        info = Round(
+        info = RoundInfo(
             t=self.state.round + 1,
             rounds=config.num_server_rounds,
             seed=config.seed,
@@ -227,9 +227,11 @@ class LocalAlternation(Strategy):
         )
         new = self.method.aggregate(before, shares, kept, info)
         scale = config.lora.alpha / full
-        drift = moved(self.state.drift, new.fold, scale) if new.fold else None
+        drift = add_to_drift(self.state.drift, new.fold, scale) if new.fold else None
         self.state = self.state.advanced(new.adapter, synced, drift)
-        return errors_of(weights, uploads, before, new, complete=self._complete(info.t, synced))
+        return aggregation_errors(
+            weights, uploads, before, new, complete=self._complete(info.t, synced)
+        )
 
     def _complete(self, t: int, synced: Factors) -> bool:
         """Tell whether a client computed with nothing but what the server knows."""
@@ -254,7 +256,7 @@ class LocalAlternation(Strategy):
         sizes = [num_bytes(reply.upload) for reply in good]
         asked = self.clients.cohorts[self.state.attempts]
         downloads = [self._downlink.bytes[self.clients.nodes[client]] for client in asked]
-        found = Errors()
+        found = AggregationErrors()
         if enough:
             found = self._aggregate(accepted, synced)
         else:

@@ -109,7 +109,7 @@ class Train:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rule:
+class MethodNumbers:
     """Numbers of single methods; the others leave them alone."""
 
     period: int = count()
@@ -147,7 +147,7 @@ class Config:
     data: Data
     privacy: Privacy
     train: Train
-    rule: Rule
+    rule: MethodNumbers
 
     def is_last(self, attempt: int) -> bool:
         """Tell whether the run ends with this attempt (from 1)."""

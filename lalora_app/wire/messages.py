@@ -131,7 +131,7 @@ def refusal(key: str) -> RecordDict:
 
 
 @dataclass(frozen=True)
-class Hello:
+class SiteHello:
     """What a client says of itself before a run: a stable name, a rank, nothing of its data."""
 
     client: str
@@ -188,7 +188,7 @@ def run_config_of(content: RecordDict) -> dict[str, object]:
     return values
 
 
-def accepted(reply: Message) -> RecordDict:
+def content_or_raise(reply: Message) -> RecordDict:
     """Return the content of a reply that carries neither an error nor a refusal.
 
     Raises:
@@ -204,17 +204,17 @@ def accepted(reply: Message) -> RecordDict:
     return reply.content
 
 
-def parse_hello(reply: Message) -> Hello:
+def parse_hello(reply: Message) -> SiteHello:
     """Read a client's reply to the query.
 
     Raises:
         WireError: if it refuses, failed, or runs other code.
     """
-    said = accepted(reply).config_records[CONFIG]
+    said = content_or_raise(reply).config_records[CONFIG]
     client = said.get("client")
     if not isinstance(client, str) or not client:
         raise WireError("client must be a name")
-    return Hello(client, count_of(said, "rank", 1))
+    return SiteHello(client, count_of(said, "rank", 1))
 
 
 def parse_reply(reply: Message, expected: Mapping[str, np.ndarray], t: int) -> TrainReply:
@@ -228,7 +228,7 @@ def parse_reply(reply: Message, expected: Mapping[str, np.ndarray], t: int) -> T
     Raises:
         WireError: saying what is wrong with it; the caller drops it and goes on.
     """
-    content = accepted(reply)
+    content = content_or_raise(reply)
     metrics = content.metric_records.get(METRICS, MetricRecord())
     if metrics.get("round") != t:
         raise WireError(f"round={metrics.get('round')!r} must be {t}: a stale reply")
