@@ -270,3 +270,19 @@ def one_line(key: str, *words: str):
     assert "\n" not in message
     assert all(word in message for word in words), message
     assert caught.value.key == key
+
+
+@pytest.fixture
+def no_waiting(monkeypatch):
+    """Runs over FakeGrid begin at once."""
+    from helpers.app_runs import do_not_wait_for_nodes
+
+    do_not_wait_for_nodes(monkeypatch)
+
+
+@pytest.fixture
+def rounds(monkeypatch):
+    """Record every local round of the test, in order."""
+    from helpers.app_runs import spied
+
+    return spied(monkeypatch)

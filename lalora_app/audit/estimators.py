@@ -31,7 +31,7 @@ class Guesses:
 
 
 @dataclass(frozen=True)
-class TestErrors:
+class AttackErrors:
     """A test of "in" against "out": false alarms of ``outs`` trials, misses of ``ins`` trials."""
 
     false_alarms: int
@@ -95,7 +95,7 @@ def at_most(events: int, trials: int, confidence: float) -> float:
     return float(stats.beta.ppf(confidence, events + 1, trials - events))
 
 
-def _rates(errors: TestErrors, confidence: float) -> tuple[float, float]:
+def _rates(errors: AttackErrors, confidence: float) -> tuple[float, float]:
     """Return upper bounds on both error rates that hold together."""
     each = (1 + confidence) / 2
     return (
@@ -104,7 +104,7 @@ def _rates(errors: TestErrors, confidence: float) -> tuple[float, float]:
     )
 
 
-def two_sided(errors: TestErrors, delta: float, confidence: float) -> float:
+def two_sided(errors: AttackErrors, delta: float, confidence: float) -> float:
     """Return ε's lower bound from the error rates of a test on independent trials.
 
     (ε, δ)-DP asks ``1 - β <= e^ε α + δ`` and ``1 - α <= e^ε β + δ`` of every test (Kairouz et
@@ -128,7 +128,7 @@ def gaussian_epsilon(mu: float, delta: float) -> float:
     return float(brentq(excess, 0.0, mu * mu + 10 * mu)) if excess(0.0) > 0 else 0.0
 
 
-def gaussian(errors: TestErrors, delta: float, confidence: float) -> float:
+def gaussian(errors: AttackErrors, delta: float, confidence: float) -> float:
     """Return ε's lower bound if the mechanism is Gaussian (Nasr et al., arXiv:2302.07956).
 
     Assumes the trade-off curve of μ-GDP, ``Φ⁻¹(1 - α) - Φ⁻¹(β) = μ``, and independent trials.
@@ -137,7 +137,7 @@ def gaussian(errors: TestErrors, delta: float, confidence: float) -> float:
     return gaussian_epsilon(float(stats.norm.ppf(1 - alarm) - stats.norm.ppf(miss)), delta)
 
 
-def counted_p_value(errors: TestErrors, releases: Sequence[Release]) -> float:
+def counted_p_value(errors: AttackErrors, releases: Sequence[Release]) -> float:
     """Return the chance of so few errors, at most, if the mechanism is what was counted.
 
     Under the composition of ``releases`` a guess about a fair coin is right with a chance of at
@@ -166,7 +166,7 @@ def _noise_behind(advantage: float, sampling_rate: float, steps: int) -> float:
 
 
 def subsampled(
-    errors: TestErrors, delta: float, confidence: float, *, sampling_rate: float, steps: int
+    errors: AttackErrors, delta: float, confidence: float, *, sampling_rate: float, steps: int
 ) -> float:
     """Return ε's lower bound if the mechanism is the accountant's with an unknown noise.
 

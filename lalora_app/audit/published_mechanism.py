@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lalora_app.audit.estimators import TestErrors, two_sided
+from lalora_app.audit.estimators import AttackErrors, two_sided
 from lalora_app.privacy.randomness import seeded
 
 _CHUNK = 2000  # trials at a time
@@ -68,7 +68,7 @@ class Attacked:
         distance: between the two releases before noise, in deviations of the noise.
     """
 
-    errors: TestErrors
+    errors: AttackErrors
     distance: float
 
     def bound(self, delta: float, confidence: float) -> float:
@@ -96,4 +96,6 @@ def attacked(setting: Setting, trials: int, seed: int) -> Attacked:
             count += int(((inside > out) != bool(truth)).sum())
         wrong.append(count)
     gap = float(np.linalg.norm(sides[1][0] - sides[0][0]))
-    return Attacked(TestErrors(wrong[0], trials, wrong[1], trials), gap / max(s for _, s in sides))
+    return Attacked(
+        AttackErrors(wrong[0], trials, wrong[1], trials), gap / max(s for _, s in sides)
+    )

@@ -9,7 +9,7 @@ from typing import Any, cast
 import numpy as np
 
 from lalora_app.audit.canaries import SPREAD, Canaries, CanaryBackbone, CanaryData
-from lalora_app.audit.estimators import Guesses, TestErrors, one_run, roc, subsampled
+from lalora_app.audit.estimators import AttackErrors, Guesses, one_run, roc, subsampled
 from lalora_app.privacy.accounting import Release, epsilon
 from lalora_app.privacy.budget import Limit, noise_for
 from lalora_app.privacy.ledger import Ledger, Reservation
@@ -211,7 +211,7 @@ class Bound:
     epsilon: float
     attack: str
     guesses: Guesses
-    errors: TestErrors
+    errors: AttackErrors
     roc: list[tuple[float, float]]
 
 
@@ -226,10 +226,10 @@ def _chosen(
     )
 
 
-def test_errors(scores: np.ndarray, members: np.ndarray) -> TestErrors:
+def attack_errors(scores: np.ndarray, members: np.ndarray) -> AttackErrors:
     """Return how often "in where the ratio is above 1" errs."""
     said = scores > 0
-    return TestErrors(
+    return AttackErrors(
         int((said & ~members).sum()),
         int((~members).sum()),
         int((~said & members).sum()),
@@ -249,7 +249,7 @@ def bounded(
     first = {name: values[::2] for name, values in scores.items()}
     name, share = _chosen(first, seen.members[::2], plan.delta)
     guesses = guessed(scores[name][1::2], seen.members[1::2], share)
-    errors = test_errors(scores["likelihood"], seen.members)
+    errors = attack_errors(scores["likelihood"], seen.members)
     found = one_run(guesses, plan.delta, confidence)
     return Bound(found, name, guesses, errors, roc(scores[name], seen.members))
 

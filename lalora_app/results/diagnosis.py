@@ -60,7 +60,9 @@ def intruders(model: Backbone, state: ServerState) -> dict[str, int]:
 
     The base is W0; the adapted weight is what the model computes with, drift included.
     """
-    adapted = {b: model.frozen_weights.computed(b).numpy(force=True) for b in model.frozen_weights.names}
+    adapted = {
+        b: model.frozen_weights.computed(b).numpy(force=True) for b in model.frozen_weights.names
+    }
     model.frozen_weights.set_drift({})
     bases = {b: model.frozen_weights.weight(b).detach().numpy(force=True) for b in adapted}
     found = {b: intruder_dimensions(bases[b], adapted[b], top=TOP) for b in adapted}

@@ -1,0 +1,147 @@
+"""What a site says of its own data: a server must not choose its columns."""
+
+import json
+import shutil
+
+import pytest
+from flwr.app import Message, RecordDict
+
+from conftest import defaults, written
+from helpers.fake_grid import FakeGrid
+from lalora_app import client_app
+from lalora_app.client.site import admit
+from lalora_app.privacy.policy import PolicyError
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.run_config import flatten
+from lalora_app.wire import messages
+
+OWN = {"data-path": "/no/such/own.jsonl", "max-epsilon": float("inf")}
+ASKED = {"input-column": "diagnosis", "label-column": "age", "num-labels": 50}
+COLUMNS = [{key: value} for key, value in ASKED.items()]
+
+
+def of_run(said):
+    return {f"data.{key}": value for key, value in said.items()}
+
+
+def refusal(config, node, kind):
+    """Send a client a message without tensors; return its refusal, if it is one."""
+    grid = FakeGrid(config, [node])
+    ((name, context),) = grid.contexts.items()
+    order = messages.TrainRequest("run", 1, 1, 1, {"A": 0, "B": 0}).record()
+    run = messages.run_config(flatten(config))
+    content = RecordDict({messages.RUN_CONFIG: run, messages.CONFIG: order})
+    message = Message(content, dst_node_id=name, message_type=kind)
+    return client_app.app(message, context).content[messages.CONFIG].get("refusal")
+
+
+def own_file(tmp_path, rows):
+    return {**OWN, "data-path": str(written(tmp_path / "own.jsonl", rows))}
+
+
+def test_a_site_that_says_nothing_means_the_apps_own_columns(tiny):
+    keys = of_run(ASKED)
+    admit(tiny(**{key: defaults()[key] for key in keys}), OWN, 1)
+
+
+@pytest.mark.parametrize("kind", ["query", "train"])
+@pytest.mark.parametrize("asked", COLUMNS, ids=lambda asked: next(iter(asked)))
+def test_a_run_with_other_columns_is_refused_before_any_data_is_read(tiny, asked, kind, caplog):
+    assert refusal(tiny(**of_run(asked)), OWN, kind) == "policy"  # and not "data-path"
+    ((key, value),) = asked.items()
+    assert f"data.{key}={json.dumps(value)} must be" in caplog.text
+
+
+@pytest.mark.parametrize("key", ["data-path", "data-cache", "state-path"])
+@pytest.mark.parametrize("kind", ["query", "train"])
+def test_a_path_from_no_users_home_breaks_a_law_of_the_node_config(tiny, key, kind, caplog):
+    assert refusal(tiny(), OWN | {key: "~no-such-user/x"}, kind) == "config"
+    assert "'~no-such-user/x' must start with the home of a user" in caplog.text
+
+
+@pytest.mark.parametrize("said", [*COLUMNS, ASKED], ids=lambda said: ",".join(said))
+def test_a_site_says_what_its_columns_mean(tiny, said):
+    config = tiny(**of_run(said))
+    admit(config, OWN | said, 1)
+    with pytest.raises(PolicyError, match="must be"):
+        admit(tiny(), OWN | said, 1)
+    assert refusal(config, OWN | said, "query") == "data-path"  # the file is asked for, then
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("input-column", 1),
+        ("label-column", True),
+        ("num-labels", "2"),
+        ("num-labels", 2.0),
+        ("num-labels", True),
+    ],
+)
+def test_a_word_of_the_wrong_type_is_named_in_one_line(tiny, key, value):
+    with pytest.raises(ConfigError, match=f"^node config {key}={value!r} must be a.*") as caught:
+        admit(tiny(), OWN | {key: value}, 1)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("said", COLUMNS, ids=lambda said: next(iter(said)))
+def test_a_simulated_client_has_the_runs_columns_and_no_own(tiny, said):
+    node = {"partition-id": 0, "num-partitions": 2}
+    admit(tiny(**of_run(said)), node, 1)
+    with pytest.raises(ConfigError, match="must be beside data-path"):
+        admit(tiny(**of_run(said)), node | said, 1)
+
+
+ROWS = [{"text": f"hello {i}", "label": i % 2} for i in range(60)]
+BAD_ROWS = {
+    "a label out of range": {"text": "hello", "label": 2},
+    "a label that is none": {"text": "hello", "label": None},
+    "an empty text": {"text": " ", "label": 1},
+    "no text": {"text": None, "label": 1},
+}
+
+
+@pytest.mark.parametrize("kind", ["query", "train"])
+@pytest.mark.parametrize("bad", BAD_ROWS)
+def test_a_server_is_not_told_what_is_wrong_with_a_row_and_the_sites_log_is(
+    bad, kind, tiny, tiny_llama, tmp_path, caplog
+):
+    keys = {"model.name": tiny_llama, "model.task": "causal-lm", "data.partitioner": "iid"}
+    node = own_file(tmp_path, [*ROWS, BAD_ROWS[bad]])
+    assert refusal(tiny(**keys), node, kind) == "rows"
+    assert "row 60" in caplog.text
+
+
+@pytest.mark.parametrize("bad", [b"damaged", None])
+def test_an_image_that_cannot_be_read_is_told_as_a_bad_label_is(
+    bad, tiny, tiny_timm, tiny_images, tmp_path, caplog
+):
+    folder = shutil.copytree(tiny_images, tmp_path / "own")
+    if bad:
+        (folder / "dark" / "0.png").write_bytes(bad)
+    node = {**OWN, "data-path": str(folder), "input-column": "image"}
+    sizes = {"model.image-size": 16, "model.image-resize": 16}
+    keys = {"model.name": f"timm:{tiny_timm['vit']}", "model.task": "image-classification"}
+    config = tiny(**keys, **sizes, **of_run({"input-column": "image"}))
+    assert refusal(config, node, "query") == ("rows" if bad else None)
+    assert ("no readable image" in caplog.text) == bool(bad)
+
+
+@pytest.mark.parametrize("columns", COLUMNS[:2], ids=lambda said: next(iter(said)))
+def test_a_column_that_is_not_there_is_told_as_a_bad_row_is(columns, tiny, tmp_path):
+    node = own_file(tmp_path, ROWS) | columns
+    assert refusal(tiny(**of_run(columns)), node, "query") == "rows"
+
+
+def test_a_simulation_is_told_which_key_to_change(tiny, tmp_path):
+    data = written(tmp_path / "all.jsonl", [*ROWS, BAD_ROWS["a label out of range"]])
+    node = {"partition-id": 0, "num-partitions": 2}
+    assert refusal(tiny(**{"data.name": str(data)}), node, "query") == "data.num-labels"
+
+
+def test_a_site_without_labels_takes_part_in_a_language_models_run(tiny, tiny_llama, tmp_path):
+    node = own_file(tmp_path, [{"text": f"hello {i}"} for i in range(60)])
+    keys = {"model.name": tiny_llama, "model.task": "causal-lm", "data.label-column": "none"}
+    config = tiny(**keys, **{"data.partitioner": "iid"})
+    assert refusal(config, node, "query") == "policy"
+    assert refusal(config, node | {"label-column": "none"}, "query") is None

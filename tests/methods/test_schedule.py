@@ -1,0 +1,115 @@
+"""Which factors take a step and which travel, for every method, against written-out tables."""
+
+import pytest
+
+from lalora_app.aggregation.average import average
+from lalora_app.methods import schedule
+from lalora_app.methods.compatibility import lookup
+from lalora_app.methods.table import METHODS
+
+# Four local steps of rounds 1 and 2, and what rounds 1 to 4 send up.
+ALTERNATE_STEPS = ("B A B A", "B A B A")
+BOTH = ("AB AB AB AB", "AB AB AB AB")
+JOINT = (
+    *("dp-lora", "flora", "flexlora", "hetlora", "lora-fair", "lora-fair-cosine", "fedex-lora"),
+    *("fedrot-lora", "flat-lora", "lora-plus", "doppler", "dp-fedadamw"),
+    *("beamlora", "sd-lora", "duallora", "losa"),
+)
+TABLE = {
+    "ffa-lora": (("B B B B", "B B B B"), "B B B B"),
+    "rolora": (("B B B B", "A A A A"), "B A B A"),
+    "la-lora": (ALTERNATE_STEPS, "B A B A"),
+    "la-lora-no-filter": (ALTERNATE_STEPS, "B A B A"),
+    "la-lora-scaled": (ALTERNATE_STEPS, "B A B A"),
+    "la-lora-permuted": (ALTERNATE_STEPS, "B A B A"),
+    "la-lora-full": (ALTERNATE_STEPS, "AB AB AB AB"),
+    "la-lora-full-no-filter": (ALTERNATE_STEPS, "AB AB AB AB"),
+    "la-lora-full-scaled": (ALTERNATE_STEPS, "AB AB AB AB"),
+    "la-lora-full-permuted": (ALTERNATE_STEPS, "AB AB AB AB"),
+    "rac-lora": (("B B B B", "B B B B"), "B B B B"),
+    "fedsvd": (("B B B B", "B B B B"), "B B B B"),
+    "deer": (("B B B B", "A A A A"), "B A B A"),
+    "galore-dwa": (("B B B B", "A A A A"), "B A B A"),
+    "fedsa-lora": (BOTH, "A A A A"),
+} | {name: (BOTH, "AB AB AB AB") for name in JOINT}
+FILTERS = {"la-lora": "binomial", "no-filter": "identity", "scaled": "scaled"}
+FILTERS |= {"permuted": "permuted"}
+
+
+def factors(text: str) -> list[frozenset[str]]:
+    return [frozenset(word) for word in text.split()]
+
+
+def test_the_table_knows_every_method():
+    assert set(TABLE) == set(METHODS)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_steps_follow_the_table_and_restart_in_every_round(name):
+    odd, even = TABLE[name][0]
+    for t in range(1, 7):
+        expected = factors(odd if t % 2 == 1 else even)
+        assert [METHODS[name].trains(t, k) for k in range(4)] == expected
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_sends_follow_the_table(name):
+    first_rounds = factors(TABLE[name][1])
+    assert [METHODS[name].syncs(t) for t in range(1, 5)] == first_rounds
+    assert [METHODS[name].syncs(t) for t in range(5, 9)] == first_rounds
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_b_takes_part_in_the_first_step_because_a_has_no_gradient_while_b_is_zero(name):
+    assert "B" in METHODS[name].trains(1, 0)
+    assert "B" in METHODS[name].syncs(1) or "B" in METHODS[name].finally_syncs
+
+
+@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("local_steps", [2, 3, 6])
+def test_a_round_trains_all_that_it_sends_and_the_rest_is_resident(name, local_steps):
+    method = METHODS[name]
+    for t in range(1, 7):
+        trained = set()
+        for k in range(local_steps):
+            trained |= method.trains(t, k)
+        assert schedule.factors_trained_in(method.trains, t, local_steps) == trained
+        assert method.syncs(t) <= trained
+        assert method.resident(t, local_steps) == trained - method.syncs(t)
+
+
+def test_only_methods_that_send_one_factor_of_two_trained_keep_residents():
+    keeping = {name for name, method in METHODS.items() if method.resident(1, 2)}
+    controls = {f"la-lora-{control}" for control in ("no-filter", "scaled", "permuted")}
+    assert keeping == {"la-lora", "fedsa-lora"} | controls
+    assert keeping == {name for name, method in METHODS.items() if method.keeps_client_state}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_every_step_trains_something(name):
+    assert all(METHODS[name].trains(t, k) for t in range(1, 5) for k in range(6))
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name.startswith("la-lora")])
+def test_la_lora_variants_differ_by_their_filter_only(name):
+    suffix = name.removeprefix("la-lora").removeprefix("-full").removeprefix("-") or "la-lora"
+    assert METHODS[name].postprocess.__name__ == FILTERS[suffix]
+
+
+def test_averaging_is_exact_where_one_factor_moves_and_nothing_is_resident():
+    for name, method in METHODS.items():
+        if method.aggregate is not average:  # tests/aggregation/test_rules.py
+            continue
+        sends_one = all(len(method.syncs(t)) == 1 for t in (1, 2))
+        resident = any(method.resident(t, 2) for t in (1, 2))
+        assert method.exact == (sends_one and not resident), name
+
+
+@pytest.mark.parametrize("name", list(METHODS))
+def test_a_schedule_begins_again_after_its_period_and_any_number_of_steps_is_looked_up(name):
+    method = METHODS[name]
+    for t in (1, 2, 3):
+        for k in range(12):
+            assert method.trains(t, k) == method.trains(t, k + schedule.PERIOD)
+        assert method.resident(t, 2**63) == method.resident(t, 2 * schedule.PERIOD)
+    assert lookup(name, 2**63) is method
