@@ -3,7 +3,7 @@
 import difflib
 import json
 
-from lalora_app.methods import compatibility, schedule
+from lalora_app.methods import schedule
 from lalora_app.methods.method import Method
 from lalora_app.methods.table import METHODS
 from lalora_app.settings.errors import ConfigError
@@ -108,7 +108,7 @@ def method_of(config: Config) -> Method:
             f'robust="{config.robust}" must be "none" for method {config.method}, whose server '
             "rule is not a mean"
         )
-    compatibility.check_secure_aggregation(config, linear=method.linear)
+    check_secure_aggregation(config, linear=method.linear)
     return method
 
 

@@ -13,10 +13,9 @@ from PIL import Image
 from conftest import make_config
 from helpers.app_runs import open_run
 from helpers.fake_grid import FakeGrid
-from lalora_app import client_app
 from lalora_app.client import data_cache, requests
 from lalora_app.client.data_cache import CacheFile, fingerprint
-from lalora_app.client.site import admit
+from lalora_app.client.site import Site, admit
 from lalora_app.data.encoding import EncodedSequences, EncodedTexts
 from lalora_app.data.examples import Examples
 from lalora_app.data.images import encode_images
@@ -108,13 +107,13 @@ def test_a_change_of_data_or_keys_is_another_fingerprint(data_file):
 
 def counted(monkeypatch):
     """Count how often data is read."""
-    reads, honest = [], client_app.Site.examples
+    reads, honest = [], Site.examples
 
     def examples(self, config):
         reads.append(self.client)
         return honest(self, config)
 
-    monkeypatch.setattr(client_app.Site, "examples", examples)
+    monkeypatch.setattr(Site, "examples", examples)
     return reads
 
 

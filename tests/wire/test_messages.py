@@ -408,7 +408,7 @@ def test_the_code_hash_covers_every_source_file(tmp_path, monkeypatch):
     for path in ("wire/messages.py", "sub/a.py"):
         (package / path).parent.mkdir(parents=True)
         (package / path).write_text("x = 1\n", "utf-8")
-    monkeypatch.setattr(messages, "__file__", str(package / "wire" / "messages.py"))
+    monkeypatch.setattr(code_version, "__file__", str(package / "wire" / "code_version.py"))
     hashed = code_version.code_hash.__wrapped__
     before = hashed()
     assert hashed() == before
