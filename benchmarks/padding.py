@@ -21,7 +21,7 @@ from lalora_app.cli.simulation import app_defaults
 from lalora_app.data.encoding import Batch, Encoded
 from lalora_app.data.examples import split
 from lalora_app.models.backbone import Backbone, build
-from lalora_app.private_step.step import _summed
+from lalora_app.private_step.step import _clipped_batch_sum
 from lalora_app.settings.overrides import merged
 from lalora_app.settings.run_config import Config, parse
 
@@ -55,7 +55,9 @@ def measure(model: Backbone, data: Encoded, config: Config, repeats: int) -> Non
         indices = np.flatnonzero(rng.random(len(data)) < train.batch_size / len(data))
         for kind, examples in kinds.items():
             began = time.perf_counter()
-            _summed(model, examples, indices, config.privacy.clip_norm, train.micro_batch)
+            _clipped_batch_sum(
+                model, examples, indices, config.privacy.clip_norm, train.micro_batch
+            )
             seconds[kind].append(time.perf_counter() - began)
     usual = seconds["to the longest"]
     for kind, examples in kinds.items():

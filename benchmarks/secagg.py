@@ -45,7 +45,11 @@ APP = Path(__file__).resolve().parents[1]
 OUTPUT = Path(__file__).parent / "results" / "secagg.json"
 SHAPES = {"tiny": (4, 16, 2), "default": (12, 384, 8)}  # target layers, width, rank
 FACTOR = 1 << 40  # node ids are large numbers
-STAGES = {"advertise": client.advertise, "share": client.share, "unmask": client.unmask}
+STAGES = {
+    "advertise": client.advertise_keys,
+    "share": client.share_secrets,
+    "unmask": client.unmask,
+}
 
 
 def adapter_of(size: str) -> Adapter:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lalora_app.adapter.factors import active_names
 from lalora_app.models.backbone import wire_name
 from lalora_app.privacy.randomness import secure
-from lalora_app.private_step.attach import attach
+from lalora_app.private_step.attach import attach_kernels
 from lalora_app.private_step.compiled_engine import CompiledEngine
 from lalora_app.private_step.engine import KernelEngine
 from lalora_app.private_step.mechanism import CLIP_MARGIN, add_noise, clipped_sum
@@ -127,7 +127,7 @@ def nonprivate(cell: Cell, kernel: str) -> Variant:
         grad = grad.to(weight.dtype)  # the sum of a bias is of the type of autocast
         weight.grad = grad if weight.grad is None else weight.grad + grad
 
-    attach(model, parameters, kernel, record)
+    attach_kernels(model, parameters, kernel, record)
     return _variant(cell, model, active, _summed(cell, model, active), private=False)
 
 
@@ -156,7 +156,7 @@ def compiled(cell: Cell) -> Variant:
     model, parameters, active = _copied(cell)
     keeper = CompiledEngine(model, parameters)
     keeper.activate(frozenset(active))
-    forward = keeper.prepare(lambda batch: cell.losses(model, batch))
+    forward = keeper.prepare_forward(lambda batch: cell.losses(model, batch))
 
     def sums() -> Sums:
         grads = keeper.gradients(lambda: forward(cell.batch), cell.examples)

@@ -70,13 +70,13 @@ def train(message: Message, context: Context) -> Message:
 @app.train("advertise")
 def advertise(message: Message, context: Context) -> Message:
     """Begin an attempt under secure aggregation with fresh keys. Spends nothing."""
-    return _answer(message, context, secagg.advertise)
+    return _answer(message, context, secagg.advertise_keys)
 
 
 @app.train("share")
 def share(message: Message, context: Context) -> Message:
     """Share the secrets of this attempt's masks among its clients. Spends nothing."""
-    return _answer(message, context, secagg.share)
+    return _answer(message, context, secagg.share_secrets)
 
 
 @app.train("unmask")

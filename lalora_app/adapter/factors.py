@@ -31,14 +31,14 @@ def sibling(name: str, part: str) -> str:
     return name
 
 
-def pairs(adapter: Iterable[str]) -> Iterator[tuple[str, str]]:
+def factor_pairs(adapter: Iterable[str]) -> Iterator[tuple[str, str]]:
     """Yield the names (of B, of A) of every adapted layer."""
     for name in adapter:
         if kind(name) == "B":
             yield name, sibling(name, "A")
 
 
-def at_rank(adapter: Mapping[str, Array], rank: int, full: int) -> Adapter:
+def truncate_to_rank(adapter: Mapping[str, Array], rank: int, full: int) -> Adapter:
     """Return the first ``rank`` of ``full`` directions, in units of that rank's own scale.
 
     The scale is α/r, so (α/rank)·B·(rank/full)·A is what these directions add at full rank.
@@ -47,13 +47,13 @@ def at_rank(adapter: Mapping[str, Array], rank: int, full: int) -> Adapter:
     if rank == full:
         return dict(adapter)
     cut = dict(adapter)
-    for b, a in pairs(adapter):
+    for b, a in factor_pairs(adapter):
         cut[b] = adapter[b][:, :rank] * np.float32(rank / full)
         cut[a] = adapter[a][:rank]
     return cut
 
 
-def in_full_units(upload: Mapping[str, Array], rank: int, full: int) -> Adapter:
+def rescale_to_full_rank(upload: Mapping[str, Array], rank: int, full: int) -> Adapter:
     """Return a client's factors in units of the scale at ``full`` rank: B times full/rank."""
     if rank == full:
         return dict(upload)

@@ -5,10 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 
 from lalora_app.adapter.factors import Adapter
-from lalora_app.aggregation.rule import Aggregated, RoundInfo, shares_of
+from lalora_app.aggregation.rule import Aggregated, RoundInfo, normalised_weights
 
 
-def mean(current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter]) -> Adapter:
+def weighted_mean(
+    current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter]
+) -> Adapter:
     """Replace every uploaded tensor by its weighted mean ``Σ p_k X_k`` and keep the others.
 
     Args:
@@ -21,7 +23,7 @@ def mean(current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter])
 
     Privacy: post-processing of noised uploads; no extra cost.
     """
-    shares = shares_of(weights)
+    shares = normalised_weights(weights)
     merged = dict(current)
     for name in uploads[0]:
         stack = np.stack([upload[name] for upload in uploads]).astype(np.float64)  # (clients, ...)
@@ -29,8 +31,8 @@ def mean(current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter])
     return merged
 
 
-def average(
+def federated_averaging(
     current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: RoundInfo
 ) -> Aggregated:
     """Average what travelled: the rule of most methods, see :func:`mean`."""
-    return Aggregated(mean(current, weights, uploads))
+    return Aggregated(weighted_mean(current, weights, uploads))

@@ -4,18 +4,18 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lalora_app.adapter.factors import Adapter, Array, pairs, sibling
-from lalora_app.aggregation.average import mean
+from lalora_app.adapter.factors import Adapter, Array, factor_pairs, sibling
+from lalora_app.aggregation.average import weighted_mean
 from lalora_app.aggregation.rule import Aggregated, RoundInfo
 
-KEPT = 0.95  # BeamLoRA: the share of the gates' mass that may not be pruned
+KEPT_GATE_MASS = 0.95  # BeamLoRA: the share of the gates' mass that may not be pruned
 
 
-def _sources(gate: Array, temperature: float) -> tuple[list[int], list[int]]:
+def _pruned_and_copied(gate: Array, temperature: float) -> tuple[list[int], list[int]]:
     """Return the directions to prune, weakest first, and the strongest ones to copy."""
     order = np.argsort(-gate, kind="stable")  # of the gates: weights may all but vanish
     mass = np.cumsum(np.exp((gate[order] - gate.max()) / temperature))
-    kept = int(np.searchsorted(mass, KEPT * mass[-1]) + 1)
+    kept = int(np.searchsorted(mass, KEPT_GATE_MASS * mass[-1]) + 1)
     weaker = int((gate < gate[order[kept - 1]]).sum())  # than all that are kept
     pruned = min(weaker, len(gate) // 2)
     return [int(i) for i in order[::-1][:pruned]], [int(i) for i in order[:pruned]]
@@ -33,12 +33,12 @@ def prune_and_expand(
 
     Privacy: decided by noised gates; no extra cost.
     """
-    merged = mean(current, weights, uploads)
+    merged = weighted_mean(current, weights, uploads)
     if info.t % info.numbers.period:
         return Aggregated(merged)
-    for b, a in pairs(current):
+    for b, a in factor_pairs(current):
         name = sibling(a, "gate")
-        weak, strong = _sources(merged[name], info.numbers.gate_temperature)
+        weak, strong = _pruned_and_copied(merged[name], info.numbers.gate_temperature)
         changed = {n: merged[n].copy() for n in (b, a, name)}
         changed[a][weak], changed[b][:, weak] = merged[a][strong], merged[b][:, strong]
         changed[name][weak] = changed[name][strong] = (

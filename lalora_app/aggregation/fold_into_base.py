@@ -4,29 +4,29 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lalora_app.adapter.factors import Adapter, Array, pairs
-from lalora_app.aggregation.average import mean
-from lalora_app.aggregation.new_factors import heads_mean, orthonormal_rows
-from lalora_app.aggregation.rule import Aggregated, RoundInfo, shares_of
+from lalora_app.adapter.factors import Adapter, Array, factor_pairs
+from lalora_app.aggregation.average import weighted_mean
+from lalora_app.aggregation.new_factors import average_except_factors, orthonormal_rows
+from lalora_app.aggregation.rule import Aggregated, RoundInfo, normalised_weights
 from lalora_app.privacy.randomness import seeded
 
 
-def fresh_a(shape: tuple[int, ...], info: RoundInfo, name: str) -> Array:
+def random_a(shape: tuple[int, ...], info: RoundInfo, name: str) -> Array:
     """Draw A (r, n) as PEFT does, U(−1/√n, 1/√n), from the run's seed and the round; no data."""
     bound = shape[1] ** -0.5
     rng = seeded(info.seed, "fresh A", info.t, name)
     return rng.uniform(-bound, bound, shape).astype(np.float32)
 
 
-def restarted(merged: Adapter, info: RoundInfo) -> Adapter:
+def reinitialised(merged: Adapter, info: RoundInfo) -> Adapter:
     """Return the adapter with new A and zero B."""
     fresh = dict(merged)
-    for b, a in pairs(merged):
-        fresh[b], fresh[a] = np.zeros_like(merged[b]), fresh_a(merged[a].shape, info, a)
+    for b, a in factor_pairs(merged):
+        fresh[b], fresh[a] = np.zeros_like(merged[b]), random_a(merged[a].shape, info, a)
     return fresh
 
 
-def _due(info: RoundInfo) -> bool:
+def _block_ends(info: RoundInfo) -> bool:
     """Tell whether a block of ``rule.period`` rounds ends here."""
     return info.t % info.numbers.period == 0
 
@@ -41,13 +41,13 @@ def stack_fold(
 
     Privacy: post-processing of noised uploads; no extra cost.
     """
-    shares, fold = shares_of(weights), Adapter()
-    for b, a in pairs(current):
+    shares, fold = normalised_weights(weights), Adapter()
+    for b, a in factor_pairs(current):
         lefts = [p * up[b].astype(np.float64) for p, up in zip(shares, uploads, strict=True)]
         fold[b] = np.concatenate(lefts, axis=1).astype(np.float32)
         fold[a] = np.concatenate([up[a] for up in uploads])
-    merged = heads_mean(current, weights, uploads)
-    return Aggregated(restarted(merged, info), fold)
+    merged = average_except_factors(current, weights, uploads)
+    return Aggregated(reinitialised(merged, info), fold)
 
 
 def chain_fold(
@@ -59,11 +59,11 @@ def chain_fold(
 
     Privacy: post-processing of noised uploads; no extra cost.
     """
-    merged = mean(current, weights, uploads)
-    if not _due(info):
+    merged = weighted_mean(current, weights, uploads)
+    if not _block_ends(info):
         return Aggregated(merged)
-    fold = {name: merged[name] for pair in pairs(merged) for name in pair}
-    return Aggregated(restarted(merged, info), fold)
+    fold = {name: merged[name] for pair in factor_pairs(merged) for name in pair}
+    return Aggregated(reinitialised(merged, info), fold)
 
 
 def subspace_fold(
@@ -79,9 +79,9 @@ def subspace_fold(
 
     Privacy: the projector is a seed's at first, and made of noised uploads later; no extra cost.
     """
-    merged = mean(current, weights, uploads)
-    fold = {name: merged[name] for pair in pairs(merged) for name in pair}
-    for b, a in pairs(current):
+    merged = weighted_mean(current, weights, uploads)
+    fold = {name: merged[name] for pair in factor_pairs(merged) for name in pair}
+    for b, a in factor_pairs(current):
         if info.t % 2:  # B was trained; its columns span the next projector
             projector = orthonormal_rows(merged[b].T)[1].T
             merged[b], merged[a] = projector.astype(np.float32), np.zeros_like(merged[a])

@@ -9,11 +9,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lalora_app.adapter.factors import Adapter, pairs
-from lalora_app.adapter.low_rank import Product, Wide, norm, stacked, svd
-from lalora_app.aggregation.rule import Aggregated, shares_of
+from lalora_app.adapter.factors import Adapter, factor_pairs
+from lalora_app.adapter.low_rank import Float64Array, Product, frobenius_norm, sum_of_products, svd
+from lalora_app.aggregation.rule import Aggregated, normalised_weights
 
-SHOWN = 4  # singular values
+SPECTRUM_LENGTH = 4  # singular values
 
 
 @dataclass(frozen=True)
@@ -37,48 +37,58 @@ class AggregationErrors:
     cosine: float | None = None
 
 
-def _clients(shares: Wide, uploads: Sequence[Adapter], b: str, a: str) -> Product:
-    return stacked((p, up[b], up[a]) for p, up in zip(shares, uploads, strict=True))
+def _mean_product(shares: Float64Array, uploads: Sequence[Adapter], b: str, a: str) -> Product:
+    return sum_of_products((p, up[b], up[a]) for p, up in zip(shares, uploads, strict=True))
 
 
-def _whole(shares: Wide, uploads: Sequence[Adapter]) -> float:
+def _mean_product_norm(shares: Float64Array, uploads: Sequence[Adapter]) -> float:
     """Return ‖Σ p_k B_k A_k‖_F."""
-    layers = [norm(_clients(shares, uploads, b, a)) for b, a in pairs(uploads[0])]
+    layers = [
+        frobenius_norm(_mean_product(shares, uploads, b, a)) for b, a in factor_pairs(uploads[0])
+    ]
     return float(np.hypot.reduce(layers))
 
 
-def _apart(shares: Wide, uploads: Sequence[Adapter]) -> Iterator[Product]:
+def _averaging_errors(shares: Float64Array, uploads: Sequence[Adapter]) -> Iterator[Product]:
     """Yield E = Σ p_k (B_k − B̄)(A_k − Ā) of every layer, which does not cancel."""
-    for b, a in pairs(uploads[0]):
+    for b, a in factor_pairs(uploads[0]):
         means = {
             n: sum(p * up[n].astype(np.float64) for p, up in zip(shares, uploads, strict=True))
             for n in (b, a)
         }
         apart = [{n: up[n] - means[n] for n in (b, a)} for up in uploads]
-        yield _clients(shares, apart, b, a)
+        yield _mean_product(shares, apart, b, a)
 
 
-def _left(shares: Wide, uploads: Sequence[Adapter], new: Aggregated) -> Iterator[Product]:
+def _remaining_errors(
+    shares: Float64Array, uploads: Sequence[Adapter], new: Aggregated
+) -> Iterator[Product]:
     """Yield Σ p_k B_k A_k less the new product and what moved into the base, by layer."""
-    for b, a in pairs(uploads[0]):
+    for b, a in factor_pairs(uploads[0]):
         made = [(-1.0, to[b], to[a]) for to in (new.adapter, new.fold) if b in to]
-        yield stacked([(1.0, *_clients(shares, uploads, b, a)), *made])
+        yield sum_of_products([(1.0, *_mean_product(shares, uploads, b, a)), *made])
 
 
-def _measured(errors: Iterator[Product], whole: float) -> tuple[float, tuple[float, ...]]:
+def _relative_norm_and_spectrum(
+    errors: Iterator[Product], whole: float
+) -> tuple[float, tuple[float, ...]]:
     """Return ‖E‖_F over all layers and the largest singular values, relative to ``whole``."""
     values = np.sort(np.concatenate([svd(error).s for error in errors]))[::-1]
     if whole == 0:
         return 0.0, ()
-    return float(np.linalg.norm(values) / whole), tuple(map(float, values[:SHOWN] / whole))
+    return float(np.linalg.norm(values) / whole), tuple(
+        map(float, values[:SPECTRUM_LENGTH] / whole)
+    )
 
 
-def _alike(uploads: Sequence[Adapter]) -> bool:
+def _have_equal_shapes(uploads: Sequence[Adapter]) -> bool:
     return all(up[n].shape == uploads[0][n].shape for up in uploads for n in up)
 
 
-def _has_both(upload: Adapter) -> bool:
-    return any(True for _ in pairs(upload)) and all(a in upload for _, a in pairs(upload))
+def _has_both_factors(upload: Adapter) -> bool:
+    return any(True for _ in factor_pairs(upload)) and all(
+        a in upload for _, a in factor_pairs(upload)
+    )
 
 
 def aggregation_error(weights: Sequence[float], uploads: Sequence[Adapter]) -> float | None:
@@ -91,10 +101,12 @@ def aggregation_error(weights: Sequence[float], uploads: Sequence[Adapter]) -> f
     Returns:
         0 for one client, or for clients that agree on a factor; None if a factor is missing.
     """
-    shares = shares_of(weights)
-    if not _has_both(uploads[0]) or not _alike(uploads):
+    shares = normalised_weights(weights)
+    if not _has_both_factors(uploads[0]) or not _have_equal_shapes(uploads):
         return None
-    return _measured(_apart(shares, uploads), _whole(shares, uploads))[0]
+    return _relative_norm_and_spectrum(
+        _averaging_errors(shares, uploads), _mean_product_norm(shares, uploads)
+    )[0]
 
 
 def aggregation_errors(
@@ -114,7 +126,7 @@ def aggregation_errors(
         new: what the method's rule made of it.
         complete: whether uploads and ``before`` together are all that a client computed with.
     """
-    shares, alike = shares_of(weights), _alike(uploads)
+    shares, alike = normalised_weights(weights), _have_equal_shapes(uploads)
     found = AggregationErrors()
     if alike:
         updates = [{n: up[n] - before[n] for n in up} for up in uploads]
@@ -122,15 +134,15 @@ def aggregation_errors(
     if not complete:
         return found
     whole_uploads = [before | upload for upload in uploads]
-    whole = _whole(shares, whole_uploads)
-    left = _measured(_left(shares, whole_uploads, new), whole)
+    whole = _mean_product_norm(shares, whole_uploads)
+    left = _relative_norm_and_spectrum(_remaining_errors(shares, whole_uploads, new), whole)
     apart: tuple[float | None, tuple[float, ...]] = (None, ())
-    if alike and _has_both(uploads[0]):
-        apart = _measured(_apart(shares, uploads), whole)
+    if alike and _has_both_factors(uploads[0]):
+        apart = _relative_norm_and_spectrum(_averaging_errors(shares, uploads), whole)
     return AggregationErrors(apart[0], apart[1], left[0], left[1], found.cosine)
 
 
-def _rows(name: str, updates: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
+def _flat_rows(name: str, updates: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
     """Return (clients, entries) of one tensor, in float64."""
     shapes = [update[name].shape for update in updates]
     if len(set(shapes)) > 1:
@@ -147,7 +159,7 @@ def _gram(updates: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
             raise ValueError(f"update {client} must have the same tensors as update 0: {differing}")
     gram = np.zeros((len(updates), len(updates)))
     for name in names:
-        rows = _rows(name, updates)
+        rows = _flat_rows(name, updates)
         gram += rows @ rows.T
     return gram
 

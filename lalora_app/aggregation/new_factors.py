@@ -4,17 +4,19 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lalora_app.adapter.factors import Adapter, Array, kind, pairs
-from lalora_app.adapter.low_rank import Wide, balanced, stacked, svd
-from lalora_app.aggregation.average import mean
-from lalora_app.aggregation.rule import Aggregated, RoundInfo, shares_of
+from lalora_app.adapter.factors import Adapter, Array, factor_pairs, kind
+from lalora_app.adapter.low_rank import Float64Array, balanced_factors, sum_of_products, svd
+from lalora_app.aggregation.average import weighted_mean
+from lalora_app.aggregation.rule import Aggregated, RoundInfo, normalised_weights
 from lalora_app.settings.run_config import MethodNumbers
 
 
-def heads_mean(current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter]) -> Adapter:
+def average_except_factors(
+    current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter]
+) -> Adapter:
     """Return ``current`` with the mean of everything that travelled but the factors."""
     heads = [{n: x for n, x in up.items() if kind(n) not in ("A", "B")} for up in uploads]
-    return mean(current, weights, heads)
+    return weighted_mean(current, weights, heads)
 
 
 def product_mean(
@@ -34,16 +36,18 @@ def product_mean(
 
     Privacy: post-processing of noised uploads; no extra cost.
     """
-    merged, shares = heads_mean(current, weights, uploads), shares_of(weights)
-    for b, a in pairs(current):
-        found = svd(stacked((p, up[b], up[a]) for p, up in zip(shares, uploads, strict=True)))
-        merged[b], merged[a] = balanced(found, current[a].shape[0])
+    merged, shares = average_except_factors(current, weights, uploads), normalised_weights(weights)
+    for b, a in factor_pairs(current):
+        found = svd(
+            sum_of_products((p, up[b], up[a]) for p, up in zip(shares, uploads, strict=True))
+        )
+        merged[b], merged[a] = balanced_factors(found, current[a].shape[0])
         unused = ~merged[b].any(axis=0)  # with both factors zero they would stay so for good
         merged[a][unused] = current[a][unused]
     return Aggregated(merged)
 
 
-def refactored(
+def svd_of_mean_b(
     current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: RoundInfo
 ) -> Aggregated:
     """FedSVD: B̄A = UΣVᵀ; A becomes Vᵀ, with orthonormal rows, and B becomes UΣ (arXiv:2505.12805).
@@ -53,11 +57,11 @@ def refactored(
 
     Privacy: post-processing of noised uploads; no extra cost.
     """
-    merged = mean(current, weights, uploads)
+    merged = weighted_mean(current, weights, uploads)
     if info.t % info.numbers.period:
         return Aggregated(merged)
-    for b, a in pairs(current):
-        found = svd(stacked([(1.0, merged[b], merged[a])]))
+    for b, a in factor_pairs(current):
+        found = svd(sum_of_products([(1.0, merged[b], merged[a])]))
         rank = merged[a].shape[0]
         if found.s[0] > 0:
             merged[b] = (found.u[:, :rank] * found.s[:rank]).astype(np.float32)
@@ -65,16 +69,16 @@ def refactored(
     return Aggregated(merged)
 
 
-def orthonormal_rows(a: Array | Wide) -> tuple[Wide, Wide]:
+def orthonormal_rows(a: Array | Float64Array) -> tuple[Float64Array, Float64Array]:
     """Return (L (r, r), Q (r, n)) with L·Q = a and orthonormal rows in Q, r ≤ n."""
     q, r = np.linalg.qr(np.asarray(a, np.float64).T)
     return r.T, q.T
 
 
-def _resting_orthonormal(adapter: Adapter, resting: str) -> Adapter:
+def _with_orthonormal(adapter: Adapter, resting: str) -> Adapter:
     """Return the same products with orthonormal resting factors: rows of A, or columns of B."""
     changed = dict(adapter)
-    for b, a in pairs(adapter):
+    for b, a in factor_pairs(adapter):
         if resting == "A":
             mix, q = orthonormal_rows(adapter[a])
             left, right = adapter[b].astype(np.float64) @ mix, q
@@ -87,10 +91,10 @@ def _resting_orthonormal(adapter: Adapter, resting: str) -> Adapter:
 
 def start_orthonormal(start: Adapter, numbers: MethodNumbers) -> Adapter:
     """Return the initial adapter with orthonormal rows in A; B is zero and stays so."""
-    return _resting_orthonormal(start, "A")
+    return _with_orthonormal(start, "A")
 
 
-def product_space(
+def orthonormal_resting_factor(
     current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: RoundInfo
 ) -> Aggregated:
     """DEeR made right: clip and noise in the geometry of the product (arXiv:2410.12926, corrected).
@@ -102,5 +106,5 @@ def product_space(
 
     Privacy: a change of coordinates by noised factors; no extra cost.
     """
-    merged = mean(current, weights, uploads)
-    return Aggregated(_resting_orthonormal(merged, "B" if info.t % 2 else "A"))
+    merged = weighted_mean(current, weights, uploads)
+    return Aggregated(_with_orthonormal(merged, "B" if info.t % 2 else "A"))

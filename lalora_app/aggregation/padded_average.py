@@ -5,21 +5,24 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from lalora_app.adapter.factors import Adapter, Array, pairs
-from lalora_app.adapter.low_rank import norm, stacked
-from lalora_app.aggregation.average import mean
+from lalora_app.adapter.factors import Adapter, Array, factor_pairs
+from lalora_app.adapter.low_rank import frobenius_norm, sum_of_products
+from lalora_app.aggregation.average import weighted_mean
 from lalora_app.aggregation.rule import Aggregated, RoundInfo
 
 
-def _padded(array: Array, shape: tuple[int, ...]) -> Array:
+def _zero_padded(array: Array, shape: tuple[int, ...]) -> Array:
     whole = np.zeros(shape, np.float32)
     whole[: array.shape[0], : array.shape[1]] = array
     return whole
 
 
-def _size(adapter: Adapter) -> float:
+def _product_norm(adapter: Adapter) -> float:
     """Return ‖B·A‖_F over all layers."""
-    layers = [norm(stacked([(1.0, adapter[b], adapter[a])])) for b, a in pairs(adapter)]
+    layers = [
+        frobenius_norm(sum_of_products([(1.0, adapter[b], adapter[a])]))
+        for b, a in factor_pairs(adapter)
+    ]
     return math.hypot(*layers)
 
 
@@ -33,9 +36,9 @@ def padded_mean(
 
     Privacy: the norms are those of noised factors; no extra cost.
     """
-    names = [name for pair in pairs(current) for name in pair]
-    padded = [{n: _padded(up[n], current[n].shape) for n in names} for up in uploads]
-    sizes = [w * _size(up) for w, up in zip(weights, padded, strict=True)]
-    merged = mean(current, sizes if sum(sizes) > 0 else weights, padded)
+    names = [name for pair in factor_pairs(current) for name in pair]
+    padded = [{n: _zero_padded(up[n], current[n].shape) for n in names} for up in uploads]
+    sizes = [w * _product_norm(up) for w, up in zip(weights, padded, strict=True)]
+    merged = weighted_mean(current, sizes if sum(sizes) > 0 else weights, padded)
     heads = [{n: x for n, x in up.items() if n not in names} for up in uploads]
-    return Aggregated(mean(merged, weights, heads))
+    return Aggregated(weighted_mean(merged, weights, heads))

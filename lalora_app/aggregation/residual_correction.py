@@ -5,20 +5,30 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from lalora_app.adapter.factors import Adapter, pairs
-from lalora_app.adapter.low_rank import Product, Wide, balanced, norm, rank_of, stacked, svd
-from lalora_app.aggregation.average import mean
-from lalora_app.aggregation.rule import Aggregated, RoundInfo, shares_of
+from lalora_app.adapter.factors import Adapter, factor_pairs
+from lalora_app.adapter.low_rank import (
+    Float64Array,
+    Product,
+    balanced_factors,
+    frobenius_norm,
+    numerical_rank,
+    sum_of_products,
+    svd,
+)
+from lalora_app.aggregation.average import weighted_mean
+from lalora_app.aggregation.rule import Aggregated, RoundInfo, normalised_weights
 
 # (what ΔW lacks (m, R)·(R, n), B̄ (m, r), Ā (r, n), round) -> ΔB (m, r)
-Correction = Callable[[Product, Wide, Wide, RoundInfo], Wide]
+Correction = Callable[[Product, Float64Array, Float64Array, RoundInfo], Float64Array]
 
 
-def _lacking(merged: Adapter, shares: Wide, uploads: Sequence[Adapter], b: str, a: str) -> Product:
+def _averaging_residual(
+    merged: Adapter, shares: Float64Array, uploads: Sequence[Adapter], b: str, a: str
+) -> Product:
     """Return Σ p_k B_k A_k − B̄Ā as Σ p_k (B_k − B̄)(A_k − Ā), which does not cancel."""
     b_mean, a_mean = (merged[name].astype(np.float64) for name in (b, a))
     clients = zip(shares, uploads, strict=True)
-    return stacked((p, up[b] - b_mean, up[a] - a_mean) for p, up in clients)
+    return sum_of_products((p, up[b] - b_mean, up[a] - a_mean) for p, up in clients)
 
 
 def residual_fold(
@@ -30,15 +40,17 @@ def residual_fold(
 
     Privacy: post-processing of noised uploads; no extra cost.
     """
-    merged, shares = mean(current, weights, uploads), shares_of(weights)
+    merged, shares = weighted_mean(current, weights, uploads), normalised_weights(weights)
     fold: Adapter = {}
-    for b, a in pairs(current):
-        found = svd(_lacking(merged, shares, uploads, b, a))
-        fold[b], fold[a] = balanced(found, rank_of(found))
+    for b, a in factor_pairs(current):
+        found = svd(_averaging_residual(merged, shares, uploads, b, a))
+        fold[b], fold[a] = balanced_factors(found, numerical_rank(found))
     return Aggregated(merged, fold)
 
 
-def ridge(lacking: Product, b_mean: Wide, a_mean: Wide, info: RoundInfo) -> Wide:
+def ridge_correction(
+    lacking: Product, b_mean: Float64Array, a_mean: Float64Array, info: RoundInfo
+) -> Float64Array:
     """Return argmin_D ‖lacking − D·Ā‖² + λ‖D‖², in closed form.
 
     λ is ``rule.fair-weight`` times the mean squared singular value of Ā. λ → ∞: no correction.
@@ -55,7 +67,9 @@ def ridge(lacking: Product, b_mean: Wide, a_mean: Wide, info: RoundInfo) -> Wide
 _COSINE_STEPS, _COSINE_RATE = 100, 0.01
 
 
-def cosine(lacking: Product, b_mean: Wide, a_mean: Wide, info: RoundInfo) -> Wide:
+def cosine_correction(
+    lacking: Product, b_mean: Float64Array, a_mean: Float64Array, info: RoundInfo
+) -> Float64Array:
     """Return D that gradient descent finds for 1 − cos(ΔW, (B̄+D)Ā) + λ‖D‖ (arXiv:2411.14961).
 
     λ is ``rule.fair-weight``; steps and rate are relative to ‖B̄‖, the paper gives none. The best
@@ -64,7 +78,9 @@ def cosine(lacking: Product, b_mean: Wide, a_mean: Wide, info: RoundInfo) -> Wid
     gram = a_mean @ a_mean.T
     root = np.linalg.qr(a_mean.T)[1]  # gram = rootᵀ·root
     goal = lacking.left @ (lacking.right @ a_mean.T) + b_mean @ gram  # ΔW·Āᵀ, (m, r)
-    whole = norm(stacked([(1.0, lacking.left, lacking.right), (1.0, b_mean, a_mean)]))
+    whole = frobenius_norm(
+        sum_of_products([(1.0, lacking.left, lacking.right), (1.0, b_mean, a_mean)])
+    )
     unit, free = np.linalg.norm(b_mean), math.isfinite(info.numbers.fair_weight)
     change = best = np.zeros_like(b_mean)
     lowest = np.inf
@@ -83,7 +99,7 @@ def cosine(lacking: Product, b_mean: Wide, a_mean: Wide, info: RoundInfo) -> Wid
     return best
 
 
-def corrected(correction: Correction) -> Callable[..., Aggregated]:
+def corrected_average(correction: Correction) -> Callable[..., Aggregated]:
     """Return LoRA-FAIR's rule: average the factors, then add a correction to B̄.
 
     Approximate, base and wire as with plain averaging (arXiv:2411.14961, eq. 8).
@@ -97,10 +113,10 @@ def corrected(correction: Correction) -> Callable[..., Aggregated]:
     def rule(
         current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: RoundInfo
     ) -> Aggregated:
-        merged, shares = mean(current, weights, uploads), shares_of(weights)
-        for b, a in pairs(current):
+        merged, shares = weighted_mean(current, weights, uploads), normalised_weights(weights)
+        for b, a in factor_pairs(current):
             b_mean, a_mean = (merged[name].astype(np.float64) for name in (b, a))
-            lacking = _lacking(merged, shares, uploads, b, a)
+            lacking = _averaging_residual(merged, shares, uploads, b, a)
             change = correction(lacking, b_mean, a_mean, info)
             merged[b] = (b_mean + change).astype(np.float32)
         return Aggregated(merged)

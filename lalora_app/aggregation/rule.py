@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lalora_app.adapter.factors import Adapter
-from lalora_app.adapter.low_rank import Wide
+from lalora_app.adapter.low_rank import Float64Array
 from lalora_app.settings.run_config import MethodNumbers as Numbers
 
 
@@ -44,7 +44,7 @@ class RoundInfo:
 ServerRule = Callable[[Adapter, Sequence[float], Sequence[Adapter], RoundInfo], Aggregated]
 
 
-def shares_of(weights: Sequence[float]) -> Wide:
+def normalised_weights(weights: Sequence[float]) -> Float64Array:
     """Return p_k: the weights over their sum."""
-    shares: Wide = np.asarray(weights, dtype=np.float64) / np.sum(weights)
+    shares: Float64Array = np.asarray(weights, dtype=np.float64) / np.sum(weights)
     return shares

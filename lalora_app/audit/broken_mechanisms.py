@@ -16,9 +16,9 @@ from lalora_app.audit.step_attack import Attack, Observed, Step
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.randomness import seeded
-from lalora_app.private_step.gradients import NoisedGrads, PerExampleGrads, Rows
+from lalora_app.private_step.gradients import FlatBlock, NoisedGrads, PerExampleGrads
 from lalora_app.private_step.mechanism import clip_scales, poisson_batch
-from lalora_app.private_step.step import Streams, private_gradient
+from lalora_app.private_step.step import RandomStreams, private_gradient
 
 WINDOWS = 4  # of an example, for the clip by window
 _FIRST_DRAW = 0  # seed of the noise that is used again and again
@@ -36,14 +36,14 @@ def half_noise(backbone: Any, data: Any, *, reservation: Reservation, **rest: An
     return private_gradient(backbone, data, reservation=_with_noise(reservation, 0.5), **rest)
 
 
-def same_noise(backbone: Any, data: Any, *, streams: Streams, **rest: Any) -> NoisedGrads:
+def same_noise(backbone: Any, data: Any, *, streams: RandomStreams, **rest: Any) -> NoisedGrads:
     """Draw the same noise in every step."""
-    again = Streams(streams.sampling, seeded(_FIRST_DRAW, "noise"))
+    again = RandomStreams(streams.sampling, seeded(_FIRST_DRAW, "noise"))
     return private_gradient(backbone, data, streams=again, **rest)
 
 
 def empty_skipped(
-    backbone: Any, data: Any, *, reservation: Reservation, streams: Streams, **rest: Any
+    backbone: Any, data: Any, *, reservation: Reservation, streams: RandomStreams, **rest: Any
 ) -> NoisedGrads:
     """Skip the noise where no example came: a record without content is none."""
     ahead = copy.deepcopy(streams.sampling)
@@ -69,7 +69,7 @@ def unnoised_factor() -> Step:
 class _Loosened:
     """A backbone whose gradients come clipped in parts: to ``parts`` times C, or √parts."""
 
-    def __init__(self, backbone: Any, clip: Callable[[Rows], Rows]):
+    def __init__(self, backbone: Any, clip: Callable[[FlatBlock], FlatBlock]):
         self.losses, self.engine = backbone.losses, self
         self.parameters = backbone.engine.parameters
         self._inner, self._clip = backbone.engine, clip
@@ -79,7 +79,9 @@ class _Loosened:
         return PerExampleGrads((self._clip(block),))
 
 
-def _in_parts(clip: Callable[[Rows, float], Rows], excess: Callable[[Any], float]) -> Step:
+def _in_parts(
+    clip: Callable[[FlatBlock, float], FlatBlock], excess: Callable[[Any], float]
+) -> Step:
     """Return a step that clips by ``clip``, whose result may be ``excess`` times C long.
 
     The flat clip of the real step is set too high to bite, and the noise stays z·C.
@@ -97,19 +99,19 @@ def _in_parts(clip: Callable[[Rows, float], Rows], excess: Callable[[Any], float
     return step
 
 
-def _by_tensor(block: Rows, clip_norm: float) -> Rows:
-    sizes = [slot.size for slot in block.slots.values()]
+def _by_tensor(block: FlatBlock, clip_norm: float) -> FlatBlock:
+    sizes = [shape.size for shape in block.shapes.values()]
     parts = torch.split(block.rows, sizes, dim=1)
     scales = [clip_scales(torch.linalg.vector_norm(p, dim=1), clip_norm) for p in parts]
     clipped = [scale[:, None] * part for scale, part in zip(scales, parts, strict=True)]
-    return Rows(block.slots, torch.cat(clipped, dim=1))
+    return FlatBlock(block.shapes, torch.cat(clipped, dim=1))
 
 
-def _by_window(block: Rows, clip_norm: float) -> Rows:
+def _by_window(block: FlatBlock, clip_norm: float) -> FlatBlock:
     """Clip each of an example's windows; here all of them pull the same way."""
     window = block.rows / WINDOWS
     scales = clip_scales(torch.linalg.vector_norm(window, dim=1), clip_norm)
-    return Rows(block.slots, WINDOWS * scales[:, None] * window)
+    return FlatBlock(block.shapes, WINDOWS * scales[:, None] * window)
 
 
 class _Order:
@@ -135,11 +137,11 @@ def shuffled(*, secret: bool) -> Step:
     orders: list[_Order] = []
 
     def step(
-        backbone: Any, data: Any, *, reservation: Reservation, streams: Streams, **rest: Any
+        backbone: Any, data: Any, *, reservation: Reservation, streams: RandomStreams, **rest: Any
     ) -> NoisedGrads:
         rng = streams.sampling if secret else None
         orders.extend([_Order(reservation.sampling_rate, rng)] * (not orders))
-        turns = Streams(cast(Any, orders[0]), streams.noise)
+        turns = RandomStreams(cast(Any, orders[0]), streams.noise)
         return private_gradient(backbone, data, reservation=reservation, streams=turns, **rest)
 
     return step

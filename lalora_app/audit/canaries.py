@@ -14,7 +14,7 @@ import torch
 from scipy.linalg import hadamard
 from torch import Tensor, nn
 
-from lalora_app.private_step.gradients import NoisedGrads, PerExampleGrads, Rows, Slot
+from lalora_app.private_step.gradients import FlatBlock, NoisedGrads, PerExampleGrads, StoredShape
 
 SPREAD = 8  # tensors that each canary's gradient has an equal part in
 _LOUD = 100.0  # norm of a canary's gradient before the clip, in clip norms
@@ -52,9 +52,9 @@ class Canaries:
             )
 
     @property
-    def slots(self) -> dict[str, Slot]:
+    def slots(self) -> dict[str, StoredShape]:
         """Where each tensor lies in the flat vector."""
-        return {name: Slot(shape) for name, shape in self.shapes.items()}
+        return {name: StoredShape(shape) for name, shape in self.shapes.items()}
 
     def gradients(self, who: Tensor) -> PerExampleGrads:
         """Return the canaries' gradients: (canary, pattern) of a block go over SPREAD entries."""
@@ -64,7 +64,7 @@ class Canaries:
         patterns = torch.from_numpy(_patterns()).float()[who % SPREAD]
         places = (who // SPREAD)[:, None] + size * torch.arange(SPREAD)
         rows.scatter_(1, places, _LOUD * self.clip_norm * patterns)
-        return PerExampleGrads((Rows(slots, rows),))
+        return PerExampleGrads((FlatBlock(slots, rows),))
 
     def projected(self, release: NoisedGrads) -> np.ndarray:
         """Return (canaries + blanks,): a release along every direction, in clip norms."""

@@ -19,7 +19,7 @@ from lalora_app.adapter.factors import Adapter, Kind, active_names, kind
 from lalora_app.audit.planted_federation import Federation, Sent
 from lalora_app.data.encoding import Encoded
 from lalora_app.methods.method import Method
-from lalora_app.methods.optimizers import as_configured
+from lalora_app.methods.optimizers import configured_optimizer
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.randomness import seeded
 from lalora_app.private_step.gradients import NoisedGrads
@@ -59,7 +59,11 @@ def check(config: Config, method: Method) -> None:
         ConfigError: for any optimiser but plain SGD.
     """
     train = config.train
-    if method.optimizer is not as_configured or train.optimizer != "sgd" or train.momentum > 0:
+    if (
+        method.optimizer is not configured_optimizer
+        or train.optimizer != "sgd"
+        or train.momentum > 0
+    ):
         raise ConfigError(
             f'train.optimizer="{train.optimizer}", train.momentum={train.momentum} and method '
             f"{config.method} must be plain SGD for the audit of a whole run; --fast leaves it out"

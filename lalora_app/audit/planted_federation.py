@@ -182,7 +182,7 @@ class Federation:
             config.privacy.clip_norm,
             seed_of(self.seed, index, t),
         )
-        streams = step.Streams(
+        streams = step.RandomStreams(
             seeded(self.seed, "audit sampling", index, t),
             seeded(self.seed, "audit noise", index, t),
         )

@@ -15,7 +15,7 @@ from lalora_app.privacy.budget import Limit, noise_for
 from lalora_app.privacy.ledger import Ledger, Reservation
 from lalora_app.privacy.randomness import seed_of, seeded
 from lalora_app.private_step.gradients import NoisedGrads
-from lalora_app.private_step.step import Streams, private_gradient
+from lalora_app.private_step.step import RandomStreams, private_gradient
 
 Step = Callable[..., NoisedGrads]  # takes what trainer.private_gradient takes
 Shapes = Mapping[str, tuple[int, ...]]
@@ -91,7 +91,7 @@ class Observed:
 
 
 def _projections(
-    plan: CountedReleases, canaries: Canaries, step: Step, streams: Streams
+    plan: CountedReleases, canaries: Canaries, step: Step, streams: RandomStreams
 ) -> Iterator[Any]:
     data, backbone = CanaryData(canaries), CanaryBackbone(canaries)
     reservation = Reservation(plan.release)
@@ -128,7 +128,7 @@ def observe(
     """
     members = seeded(seed, "audit coins").random(count) < _COIN
     canaries = Canaries(shapes, members, blanks, plan.clip_norm)
-    streams = Streams(seeded(seed, "audit sampling"), seeded(seed, "audit noise"))
+    streams = RandomStreams(seeded(seed, "audit sampling"), seeded(seed, "audit noise"))
     x = np.stack(list(_projections(plan, canaries, step, streams)))
     return Observed(x[:, :count], x[:, count:].std(axis=1, keepdims=True), members)
 

@@ -7,13 +7,13 @@ import torch
 from lalora_app.adapter.factors import Adapter, active_names, kind
 from lalora_app.data.encoding import Encoded
 from lalora_app.methods.method import Method
-from lalora_app.methods.optimizers import Hyper
+from lalora_app.methods.optimizers import OptimizerSettings
 from lalora_app.models.backbone import Backbone
 from lalora_app.models.frozen_weights import Change
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.randomness import seed_of
 from lalora_app.private_step.gradients import NoisedGrads
-from lalora_app.private_step.step import Streams, noise_std_of, private_gradient
+from lalora_app.private_step.step import RandomStreams, noise_std_of, private_gradient
 from lalora_app.settings.run_config import MethodNumbers, Train
 
 
@@ -57,7 +57,7 @@ def make_optimizer(backbone: Backbone, local: Local, noise_std: float) -> torch.
         {"kind": which, "params": [p for n, p in named if kind(n) == which], "lr": rate * decay}
         for which, rate in rates.items()
     ]
-    return local.method.optimizer(groups, Hyper(train, local.rule, noise_std))
+    return local.method.optimizer(groups, OptimizerSettings(train, local.rule, noise_std))
 
 
 def apply(backbone: Backbone, optimizer: torch.optim.Optimizer, gradients: NoisedGrads) -> None:
@@ -85,7 +85,7 @@ def run_round(
     *,
     local: Local,
     reservation: Reservation,
-    streams: Streams,
+    streams: RandomStreams,
 ) -> Adapter:
     """Run a round's local steps from ``start`` and return the client's whole adapter.
 

@@ -56,11 +56,11 @@ def _prepared(config: Config, site: Site) -> Prepared:
     return model, start, encoded
 
 
-def _streams(config: Config, client: str, attempt: int) -> step.Streams:
+def _streams(config: Config, client: str, attempt: int) -> step.RandomStreams:
     if config.privacy.noise == "secure":
-        return step.Streams(randomness.secure(), randomness.secure())
+        return step.RandomStreams(randomness.secure(), randomness.secure())
     seed = config.seed
-    return step.Streams(
+    return step.RandomStreams(
         randomness.seeded(seed, "sampling", client, attempt),
         randomness.seeded(seed, "noise", client, attempt),
     )

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from lalora_app.adapter.factors import Adapter, pairs
+from lalora_app.adapter.factors import Adapter, factor_pairs
 
 
 def keep_result(start: Adapter, result: Adapter) -> Adapter:
@@ -10,7 +10,7 @@ def keep_result(start: Adapter, result: Adapter) -> Adapter:
     return result
 
 
-def rotated(start: Adapter, result: Adapter) -> Adapter:
+def rotate_to_start(start: Adapter, result: Adapter) -> Adapter:
     """FedRot-LoRA: turn A towards the A that the round started from (arXiv:2602.23638).
 
     With A·A_startᵀ = USVᵀ and R = UVᵀ the factors become (BR, RᵀA): the product stays, and Rᵀ is
@@ -20,7 +20,7 @@ def rotated(start: Adapter, result: Adapter) -> Adapter:
     Privacy: post-processing of noised factors; no extra cost.
     """
     turned = dict(result)
-    for b, a in pairs(result):
+    for b, a in factor_pairs(result):
         own, reference = result[a].astype(np.float64), start[a].astype(np.float64)
         u, _, vt = np.linalg.svd(own @ reference.T)
         rotation = u @ vt  # (r, r)

@@ -36,7 +36,7 @@ def smooth(x: Tensor, dim: int = -1) -> Tensor:
     return total
 
 
-def _along_factors(grads: NoisedGrads, smoothing: Callable[[Tensor, int], Tensor]) -> NoisedGrads:
+def _filter_factors(grads: NoisedGrads, smoothing: Callable[[Tensor, int], Tensor]) -> NoisedGrads:
     """Smooth A (r, n) along its n input features and B (m, r) along its m output features.
 
     Factors of one kind and shape are stacked: a few operations a shape instead of a few a factor.
@@ -53,37 +53,37 @@ def _along_factors(grads: NoisedGrads, smoothing: Callable[[Tensor, int], Tensor
     return NoisedGrads(filtered)
 
 
-def binomial(grads: NoisedGrads) -> NoisedGrads:
+def binomial_filter(grads: NoisedGrads) -> NoisedGrads:
     """Smooth every factor along its long axis (arXiv:2602.19926, gradient filter); not the head.
 
     Privacy: a fixed linear map of noised gradients; no extra cost.
     """
-    return _along_factors(grads, smooth)
+    return _filter_factors(grads, smooth)
 
 
 @lru_cache(maxsize=64)
-def _order(length: int, device: torch.device) -> Tensor:
+def _random_order(length: int, device: torch.device) -> Tensor:
     """Return the one order of so many features that every step and client uses."""
     return torch.from_numpy(seeded(0, "filter order", length).permutation(length)).to(device)
 
 
 def _smooth_in_random_order(x: Tensor, dim: int) -> Tensor:
-    order = _order(x.shape[dim], x.device)
+    order = _random_order(x.shape[dim], x.device)
     smoothed = smooth(x.index_select(dim, order), dim)
     return torch.empty_like(x).index_copy_(dim, order, smoothed)
 
 
-def permuted(grads: NoisedGrads) -> NoisedGrads:
+def permuted_filter(grads: NoisedGrads) -> NoisedGrads:
     """Control of the filter: the same one after a fixed random permutation of the features.
 
     If neighbouring features had something in common, this would do worse than the filter.
 
     Privacy: a fixed linear map of noised gradients; no extra cost.
     """
-    return _along_factors(grads, _smooth_in_random_order)
+    return _filter_factors(grads, _smooth_in_random_order)
 
 
-def scaled(grads: NoisedGrads) -> NoisedGrads:
+def noise_factor_scaling(grads: NoisedGrads) -> NoisedGrads:
     """Control of the filter: shrink the factors by its noise factor 0.523 instead of filtering.
 
     Privacy: a fixed linear map of noised gradients; no extra cost.

@@ -7,12 +7,12 @@ from typing import Literal
 from torch import Tensor
 
 from lalora_app.adapter.factors import Adapter, Factor, Factors
-from lalora_app.aggregation.average import average
+from lalora_app.aggregation.average import federated_averaging
 from lalora_app.aggregation.rule import ServerRule as ServerRule
 from lalora_app.methods import alignment, optimizers, schedule
 from lalora_app.methods.filters import identity
-from lalora_app.methods.schedule import Syncs, Trains
-from lalora_app.methods.weight_noise import Perturb
+from lalora_app.methods.schedule import SyncSchedule, TrainSchedule
+from lalora_app.methods.weight_noise import Perturbation
 from lalora_app.private_step.gradients import NoisedGrads
 from lalora_app.settings.run_config import MethodNumbers
 
@@ -53,18 +53,18 @@ class Method:
     """
 
     paper: str
-    trains: Trains
-    syncs: Syncs
+    trains: TrainSchedule
+    syncs: SyncSchedule
     finally_syncs: Factors = frozenset()
     start: Callable[[Adapter, MethodNumbers], Adapter] = _as_it_is
     width: Callable[[int, MethodNumbers], int] = _own_rank
     effective: Callable[[dict[str, Tensor], MethodNumbers], dict[str, Tensor]] | None = None
     calibrates: bool = False
-    perturb: Perturb | None = None
+    perturb: Perturbation | None = None
     postprocess: Callable[[NoisedGrads], NoisedGrads] = identity
-    optimizer: optimizers.Make = optimizers.as_configured
+    optimizer: optimizers.OptimizerFactory = optimizers.configured_optimizer
     align: Callable[[Adapter, Adapter], Adapter] = alignment.keep_result
-    aggregate: ServerRule = average
+    aggregate: ServerRule = federated_averaging
     exact: bool = False
     linear: bool = True
     moves_base: bool = False

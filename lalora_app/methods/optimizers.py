@@ -13,11 +13,11 @@ from torch import Tensor
 
 from lalora_app.settings.run_config import MethodNumbers, Train
 
-Group = dict[str, Any]
+ParameterGroup = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Hyper:
+class OptimizerSettings:
     """What an optimiser may know besides the gradients.
 
     Attributes:
@@ -31,10 +31,12 @@ class Hyper:
     noise_std: float = 0.0
 
 
-Make = Callable[[list[Group], Hyper], torch.optim.Optimizer]
+OptimizerFactory = Callable[[list[ParameterGroup], OptimizerSettings], torch.optim.Optimizer]
 
 
-def as_configured(groups: list[Group], hyper: Hyper) -> torch.optim.Optimizer:
+def configured_optimizer(
+    groups: list[ParameterGroup], hyper: OptimizerSettings
+) -> torch.optim.Optimizer:
     """Return SGD or AdamW, as ``train.optimizer`` says."""
     train = hyper.train
     # foreach: a few operations for all tensors together
@@ -45,24 +47,26 @@ def as_configured(groups: list[Group], hyper: Hyper) -> torch.optim.Optimizer:
     )
 
 
-def lora_plus(groups: list[Group], hyper: Hyper) -> torch.optim.Optimizer:
+def lora_plus(groups: list[ParameterGroup], hyper: OptimizerSettings) -> torch.optim.Optimizer:
     """LoRA+: B learns ``rule.lr-ratio`` times as fast as A (arXiv:2402.12354)."""
     rates = {group["kind"]: group["lr"] for group in groups}
     scaled = [
         group | {"lr": hyper.rule.lr_ratio * rates["A"]} if group["kind"] == "B" else group
         for group in groups
     ]
-    return as_configured(scaled, hyper)
+    return configured_optimizer(scaled, hyper)
 
 
-def _moving(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Tensor, Group]]:
+def _parameters_with_gradients(
+    optimizer: torch.optim.Optimizer,
+) -> Iterator[tuple[Tensor, Tensor, ParameterGroup]]:
     """Yield every parameter that has a gradient, with it and its group."""
     for group in optimizer.param_groups:
         held = (p for p in group["params"] if p.grad is not None)
         yield from ((p, p.grad, group) for p in held)
 
 
-class LowPass(torch.optim.Optimizer):
+class LowPassSGD(torch.optim.Optimizer):
     """DOPPLER: SGD on noised gradients behind a first-order low-pass filter (arXiv:2408.13460).
 
     ``m_t = a·m_{t−1} + (1−a)/2·(g_t + g_{t−1})``, with m and g zero before the first step, over
@@ -74,13 +78,13 @@ class LowPass(torch.optim.Optimizer):
 
     COEFFICIENT = 0.9
 
-    def __init__(self, groups: list[Group], weight_decay: float = 0.0):
+    def __init__(self, groups: list[ParameterGroup], weight_decay: float = 0.0):
         super().__init__(groups, {"lr": 1.0, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Take one step on every tensor that has a gradient."""
-        for parameter, grad, group in _moving(self):
+        for parameter, grad, group in _parameters_with_gradients(self):
             self._step(parameter, grad, group["lr"], group["weight_decay"])
 
     def _step(self, parameter: Tensor, grad: Tensor, lr: float, weight_decay: float) -> None:
@@ -95,9 +99,9 @@ class LowPass(torch.optim.Optimizer):
         parameter.mul_(1 - lr * weight_decay).add_(state["low"], alpha=-lr / state["one"])
 
 
-def low_pass(groups: list[Group], hyper: Hyper) -> torch.optim.Optimizer:
+def low_pass_sgd(groups: list[ParameterGroup], hyper: OptimizerSettings) -> torch.optim.Optimizer:
     """Return DOPPLER's optimiser."""
-    return LowPass(groups, hyper.train.weight_decay)
+    return LowPassSGD(groups, hyper.train.weight_decay)
 
 
 class UnbiasedAdamW(torch.optim.Optimizer):
@@ -113,14 +117,14 @@ class UnbiasedAdamW(torch.optim.Optimizer):
 
     BETAS = (0.9, 0.999)
 
-    def __init__(self, groups: list[Group], noise_std: float, weight_decay: float = 0.0):
+    def __init__(self, groups: list[ParameterGroup], noise_std: float, weight_decay: float = 0.0):
         self.noise_std = noise_std
         super().__init__(groups, {"lr": 1e-3, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
         """Take one step on every tensor that has a gradient."""
-        for parameter, grad, group in _moving(self):
+        for parameter, grad, group in _parameters_with_gradients(self):
             self._step(parameter, grad, group["lr"], group["weight_decay"])
 
     def _step(self, parameter: Tensor, grad: Tensor, lr: float, weight_decay: float) -> None:
@@ -136,6 +140,6 @@ class UnbiasedAdamW(torch.optim.Optimizer):
         parameter.mul_(1 - lr * weight_decay).addcdiv_(mean, size, value=-lr)
 
 
-def unbiased_adamw(groups: list[Group], hyper: Hyper) -> torch.optim.Optimizer:
+def unbiased_adamw(groups: list[ParameterGroup], hyper: OptimizerSettings) -> torch.optim.Optimizer:
     """Return DP-FedAdamW's local optimiser, whatever ``train.optimizer`` says."""
     return UnbiasedAdamW(groups, hyper.noise_std, hyper.train.weight_decay)

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from lalora_app.adapter.factors import AB, A, B, Factors
 
 PERIOD = 2  # steps after which every schedule begins again
-Trains = Callable[[int, int], Factors]
-Syncs = Callable[[int], Factors]
+TrainSchedule = Callable[[int, int], Factors]
+SyncSchedule = Callable[[int], Factors]
 
 
 def both(t: int, k: int = 0) -> Factors:
@@ -39,6 +39,6 @@ def alternate_steps(t: int, k: int) -> Factors:
     return B if k % 2 == 0 else A
 
 
-def factors_trained_in(trains: Trains, t: int, local_steps: int) -> Factors:
+def factors_trained_in(trains: TrainSchedule, t: int, local_steps: int) -> Factors:
     """Return the factors that round ``t`` trains: the union of ``trains(t, k)`` over its steps."""
     return frozenset().union(*(trains(t, k) for k in range(min(local_steps, PERIOD))))

@@ -12,9 +12,14 @@ from lalora_app.aggregation import (
     task_blocks,
 )
 from lalora_app.methods import alignment, optimizers, schedule
-from lalora_app.methods.filters import binomial, identity, permuted, scaled
+from lalora_app.methods.filters import (
+    binomial_filter,
+    identity,
+    noise_factor_scaling,
+    permuted_filter,
+)
 from lalora_app.methods.method import Method
-from lalora_app.methods.weight_noise import row_noise
+from lalora_app.methods.weight_noise import row_scaled_noise
 
 _BOTH = Method(paper="arXiv:2312.17493", trains=schedule.both, syncs=schedule.both)
 _ONLY_B = Method(
@@ -30,7 +35,7 @@ _LA_LORA = Method(
     paper="arXiv:2602.19926, only the active factor travels",
     trains=schedule.alternate_steps,
     syncs=schedule.alternate_rounds,
-    postprocess=binomial,
+    postprocess=binomial_filter,
     keeps_client_state=True,
 )
 _LA_LORA_FULL = replace(
@@ -44,12 +49,12 @@ METHODS: dict[str, Method] = {
     "rolora": _BY_ROUND,
     "la-lora": _LA_LORA,
     "la-lora-no-filter": replace(_LA_LORA, postprocess=identity),
-    "la-lora-scaled": replace(_LA_LORA, postprocess=scaled),
-    "la-lora-permuted": replace(_LA_LORA, postprocess=permuted),
+    "la-lora-scaled": replace(_LA_LORA, postprocess=noise_factor_scaling),
+    "la-lora-permuted": replace(_LA_LORA, postprocess=permuted_filter),
     "la-lora-full": _LA_LORA_FULL,
     "la-lora-full-no-filter": replace(_LA_LORA_FULL, postprocess=identity),
-    "la-lora-full-scaled": replace(_LA_LORA_FULL, postprocess=scaled),
-    "la-lora-full-permuted": replace(_LA_LORA_FULL, postprocess=permuted),
+    "la-lora-full-scaled": replace(_LA_LORA_FULL, postprocess=noise_factor_scaling),
+    "la-lora-full-permuted": replace(_LA_LORA_FULL, postprocess=permuted_filter),
     "flora": replace(
         _BOTH,
         paper="arXiv:2409.05976",
@@ -73,9 +78,12 @@ METHODS: dict[str, Method] = {
         linear=False,
         heterogeneous=True,
     ),
-    "lora-fair": replace(_FAIR, aggregate=residual_correction.corrected(residual_correction.ridge)),
+    "lora-fair": replace(
+        _FAIR, aggregate=residual_correction.corrected_average(residual_correction.ridge_correction)
+    ),
     "lora-fair-cosine": replace(
-        _FAIR, aggregate=residual_correction.corrected(residual_correction.cosine)
+        _FAIR,
+        aggregate=residual_correction.corrected_average(residual_correction.cosine_correction),
     ),
     "fedex-lora": replace(
         _BOTH,
@@ -88,12 +96,12 @@ METHODS: dict[str, Method] = {
     "rac-lora": replace(
         _ONLY_B, paper="arXiv:2410.08305", aggregate=fold_into_base.chain_fold, moves_base=True
     ),
-    "fedsvd": replace(_ONLY_B, paper="arXiv:2505.12805", aggregate=new_factors.refactored),
+    "fedsvd": replace(_ONLY_B, paper="arXiv:2505.12805", aggregate=new_factors.svd_of_mean_b),
     "deer": replace(
         _BY_ROUND,
         paper="arXiv:2410.12926, clipped in the geometry of its noise",
         start=new_factors.start_orthonormal,
-        aggregate=new_factors.product_space,
+        aggregate=new_factors.orthonormal_resting_factor,
     ),
     "galore-dwa": replace(
         _BY_ROUND,
@@ -102,7 +110,7 @@ METHODS: dict[str, Method] = {
         aggregate=fold_into_base.subspace_fold,
         moves_base=True,
     ),
-    "fedrot-lora": replace(_BOTH, paper="arXiv:2602.23638", align=alignment.rotated),
+    "fedrot-lora": replace(_BOTH, paper="arXiv:2602.23638", align=alignment.rotate_to_start),
     "fedsa-lora": replace(
         _BOTH,
         paper="arXiv:2410.01463, local state noised",
@@ -110,38 +118,38 @@ METHODS: dict[str, Method] = {
         finally_syncs=factors.AB,
         keeps_client_state=True,
     ),
-    "flat-lora": replace(_BOTH, paper="arXiv:2409.14396", perturb=row_noise),
+    "flat-lora": replace(_BOTH, paper="arXiv:2409.14396", perturb=row_scaled_noise),
     "lora-plus": replace(_BOTH, paper="arXiv:2402.12354", optimizer=optimizers.lora_plus),
-    "doppler": replace(_BOTH, paper="arXiv:2408.13460", optimizer=optimizers.low_pass),
+    "doppler": replace(_BOTH, paper="arXiv:2408.13460", optimizer=optimizers.low_pass_sgd),
     "dp-fedadamw": replace(_BOTH, paper="arXiv:2602.19945", optimizer=optimizers.unbiased_adamw),
     "beamlora": replace(
         _BOTH,
         paper="arXiv:2502.13604",
-        start=parametrisations.with_gates,
-        effective=parametrisations.gated,
+        start=parametrisations.add_gates,
+        effective=parametrisations.gated_factors,
         aggregate=beam_pruning.prune_and_expand,
     ),
     "sd-lora": replace(
         _BOTH,
         paper="arXiv:2501.13198",
-        start=parametrisations.with_directions,
-        width=parametrisations.blocks,
-        effective=parametrisations.directed,
+        start=parametrisations.add_task_directions,
+        width=parametrisations.rank_of_all_tasks,
+        effective=parametrisations.factors_with_task_directions,
         aggregate=task_blocks.freeze_direction,
     ),
     "duallora": replace(
         _BOTH,
         paper="arXiv:2411.00623, bases of noised updates",
-        start=parametrisations.with_basis,
-        effective=parametrisations.projected,
+        start=parametrisations.add_task_basis,
+        effective=parametrisations.projected_factors,
         aggregate=task_blocks.freeze_subspace,
         moves_base=True,
     ),
     "losa": replace(
         _BOTH,
         paper="arXiv:2502.14816, masks of public inputs",
-        start=parametrisations.with_masks,
-        effective=parametrisations.masked,
+        start=parametrisations.add_masks,
+        effective=parametrisations.masked_factors,
         calibrates=True,
         moves_base=True,
     ),

@@ -7,10 +7,12 @@ import torch
 from torch import Tensor
 
 # (a layer's weight W0 + s·B·A (m, n), how far the run is from 0 to 1, radius, generator) -> (m, n)
-Perturb = Callable[[Tensor, float, float, torch.Generator], Tensor]
+Perturbation = Callable[[Tensor, float, float, torch.Generator], Tensor]
 
 
-def row_noise(weight: Tensor, progress: float, radius: float, generator: torch.Generator) -> Tensor:
+def row_scaled_noise(
+    weight: Tensor, progress: float, radius: float, generator: torch.Generator
+) -> Tensor:
     """Flat-LoRA: ε_i ~ N(0, (f·ρ)²·‖w_i‖²/n) for every row i (arXiv:2409.14396, eq. 10).
 
     f = ½(1 − cos π·progress) grows from 0 to 1 over the run.

@@ -23,7 +23,7 @@ from lalora_app.models.transformers_models import load_transformers
 from lalora_app.private_step.compiled_engine import CompiledEngine
 from lalora_app.private_step.engine import Engine, KernelEngine
 from lalora_app.private_step.layout_check import check_layout
-from lalora_app.private_step.reparametrised_engine import Effective, ReparametrisedEngine
+from lalora_app.private_step.reparametrised_engine import Reparametrisation, ReparametrisedEngine
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.names import TIMM
 from lalora_app.settings.run_config import Config, Lora, Model
@@ -48,7 +48,7 @@ class Backbone:
 
     def __post_init__(self) -> None:
         """Let the engine prepare the forward that trains; an evaluation takes it as it is."""
-        self._train_forward = self.engine.prepare(self._logits)
+        self._train_forward = self.engine.prepare_forward(self._logits)
 
     def adapter(self) -> Adapter:
         """Return a copy of the current factors and head, in float32 on the CPU."""
@@ -63,10 +63,10 @@ class Backbone:
         """
         for name, parameter in self.engine.parameters.items():
             parameter.copy_(torch.from_numpy(adapter[name]))
-        self.engine.write()
+        self.engine.write_to_model()
         self.frozen_weights.set_drift(drift or {})
 
-    def reparametrised(self, theta: Adapter, effective: Effective) -> "Backbone":
+    def reparametrised(self, theta: Adapter, effective: Reparametrisation) -> "Backbone":
         """Return the same model, trained by ``theta``, of which its factors are a function."""
         view = copy.copy(self)
         tensors = {name: torch.from_numpy(array).to(self.device) for name, array in theta.items()}

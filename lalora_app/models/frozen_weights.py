@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lalora_app.adapter.factors import Adapter, pairs
+from lalora_app.adapter.factors import Adapter, factor_pairs
 
 Change = Callable[[Tensor], Tensor]  # (a layer's weight W0 + s·B·A (m, n)) -> what is added to it
 
@@ -50,7 +50,7 @@ class FrozenWeights:
 
         Always from W0, in float32: nothing is lost by moving often.
         """
-        for b, a in pairs(drift):
+        for b, a in factor_pairs(drift):
             weight = self.weight(b)
             pristine = self._pristine.setdefault(b, weight.detach().clone())
             left, right = (torch.from_numpy(drift[n]).to(weight.device) for n in (b, a))

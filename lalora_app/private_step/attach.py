@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from lalora_app.private_step.kernels import (
     FusedLora,
+    GradientRecorder,
     MergedLora,
     PlainLinear,
-    Recorder,
     compute_dtype,
 )
 
@@ -42,7 +42,7 @@ def linear_layers(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> d
     return owners
 
 
-def _why_not_fused(layer: Any, names: Mapping[int, str]) -> str | None:
+def _reason_not_to_fuse(layer: Any, names: Mapping[int, str]) -> str | None:
     """Return why a PEFT layer must keep PEFT's own arithmetic; None if it may be fused."""
     if len(layer.lora_A) != 1 or layer.lora_variant or layer.fan_in_fan_out:
         return "has several adapters, a LoRA variant or a transposed weight"
@@ -61,13 +61,13 @@ def _lora_parts(layer: Any) -> tuple[nn.Linear, nn.Linear, float]:
     return layer.lora_A[adapter], layer.lora_B[adapter], layer.scaling[adapter]
 
 
-def _switched_off(layer: Any) -> bool:
+def _lora_is_inactive(layer: Any) -> bool:
     return bool(layer.disable_adapters or layer.merged)
 
 
-def _fused(names: tuple[str | None, str | None], record: Recorder) -> LayerForward:
+def _fused_forward(names: tuple[str | None, str | None], record: GradientRecorder) -> LayerForward:
     def forward(layer: Any, x: Tensor) -> Tensor:
-        if _switched_off(layer):
+        if _lora_is_inactive(layer):
             return layer.base_layer(x)  # type: ignore[no-any-return]
         a, b, scale = _lora_parts(layer)
         arguments = (a.weight, b.weight, layer.base_layer, scale, names, record)
@@ -76,7 +76,7 @@ def _fused(names: tuple[str | None, str | None], record: Recorder) -> LayerForwa
     return forward
 
 
-class _Merged:
+class _MergedWeightCache:
     """The merged weight, formed anew when a factor or the base has been written to."""
 
     def __init__(self) -> None:
@@ -94,11 +94,11 @@ class _Merged:
         return self._weight
 
 
-def _merged(names: tuple[str | None, str | None], record: Recorder) -> LayerForward:
-    cache = _Merged()
+def _merged_forward(names: tuple[str | None, str | None], record: GradientRecorder) -> LayerForward:
+    cache = _MergedWeightCache()
 
     def forward(layer: Any, x: Tensor) -> Tensor:
-        if _switched_off(layer):
+        if _lora_is_inactive(layer):
             return layer.base_layer(x)  # type: ignore[no-any-return]
         a, b, scale = _lora_parts(layer)
         base = layer.base_layer
@@ -109,14 +109,14 @@ def _merged(names: tuple[str | None, str | None], record: Recorder) -> LayerForw
     return forward
 
 
-def _plain(names: tuple[str | None, str | None], record: Recorder) -> LayerForward:
+def _plain_forward(names: tuple[str | None, str | None], record: GradientRecorder) -> LayerForward:
     def forward(layer: Any, x: Tensor) -> Tensor:
         return PlainLinear.apply(x, layer.weight, layer.bias, names, record)  # type: ignore[no-any-return]
 
     return forward
 
 
-_LORA_KERNELS = {"fused": _fused, "merged": _merged}
+_LORA_KERNELS = {"fused": _fused_forward, "merged": _merged_forward}
 KERNELS = frozenset({*_LORA_KERNELS, "plain"})
 
 
@@ -125,8 +125,8 @@ def replace_forward(layer: nn.Module, forward: LayerForward) -> None:
     layer.forward = MethodType(forward, layer)
 
 
-def attach(
-    model: nn.Module, parameters: Mapping[str, nn.Parameter], kernel: str, record: Recorder
+def attach_kernels(
+    model: nn.Module, parameters: Mapping[str, nn.Parameter], kernel: str, record: GradientRecorder
 ) -> None:
     """Replace the forward of every layer that trains, so that its backward calls ``record``.
 
@@ -146,7 +146,7 @@ def attach(
     done: set[int] = set()
     modules = model.named_modules() if kernel in _LORA_KERNELS else ()
     for path, layer in ((path, m) for path, m in modules if type(m) is LoraLinear):
-        reason = _why_not_fused(layer, names)
+        reason = _reason_not_to_fuse(layer, names)
         if reason and kernel == "merged":
             raise LayoutError(f'lora.kernel="merged" does not fit {path}, which {reason}')
         if reason:
@@ -158,4 +158,4 @@ def attach(
     for linear in {id(layer): layer for layer in owners.values()}.values():
         if id(linear) not in done:
             keys = (names.get(id(linear.weight)), names.get(id(linear.bias)))
-            replace_forward(linear, _plain(keys, record))
+            replace_forward(linear, _plain_forward(keys, record))

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lalora_app.private_step.attach import linear_layers, replace_forward
-from lalora_app.private_step.engine import require_losses, set_trainable
-from lalora_app.private_step.gradients import PerExampleGrads, Rows, Slot
-from lalora_app.private_step.tape import unused
+from lalora_app.private_step.engine import check_losses, set_trainable
+from lalora_app.private_step.gradients import FlatBlock, PerExampleGrads, StoredShape
+from lalora_app.private_step.tape import unused_parameter_error
 
 Names = tuple[str | None, str | None]
 
@@ -66,10 +66,10 @@ class CompiledEngine:
         """Make exactly ``names`` trainable: only these are expanded."""
         set_trainable(self.parameters, names)
 
-    def write(self) -> None:
+    def write_to_model(self) -> None:
         """Do nothing: the parameters are the model's own."""
 
-    def prepare(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def prepare_forward(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return the compiled forward; its backward is compiled with it.
 
         The leaves are its arguments: a tensor found through a module has a fixed size for the
@@ -97,14 +97,14 @@ class CompiledEngine:
                 self._leaves[name] = leaf.requires_grad_()
         try:
             each = losses()
-            require_losses(each, examples)
+            check_losses(each, examples)
             grads = torch.autograd.grad(each.sum(), list(self._leaves.values()), allow_unused=True)
             return PerExampleGrads(tuple(map(_block, self._leaves, grads)))
         finally:
             self._leaves.clear()
 
 
-def _block(name: str, grad: Tensor | None) -> Rows:
+def _block(name: str, grad: Tensor | None) -> FlatBlock:
     if grad is None:
-        raise unused(name)
-    return Rows({name: Slot(tuple(grad.shape[1:]))}, grad.flatten(1))
+        raise unused_parameter_error(name)
+    return FlatBlock({name: StoredShape(tuple(grad.shape[1:]))}, grad.flatten(1))

@@ -13,12 +13,12 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from lalora_app.private_step.attach import LayoutError, attach
+from lalora_app.private_step.attach import LayoutError, attach_kernels
 from lalora_app.private_step.gradients import PerExampleGrads
-from lalora_app.private_step.tape import Layout, Tape, slot_of
+from lalora_app.private_step.tape import BufferLayout, GradientTape, stored_shape_of
 
 
-def require_losses(each: Tensor, examples: int) -> None:
+def check_losses(each: Tensor, examples: int) -> None:
     """Refuse losses that are not one number an example.
 
     Raises:
@@ -47,10 +47,10 @@ class Engine(Protocol):
     def activate(self, names: frozenset[str]) -> None:
         """Make exactly the named tensors trainable in the next steps."""
 
-    def write(self) -> None:
+    def write_to_model(self) -> None:
         """Copy the present parameters into the model, if the model does not hold them itself."""
 
-    def prepare(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def prepare_forward(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return the forward function to use in training: ``forward`` itself, or compiled."""
 
     def gradients(self, losses: Callable[[], Tensor], examples: int) -> PerExampleGrads:
@@ -91,10 +91,12 @@ class KernelEngine:
         on_gpu = any(p.device.type != "cpu" for p in parameters.values())
         self._flat = on_gpu if flat is None else flat
         shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-        self._slots = {name: slot_of(shape, flat=self._flat) for name, shape in shapes.items()}
-        self._layouts: dict[tuple[str, ...], Layout] = {}
-        self._tape = Tape(0, Layout({}, False))
-        attach(model, parameters, kernel, self._record)
+        self._slots = {
+            name: stored_shape_of(shape, flat=self._flat) for name, shape in shapes.items()
+        }
+        self._layouts: dict[tuple[str, ...], BufferLayout] = {}
+        self._tape = GradientTape(0, BufferLayout({}, False))
+        attach_kernels(model, parameters, kernel, self._record)
 
     def _record(self, name: str, g: Tensor, x: Tensor | None, scale: float = 1.0) -> None:
         self._tape.record(name, g, x, scale)
@@ -104,10 +106,10 @@ class KernelEngine:
         """Return the trainable tensors by wire name; they are the model's own."""
         return self._parameters
 
-    def write(self) -> None:
+    def write_to_model(self) -> None:
         """Do nothing: the parameters are the model's own."""
 
-    def prepare(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def prepare_forward(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return the forward function as it is."""
         return forward
 
@@ -115,11 +117,11 @@ class KernelEngine:
         """Make exactly ``names`` trainable, so that autograd keeps no activation for the rest."""
         set_trainable(self.parameters, names)
 
-    def _layout(self) -> Layout:
+    def _layout(self) -> BufferLayout:
         active = tuple(name for name, p in self.parameters.items() if p.requires_grad)
         if active not in self._layouts:
             slots = {name: self._slots[name] for name in active}
-            self._layouts[active] = Layout(slots, self._flat)
+            self._layouts[active] = BufferLayout(slots, self._flat)
         return self._layouts[active]
 
     def gradients(self, losses: Callable[[], Tensor], examples: int) -> PerExampleGrads:
@@ -132,9 +134,9 @@ class KernelEngine:
         Raises:
             LayoutError: if an active parameter took no part, or shapes do not fit the examples.
         """
-        self._tape = Tape(examples, self._layout())
+        self._tape = GradientTape(examples, self._layout())
         each = losses()
-        require_losses(each, examples)
+        check_losses(each, examples)
         torch.autograd.backward(each.sum())
-        tape, self._tape = self._tape, Tape(0, Layout({}, False))
+        tape, self._tape = self._tape, GradientTape(0, BufferLayout({}, False))
         return tape.grads()

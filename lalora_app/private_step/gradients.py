@@ -19,7 +19,7 @@ def _norms(rows: Tensor, dtype: torch.dtype | None = None) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Slot:
+class StoredShape:
     """Where a tensor lies in a row: its shape, and whether it is stored transposed."""
 
     shape: tuple[int, ...]
@@ -42,27 +42,27 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Rows:
+class FlatBlock:
     """Gradients of one or more tensors, side by side: ``rows`` is (examples, entries)."""
 
-    slots: Mapping[str, Slot]
+    shapes: Mapping[str, StoredShape]
     rows: Tensor
 
     def _shaped(self, entries: Tensor) -> dict[str, Tensor]:
-        sizes = [slot.size for slot in self.slots.values()]
-        parts = zip(self.slots.items(), torch.split(entries, sizes, dim=-1), strict=True)
-        return {name: slot.shaped(part) for (name, slot), part in parts}
+        sizes = [shape.size for shape in self.shapes.values()]
+        parts = zip(self.shapes.items(), torch.split(entries, sizes, dim=-1), strict=True)
+        return {name: shape.shaped(part) for (name, shape), part in parts}
 
     def norms(self) -> Tensor:
         """Return (examples,): each example's norm over the block."""
         return _norms(self.rows)
 
-    def without(self, dropped: Tensor) -> "Rows":
+    def zero_examples(self, dropped: Tensor) -> "FlatBlock":
         """Zero the examples where ``dropped`` (examples,) is true: in place, these are large."""
         self.rows.masked_fill_(dropped[:, None], 0)
         return self
 
-    def weighted(self, scales: Tensor) -> dict[str, Tensor]:
+    def weighted_sum(self, scales: Tensor) -> dict[str, Tensor]:
         """Return Σ_i scales_i · g_i by tensor."""
         return self._shaped(scales.to(self.rows) @ self.rows)
 
@@ -72,13 +72,13 @@ class Rows:
 
 
 @dataclass(frozen=True)
-class Stack:
+class StackedBlock:
     """Gradients of several tensors of one shape: ``grads`` is (tensors, examples, entries).
 
     One operation for all of them, and every tensor's part is contiguous.
     """
 
-    slots: Mapping[str, Slot]
+    shapes: Mapping[str, StoredShape]
     grads: Tensor
 
     def norms(self) -> Tensor:
@@ -86,12 +86,12 @@ class Stack:
         norms: Tensor = torch.linalg.vector_norm(self.grads, dim=2)
         return norms.T
 
-    def without(self, dropped: Tensor) -> "Stack":
+    def zero_examples(self, dropped: Tensor) -> "StackedBlock":
         """Zero the examples where ``dropped`` (examples,) is true: in place, these are large."""
         self.grads.masked_fill_(dropped[:, None], 0)
         return self
 
-    def weighted(self, scales: Tensor) -> dict[str, Tensor]:
+    def weighted_sum(self, scales: Tensor) -> dict[str, Tensor]:
         """Return Σ_i scales_i · g_i by tensor."""
         tensors, examples, _ = self.grads.shape
         weights = scales.to(self.grads).expand(tensors, 1, examples)
@@ -102,12 +102,12 @@ class Stack:
         return self._shaped(self.grads)
 
     def _shaped(self, stack: Tensor) -> dict[str, Tensor]:
-        parts = zip(self.slots.items(), stack, strict=True)
-        return {name: slot.shaped(entries) for (name, slot), entries in parts}
+        parts = zip(self.shapes.items(), stack, strict=True)
+        return {name: shape.shaped(entries) for (name, shape), entries in parts}
 
 
 @dataclass(frozen=True)
-class Outer:
+class OuterProductBlock:
     """Gradients of a weight that sees one position an example: g_i x_iᵀ, never formed.
 
     ‖g_i x_iᵀ‖ = ‖g_i‖·‖x_i‖ and Σ c_i g_i x_iᵀ = (c∘g)ᵀ x: Goodfellow, arXiv:1510.01799.
@@ -124,12 +124,12 @@ class Outer:
         """Return (examples,): each example's norm, in float64."""
         return _norms(self.g, torch.float64) * _norms(self.x, torch.float64)
 
-    def without(self, dropped: Tensor) -> "Outer":
+    def zero_examples(self, dropped: Tensor) -> "OuterProductBlock":
         """Zero the examples where ``dropped`` (examples,) is true; ``x`` is the model's own."""
         g, x = (side.masked_fill(dropped[:, None], 0) for side in (self.g, self.x))
-        return Outer(self.name, g, x)
+        return OuterProductBlock(self.name, g, x)
 
-    def weighted(self, scales: Tensor) -> dict[str, Tensor]:
+    def weighted_sum(self, scales: Tensor) -> dict[str, Tensor]:
         """Return Σ_i scales_i · g_i x_iᵀ."""
         # x at length 1, so that what is rounded in g is small beside the clip norm
         lengths = _norms(self.x, torch.float64).clamp(min=torch.finfo(torch.float64).tiny)
@@ -142,7 +142,7 @@ class Outer:
         return {self.name: self.g[:, :, None] * self.x[:, None, :]}
 
 
-Block = Rows | Stack | Outer
+Block = FlatBlock | StackedBlock | OuterProductBlock
 
 
 @dataclass(frozen=True)
@@ -155,13 +155,13 @@ class PerExampleGrads:
         """Return (examples,): each example's norm over all tensors together."""
         return _norms(torch.column_stack([block.norms() for block in self.blocks]))
 
-    def without(self, dropped: Tensor) -> "PerExampleGrads":
+    def zero_examples(self, dropped: Tensor) -> "PerExampleGrads":
         """Zero the examples where ``dropped`` (examples,) is true; this one is used up."""
-        return PerExampleGrads(tuple(block.without(dropped) for block in self.blocks))
+        return PerExampleGrads(tuple(block.zero_examples(dropped) for block in self.blocks))
 
-    def weighted(self, scales: Tensor) -> dict[str, Tensor]:
+    def weighted_sum(self, scales: Tensor) -> dict[str, Tensor]:
         """Return Σ_i scales_i · g_i by tensor."""
-        return dict(chain.from_iterable(b.weighted(scales).items() for b in self.blocks))
+        return dict(chain.from_iterable(b.weighted_sum(scales).items() for b in self.blocks))
 
     def dense(self) -> dict[str, Tensor]:
         """Return (examples, *shape) by tensor; this forms what is kept as a product."""

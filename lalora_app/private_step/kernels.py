@@ -13,7 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 
-class Recorder(Protocol):
+class GradientRecorder(Protocol):
     """Takes what a weight's gradient is made of."""
 
     def __call__(self, name: str, g: Tensor, x: Tensor | None, scale: float = 1.0) -> None:

@@ -38,8 +38,8 @@ def check_layout(engine: Engine, losses: Losses, examples: int) -> None:
             nn.init.normal_(parameter, std=0.1)
         for example in range(examples):
             grads = engine.gradients(partial(_one_loss, losses, rows, example), examples)
-            _only_row(grads, example)
-        _same_with_fewer(losses, rows)
+            _check_zero_in_other_rows(grads, example)
+        _check_losses_are_independent(losses, rows)
     finally:
         _restore(engine, kept)
 
@@ -57,7 +57,7 @@ def _one_loss(losses: Losses, rows: list[int], example: int) -> Tensor:
 
 
 @torch.no_grad()
-def _same_with_fewer(losses: Losses, rows: list[int]) -> None:
+def _check_losses_are_independent(losses: Losses, rows: list[int]) -> None:
     together = losses(rows)
     tolerance = 1e-2 if together.dtype == torch.bfloat16 else 1e-3  # rounding moves far less
     for fewer in (rows[1:], rows[:-1]):
@@ -69,7 +69,7 @@ def _same_with_fewer(losses: Losses, rows: list[int]) -> None:
             )
 
 
-def _only_row(grads: PerExampleGrads, example: int) -> None:
+def _check_zero_in_other_rows(grads: PerExampleGrads, example: int) -> None:
     for name, grad in grads.dense().items():
         norms = grad.flatten(1).norm(dim=1)  # (examples,)
         others = torch.cat([norms[:example], norms[example + 1 :]])

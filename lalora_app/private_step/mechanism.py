@@ -31,7 +31,7 @@ def clip_scales(norms: Tensor, clip_norm: float) -> Tensor:
     return scales.nan_to_num_(nan=0.0)  # norm nan: nan; norm inf: C/inf = 0, or inf/inf = nan
 
 
-def _some(chosen: Tensor) -> bool:
+def _may_be_any(chosen: Tensor) -> bool:
     """Tell whether any may be true. A GPU is not asked: the answer would halt its queue."""
     return chosen.device.type != "cpu" or torch.compiler.is_compiling() or bool(chosen.any())
 
@@ -45,30 +45,30 @@ def clipped_sum(grads: PerExampleGrads, clip_norm: float) -> dict[str, Tensor]:
     """
     scales = clip_scales(grads.norms(), clip_norm)
     dropped = scales == 0
-    if _some(dropped):
-        grads = grads.without(dropped)
-    return grads.weighted(scales)
+    if _may_be_any(dropped):
+        grads = grads.zero_examples(dropped)
+    return grads.weighted_sum(scales)
 
 
-def _device_normal(size: int, like: Tensor, seed: int) -> Tensor:
+def _device_normals(size: int, like: Tensor, seed: int) -> Tensor:
     """Draw by the GPU's own Philox generator; nothing waits for the host."""
     generator = torch.Generator(like.device).manual_seed(seed)
     return torch.randn(size, generator=generator, dtype=like.dtype, device=like.device)
 
 
-def _added_normals(size: int, like: Tensor, rng: np.random.Generator) -> Tensor:
+def _sum_of_two_normals(size: int, like: Tensor, rng: np.random.Generator) -> Tensor:
     """Draw N(0, 1) entries as the sum of two draws of the device, each scaled by 1/√2.
 
     A device's generator takes 63 bits as its key, few enough to be tried one by one. Of the sum
     both keys must be found together.
     """
     first, second = (
-        _device_normal(size, like, int(seed)) for seed in rng.integers(1 << 63, size=2)
+        _device_normals(size, like, int(seed)) for seed in rng.integers(1 << 63, size=2)
     )
     return first.add_(second).mul_(math.sqrt(0.5))
 
 
-def _normal(size: int, like: Tensor, rng: np.random.Generator) -> Tensor:
+def _standard_normals(size: int, like: Tensor, rng: np.random.Generator) -> Tensor:
     """Draw N(0, 1) entries of ``like``'s type on its device.
 
     On a CPU in float64 from the stream itself; on a GPU from its own generator, seeded anew for
@@ -76,7 +76,7 @@ def _normal(size: int, like: Tensor, rng: np.random.Generator) -> Tensor:
     """
     if like.device.type == "cpu":
         return torch.from_numpy(rng.standard_normal(size)).to(like)
-    return _added_normals(size, like, rng)
+    return _sum_of_two_normals(size, like, rng)
 
 
 def add_noise(
@@ -96,7 +96,7 @@ def add_noise(
     """
     totals = list(sums.values())
     sizes = [total.numel() for total in totals]
-    noise = torch.split(_normal(sum(sizes), totals[0], rng), sizes)
+    noise = torch.split(_standard_normals(sum(sizes), totals[0], rng), sizes)
     shaped = [part.view(total.shape) for part, total in zip(noise, totals, strict=True)]
     noised = torch._foreach_add(totals, shaped, alpha=noise_std)
     torch._foreach_div_(noised, expected_batch)

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from lalora_app.private_step.engine import Engine, set_trainable
-from lalora_app.private_step.gradients import PerExampleGrads, Rows, Slot
+from lalora_app.private_step.gradients import FlatBlock, PerExampleGrads, StoredShape
 
 Tensors = dict[str, Tensor]
-Effective = Callable[[Tensors], Tensors]  # θ -> the model's own tensors; differentiable
+Reparametrisation = Callable[[Tensors], Tensors]  # θ -> the model's own tensors; differentiable
 
 
 class ReparametrisedEngine:
@@ -26,7 +26,7 @@ class ReparametrisedEngine:
         effective: θ -> all of the engine's tensors.
     """
 
-    def __init__(self, engine: Engine, theta: Mapping[str, Tensor], effective: Effective):
+    def __init__(self, engine: Engine, theta: Mapping[str, Tensor], effective: Reparametrisation):
         self._parameters = {name: nn.Parameter(value.clone()) for name, value in theta.items()}
         self._engine, self._effective = engine, effective
 
@@ -39,11 +39,11 @@ class ReparametrisedEngine:
         """Make exactly the named tensors of θ trainable."""
         set_trainable(self.parameters, names)
 
-    def prepare(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def prepare_forward(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         """Return the forward function that the model's own engine prepares."""
-        return self._engine.prepare(forward)
+        return self._engine.prepare_forward(forward)
 
-    def write(self) -> None:
+    def write_to_model(self) -> None:
         """Make the model compute with the present θ."""
         with torch.no_grad():
             for name, value in self._effective(dict(self.parameters)).items():
@@ -51,7 +51,7 @@ class ReparametrisedEngine:
 
     def gradients(self, losses: Callable[[], Tensor], examples: int) -> PerExampleGrads:
         """Return one gradient an example of the active θ, see :class:`Engine`."""
-        self.write()
+        self.write_to_model()
         self._engine.activate(frozenset(self._engine.parameters))
         grads = self._engine.gradients(losses, examples).dense()
         active = {n: p.detach() for n, p in self.parameters.items() if p.requires_grad}
@@ -65,7 +65,7 @@ class ReparametrisedEngine:
         (pulled,) = torch.vmap(pull)(grads)
         return PerExampleGrads(
             tuple(
-                Rows({name: Slot(tuple(grad.shape[1:]))}, grad.flatten(1))
+                FlatBlock({name: StoredShape(tuple(grad.shape[1:]))}, grad.flatten(1))
                 for name, grad in pulled.items()
             )
         )

@@ -64,14 +64,14 @@ class PrivateModel(Protocol[B_contra]):
 
 
 @dataclass(frozen=True)
-class Streams:
+class RandomStreams:
     """The two secret random streams of a client's round."""
 
     sampling: np.random.Generator
     noise: np.random.Generator
 
 
-def _summed(
+def _clipped_batch_sum(
     model: PrivateModel[B],
     data: PrivateData[B],
     indices: np.ndarray,
@@ -104,7 +104,7 @@ def private_gradient(
     reservation: Reservation,
     clip_norm: float,
     micro_batch: int,
-    streams: Streams,
+    streams: RandomStreams,
 ) -> NoisedGrads:
     """Draw one counted release: the noised mean gradient of the model's active tensors.
 
@@ -127,7 +127,7 @@ def private_gradient(
     reservation.take()
     q = reservation.sampling_rate
     indices = poisson_batch(len(data), q, streams.sampling)
-    sums = _summed(model, data, indices, clip_norm, micro_batch)
+    sums = _clipped_batch_sum(model, data, indices, clip_norm, micro_batch)
     noise_std = noise_std_of(reservation, clip_norm)
     expected = q * len(data)
     return add_noise(sums, noise_std=noise_std, expected_batch=expected, rng=streams.noise)

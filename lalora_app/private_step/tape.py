@@ -8,19 +8,26 @@ from torch import Tensor
 
 from lalora_app.adapter.factors import kind
 from lalora_app.private_step.attach import LayoutError
-from lalora_app.private_step.gradients import Block, Outer, PerExampleGrads, Rows, Slot, Stack
+from lalora_app.private_step.gradients import (
+    Block,
+    FlatBlock,
+    OuterProductBlock,
+    PerExampleGrads,
+    StackedBlock,
+    StoredShape,
+)
 
 
-def slot_of(shape: tuple[int, ...], *, flat: bool) -> Slot:
+def stored_shape_of(shape: tuple[int, ...], *, flat: bool) -> StoredShape:
     """Lay a tensor out so that the batched product writes rows of its longer side.
 
     It then reads the wide operand along memory; on a CPU the other order is several times slower.
     """
     tall = len(shape) == 2 and shape[0] > shape[1]
-    return Slot(shape, transposed=tall and not flat)
+    return StoredShape(shape, transposed=tall and not flat)
 
 
-def unused(name: str) -> LayoutError:
+def unused_parameter_error(name: str) -> LayoutError:
     """Return the error of an active tensor without a gradient."""
     return LayoutError(f"{name} is active but took no part in the forward pass")
 
@@ -36,10 +43,10 @@ def _add_product(into: Tensor, left: Tensor, right: Tensor, scale: float, first:
         into.baddbmm_(*wide, beta=0.0 if first else 1.0, alpha=scale)
 
 
-Key = tuple[int, ...]
+GroupKey = tuple[int, ...]
 
 
-class Layout:
+class BufferLayout:
     """How the gradients of the active tensors share memory; the same in every pass of a phase.
 
     Args:
@@ -47,16 +54,18 @@ class Layout:
         flat: keep the factors in one (examples, entries) buffer, and not in one a shape.
     """
 
-    def __init__(self, slots: Mapping[str, Slot], flat: bool):
+    def __init__(self, slots: Mapping[str, StoredShape], flat: bool):
         self.slots, self.flat = dict(slots), flat
         self.heads = [name for name in slots if kind(name) == "head"]
-        self.groups: dict[Key, dict[str, Slot]] = {}  # factors that share a buffer
+        self.groups: dict[GroupKey, dict[str, StoredShape]] = {}  # factors that share a buffer
         for name, slot in slots.items():
             if kind(name) != "head":
                 self.groups.setdefault(() if flat else slot.stored, {})[name] = slot
         self.group_of = {name: key for key, names in self.groups.items() for name in names}
 
-    def shared(self, key: Key, examples: int, like: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def shared(
+        self, key: GroupKey, examples: int, like: Tensor
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return a group's unwritten buffer, and (examples, *stored) views of it by name."""
         slots, dtype = self.groups[key], torch.promote_types(like.dtype, torch.float32)
         if not self.flat:
@@ -69,7 +78,7 @@ class Layout:
         return buffer, {name: torch.unflatten(part, 1, s.stored) for (name, s), part in parts}
 
 
-class Tape:
+class GradientTape:
     """The gradients of one batch while its backward runs.
 
     Args:
@@ -77,9 +86,9 @@ class Tape:
         layout: of the active tensors.
     """
 
-    def __init__(self, examples: int, layout: Layout):
+    def __init__(self, examples: int, layout: BufferLayout):
         self._examples, self._layout = examples, layout
-        self._buffers: dict[Key, Tensor] = {}
+        self._buffers: dict[GroupKey, Tensor] = {}
         self._views: dict[str, Tensor] = {}  # name -> (examples, *stored)
         self._written: set[str] = set()
         self._products: dict[str, list[tuple[Tensor, Tensor]]] = {}  # name -> (g, x) of a call
@@ -133,10 +142,10 @@ class Tape:
     def _head_block(self, name: str) -> Block:
         pairs = self._products.get(name, [])
         if len(pairs) == 1 and name not in self._written:
-            return Outer(name, *(side[:, 0] for side in pairs[0]))
+            return OuterProductBlock(name, *(side[:, 0] for side in pairs[0]))
         for g, x in pairs:  # called several times: the sum of products has to be formed
             self._add(name, g, x, 1.0)
-        return Rows({name: self._layout.slots[name]}, self._views[name].flatten(1))
+        return FlatBlock({name: self._layout.slots[name]}, self._views[name].flatten(1))
 
     def grads(self) -> PerExampleGrads:
         """Return what was recorded.
@@ -146,7 +155,7 @@ class Tape:
         """
         for name in self._layout.slots:
             if name not in self._written and name not in self._products:
-                raise unused(name)
-        block = Rows if self._layout.flat else Stack
+                raise unused_parameter_error(name)
+        block = FlatBlock if self._layout.flat else StackedBlock
         factors = [block(slots, self._buffers[k]) for k, slots in self._layout.groups.items()]
         return PerExampleGrads((*factors, *map(self._head_block, self._layout.heads)))

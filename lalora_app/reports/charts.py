@@ -10,16 +10,16 @@ from typing import Any
 import numpy as np
 from matplotlib.ticker import MaxNLocator
 
-from lalora_app.aggregation.average import average
+from lalora_app.aggregation.average import federated_averaging
 from lalora_app.methods.table import METHODS
 from lalora_app.reports import audit_figure
 from lalora_app.reports.figure_style import (
     Curve,
+    curve_figure,
     heat_map,
-    house_style,
-    panel,
-    share_height,
-    styles,
+    line_styles,
+    report_style,
+    share_y_limits,
     svg,
 )
 from lalora_app.reports.tables import ACCURACY, METRICS, Metric
@@ -28,10 +28,12 @@ from lalora_app.results.finished_run import Record, group
 History = list[dict[str, Any]]
 Axis = Callable[[History], list[float]]  # history -> one number a round
 
-_ERROR = Metric("aggregation_error", "relative aggregation error", 1.0, 3, lower_is_better=True)
+_AVERAGING_ERROR = Metric(
+    "aggregation_error", "relative aggregation error", 1.0, 3, lower_is_better=True
+)
 
 
-_LEFT = Metric("remaining_error", "relative error left", 1.0, 3, lower_is_better=True)
+_REMAINING_ERROR = Metric("remaining_error", "relative error left", 1.0, 3, lower_is_better=True)
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class Chart:
     panels: tuple[str, ...]
 
 
-def curve(runs: Sequence[Record], x: Axis, metric: Metric, above: float = -math.inf) -> Curve:
+def mean_curve(runs: Sequence[Record], x: Axis, metric: Metric, above: float = -math.inf) -> Curve:
     """Return the rounds that all seeds have as one line, in the metric's shown unit.
 
     Args:
@@ -77,30 +79,30 @@ def _megabytes(history: History) -> list[float]:
     return [total / 1e6 for total in accumulate(row["upload_bytes"] for row in history)]
 
 
-def _spent(history: History) -> list[float]:
+def _epsilon_spent(history: History) -> list[float]:
     return [row["epsilon_max"] for row in history]
 
 
-@house_style()
+@report_style()
 def _panels(
     records: Sequence[Record], x: Axis, metric: Metric, xlabel: str, *, log: bool = False
 ) -> tuple[str, ...]:
     """Return one panel for each ε that has values, all with the same height of the axes."""
-    looks = styles(record.label for record in records)
+    looks = line_styles(record.label for record in records)
     lowest = 0.0 if log else -math.inf
     figures = {}
-    lines = {key: curve(runs, x, metric, lowest) for key, runs in group(records).items()}
+    lines = {key: mean_curve(runs, x, metric, lowest) for key, runs in group(records).items()}
     for epsilon in sorted({record.epsilon for record in records}):
         own = {label: line for (label, e), line in lines.items() if e == epsilon and len(line.x)}
         if own:
-            figures[epsilon] = panel(own, looks, log=log)
+            figures[epsilon] = curve_figure(own, looks, log=log)
     for epsilon, figure in figures.items():
         axes = figure.axes[0]
         axes.set(title=f"ε = {epsilon:g}", xlabel=xlabel, ylabel=metric.title)
         if x is _rounds:
             axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     if figures:
-        share_height([figure.axes[0] for figure in figures.values()])
+        share_y_limits([figure.axes[0] for figure in figures.values()])
     return tuple(
         svg(figure, f"{metric.title} by {xlabel}, ε = {epsilon:g}")
         for epsilon, figure in figures.items()
@@ -128,27 +130,27 @@ def by_spending(records: Sequence[Record]) -> Chart:
     if left_out:
         note += f" Left out, as it spends no finite ε: ε = inf of {', '.join(left_out)}."
     finite = [record for record in records if math.isfinite(record.epsilon)]
-    panels = _panels(finite, _spent, ACCURACY, "ε spent") if finite else ()
+    panels = _panels(finite, _epsilon_spent, ACCURACY, "ε spent") if finite else ()
     return Chart("Accuracy by ε spent", note, panels)
 
 
-def _finals(runs: Sequence[Record], metric: Metric, place: int) -> tuple[float, ...]:
+def _final_scores(runs: Sequence[Record], metric: Metric, place: int) -> tuple[float, ...]:
     last = [metric.scale * run.summary[metric.key] for run in runs]
     return float(place), min(last), sum(last) / len(last), max(last)
 
 
-@house_style()
+@report_style()
 def _budget_panel(records: Sequence[Record], metric: Metric) -> str:
     budgets = sorted({record.epsilon for record in records})
     points: dict[str, list[tuple[float, ...]]] = {}
     for (label, epsilon), runs in group(records).items():
-        points.setdefault(label, []).append(_finals(runs, metric, budgets.index(epsilon)))
+        points.setdefault(label, []).append(_final_scores(runs, metric, budgets.index(epsilon)))
     curves = {}
     for place, (label, ends) in enumerate(points.items()):
         x, low, mean, high = np.array(ends).T
         beside = 0.04 * (place - (len(points) - 1) / 2)  # so that no label hides another
         curves[label] = Curve(x + beside, low, mean, high, np.zeros(len(x), dtype=np.bool_))
-    figure = panel(curves, styles(record.label for record in records))
+    figure = curve_figure(curves, line_styles(record.label for record in records))
     axes = figure.axes[0]
     axes.set(title="final adapters", xlabel="ε promised", ylabel=metric.title)
     axes.set_xticks(range(len(budgets)), [f"{epsilon:g}" for epsilon in budgets])
@@ -163,9 +165,14 @@ def by_budget(records: Sequence[Record]) -> Chart:
     return Chart("Scores by privacy budget", note, panels)
 
 
-def _why_unseen(runs: Sequence[Record]) -> str:
+def _reason_without_curve(runs: Sequence[Record]) -> str:
     """Say why runs without a positive aggregation error have none."""
-    values = [row[_ERROR.key] for run in runs for row in run.history if _ERROR.key in row]
+    values = [
+        row[_AVERAGING_ERROR.key]
+        for run in runs
+        for row in run.history
+        if _AVERAGING_ERROR.key in row
+    ]
     method = METHODS.get(runs[0].method)
     if method is not None and method.exact:
         return "clients share the factor that they do not send, so the average is exact"
@@ -183,23 +190,23 @@ def aggregation_error(records: Sequence[Record]) -> Chart:
         runs_of.setdefault(record.label, []).append(record)
     reasons: dict[str, list[str]] = {}
     for label, runs in runs_of.items():
-        if not any(row.get(_ERROR.key) for run in runs for row in run.history):
-            reasons.setdefault(_why_unseen(runs), []).append(label)
+        if not any(row.get(_AVERAGING_ERROR.key) for run in runs for row in run.history):
+            reasons.setdefault(_reason_without_curve(runs), []).append(label)
     note = (
         "What averaging the factors apart from each other loses: the distance between the product "
         "of the averages and the average of the clients' products, relative to the latter."
     )
     for reason, labels in reasons.items():
         note += f" No curve for {', '.join(labels)}: {reason}."
-    panels = _panels(records, _rounds, _ERROR, "round", log=True)
+    panels = _panels(records, _rounds, _AVERAGING_ERROR, "round", log=True)
     return Chart("Aggregation error by round", note, panels)
 
 
 def remaining_error(records: Sequence[Record]) -> list[Chart]:
     """Return what rules other than plain averaging leave of the error; no chart without one."""
     known = [record for record in records if record.method in METHODS]
-    correcting = [r for r in known if METHODS[r.method].aggregate is not average]
-    panels = _panels(correcting, _rounds, _LEFT, "round", log=True) if correcting else ()
+    correcting = [r for r in known if METHODS[r.method].aggregate is not federated_averaging]
+    panels = _panels(correcting, _rounds, _REMAINING_ERROR, "round", log=True) if correcting else ()
     note = (
         "What the method's own rule leaves of the aggregation error, base drift included, on the "
         "same scale: rounding for exact methods."
@@ -207,7 +214,7 @@ def remaining_error(records: Sequence[Record]) -> list[Chart]:
     return [Chart("Error left by the server's rule", note, panels)] if panels else []
 
 
-@house_style()
+@report_style()
 def partitions(records: Sequence[Record]) -> Chart:
     """Return one picture for each different partition of the data among the clients."""
     title = "Who has which examples"
@@ -230,15 +237,15 @@ def partitions(records: Sequence[Record]) -> Chart:
     return Chart(title, note, tuple(pictures))
 
 
-@house_style()
+@report_style()
 def _roc_panel(record: Record, audit: dict[str, Any]) -> str:
     name = f"{record.label} at ε = {record.epsilon:g}, seed {record.seed}"
-    drawn = audit_figure.figure(audit)
+    drawn = audit_figure.roc_figure(audit)
     drawn.axes[0].set(title=name)
     return svg(drawn, f"ROC of the audit of {name}")
 
 
-def attacks(records: Sequence[Record]) -> list[Chart]:
+def audit_rocs(records: Sequence[Record]) -> list[Chart]:
     """Return the ROC of every audited run's audit; no chart where none is audited."""
     panels = tuple(_roc_panel(r, r.audit) for r in records if r.audit is not None)
     note = (
@@ -249,7 +256,7 @@ def attacks(records: Sequence[Record]) -> list[Chart]:
     return [Chart("Membership attack", note, panels)] if panels else []
 
 
-def charts(records: Sequence[Record]) -> list[Chart]:
+def all_charts(records: Sequence[Record]) -> list[Chart]:
     """Return every figure of a report, in its order.
 
     Args:
@@ -264,6 +271,6 @@ def charts(records: Sequence[Record]) -> list[Chart]:
         by_spending(records),
         aggregation_error(records),
         *remaining_error(records),
-        *attacks(records),
+        *audit_rocs(records),
         partitions(records),
     ]

@@ -25,7 +25,7 @@ Style = dict[str, Any]
 # Okabe and Ito's palette without yellow, which is too light for a line on white.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS, _LINES = "osD^vP*<", ("-", "--", "-.", ":")
-_HOUSE = {
+_RC_PARAMS = {
     "svg.fonttype": "none",
     "svg.hashsalt": "lalora",
     "font.size": 9.5,
@@ -43,10 +43,10 @@ _HOUSE = {
     "lines.linewidth": 1.8,
     "lines.markersize": 4.5,
 }
-_FAILED: Style = {"marker": "x", "linestyle": "none", "color": "#b3261e", "zorder": 5}
-_FAILED |= {"markersize": 8, "markeredgewidth": 2}
+_FAILED_STYLE: Style = {"marker": "x", "linestyle": "none", "color": "#b3261e", "zorder": 5}
+_FAILED_STYLE |= {"markersize": 8, "markeredgewidth": 2}
 _WIDTH, _HEIGHT = 4.1, 2.8  # inches of a panel, its legend not counted
-_LONGEST = 44  # characters of a name
+_MAX_NAME_LENGTH = 44  # characters of a name
 
 
 @dataclass(frozen=True)
@@ -69,14 +69,14 @@ class Curve:
 
 
 @contextmanager
-def house_style() -> Iterator[None]:
+def report_style() -> Iterator[None]:
     """Draw in the report's style, whatever the user's own settings of matplotlib are."""
-    with warnings.catch_warnings(), matplotlib.style.context(_HOUSE, after_reset=True):
+    with warnings.catch_warnings(), matplotlib.style.context(_RC_PARAMS, after_reset=True):
         warnings.filterwarnings("ignore", "Glyph")  # the browser's fonts draw the text, not ours
         yield
 
 
-def _plain(text: str, longest: int = _LONGEST) -> str:
+def _matplotlib_text(text: str, longest: int = _MAX_NAME_LENGTH) -> str:
     """Return a name that matplotlib takes as it is, cut where it would not fit."""
     short = text if len(text) <= longest else text[: longest - 1] + "…"
     return short.replace("$", r"\$")
@@ -98,37 +98,39 @@ def svg(figure: Figure, description: str) -> str:
     return text.replace("<svg", f'<svg role="img" aria-label={quoteattr(description)}', 1)
 
 
-def styles(labels: Iterable[str]) -> dict[str, Style]:
+def line_styles(labels: Iterable[str]) -> dict[str, Style]:
     """Return a colour, a marker and a line for each different label, in their order."""
     looks = zip(dict.fromkeys(labels), cycle(_COLOURS), cycle(_MARKERS), cycle(_LINES))
     return {label: {"color": c, "marker": m, "linestyle": line} for label, c, m, line in looks}
 
 
-def _draw(axes: Axes, line: Curve, style: Style) -> None:
+def _draw_curve(axes: Axes, line: Curve, style: Style) -> None:
     every = max(1, len(line.x) // 10)
     axes.fill_between(line.x, line.low, line.high, color=style["color"], alpha=0.15, linewidth=0)
     if len(line.x) == 1:  # a band of no width would not be seen
         axes.vlines(line.x, line.low, line.high, color=style["color"], alpha=0.5)
     axes.plot(line.x, line.mean, markevery=every, **style)
-    axes.plot(line.x[line.failed], line.mean[line.failed], **_FAILED)
+    axes.plot(line.x[line.failed], line.mean[line.failed], **_FAILED_STYLE)
 
 
 def add_legend(figure: Figure, marks: Mapping[str, Style]) -> None:
     """Put the legend below the axes, and make the figure taller by as much."""
-    names = [_plain(name) for name in marks]
+    names = [_matplotlib_text(name) for name in marks]
     columns = min(3, len(names), max(1, 54 // (max(map(len, names)) + 6)))
     figure.set_figheight(_HEIGHT + 0.21 * math.ceil(len(names) / columns) + 0.1)
     handles = [Line2D([], [], **style) for style in marks.values()]
     figure.legend(handles, names, loc="outside lower center", ncols=columns)
 
 
-def blank() -> tuple[Figure, Axes]:
+def empty_figure() -> tuple[Figure, Axes]:
     """Return a figure of a panel's size and its empty axes."""
     figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
     return figure, figure.add_subplot()
 
 
-def panel(curves: Mapping[str, Curve], looks: Mapping[str, Style], *, log: bool = False) -> Figure:
+def curve_figure(
+    curves: Mapping[str, Curve], looks: Mapping[str, Style], *, log: bool = False
+) -> Figure:
     """Return a figure with a line and a band for each label, and a legend below its axes.
 
     Args:
@@ -136,9 +138,9 @@ def panel(curves: Mapping[str, Curve], looks: Mapping[str, Style], *, log: bool 
         looks: styles by label, of every panel beside this one; a single label needs no legend.
         log: whether the height is logarithmic.
     """
-    figure, axes = blank()
+    figure, axes = empty_figure()
     for label, line in curves.items():
-        _draw(axes, line, looks[label])
+        _draw_curve(axes, line, looks[label])
     if log:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -146,13 +148,13 @@ def panel(curves: Mapping[str, Curve], looks: Mapping[str, Style], *, log: bool 
         axes.yaxis.set_minor_formatter(NullFormatter())
     marks = {label: looks[label] for label in curves} if len(looks) > 1 else {}
     if any(line.failed.any() for line in curves.values()):
-        marks |= {"failed round": _FAILED}
+        marks |= {"failed round": _FAILED_STYLE}
     if marks:
         add_legend(figure, marks)
     return figure
 
 
-def share_height(panels: Sequence[Axes]) -> None:
+def share_y_limits(panels: Sequence[Axes]) -> None:
     """Give all axes the same limits of y."""
     lows, highs = zip(*(axes.get_ylim() for axes in panels), strict=True)
     for axes in panels:
@@ -182,7 +184,7 @@ def heat_map(labels: Sequence[str], counts: NDArray[np.int64], title: str) -> Fi
     else:
         figure.colorbar(image, ax=heat, label="examples")
     if len(labels) <= 30:
-        names, turn = [_plain(name, 16) for name in labels], 90 if len(labels) > 4 else 0
+        names, turn = [_matplotlib_text(name, 16) for name in labels], 90 if len(labels) > 4 else 0
         heat.set_xticks(range(len(labels)), names, rotation=turn)
     bars.barh(range(clients), counts.sum(axis=1), color=_COLOURS[0], height=0.7)
     heat.yaxis.set_major_locator(MaxNLocator(20, integer=True, min_n_ticks=1))
@@ -190,6 +192,6 @@ def heat_map(labels: Sequence[str], counts: NDArray[np.int64], title: str) -> Fi
     heat.grid(visible=False)
     bars.grid(visible=False, axis="y")
     bars.tick_params(left=False)
-    heat.set(title=_plain(title), xlabel="label", ylabel="client")
+    heat.set(title=_matplotlib_text(title), xlabel="label", ylabel="client")
     bars.set(xlabel="examples")
     return figure

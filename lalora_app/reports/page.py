@@ -9,22 +9,22 @@ from typing import Any, NamedTuple
 
 from jinja2 import Environment, StrictUndefined
 
-from lalora_app.reports.charts import charts
+from lalora_app.reports.charts import all_charts
 from lalora_app.reports.page_template import TEMPLATE
 from lalora_app.reports.tables import (
     ACCURACY,
     METRICS,
+    MeanAndDeviation,
     RunRow,
-    Spread,
     TableCell,
-    best,
-    grid,
+    best_rows,
+    format_score,
     rows_of,
-    shown,
+    titles_and_cells,
 )
 from lalora_app.results.finished_run import Record, group
 
-_PLACES = {"output", "resume-from"}  # where files are, not what was done
+_PATH_KEYS = {"output", "resume-from"}  # where files are, not what was done
 _LEGEND = (
     "Mean ± sample standard deviation over seeds, on the public test split. ε is the largest that "
     "any client has spent in any of the runs; bytes are the tensors of one client and round; "
@@ -32,7 +32,7 @@ _LEGEND = (
 )
 
 
-class Tile(NamedTuple):
+class SummaryTile(NamedTuple):
     """A number at the top of the page."""
 
     title: str
@@ -53,24 +53,24 @@ def _text(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
-def _listed(values: Iterable[object]) -> str:
+def _joined(values: Iterable[object]) -> str:
     """Return the different values in their order, as one text."""
     return ", ".join(dict.fromkeys(map(_text, values)))
 
 
 def _setting(runs: Sequence[Record], key: str) -> str:
-    return _listed(run.config.get(key, "not set") for run in runs)
+    return _joined(run.config.get(key, "not set") for run in runs)
 
 
-def _subject(records: Sequence[Record]) -> str:
+def _summary_sentence(records: Sequence[Record]) -> str:
     clients = [record.clients for record in records if record.clients is not None]
-    among = f", by {_listed(clients)} clients" if clients else ""
-    epsilons = _listed(f"{record.epsilon:g}" for record in sorted(records, key=lambda r: r.epsilon))
-    seeds = _listed(sorted(record.seed for record in records))
+    among = f", by {_joined(clients)} clients" if clients else ""
+    epsilons = _joined(f"{record.epsilon:g}" for record in sorted(records, key=lambda r: r.epsilon))
+    seeds = _joined(sorted(record.seed for record in records))
     plural = "s" if "," in seeds else ""
     runs = f"{len(records)} runs" if len(records) > 1 else "One run"
     return (
-        f"{runs} of {_listed(record.label for record in records)} at ε = {epsilons}, "
+        f"{runs} of {_joined(record.label for record in records)} at ε = {epsilons}, "
         f"seed{plural} {seeds}: federated fine-tuning of {_setting(records, 'model.name')} with "
         f"LoRA adapters of rank {_setting(records, 'lora.rank')} on "
         f"{_setting(records, 'data.name')}{among}, in {_setting(records, 'num-server-rounds')} "
@@ -84,7 +84,7 @@ def _warnings(records: Sequence[Record]) -> list[str]:
     repeatable = [record for record in finite if not record.private]
     found = []
     if noiseless:
-        labels = _listed(record.label for record in noiseless)
+        labels = _joined(record.label for record in noiseless)
         found.append(f"{labels} at ε = inf: no noise was added, and nothing is promised.")
     for (label, epsilon), runs in group(repeatable).items():
         noise = _setting(runs, "privacy.noise")
@@ -111,10 +111,10 @@ def _privacy(records: Sequence[Record]) -> list[str]:
     private = [record for record in records if record.private]
     if not private:
         return []
-    epsilons = _listed(f"{r.epsilon:g}" for r in sorted(private, key=lambda r: r.epsilon))
-    deltas = _listed(f"{record.summary['delta']:g}" for record in private)
-    units = _listed(record.privacy["unit"] for record in private)
-    accountants = _listed(record.privacy["accountant"] for record in private)
+    epsilons = _joined(f"{r.epsilon:g}" for r in sorted(private, key=lambda r: r.epsilon))
+    deltas = _joined(f"{record.summary['delta']:g}" for record in private)
+    units = _joined(record.privacy["unit"] for record in private)
+    accountants = _joined(record.privacy["accountant"] for record in private)
     promise = (
         f"Privacy: each client has (ε, δ)-differential privacy with ε = {epsilons} and "
         f"δ = {deltas}, over all rounds of a run. Unit: {units}. Accounting: {accountants}."
@@ -127,37 +127,39 @@ def _privacy(records: Sequence[Record]) -> list[str]:
     ]
 
 
-def _row_tiles(row: RunRow) -> list[Tile]:
+def _row_tiles(row: RunRow) -> list[SummaryTile]:
     scores = [
-        Tile(metric.title, shown(metric, row.scores[metric.key]), "public test split")
+        SummaryTile(metric.title, format_score(metric, row.scores[metric.key]), "public test split")
         for metric in METRICS
         if metric.key in row.scores
     ]
     promised = f"of {row.epsilon:g} promised" if row.private else "NOT private"
     return [
         *scores,
-        Tile("largest client ε", f"{row.epsilon_reached:.2f}", promised),
-        Tile("sent", f"{row.upload / 1e3:,.0f} kB", "by one client in one round"),
-        Tile("time", f"{row.seconds:,.0f} s", "median of the seeds" if row.seeds > 1 else "in all"),
+        SummaryTile("largest client ε", f"{row.epsilon_reached:.2f}", promised),
+        SummaryTile("sent", f"{row.upload / 1e3:,.0f} kB", "by one client in one round"),
+        SummaryTile(
+            "time", f"{row.seconds:,.0f} s", "median of the seeds" if row.seeds > 1 else "in all"
+        ),
     ]
 
 
-def _best_tile(epsilon: float, rows: Sequence[RunRow]) -> Tile:
-    leaders = best(ACCURACY, rows)
+def _best_tile(epsilon: float, rows: Sequence[RunRow]) -> SummaryTile:
+    leaders = best_rows(ACCURACY, rows)
     title = f"highest accuracy at ε = {epsilon:g}" if leaders else f"accuracy at ε = {epsilon:g}"
     winners = leaders or rows
-    mean = shown(ACCURACY, Spread(winners[0].scores[ACCURACY.key].mean, None))
-    return Tile(title, _listed(row.label for row in winners), f"{mean} %")
+    mean = format_score(ACCURACY, MeanAndDeviation(winners[0].scores[ACCURACY.key].mean, None))
+    return SummaryTile(title, _joined(row.label for row in winners), f"{mean} %")
 
 
-def _tiles(rows: Sequence[RunRow]) -> list[Tile]:
+def _tiles(rows: Sequence[RunRow]) -> list[SummaryTile]:
     if len(rows) == 1:
         return _row_tiles(rows[0])
     return [_best_tile(epsilon, list(own)) for epsilon, own in groupby(rows, lambda r: r.epsilon)]
 
 
 def _settings_of(runs: Sequence[Record]) -> dict[str, str]:
-    keys = dict.fromkeys(key for run in runs for key in run.config if key not in _PLACES)
+    keys = dict.fromkeys(key for run in runs for key in run.config if key not in _PATH_KEYS)
     return {key: _setting(runs, key) for key in keys}
 
 
@@ -176,7 +178,7 @@ def _notes(records: Sequence[Record]) -> list[str]:
             if key != "seed" and len({_setting([run], key) for run in runs}) > 1
         ]
         if mixed:
-            notes.append(f"{name}: the mean mixes settings, the runs differ in {_listed(mixed)}.")
+            notes.append(f"{name}: the mean mixes settings, the runs differ in {_joined(mixed)}.")
         if len({run.seed for run in runs}) < len(runs):
             notes.append(f"{name}: the same seed was run more than once.")
     return notes
@@ -199,7 +201,7 @@ def _differences(records: Sequence[Record]) -> dict[str, Any]:
     return {"common": common, "keys": others, "differences": lines if len(rows) > 1 else []}
 
 
-def _lines(rows: Sequence[RunRow], cells: Sequence[list[TableCell]]) -> list[PageRow]:
+def _page_rows(rows: Sequence[RunRow], cells: Sequence[list[TableCell]]) -> list[PageRow]:
     before = [None, *(row.epsilon for row in rows)]
     return [
         PageRow(line, row.private, first=previous not in (None, row.epsilon))
@@ -215,23 +217,23 @@ def to_html(records: Sequence[Record], title: str) -> str:
         title: of the page.
     """
     rows = rows_of(records)
-    titles, cells = grid(rows)
+    titles, cells = titles_and_cells(rows)
     # Every value is escaped but the figures, which escape their own texts.
     page = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string(TEMPLATE)
     return page.render(
         title=title,
-        subject=_subject(records),
+        subject=_summary_sentence(records),
         warnings=_warnings(records),
         privacy=[*_privacy(records), *_audits(records)],
         tiles=_tiles(rows),
         titles=titles,
-        lines=_lines(rows, cells),
+        lines=_page_rows(rows, cells),
         legend=_LEGEND,
         notes=_notes(records),
         bands=any(row.seeds > 1 for row in rows),
-        charts=charts(records),
+        all_charts=all_charts(records),
         **_differences(records),
     )
 

@@ -40,7 +40,7 @@ METRICS = (
 )
 
 
-class Spread(NamedTuple):
+class MeanAndDeviation(NamedTuple):
     """Mean and sample standard deviation over seeds; no deviation where there is none."""
 
     mean: float
@@ -69,7 +69,7 @@ class RunRow:
     epsilon: float
     private: bool
     seeds: int
-    scores: dict[str, Spread]
+    scores: dict[str, MeanAndDeviation]
     epsilon_reached: float
     upload: float
     download: float
@@ -84,9 +84,9 @@ class TableCell(NamedTuple):
     best: bool = False
 
 
-def _spread(values: Sequence[float]) -> Spread:
+def _mean_and_deviation(values: Sequence[float]) -> MeanAndDeviation:
     known = len(values) > 1 and all(map(math.isfinite, values))
-    return Spread(statistics.fmean(values), statistics.stdev(values) if known else None)
+    return MeanAndDeviation(statistics.fmean(values), statistics.stdev(values) if known else None)
 
 
 def _error_left(runs: Sequence[Record]) -> float | None:
@@ -103,7 +103,7 @@ def _row(label: str, epsilon: float, runs: Sequence[Record]) -> RunRow:
         epsilon=epsilon,
         private=all(run.private for run in runs),
         seeds=len(runs),
-        scores={key: _spread([summary[key] for summary in summaries]) for key in keys},
+        scores={key: _mean_and_deviation([summary[key] for summary in summaries]) for key in keys},
         epsilon_reached=max(summary["epsilon_max"] for summary in summaries),
         upload=statistics.fmean(s["upload_bytes_per_round"] for s in summaries),
         download=statistics.fmean(s["download_bytes_per_round"] for s in summaries),
@@ -117,13 +117,13 @@ def rows_of(records: Sequence[Record]) -> list[RunRow]:
     return [_row(label, epsilon, runs) for (label, epsilon), runs in group(records).items()]
 
 
-def shown(metric: Metric, spread: Spread) -> str:
+def format_score(metric: Metric, spread: MeanAndDeviation) -> str:
     """Return the mean as it is shown, with ± where several seeds give a deviation."""
     numbers = [n for n in spread if n is not None]
     return " ± ".join(f"{metric.scale * n:.{metric.digits}f}" for n in numbers)
 
 
-def best(metric: Metric, rows: Sequence[RunRow]) -> list[RunRow]:
+def best_rows(metric: Metric, rows: Sequence[RunRow]) -> list[RunRow]:
     """Return the rows with the best mean as far as it is shown; none if there is no rival.
 
     A mean that is NaN has lost, but is a rival: compared with numbers, it would beat or lose to
@@ -138,7 +138,9 @@ def best(metric: Metric, rows: Sequence[RunRow]) -> list[RunRow]:
     return [row for row, mean in zip(scored, means, strict=True) if mean == top]
 
 
-def grid(rows: Sequence[RunRow], infinity: str = "inf") -> tuple[list[str], list[list[TableCell]]]:
+def titles_and_cells(
+    rows: Sequence[RunRow], infinity: str = "inf"
+) -> tuple[list[str], list[list[TableCell]]]:
     """Return titles and cells of the table; ``infinity`` is how ε = inf is shown."""
     metrics = [m for m in METRICS if any(m.key in row.scores for row in rows)]
     titles = ["method", "ε promised", "seeds", *(m.title for m in metrics)]
@@ -147,14 +149,14 @@ def grid(rows: Sequence[RunRow], infinity: str = "inf") -> tuple[list[str], list
         (metric.key, row.label, row.epsilon)
         for metric in metrics
         for _, peers in groupby(rows, key=lambda row: row.epsilon)
-        for row in best(metric, list(peers))
+        for row in best_rows(metric, list(peers))
     }
 
     def score(metric: Metric, row: RunRow) -> TableCell:
         if metric.key not in row.scores:
             return TableCell("–")
         leads = (metric.key, row.label, row.epsilon) in leaders
-        return TableCell(shown(metric, row.scores[metric.key]), leads)
+        return TableCell(format_score(metric, row.scores[metric.key]), leads)
 
     def number(value: float, form: str) -> TableCell:
         return TableCell(format(value, form) if math.isfinite(value) else infinity)
@@ -174,7 +176,7 @@ def grid(rows: Sequence[RunRow], infinity: str = "inf") -> tuple[list[str], list
 
 def to_text(rows: Sequence[RunRow]) -> str:
     """Return the table for a terminal: columns aligned, the first to the left."""
-    titles, cells = grid(rows)
+    titles, cells = titles_and_cells(rows)
     lines = [titles, *([cell.text for cell in line] for line in cells)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     first, *rest = widths
@@ -186,7 +188,7 @@ def to_text(rows: Sequence[RunRow]) -> str:
 
 def to_markdown(rows: Sequence[RunRow]) -> str:
     """Return the table as Markdown; the best mean of each ε is bold."""
-    titles, cells = grid(rows)
+    titles, cells = titles_and_cells(rows)
 
     def show(cell: TableCell) -> str:
         text = re.sub(r"([\\`*_|<\[\]])", r"\\\1", cell.text)
@@ -209,7 +211,7 @@ _LATEX = str.maketrans(
 
 def to_latex(rows: Sequence[RunRow]) -> str:
     """Return a tabular for the package booktabs; the best mean of each ε is bold."""
-    titles, cells = grid(rows, infinity="∞")
+    titles, cells = titles_and_cells(rows, infinity="∞")
 
     def show(cell: TableCell) -> str:
         text = cell.text.translate(_LATEX)

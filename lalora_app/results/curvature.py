@@ -15,7 +15,7 @@ from lalora_app.data.encoding import Batch
 from lalora_app.models.backbone import Backbone, wire_name
 from lalora_app.models.device import to_device
 from lalora_app.private_step.attach import LayoutError
-from lalora_app.private_step.tape import unused
+from lalora_app.private_step.tape import unused_parameter_error
 from lalora_app.results.spectra import lanczos_top
 
 Named = Mapping[str, nn.Parameter]
@@ -92,7 +92,7 @@ def _batch_product(
     slope = torch.zeros((), dtype=torch.float64, device=backbone.device)
     for name, grad, part in zip(named, grads, direction, strict=True):
         if grad is None:
-            raise unused(name)
+            raise unused_parameter_error(name)
         slope = slope + (grad * part).sum(dtype=torch.float64)
     # A loss that is linear in a tensor has no second derivative in it: zeros.
     products = torch.autograd.grad(slope, tensors, materialize_grads=True)

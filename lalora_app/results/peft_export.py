@@ -7,8 +7,8 @@ from typing import Any, cast
 from peft import LoraConfig, PeftModel
 from safetensors.numpy import load_file, save_file
 
-from lalora_app.adapter.factors import Adapter, pairs
-from lalora_app.adapter.low_rank import balanced, rank_of, stacked, svd
+from lalora_app.adapter.factors import Adapter, factor_pairs
+from lalora_app.adapter.low_rank import balanced_factors, numerical_rank, sum_of_products, svd
 from lalora_app.aggregation.server_state import ServerState
 from lalora_app.models.backbone import Backbone
 from lalora_app.models.forwards import Segmented
@@ -32,12 +32,12 @@ def _with_drift(folder: Path, drift: Adapter) -> None:
     tensors = load_file(file)
     scale = settings.lora_alpha / settings.r
     sums = {
-        (b, a): svd(stacked([(scale, tensors[b], tensors[a]), (1.0, drift[b], drift[a])]))
-        for b, a in pairs(drift)
+        (b, a): svd(sum_of_products([(scale, tensors[b], tensors[a]), (1.0, drift[b], drift[a])]))
+        for b, a in factor_pairs(drift)
     }
-    rank = max(rank_of(found) for found in sums.values())
+    rank = max(numerical_rank(found) for found in sums.values())
     for (b, a), found in sums.items():
-        tensors[b], tensors[a] = balanced(found, rank)
+        tensors[b], tensors[a] = balanced_factors(found, rank)
     save_file(tensors, file)
     settings.r = settings.lora_alpha = rank
     settings.save_pretrained(str(folder))

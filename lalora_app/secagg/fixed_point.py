@@ -17,21 +17,21 @@ Wide = NDArray[np.float64]
 
 # The largest entry of an update that can be sent. Noised updates of a round are smaller by far;
 # one that is not is refused, never clipped: a clipped one would move the mean in silence.
-RANGE = 64.0
+MAX_UPDATE = 64.0
 
 
 class RangeError(ValueError):
     """An update that the masked sum cannot hold."""
 
 
-def levels(clients: int) -> int:
+def max_level(clients: int) -> int:
     """Return the largest integer of one client with which ``clients`` of them fit a signed sum."""
     return (2**31 - 1) // clients
 
 
-def step(clients: int) -> float:
+def step_size(clients: int) -> float:
     """Return the unit of the integers: ``RANGE`` over the levels."""
-    return RANGE / levels(clients)
+    return MAX_UPDATE / max_level(clients)
 
 
 def error_bound(clients: int) -> float:
@@ -39,7 +39,7 @@ def error_bound(clients: int) -> float:
 
     Half a step, as in each client's rounding; the rest covers the rounding of float64 itself.
     """
-    return (0.5 + 2.0**-20) * step(clients)
+    return (0.5 + 2.0**-20) * step_size(clients)
 
 
 def update_of(upload: Mapping[str, Array], start: Mapping[str, Array]) -> Wide:
@@ -48,7 +48,7 @@ def update_of(upload: Mapping[str, Array], start: Mapping[str, Array]) -> Wide:
     return np.concatenate([part.ravel() for part in parts])
 
 
-def added(start: Mapping[str, Array], update: Wide) -> Adapter:
+def add_update(start: Mapping[str, Array], update: Wide) -> Adapter:
     """Return the tensors of ``start`` with the update of :func:`update_of` added."""
     ends = np.cumsum([start[n].size for n in sorted(start)])
     parts = np.split(update, ends[:-1])
@@ -58,7 +58,7 @@ def added(start: Mapping[str, Array], update: Wide) -> Adapter:
     }
 
 
-def quantised(update: Wide, clients: int) -> Words:
+def quantise(update: Wide, clients: int) -> Words:
     """Return the update in steps, rounded to the nearest, modulo 2^32.
 
     Args:
@@ -72,13 +72,13 @@ def quantised(update: Wide, clients: int) -> Words:
     """
     if not np.isfinite(update).all():
         raise RangeError("an entry of the update is not finite")
-    steps = np.rint(update / step(clients))
-    if np.abs(steps).max(initial=0.0) > levels(clients):
-        raise RangeError(f"an entry of the update is beyond {RANGE:g}")
+    steps = np.rint(update / step_size(clients))
+    if np.abs(steps).max(initial=0.0) > max_level(clients):
+        raise RangeError(f"an entry of the update is beyond {MAX_UPDATE:g}")
     return steps.astype(np.int64).astype(np.uint32)
 
 
-def mean_of(total: Words, clients: int, summands: int) -> Wide:
+def dequantised_mean(total: Words, clients: int, summands: int) -> Wide:
     """Return the mean update from the sum of quantised ones.
 
     Args:
@@ -86,4 +86,4 @@ def mean_of(total: Words, clients: int, summands: int) -> Wide:
         clients: as the summands were quantised for.
         summands: how many there are, at most ``clients``.
     """
-    return total.view(np.int32).astype(np.float64) * (step(clients) / summands)
+    return total.view(np.int32).astype(np.float64) * (step_size(clients) / summands)

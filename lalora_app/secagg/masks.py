@@ -35,7 +35,7 @@ def threshold(clients: int) -> int:
     return max(2, -(-2 * clients // 3))
 
 
-def new_key() -> bytes:
+def new_private_key() -> bytes:
     """Return a fresh private key: 48 bytes, where a PEM file would be 300 to share."""
     numbers = generate_key_pairs()[0].private_numbers()
     return numbers.private_value.to_bytes(KEY_BYTES, "big")
@@ -45,7 +45,7 @@ def _private(key: bytes) -> ec.EllipticCurvePrivateKey:
     return ec.derive_private_key(int.from_bytes(key, "big"), ec.SECP384R1())
 
 
-def public_of(key: bytes) -> bytes:
+def public_key_of(key: bytes) -> bytes:
     """Return the public key of a private one, as PEM.
 
     Raises:
@@ -57,7 +57,7 @@ def public_of(key: bytes) -> bytes:
         raise WireError("a private key must be a number below the order of P-384") from error
 
 
-def agreed(key: bytes, public: bytes) -> bytes:
+def shared_secret(key: bytes, public: bytes) -> bytes:
     """Return the secret of two clients, from one's private and the other's public key.
 
     Raises:
@@ -69,14 +69,14 @@ def agreed(key: bytes, public: bytes) -> bytes:
         raise WireError("a public key must be a point on P-384, as PEM") from error
 
 
-def shared(secret: bytes, clients: Iterable[int]) -> dict[int, bytes]:
+def split_into_shares(secret: bytes, clients: Iterable[int]) -> dict[int, bytes]:
     """Return a share of the secret for every client; :func:`threshold` of them make it again."""
     order = sorted(clients)
     shares = create_shares(secret, threshold(len(order)), len(order))
     return dict(zip(order, shares, strict=True))
 
 
-def reconstructed(shares: Mapping[int, bytes], clients: int) -> bytes:
+def reconstruct_secret(shares: Mapping[int, bytes], clients: int) -> bytes:
     """Return a secret from enough of its shares.
 
     Args:

@@ -64,7 +64,7 @@ def bytes_of(record: ConfigRecord, name: str) -> bytes:
     return found
 
 
-def column_of(record: ConfigRecord, name: str) -> dict[int, bytes]:
+def mapping_of(record: ConfigRecord, name: str) -> dict[int, bytes]:
     """Read what :func:`columns` has written.
 
     Raises:
@@ -79,7 +79,7 @@ def column_of(record: ConfigRecord, name: str) -> dict[int, bytes]:
     return dict(zip(clients, found, strict=True))
 
 
-def order_of(record: ConfigRecord) -> tuple[str, int]:
+def run_and_attempt_of(record: ConfigRecord) -> tuple[str, int]:
     """Read which run and attempt a stage belongs to.
 
     Raises:

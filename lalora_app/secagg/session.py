@@ -10,14 +10,14 @@ from flwr.serverapp import Grid
 
 from lalora_app.secagg import masks
 from lalora_app.secagg.fixed_point import Words
-from lalora_app.secagg.messages import SECAGG, Value, bytes_of, column_of, columns, record_of
+from lalora_app.secagg.messages import SECAGG, Value, bytes_of, columns, mapping_of, record_of
 from lalora_app.wire.messages import content_or_raise
 from lalora_app.wire.tensors import WireError
 
-Read = Callable[[ConfigRecord, int], None]  # of a reply's record, and its client
+ReplyReader = Callable[[ConfigRecord, int], None]  # of a reply's record, and its client
 
 
-def _for(client: int, shares: Mapping[int, Mapping[int, bytes]]) -> dict[int, bytes]:
+def _shares_for(client: int, shares: Mapping[int, Mapping[int, bytes]]) -> dict[int, bytes]:
     """Return the other clients' shares for one client, by source."""
     return {source: sealed[client] for source, sealed in shares.items() if source != client}
 
@@ -32,7 +32,7 @@ class Session:
         run: name of the run.
         attempt: its number; the keys are of this attempt alone.
         nodes: node id by client.
-        fewest: clients without which the attempt is given up.
+        min_clients: clients without which the attempt is given up.
     """
 
     grid: Grid
@@ -40,8 +40,8 @@ class Session:
     run: str
     attempt: int
     nodes: Mapping[int, int]
-    fewest: int
-    dropped: list[str] = field(default_factory=list)
+    min_clients: int
+    drop_reasons: list[str] = field(default_factory=list)
     mask_keys: dict[int, bytes] = field(default_factory=dict)
     commitments: dict[int, bytes] = field(default_factory=dict)
 
@@ -55,7 +55,9 @@ class Session:
             group_id=str(self.attempt),
         )
 
-    def _read(self, stage: str, message: Message, read: Read, asked: Mapping[int, int]) -> None:
+    def _read_reply(
+        self, stage: str, message: Message, read: ReplyReader, asked: Mapping[int, int]
+    ) -> None:
         """Have one reply read; one that breaks a law is dropped, and never ends the attempt."""
         try:
             record, node = record_of(content_or_raise(message)), message.metadata.src_node_id
@@ -63,19 +65,21 @@ class Session:
                 raise WireError("the reply of a node that was not asked")
             read(record, asked[node])
         except WireError as error:
-            self.dropped.append(f"{stage}: {error}")
+            self.drop_reasons.append(f"{stage}: {error}")
 
-    def _wave(self, stage: str, values: Mapping[int, Mapping[str, Value]], read: Read) -> None:
+    def _run_stage(
+        self, stage: str, values: Mapping[int, Mapping[str, Value]], read: ReplyReader
+    ) -> None:
         """Send a stage to its clients and have each reply read on its own."""
         messages = [self._message(client, stage, own) for client, own in values.items()]
         replies = list(self.grid.send_and_receive(messages, timeout=self.timeout))
         asked = {self.nodes[client]: client for client in values}
         for message in replies:
-            self._read(stage, message, read, asked)
+            self._read_reply(stage, message, read, asked)
         if (missing := len(messages) - len(replies)) > 0:
-            self.dropped.append(f"{stage}: {missing} did not answer in time")
+            self.drop_reasons.append(f"{stage}: {missing} did not answer in time")
 
-    def _directory(self) -> dict[str, Value]:
+    def _collect_public_keys(self) -> dict[str, Value]:
         """Ask all clients for their public keys."""
         cipher_keys: dict[int, bytes] = {}
 
@@ -83,69 +87,73 @@ class Session:
             keys = bytes_of(record, "mask-key"), bytes_of(record, "cipher-key")
             self.mask_keys[client], cipher_keys[client] = keys
 
-        self._wave("advertise", {client: {"client": client} for client in self.nodes}, read)
+        self._run_stage("advertise", {client: {"client": client} for client in self.nodes}, read)
         return columns("mask-keys", self.mask_keys) | columns("cipher-keys", cipher_keys)
 
-    def _shares(self, directory: Mapping[str, Value]) -> dict[int, dict[int, bytes]]:
+    def _collect_shares(self, directory: Mapping[str, Value]) -> dict[int, dict[int, bytes]]:
         """Have the secrets shared; return the encrypted shares by source and destination."""
         found: dict[int, dict[int, bytes]] = {}
 
         def read(record: ConfigRecord, client: int) -> None:
-            shares, commitment = column_of(record, "shares"), bytes_of(record, "seed")
+            shares, commitment = mapping_of(record, "shares"), bytes_of(record, "seed")
             if set(shares) != set(self.mask_keys) - {client}:
                 raise WireError("there must be one share for every other client")
             found[client], self.commitments[client] = shares, commitment
 
-        self._wave("share", {client: directory for client in self.mask_keys}, read)
+        self._run_stage("share", {client: directory for client in self.mask_keys}, read)
         return found
 
-    def _enough(self, clients: int) -> bool:
-        needed = max(self.fewest, masks.threshold(max(len(self.mask_keys), 1)))
+    def _has_enough(self, clients: int) -> bool:
+        needed = max(self.min_clients, masks.threshold(max(len(self.mask_keys), 1)))
         if clients < needed:
-            self.dropped.append(f"{clients} of {len(self.nodes)} are left, and it takes {needed}")
+            self.drop_reasons.append(
+                f"{clients} of {len(self.nodes)} are left, and it takes {needed}"
+            )
         return clients >= needed
 
-    def prepared(self) -> dict[int, dict[str, Value]]:
+    def share_secrets(self) -> dict[int, dict[str, Value]]:
         """Return what each client's request to train must carry besides: others' shares for it.
 
         Empty where too few clients have come so far: then nobody trains, and nothing is spent.
         """
-        directory = self._directory()
-        if not self._enough(len(self.mask_keys)):
+        directory = self._collect_public_keys()
+        if not self._has_enough(len(self.mask_keys)):
             return {}
-        shares = self._shares(directory)
-        if not self._enough(len(shares)):
+        shares = self._collect_shares(directory)
+        if not self._has_enough(len(shares)):
             return {}
-        return {client: columns("shares", _for(client, shares)) for client in shares}
+        return {client: columns("shares", _shares_for(client, shares)) for client in shares}
 
-    def _collected(self, arrived: list[int], lost: list[int]) -> dict[int, dict[int, bytes]]:
+    def _collect_unmasking_shares(
+        self, arrived: list[int], lost: list[int]
+    ) -> dict[int, dict[int, bytes]]:
         """Return the shares of every client's one secret, by owner and holder."""
         found: dict[int, dict[int, bytes]] = {client: {} for client in [*arrived, *lost]}
 
         def read(record: ConfigRecord, client: int) -> None:
-            shares = column_of(record, "shares")
+            shares = mapping_of(record, "shares")
             if set(shares) != set(found):
                 raise WireError("there must be one share of every client's secret")
             for owner, share in shares.items():
                 found[owner][client] = share
 
         both: dict[str, Value] = {"arrived": arrived, "lost": lost}
-        self._wave("unmask", {client: both for client in arrived}, read)
+        self._run_stage("unmask", {client: both for client in arrived}, read)
         return found
 
-    def _seed(self, client: int, shares: Mapping[int, bytes]) -> bytes:
-        seed = masks.reconstructed(shares, len(self.mask_keys))
+    def _verified_seed(self, client: int, shares: Mapping[int, bytes]) -> bytes:
+        seed = masks.reconstruct_secret(shares, len(self.mask_keys))
         if hashlib.sha256(seed).digest() != self.commitments[client]:
             raise WireError("a seed is not the one that its client committed to")
         return seed
 
-    def _lost_key(self, client: int, shares: Mapping[int, bytes]) -> bytes:
-        key = masks.reconstructed(shares, len(self.mask_keys))
-        if masks.public_of(key) != self.mask_keys[client]:
+    def _verified_mask_key(self, client: int, shares: Mapping[int, bytes]) -> bytes:
+        key = masks.reconstruct_secret(shares, len(self.mask_keys))
+        if masks.public_key_of(key) != self.mask_keys[client]:
             raise WireError("a mask key is not the one that its client advertised")
         return key
 
-    def sum_of(self, vectors: Mapping[int, Words]) -> Words:
+    def unmasked_sum(self, vectors: Mapping[int, Words]) -> Words:
         """Return the sum of the vectors that the masked ones hide, modulo 2^32.
 
         Args:
@@ -157,13 +165,13 @@ class Session:
         arrived, lost = sorted(vectors), sorted(set(self.commitments) - set(vectors))
         if len(arrived) < (needed := masks.threshold(len(self.mask_keys))):
             raise WireError(f"{len(arrived)} masked vectors arrived, and unmasking takes {needed}")
-        shares = self._collected(arrived, lost)
+        shares = self._collect_unmasking_shares(arrived, lost)
         total: Words = np.add.reduce(list(vectors.values()), dtype=np.uint32)
         for client in arrived:
-            total = total - masks.mask(self._seed(client, shares[client]), total.size)
+            total = total - masks.mask(self._verified_seed(client, shares[client]), total.size)
         for client in lost:
-            key = self._lost_key(client, shares[client])
+            key = self._verified_mask_key(client, shares[client])
             for other in arrived:
-                secret = masks.agreed(key, self.mask_keys[other])
+                secret = masks.shared_secret(key, self.mask_keys[other])
                 total = total - masks.pair_mask(other, client, secret, total.size)
         return total

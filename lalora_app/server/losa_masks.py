@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lalora_app.adapter.factors import Adapter, Array, pairs, sibling
-from lalora_app.adapter.parametrisations import rank_mask
+from lalora_app.adapter.factors import Adapter, Array, factor_pairs, sibling
+from lalora_app.adapter.parametrisations import rank_mask_name
 from lalora_app.data.encoding import Encoded
 from lalora_app.models.backbone import Backbone
 from lalora_app.settings.run_config import MethodNumbers
@@ -78,7 +78,7 @@ def losa_start(
     """
     norms = input_norms(model, public)
     masked, drift, errors = dict(start), Adapter(), {}
-    for b, a in pairs(start):
+    for b, a in factor_pairs(start):
         weight = model.frozen_weights.weight(b).detach().float().cpu().numpy()
         kept = pruned(weight, norms[b], rule.sparsity)
         gone = np.flatnonzero(kept == 0)
@@ -87,7 +87,7 @@ def losa_start(
         if len(gone):
             drift[b] = -weight[:, gone]
             drift[a] = np.eye(len(kept), dtype=np.float32)[gone]
-    for b, rank in ranks_of(errors, len(start[next(pairs(start))[1]])).items():
+    for b, rank in ranks_of(errors, len(start[next(factor_pairs(start))[1]])).items():
         room = len(start[sibling(b, "A")])
-        masked[rank_mask(b)] = (np.arange(room) < rank).astype(np.float32)
+        masked[rank_mask_name(b)] = (np.arange(room) < rank).astype(np.float32)
     return masked, drift

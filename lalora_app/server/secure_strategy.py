@@ -40,9 +40,9 @@ class SecureFederatedLora(FederatedLora):
             run=self.run,
             attempt=self.state.attempts + 1,
             nodes={client: node for node, client in cohort.items()},
-            fewest=self.config.min_replies,
+            min_clients=self.config.min_replies,
         )
-        shares = self._session.prepared()
+        shares = self._session.share_secrets()
         self._training = {node: client for node, client in cohort.items() if client in shares}
         asked = [r for r in requests if r.metadata.dst_node_id in self._training]
         for request in asked:
@@ -59,8 +59,8 @@ class SecureFederatedLora(FederatedLora):
 
     def _judge(self, replies: Iterable[Message]) -> tuple[dict[int, TrainReply], list[str]]:
         accepted, dropped = super()._judge(replies)
-        self._session.dropped.extend(dropped)
-        return accepted, self._session.dropped
+        self._session.drop_reasons.extend(dropped)
+        return accepted, self._session.drop_reasons
 
     def _enough(self, accepted: dict[int, TrainReply], dropped: list[str]) -> bool:
         """Unmask the sum where there are replies enough; else nobody is asked to."""
@@ -76,9 +76,9 @@ class SecureFederatedLora(FederatedLora):
     def _unmasked(self, accepted: dict[int, TrainReply]) -> Adapter:
         """Return the mean of what the clients would have sent."""
         vectors = {self._training[node]: r.upload[MASKED] for node, r in accepted.items()}
-        total = self._session.sum_of(vectors)
-        mean = fixed_point.mean_of(total, len(self._session.mask_keys), len(vectors))
-        return fixed_point.added(select(self.state.adapter, self._synced()), mean)
+        total = self._session.unmasked_sum(vectors)
+        mean = fixed_point.dequantised_mean(total, len(self._session.mask_keys), len(vectors))
+        return fixed_point.add_update(select(self.state.adapter, self._synced()), mean)
 
     def _uploads(self, accepted: dict[int, TrainReply]) -> tuple[list[float], list[Adapter]]:
         return [1.0], [self._mean]

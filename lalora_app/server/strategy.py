@@ -10,7 +10,14 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from lalora_app.adapter.factors import Adapter, Factors, at_rank, in_full_units, num_bytes, select
+from lalora_app.adapter.factors import (
+    Adapter,
+    Factors,
+    num_bytes,
+    rescale_to_full_rank,
+    select,
+    truncate_to_rank,
+)
 from lalora_app.adapter.low_rank import add_to_drift
 from lalora_app.aggregation.measured_error import AggregationErrors, aggregation_errors
 from lalora_app.aggregation.rule import RoundInfo
@@ -144,7 +151,7 @@ class FederatedLora(Strategy):
         return self.clients.ranks[client] if self.clients.ranks else self.config.lora.rank
 
     def _download(self, client: int) -> Adapter:
-        return at_rank(self.state.adapter, self._rank(client), self.config.lora.rank)
+        return truncate_to_rank(self.state.adapter, self._rank(client), self.config.lora.rank)
 
     def _synced(self) -> Factors:
         """Return the factors that the attempt under way sends up."""
@@ -210,7 +217,9 @@ class FederatedLora(Strategy):
         """Return the weights and tensors to average, in units of the global scale."""
         asked, full = self._asked(), self.config.lora.rank
         ranks = {node: self._rank(asked[node]) for node in accepted}
-        uploads = [in_full_units(r.upload, ranks[node], full) for node, r in accepted.items()]
+        uploads = [
+            rescale_to_full_rank(r.upload, ranks[node], full) for node, r in accepted.items()
+        ]
         return self._weights(list(accepted.values())), uploads
 
     def _aggregate(self, accepted: dict[int, TrainReply], synced: Factors) -> AggregationErrors:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from lalora_app.adapter.factors import Adapter, Factor, pairs
+from lalora_app.adapter.factors import Adapter, Factor, factor_pairs
 from lalora_app.settings.run_config import Config, Scalar, flatten
 from lalora_app.wire.code_version import code_hash
 from lalora_app.wire.refusals import REFUSALS, RefusedError
@@ -40,7 +40,7 @@ def drift_of(content: RecordDict, like: Mapping[str, np.ndarray]) -> Adapter:
     if not record:
         return {}
     shapes: dict[str, np.ndarray] = {}
-    for b, a in pairs(like):
+    for b, a in factor_pairs(like):
         rank = record[a].shape[0] if a in record and len(record[a].shape) == 2 else 1
         largest = min(like[b].shape[0], like[a].shape[1])
         if not 1 <= rank <= largest:

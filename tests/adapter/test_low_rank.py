@@ -8,10 +8,10 @@ from hypothesis import strategies as st
 from lalora_app.adapter.low_rank import (
     Product,
     add_to_drift,
-    balanced,
-    compressed,
-    norm,
-    stacked,
+    balanced_factors,
+    compressed_factors,
+    frobenius_norm,
+    sum_of_products,
     svd,
 )
 
@@ -57,7 +57,7 @@ def known(rng: np.random.Generator, m: int, n: int, singular: list[float]):
 @given(terms=sums())
 @FEW
 def test_a_stack_is_the_sum_and_its_rank_the_sum_of_ranks(terms):
-    product = stacked(terms)
+    product = sum_of_products(terms)
     assert product.left.shape[1] == product.right.shape[0] == sum(b.shape[1] for _, b, _ in terms)
     assert product.left.dtype == product.right.dtype == np.float64
     np.testing.assert_allclose(matmul(product), dense(terms), atol=1e-12)
@@ -66,7 +66,7 @@ def test_a_stack_is_the_sum_and_its_rank_the_sum_of_ranks(terms):
 @given(terms=sums())
 @FEW
 def test_the_svd_puts_the_sum_together_again_from_orthonormal_sides(terms):
-    whole, found = dense(terms), svd(stacked(terms))
+    whole, found = dense(terms), svd(sum_of_products(terms))
     kept = len(found.s)
     assert kept == min(*whole.shape, sum(b.shape[1] for _, b, _ in terms))
     np.testing.assert_allclose(found.u * found.s @ found.vt, whole, atol=1e-12)
@@ -114,7 +114,9 @@ def test_at_a_rank_of_the_smaller_side_and_above_the_svd_is_the_same(seed, rank)
 @given(terms=sums())
 @FEW
 def test_the_norm_is_frobenius_norm_of_the_dense_sum(terms):
-    assert norm(stacked(terms)) == pytest.approx(np.linalg.norm(dense(terms)), rel=1e-12)
+    assert frobenius_norm(sum_of_products(terms)) == pytest.approx(
+        np.linalg.norm(dense(terms)), rel=1e-12
+    )
 
 
 @given(seed=st.integers(0, 2**32 - 1), ranks=st.tuples(st.integers(1, 4), st.integers(1, 4)))
@@ -124,9 +126,9 @@ def test_the_norm_is_accurate_where_the_terms_cancel(seed, ranks):
     rng = np.random.default_rng(seed)
     large = drawn(rng, 20, ranks[0]), drawn(rng, ranks[0], 30)
     small = drawn(rng, 20, ranks[1]), drawn(rng, ranks[1], 30)
-    left = norm(stacked([(1.0, *large), (1e-10, *small), (-1.0, *large)]))
+    left = frobenius_norm(sum_of_products([(1.0, *large), (1e-10, *small), (-1.0, *large)]))
     assert left == pytest.approx(1e-10 * np.linalg.norm(matmul(small)), rel=1e-4)
-    gone = norm(stacked([(1.0, *large), (-1.0, *large)]))
+    gone = frobenius_norm(sum_of_products([(1.0, *large), (-1.0, *large)]))
     assert gone <= 1e-14 * np.linalg.norm(matmul(large))
 
 
@@ -134,7 +136,7 @@ def test_the_norm_is_accurate_where_the_terms_cancel(seed, ranks):
 @FEW
 def test_balanced_factors_are_the_best_of_their_rank_and_share_the_scale(terms, rank):
     whole = dense(terms)
-    b, a = balanced(svd(stacked(terms)), rank)
+    b, a = balanced_factors(svd(sum_of_products(terms)), rank)
     assert (b.shape, a.shape) == ((len(whole), rank), (rank, whole.shape[1]))
     assert b.dtype == a.dtype == np.float32
     size = np.linalg.norm(whole)
@@ -150,9 +152,9 @@ def test_balanced_factors_are_the_best_of_their_rank_and_share_the_scale(terms, 
 @given(terms=sums(), rank=st.integers(2, 14), less=st.integers(1, 13))
 @FEW
 def test_the_first_columns_of_balanced_factors_are_those_of_a_smaller_rank(terms, rank, less):
-    found, kept = svd(stacked(terms)), min(less, rank)
-    b, a = balanced(found, rank)
-    narrow_b, narrow_a = balanced(found, kept)
+    found, kept = svd(sum_of_products(terms)), min(less, rank)
+    b, a = balanced_factors(found, rank)
+    narrow_b, narrow_a = balanced_factors(found, kept)
     np.testing.assert_array_equal(b[:, :kept], narrow_b)
     np.testing.assert_array_equal(a[:kept], narrow_a)
 
@@ -169,7 +171,7 @@ def test_compression_keeps_the_product_and_leaves_its_own_rank(seed, shape, inne
     b = (rng.integers(-3, 4, (m, inner)) @ rng.integers(-3, 4, (inner, r))).astype(np.float32)
     a = rng.integers(-3, 4, (r, n)).astype(np.float32)
     whole = matmul((b, a))
-    small = compressed(b, a)
+    small = compressed_factors(b, a)
     assert small[0].shape[1] == small[1].shape[0] == max(np.linalg.matrix_rank(whole), 1)
     assert np.linalg.norm(matmul(small) - whole) <= 1e-6 * np.linalg.norm(whole)
     assert small[0].dtype == small[1].dtype == np.float32
@@ -178,12 +180,12 @@ def test_compression_keeps_the_product_and_leaves_its_own_rank(seed, shape, inne
 @pytest.mark.parametrize("rank", [1, 2, 6])
 def test_a_zero_product_has_zero_norm_zero_factors_and_one_column(rank):
     b, a = np.zeros((5, rank), np.float32), drawn(np.random.default_rng(0), rank, 4)
-    product = stacked([(1.0, b, a)])
-    assert norm(product) == 0
+    product = sum_of_products([(1.0, b, a)])
+    assert frobenius_norm(product) == 0
     np.testing.assert_array_equal(svd(product).s, 0)
-    for factor, shape in zip(compressed(b, a), [(5, 1), (1, 4)], strict=True):
+    for factor, shape in zip(compressed_factors(b, a), [(5, 1), (1, 4)], strict=True):
         np.testing.assert_array_equal(factor, np.zeros(shape))
-    for factor, shape in zip(balanced(svd(product), 3), [(5, 3), (3, 4)], strict=True):
+    for factor, shape in zip(balanced_factors(svd(product), 3), [(5, 3), (3, 4)], strict=True):
         np.testing.assert_array_equal(factor, np.zeros(shape))
 
 

@@ -25,8 +25,8 @@ from helpers.oracle import (
     without_engine,
 )
 from lalora_app.adapter import parametrisations
-from lalora_app.adapter.factors import Adapter, active_names, kind, pairs, sibling
-from lalora_app.adapter.parametrisations import fixed_b
+from lalora_app.adapter.factors import Adapter, active_names, factor_pairs, kind, sibling
+from lalora_app.adapter.parametrisations import fixed_b_name
 from lalora_app.client import local_round
 from lalora_app.data.encoding import EncodedTexts
 from lalora_app.data.examples import split
@@ -91,11 +91,11 @@ def outer_sum(weights, left: Tensor, right: Tensor) -> np.ndarray:
 @pytest.mark.parametrize("temperature", [0.05, 0.5, 3.0])
 def test_gates_weigh_every_direction_by_their_softmax(rank, temperature):
     numbers, rng = rule(temperature=temperature), np.random.default_rng(rank)
-    theta = tensors(parametrisations.with_gates(drawn_start(rank, rank), numbers))
+    theta = tensors(parametrisations.add_gates(drawn_start(rank, rank), numbers))
     theta[GATE] = torch.from_numpy(rng.standard_normal(rank))
     powers = [math.exp((float(g) - 3) / temperature) for g in theta[GATE]]
     weights = [rank * power / sum(powers) for power in powers]
-    own = parametrisations.gated(theta, numbers)
+    own = parametrisations.gated_factors(theta, numbers)
     np.testing.assert_allclose(product(own), outer_sum(weights, theta[B], theta[A]), rtol=1e-9)
     assert own.keys() == {A, B, HEAD}
     assert own[HEAD] is theta[HEAD]
@@ -105,8 +105,8 @@ def test_gates_weigh_every_direction_by_their_softmax(rank, temperature):
 @pytest.mark.parametrize("rank", [1, 2, 4, 8, 16])
 def test_gates_at_zero_leave_the_factors_to_the_bit(rank):
     start = drawn_start(0, rank)
-    theta = tensors(parametrisations.with_gates(start, rule()), torch.float32)
-    own = parametrisations.gated(theta, rule())
+    theta = tensors(parametrisations.add_gates(start, rule()), torch.float32)
+    own = parametrisations.gated_factors(theta, rule())
     for name, array in start.items():
         assert np.array_equal(own[name].numpy(), array)
 
@@ -114,9 +114,9 @@ def test_gates_at_zero_leave_the_factors_to_the_bit(rank):
 @pytest.mark.parametrize("temperature", [0.01, 1.0])
 def test_a_gate_of_rank_one_has_no_say_and_no_gradient(temperature):
     numbers = rule(temperature=temperature)
-    theta = tensors(parametrisations.with_gates(drawn_start(1, 1), numbers))
+    theta = tensors(parametrisations.add_gates(drawn_start(1, 1), numbers))
     theta[GATE] = torch.full((1,), -7.0, dtype=torch.float64, requires_grad=True)
-    own = parametrisations.gated(theta, numbers)
+    own = parametrisations.gated_factors(theta, numbers)
     assert torch.equal(own[A], theta[A])
     own[A].square().sum().backward()
     assert float(theta[GATE].grad) == 0
@@ -125,16 +125,16 @@ def test_a_gate_of_rank_one_has_no_say_and_no_gradient(temperature):
 @pytest.mark.parametrize(("rank", "tasks"), [(1, 1), (1, 4), (3, 1), (2, 3)])
 def test_directions_of_the_tasks_before_count_with_their_magnitudes(rank, tasks):
     numbers, rng = rule(tasks), np.random.default_rng(rank)
-    theta = tensors(parametrisations.with_directions(drawn_start(2, rank * tasks), numbers))
+    theta = tensors(parametrisations.add_task_directions(drawn_start(2, rank * tasks), numbers))
     for name, value in theta.items():
         theta[name] = torch.from_numpy(rng.standard_normal(value.shape))
     expected = outer_sum([1.0] * rank, theta[B], theta[A])
-    left, right = theta[fixed_b(B)], theta[sibling(A, "fixed")]
+    left, right = theta[fixed_b_name(B)], theta[sibling(A, "fixed")]
     for task in range(tasks - 1):
         place = slice(task * rank, (task + 1) * rank)
         magnitude = float(theta[GATE][task])
         expected += outer_sum([magnitude] * rank, left[:, place], right[place])
-    own = parametrisations.directed(theta, numbers)
+    own = parametrisations.factors_with_task_directions(theta, numbers)
     np.testing.assert_allclose(product(own), expected, rtol=1e-9, atol=1e-12)
     assert (own[A].shape, own[B].shape) == ((rank * tasks, N), (M, rank * tasks))
     assert own.keys() == {A, B, HEAD}
@@ -148,13 +148,13 @@ def orthonormal(rng: np.random.Generator, rows: int, n: int) -> np.ndarray:
 @pytest.mark.parametrize("used", [0, 1, 4])
 def test_half_of_the_rows_see_nothing_of_the_basis_and_the_others_nothing_else(rank, used):
     numbers, rng = rule(4), np.random.default_rng(rank)
-    theta = tensors(parametrisations.with_basis(drawn_start(3, rank), numbers))
+    theta = tensors(parametrisations.add_task_basis(drawn_start(3, rank), numbers))
     name, half = sibling(A, "fixed"), rank // 2
     room = theta[name].shape[0]
     basis = np.zeros((room, N))
     basis[: min(used, room)] = orthonormal(rng, min(used, room), N)
     theta[name] = torch.from_numpy(basis)
-    own = parametrisations.projected(theta, numbers)
+    own = parametrisations.projected_factors(theta, numbers)
     inputs = rng.standard_normal((7, N))
     for x in inputs:
         inside = sum((phi @ x) * phi for phi in basis)
@@ -235,7 +235,7 @@ def tangled(theta: Theta) -> Theta:
     for name, value in theta.items():
         if kind(name) == "head":
             own[name] = value + value**3
-    for b, a in pairs(theta):
+    for b, a in factor_pairs(theta):
         mix, gate = torch.tanh(theta[a] @ theta[a].T), theta[sibling(a, "gate")]
         own[b] = theta[b] @ mix + theta[sibling(a, "fixed")].sum() * torch.sin(theta[b])
         own[a] = torch.sin(theta[a]) * gate.exp()[:, None] + theta[b].sum() * theta[a] ** 2
@@ -243,8 +243,8 @@ def tangled(theta: Theta) -> Theta:
 
 
 def tangled_start(plain: Adapter) -> Adapter:
-    extra = {sibling(a, "gate"): plain[a][:, 0] for _, a in pairs(plain)}
-    return plain | extra | {sibling(a, "fixed"): plain[a][:, :2] for _, a in pairs(plain)}
+    extra = {sibling(a, "gate"): plain[a][:, 0] for _, a in factor_pairs(plain)}
+    return plain | extra | {sibling(a, "fixed"): plain[a][:, :2] for _, a in factor_pairs(plain)}
 
 
 def random_theta(theta: Theta, seed: int = 0) -> Theta:
@@ -388,7 +388,7 @@ def release(backbone, data, *, z=0.0, clip_norm=0.7, seed=0) -> Theta:
         reservation=Reservation(Release(1.0, z, 1)),
         clip_norm=clip_norm,
         micro_batch=5,
-        streams=step.Streams(seeded(seed, "sampling"), seeded(seed, "noise")),
+        streams=step.RandomStreams(seeded(seed, "sampling"), seeded(seed, "noise")),
     )
 
 
@@ -503,7 +503,7 @@ def test_a_private_round_trains_all_but_what_is_fixed(name, tasks, built, data):
         {},
         local=local_of(name, **{"rule.tasks": tasks}),
         reservation=Reservation(Release(0.5, 1.0, 2)),
-        streams=step.Streams(seeded(0, "sampling"), seeded(0, "noise")),
+        streams=step.RandomStreams(seeded(0, "sampling"), seeded(0, "noise")),
     )
     assert {n: x.shape for n, x in result.items()} == {n: x.shape for n, x in start.items()}
     for tensor, array in start.items():

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lalora_app.adapter.factors import Adapter
-from lalora_app.aggregation.average import mean
+from lalora_app.aggregation.average import weighted_mean
 
 A_NAME, B_NAME, HEAD = "q.lora_A.weight", "q.lora_B.weight", "classifier.bias"
 SHAPES = {A_NAME: (2, 7), B_NAME: (5, 2), HEAD: (3,)}
@@ -36,9 +36,9 @@ def loop_mean(weights, arrays) -> np.ndarray:
 def test_mean_equals_the_float64_loop_and_does_not_care_for_order(weights, seed):
     rng = np.random.default_rng(seed)
     uploads = [drawn(rng) for _ in weights]
-    merged = mean(drawn(rng), weights, uploads)
+    merged = weighted_mean(drawn(rng), weights, uploads)
     order = rng.permutation(len(weights))
-    shuffled = mean(drawn(rng), [weights[i] for i in order], [uploads[i] for i in order])
+    shuffled = weighted_mean(drawn(rng), [weights[i] for i in order], [uploads[i] for i in order])
     for name in SHAPES:
         expected = loop_mean(weights, [upload[name] for upload in uploads])
         assert merged[name].dtype == np.float32
@@ -49,22 +49,24 @@ def test_mean_equals_the_float64_loop_and_does_not_care_for_order(weights, seed)
 def test_only_the_ratio_of_weights_counts():
     rng = np.random.default_rng(0)
     current, uploads = drawn(rng), [drawn(rng) for _ in range(3)]
-    first = mean(current, [1.0, 2.0, 5.0], uploads)
-    second = mean(current, [64.0, 128.0, 320.0], uploads)  # times 2^6: exact in floating point
+    first = weighted_mean(current, [1.0, 2.0, 5.0], uploads)
+    second = weighted_mean(
+        current, [64.0, 128.0, 320.0], uploads
+    )  # times 2^6: exact in floating point
     for name in SHAPES:
         np.testing.assert_array_equal(first[name], second[name])
 
 
 def test_a_heavy_client_outweighs_a_light_one():
     low, high = np.zeros(3, dtype=np.float32), np.ones(3, dtype=np.float32)
-    merged = mean({HEAD: low}, [3.0, 1.0], [{HEAD: low}, {HEAD: high}])
+    merged = weighted_mean({HEAD: low}, [3.0, 1.0], [{HEAD: low}, {HEAD: high}])
     np.testing.assert_array_equal(merged[HEAD], np.full(3, 1 / 4, dtype=np.float32))
 
 
 def test_one_client_gets_its_own_bits_back():
     rng = np.random.default_rng(1)
     upload = drawn(rng)
-    merged = mean(drawn(rng), [7.0], [upload])
+    merged = weighted_mean(drawn(rng), [7.0], [upload])
     for name in SHAPES:
         np.testing.assert_array_equal(merged[name], upload[name])
 
@@ -73,7 +75,7 @@ def test_tensors_that_did_not_travel_stay_the_same_objects():
     rng = np.random.default_rng(2)
     current = drawn(rng)
     before = {name: array.copy() for name, array in current.items()}
-    merged = mean(current, [1.0, 1.0], [only(drawn(rng), B_NAME, HEAD) for _ in range(2)])
+    merged = weighted_mean(current, [1.0, 1.0], [only(drawn(rng), B_NAME, HEAD) for _ in range(2)])
     assert set(merged) == set(current)
     assert merged[A_NAME] is current[A_NAME]
     assert not np.array_equal(merged[B_NAME], before[B_NAME])
@@ -91,7 +93,7 @@ def test_with_a_shared_a_the_product_of_means_is_the_mean_of_products():
     rng = np.random.default_rng(3)
     current, weights = drawn(rng), [1.0, 2.0, 4.0]
     uploads = [only(drawn(rng), B_NAME, HEAD) for _ in weights]
-    merged = mean(current, weights, uploads)
+    merged = weighted_mean(current, weights, uploads)
     whole = [upload | only(current, A_NAME) for upload in uploads]
     product, products = product_of_means_and_mean_of_products(weights, whole, merged)
     np.testing.assert_allclose(product, products, atol=1e-6)
@@ -102,7 +104,7 @@ def test_with_both_factors_the_error_is_the_covariance_of_the_factors(seed):
     rng = np.random.default_rng(seed)
     weights = [1.0, 2.0, 5.0]
     uploads = [drawn(rng) for _ in weights]
-    merged = mean(drawn(rng), weights, uploads)
+    merged = weighted_mean(drawn(rng), weights, uploads)
     product, products = product_of_means_and_mean_of_products(weights, uploads, merged)
     mean_a = loop_mean(weights, [upload[A_NAME] for upload in uploads])
     mean_b = loop_mean(weights, [upload[B_NAME] for upload in uploads])

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lalora_app.adapter.factors import Adapter
-from lalora_app.aggregation.average import mean
+from lalora_app.aggregation.average import weighted_mean
 from lalora_app.aggregation.measured_error import aggregation_error
 
 HEAD = "base_model.model.classifier.weight"
@@ -90,7 +90,7 @@ def test_neither_the_order_nor_the_size_of_the_weights_counts(case, factor):
 def test_it_is_what_the_aggregate_of_the_run_loses():
     rng = np.random.default_rng(0)
     weights, uploads = [1.0, 2.0, 5.0], [drawn(rng, [(6, 2, 5)]) for _ in range(3)]
-    merged = mean(uploads[0], weights, uploads)
+    merged = weighted_mean(uploads[0], weights, uploads)
     truth = sum(w * products(u, 1, 1.0) for w, u in zip(weights, uploads, strict=True)) / 8
     off = np.linalg.norm(truth - products(merged, 1, 1.0)) / np.linalg.norm(truth)
     assert off > 0.1

@@ -12,16 +12,21 @@ from hypothesis import strategies as st
 from conftest import make_config
 from lalora_app.adapter.factors import Adapter, select
 from lalora_app.aggregation import residual_correction
-from lalora_app.aggregation.average import average
+from lalora_app.aggregation.average import federated_averaging
 from lalora_app.aggregation.fold_into_base import chain_fold, stack_fold, subspace_fold
 from lalora_app.aggregation.new_factors import (
+    orthonormal_resting_factor,
     product_mean,
-    product_space,
-    refactored,
     start_orthonormal,
+    svd_of_mean_b,
 )
 from lalora_app.aggregation.padded_average import padded_mean
-from lalora_app.aggregation.residual_correction import corrected, cosine, residual_fold, ridge
+from lalora_app.aggregation.residual_correction import (
+    corrected_average,
+    cosine_correction,
+    residual_fold,
+    ridge_correction,
+)
 from lalora_app.aggregation.rule import Aggregated, RoundInfo
 
 HEAD = "base_model.model.classifier.weight"
@@ -32,7 +37,7 @@ BS, AS = [b for b, _ in PAIRS], [a for _, a in PAIRS]
 FEW = settings(max_examples=12, deadline=None, derandomize=True)
 SEEDS = st.integers(0, 2**32 - 1)
 
-fair_ridge, fair_cosine = corrected(ridge), corrected(cosine)
+fair_ridge, fair_cosine = corrected_average(ridge_correction), corrected_average(cosine_correction)
 
 
 @cache
@@ -134,17 +139,17 @@ EXACT = {
     "FLoRA": Scene(stack_fold),
     "RAC-LoRA, end of a block": Scene(chain_fold, "B", t=4, period=2),
     "RAC-LoRA, within a block": Scene(chain_fold, "B", t=3, period=2),
-    "FedSVD, due": Scene(refactored, "B", t=4, period=2),
-    "FedSVD, not due": Scene(refactored, "B", t=3, period=2),
+    "FedSVD, due": Scene(svd_of_mean_b, "B", t=4, period=2),
+    "FedSVD, not due": Scene(svd_of_mean_b, "B", t=3, period=2),
     "subspace, odd": Scene(subspace_fold, "B", t=1),
     "subspace, even": Scene(subspace_fold, "A", t=2),
-    "DEeR, odd": Scene(product_space, "B", t=1),
-    "DEeR, even": Scene(product_space, "A", t=2),
-    "average of B": Scene(average, "B"),
-    "average of A": Scene(average, "A"),
+    "DEeR, odd": Scene(orthonormal_resting_factor, "B", t=1),
+    "DEeR, even": Scene(orthonormal_resting_factor, "A", t=2),
+    "average of B": Scene(federated_averaging, "B"),
+    "average of A": Scene(federated_averaging, "A"),
 }
 ALL = EXACT | {
-    "average": Scene(average),
+    "average": Scene(federated_averaging),
     "FlexLoRA": Scene(product_mean),
     "LoRA-FAIR, ridge": Scene(fair_ridge),
     "LoRA-FAIR, cosine": Scene(fair_cosine),
@@ -240,7 +245,7 @@ def test_the_base_stays_where_a_method_does_not_move_it(name):
 @FEW
 def test_averaging_loses_the_covariance_of_the_factors_and_fedex_folds_it(seed, clients, scale):
     found = case(seed, clients)
-    plain, fedex = Scene(average).run(found), Scene(residual_fold).run(found)
+    plain, fedex = Scene(federated_averaging).run(found), Scene(residual_fold).run(found)
     for path, (b, a) in zip(SIZES, PAIRS, strict=True):
         b_mean, a_mean = mean_of(found, b), mean_of(found, a)
         covariance = sum(
@@ -333,7 +338,7 @@ def test_hetlora_of_products_of_one_size_is_the_plain_mean(seed):
     for client in found.clients:
         size = np.sqrt(sum(np.sum(product(client, path) ** 2) for path in SIZES))
         client |= {b: (client[b] / size).astype(np.float32) for b in BS}
-    padded, plain = Scene(padded_mean).run(found), Scene(average).run(found)
+    padded, plain = Scene(padded_mean).run(found), Scene(federated_averaging).run(found)
     for name, array in plain.adapter.items():
         assert_near(padded.adapter[name], array)
 
@@ -343,7 +348,7 @@ def test_hetlora_of_zero_products_is_the_plain_mean(zero):
     found = case(0)
     for client in found.clients:
         client |= {name: np.zeros_like(client[name]) for name in zero}
-    padded, plain = Scene(padded_mean).run(found), Scene(average).run(found)
+    padded, plain = Scene(padded_mean).run(found), Scene(federated_averaging).run(found)
     for name, array in plain.adapter.items():
         np.testing.assert_array_equal(padded.adapter[name], array)
 
@@ -392,7 +397,10 @@ def test_the_ridge_correction_is_the_dense_optimum(seed, fair_weight):
 @FEW
 def test_ridge_never_leaves_more_than_averaging(seed, clients, fair_weight):
     found = case(seed, clients)
-    adapter, plain = fair(fair_ridge, found, fair_weight), Scene(average).run(found).adapter
+    adapter, plain = (
+        fair(fair_ridge, found, fair_weight),
+        Scene(federated_averaging).run(found).adapter,
+    )
     for path in SIZES:
         whole = wanted(found, path)
         left, before = (np.linalg.norm(whole - product(x, path)) for x in (adapter, plain))
@@ -415,7 +423,7 @@ def test_ridge_without_weight_is_the_best_b_for_the_mean_a(seed, fair_weight):
 def test_with_infinite_weight_fair_is_averaging_to_the_bit(rule, seed, clients):
     found = case(seed, clients)
     adapter = fair(rule, found, float("inf"))
-    for name, array in Scene(average).run(found).adapter.items():
+    for name, array in Scene(federated_averaging).run(found).adapter.items():
         np.testing.assert_array_equal(adapter[name], array)
 
 
@@ -436,7 +444,7 @@ def test_where_the_means_say_little_fair_is_still_no_worse_than_averaging(rule, 
     found.weights = [1.0, 1.0]
     for client, sign in zip(found.clients, np.float32([1, -1]), strict=True):
         client |= how(client, sign)
-    adapter, plain = fair(rule, found, fair_weight), Scene(average).run(found).adapter
+    adapter, plain = fair(rule, found, fair_weight), Scene(federated_averaging).run(found).adapter
     for path in SIZES:
         whole = wanted(found, path)
         if rule is fair_ridge:
@@ -470,7 +478,7 @@ def similarity(adapter: Adapter, whole: np.ndarray, path: str) -> float:
 @FEW
 def test_without_weight_the_cosine_correction_turns_towards_the_mean_product(seed, clients):
     found = case(seed, clients)
-    adapter, plain = fair(fair_cosine, found, 0.0), Scene(average).run(found).adapter
+    adapter, plain = fair(fair_cosine, found, 0.0), Scene(federated_averaging).run(found).adapter
     for path, (_, a) in zip(SIZES, PAIRS, strict=True):
         whole, rows = wanted(found, path), np.linalg.qr(mean_of(found, a).T)[0]
         best = np.linalg.norm(whole @ rows) / np.linalg.norm(whole)  # of any B on the mean A
@@ -532,7 +540,7 @@ def test_the_cosine_correction_is_no_larger_than_its_weight_allows(seed, fair_we
 @FEW
 def test_fedsvd_leaves_orthonormal_rows_and_the_scale_in_b(seed, clients):
     found = case(seed, clients, "B")
-    adapter = Scene(refactored, "B").run(found).adapter
+    adapter = Scene(svd_of_mean_b, "B").run(found).adapter
     for path, (b, a) in zip(SIZES, PAIRS, strict=True):
         singular = np.linalg.svd(wanted(found, path), compute_uv=False)[:RANK]
         rows, columns = wide(adapter[a]), wide(adapter[b])
@@ -543,23 +551,23 @@ def test_fedsvd_leaves_orthonormal_rows_and_the_scale_in_b(seed, clients):
 
 def test_fedsvd_waits_for_the_end_of_its_period_and_for_a_product():
     found = case(0, travelling="B")
-    mean = Scene(average, "B").run(found).adapter
+    mean = Scene(federated_averaging, "B").run(found).adapter
     zero = case(0, travelling="B")
     for client in zero.clients:
         client |= {b: np.zeros_like(client[b]) for b in BS}
     for t in (1, 2, 4):
-        early = Scene(refactored, "B", t=t, period=3).run(found).adapter
+        early = Scene(svd_of_mean_b, "B", t=t, period=3).run(found).adapter
         assert all(np.array_equal(early[name], mean[name]) for name in early)
-    adapter = Scene(refactored, "B", t=3, period=3).run(zero).adapter
+    adapter = Scene(svd_of_mean_b, "B", t=3, period=3).run(zero).adapter
     for b, a in PAIRS:
         assert not np.array_equal(
-            Scene(refactored, "B", t=3, period=3).run(found).adapter[a], mean[a]
+            Scene(svd_of_mean_b, "B", t=3, period=3).run(found).adapter[a], mean[a]
         )
         assert not adapter[b].any()
         np.testing.assert_array_equal(adapter[a], found.current[a])
 
 
-@pytest.mark.parametrize("rule", [refactored, product_space, product_mean])
+@pytest.mark.parametrize("rule", [svd_of_mean_b, orthonormal_resting_factor, product_mean])
 def test_a_rank_of_the_smaller_side_keeps_its_product_and_shapes(rule):
     found = case(0, 1, ranks=[4], sizes=dict.fromkeys(SIZES, (4, 9)))
     result = Scene(rule, "AB").run(found)
@@ -583,7 +591,7 @@ def resting(adapter: Adapter, t: int) -> list[np.ndarray]:
 @FEW
 def test_deer_leaves_an_orthonormal_resting_factor_of_the_same_span(seed, t, clients):
     found = case(seed, clients, "B" if t % 2 else "A")
-    adapter = Scene(product_space, "B" if t % 2 else "A", t=t).run(found).adapter
+    adapter = Scene(orthonormal_resting_factor, "B" if t % 2 else "A", t=t).run(found).adapter
     for columns, (b, a) in zip(resting(adapter, t), PAIRS, strict=True):
         np.testing.assert_allclose(columns.T @ columns, np.eye(RANK), atol=1e-6)
         assert spans(columns, mean_of(found, b) if t % 2 else mean_of(found, a).T)
@@ -598,7 +606,7 @@ def test_deer_keeps_the_product_of_a_factor_without_full_rank(t, zeros):
         for b, a in PAIRS:
             client[b], client[a] = client[b].copy(), client[a].copy()
             (client[b] if t % 2 else client[a].T)[:, zeros] = 0
-    result = Scene(product_space, travelling, t=t).run(found)
+    result = Scene(orthonormal_resting_factor, travelling, t=t).run(found)
     for path in SIZES:
         assert_near(got(result, path), wanted(found, path))
     for columns in resting(result.adapter, t):
@@ -610,7 +618,7 @@ def test_deer_keeps_the_product_of_a_factor_without_full_rank(t, zeros):
 def test_in_the_geometry_of_deer_a_change_is_as_large_as_its_product(seed):
     found, rng = case(seed, 2), np.random.default_rng(seed)
     for t in (1, 2):
-        adapter = Scene(product_space, t=t).run(found).adapter
+        adapter = Scene(orthonormal_resting_factor, t=t).run(found).adapter
         for b, a in PAIRS:
             moving = a if t % 2 else b  # in round t + 1
             change = rng.standard_normal(adapter[moving].shape)

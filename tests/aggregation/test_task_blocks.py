@@ -9,17 +9,17 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from conftest import make_config
-from lalora_app.adapter.factors import Adapter, kind, pairs, select, sibling
+from lalora_app.adapter.factors import Adapter, factor_pairs, kind, select, sibling
 from lalora_app.adapter.parametrisations import (
-    fixed_b,
-    split_rows,
-    with_basis,
-    with_directions,
-    with_gates,
+    add_gates,
+    add_task_basis,
+    add_task_directions,
+    fixed_b_name,
+    split_rows_by_basis,
 )
 from lalora_app.aggregation.beam_pruning import prune_and_expand
 from lalora_app.aggregation.rule import Aggregated, RoundInfo
-from lalora_app.aggregation.task_blocks import closed_task, freeze_direction, freeze_subspace
+from lalora_app.aggregation.task_blocks import finished_task, freeze_direction, freeze_subspace
 
 HEAD = "base_model.model.classifier.weight"
 SIZES = {"base_model.model.layer.0": (9, 17), "base_model.model.layer.1": (16, 13)}
@@ -92,7 +92,7 @@ def test_a_task_closes_in_the_last_of_its_rounds_and_the_runs_last_task_never(ta
         wanted = tasks_of(rounds, tasks)
         ends = [one if one != next_one else None for one, next_one in pairwise([*wanted, None])]
         expected = [*ends[:-1], None]
-        found = [closed_task(at(t, rounds, tasks=tasks)) for t in range(1, rounds + 1)]
+        found = [finished_task(at(t, rounds, tasks=tasks)) for t in range(1, rounds + 1)]
         assert found == expected, rounds
         closed = [task for task in found if task is not None]
         assert all(task < tasks - 1 for task in closed)  # there is room for no more
@@ -112,7 +112,7 @@ def directed_product(theta: Adapter, b: str, a: str, tasks: int) -> np.ndarray:
     """B·A + Σ α_i·B̂_i·Â_i, a task and a direction at a time."""
     total = wide(theta[b]) @ wide(theta[a])
     rank = len(theta[a])
-    left, right = wide(theta[fixed_b(b)]), wide(theta[sibling(a, "fixed")])
+    left, right = wide(theta[fixed_b_name(b)]), wide(theta[sibling(a, "fixed")])
     for task in range(tasks - 1):
         for j in range(task * rank, (task + 1) * rank):
             total += float(theta[sibling(a, "gate")][task]) * np.outer(left[:, j], right[j])
@@ -120,7 +120,7 @@ def directed_product(theta: Adapter, b: str, a: str, tasks: int) -> np.ndarray:
 
 
 def sd_start(rng: np.random.Generator, rank: int, tasks: int) -> Adapter:
-    return with_directions(plain(rng, rank * tasks), numbers(tasks=tasks))
+    return add_task_directions(plain(rng, rank * tasks), numbers(tasks=tasks))
 
 
 @pytest.mark.parametrize(("rank", "tasks", "rounds"), [(2, 3, 3), (1, 4, 6), (3, 2, 5), (2, 5, 3)])
@@ -134,12 +134,12 @@ def test_at_a_tasks_end_the_product_moves_into_normalised_directions(rank, tasks
         mean = mean_of(uploads, weights, current)
         result = freeze_direction(current, weights, uploads, info)
         assert not result.fold
-        new, task = result.adapter, closed_task(info)
+        new, task = result.adapter, finished_task(info)
         assert_near(new[HEAD], mean[HEAD])
         for b, a in LAYERS:
             before, after = (directed_product(x, b, a, tasks) for x in (mean, new))
             assert_near(after, before)
-            left, right, gate = fixed_b(b), sibling(a, "fixed"), sibling(a, "gate")
+            left, right, gate = fixed_b_name(b), sibling(a, "fixed"), sibling(a, "gate")
             if task is None:
                 assert_near(new[a], mean[a])
                 assert new[left] is current[left]
@@ -209,7 +209,7 @@ def assert_closed(new: Adapter, current: Adapter, fold: Adapter, task: int) -> N
         np.testing.assert_array_equal(basis[rest], current[name][rest])
         product, span = wide(fold[b]) @ wide(fold[a]), wide(basis).T @ wide(basis)
         assert np.linalg.norm(product - product @ span) <= 1e-4 * np.linalg.norm(product)
-        outside, inside = (wide(part) for part in split_rows(new[a], basis))
+        outside, inside = (wide(part) for part in split_rows_by_basis(new[a], basis))
         if len(outside):
             assert np.abs(outside @ basis.T).max() <= 1e-5
             assert np.linalg.norm(outside) > 1e-3
@@ -222,14 +222,14 @@ def test_at_a_tasks_end_the_product_moves_into_the_base_and_its_rows_into_the_ba
     rank, tasks, rounds, seed
 ):
     rng = np.random.default_rng(seed)
-    current = with_basis(plain(rng, rank), numbers(tasks=tasks))
+    current = add_task_basis(plain(rng, rank), numbers(tasks=tasks))
     weights, closed = [2.0, 1.0], 0
     for t in range(1, rounds + 1):
         info = at(t, rounds, tasks=tasks)
         uploads = uploads_of(rng, current)
         mean = mean_of(uploads, weights, current)
         result: Aggregated = freeze_subspace(current, weights, uploads, info)
-        new, task = result.adapter, closed_task(info)
+        new, task = result.adapter, finished_task(info)
         for b, a in LAYERS:
             before, after = (projected_product(x, b, a) for x in (mean, new))
             if task is not None:
@@ -248,7 +248,7 @@ def test_at_a_tasks_end_the_product_moves_into_the_base_and_its_rows_into_the_ba
 def test_what_a_later_task_computes_inside_of_the_basis_adds_nothing_to_it():
     """Half of its rows lie in the basis: there are as many new directions as the other half has."""
     rng, rank, tasks = np.random.default_rng(0), 4, 4
-    current = with_basis(plain(rng, rank), numbers(tasks=tasks))
+    current = add_task_basis(plain(rng, rank), numbers(tasks=tasks))
     for t in range(1, tasks):
         result = freeze_subspace(current, [1.0], uploads_of(rng, current, 1), at(t, 4, tasks=tasks))
         current = result.adapter
@@ -260,7 +260,7 @@ def test_what_a_later_task_computes_inside_of_the_basis_adds_nothing_to_it():
 @pytest.mark.parametrize("zero", ["lora_A", "lora_B"])
 def test_a_task_that_has_learnt_nothing_uses_no_direction(zero):
     rng = np.random.default_rng(1)
-    current = with_basis(plain(rng, 2), numbers(tasks=3))
+    current = add_task_basis(plain(rng, 2), numbers(tasks=3))
     (upload,) = uploads_of(rng, current, clients=1)
     upload |= {name: np.zeros_like(x) for name, x in upload.items() if zero in name}
     new = freeze_subspace(current, [1.0], [upload], at(1, 3, tasks=3)).adapter
@@ -269,7 +269,7 @@ def test_a_task_that_has_learnt_nothing_uses_no_direction(zero):
 
 def test_a_product_of_lower_rank_uses_as_many_directions_as_it_has():
     rng = np.random.default_rng(2)
-    current = with_basis(plain(rng, 3), numbers(tasks=2))
+    current = add_task_basis(plain(rng, 3), numbers(tasks=2))
     (upload,) = uploads_of(rng, current, clients=1)
     for b, _ in LAYERS:
         upload[b][:, 1:] = upload[b][:, :1]
@@ -282,7 +282,7 @@ def test_a_product_of_lower_rank_uses_as_many_directions_as_it_has():
 
 def test_a_basis_of_the_whole_space_takes_no_more():
     rng, rank, tasks = np.random.default_rng(3), 8, 6  # room for 40 directions, in 17 and 13
-    current = with_basis(plain(rng, rank), numbers(tasks=tasks))
+    current = add_task_basis(plain(rng, rank), numbers(tasks=tasks))
     for t in range(1, tasks):
         info, uploads = at(t, tasks, tasks=tasks), uploads_of(rng, current, 1)
         current = freeze_subspace(current, [1.0], uploads, info).adapter
@@ -293,7 +293,7 @@ def test_a_basis_of_the_whole_space_takes_no_more():
 
 
 @pytest.mark.parametrize(
-    ("rule", "start"), [(freeze_direction, with_directions), (freeze_subspace, with_basis)]
+    ("rule", "start"), [(freeze_direction, add_task_directions), (freeze_subspace, add_task_basis)]
 )
 @pytest.mark.parametrize(("tasks", "rounds"), [(7, 3), (3, 1), (1, 3), (5, 4)])
 def test_any_number_of_tasks_goes_with_any_number_of_rounds(rule, start, tasks, rounds):
@@ -322,7 +322,7 @@ def shares_of(gate: np.ndarray, temperature: float) -> list[float]:
 def expanded(merged: Adapter, temperature: float) -> tuple[Adapter, list[int]]:
     """Copy the strongest directions over the weakest, one at a time; and how many in each layer."""
     new, counts = {n: wide(x) for n, x in merged.items()}, []
-    for b, a in pairs(merged):
+    for b, a in factor_pairs(merged):
         gate = sibling(a, "gate")
         shares = shares_of(merged[gate], temperature)
         rank, ranked = len(shares), sorted(range(len(shares)), key=lambda i: -shares[i])
@@ -341,7 +341,7 @@ def expanded(merged: Adapter, temperature: float) -> tuple[Adapter, list[int]]:
 
 def beam_case(seed: int, rank: int, spread: float) -> tuple[Adapter, list[Adapter]]:
     rng = np.random.default_rng(seed)
-    current = with_gates(plain(rng, rank), numbers())
+    current = add_gates(plain(rng, rank), numbers())
     uploads = uploads_of(rng, current)
     for upload in uploads:
         upload |= {n: np.float32(spread) * x for n, x in upload.items() if kind(n) == "gate"}

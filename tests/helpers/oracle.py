@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from lalora_app.adapter.factors import active_names
 from lalora_app.private_step.compiled_engine import CompiledEngine
 from lalora_app.private_step.engine import KernelEngine
-from lalora_app.private_step.gradients import PerExampleGrads, Rows, Slot
+from lalora_app.private_step.gradients import FlatBlock, PerExampleGrads, StoredShape
 from lalora_app.private_step.mechanism import CLIP_MARGIN, clipped_sum
 
 TOLERANCE = 1e-12
@@ -49,8 +49,10 @@ def loop_gradients(model: nn.Module, losses: Losses, indices: list[int]) -> dict
 
 
 def blocks(grads: dict[str, Tensor]) -> PerExampleGrads:
-    slots = {name: {name: Slot(tuple(g.shape[1:]))} for name, g in grads.items()}
-    return PerExampleGrads(tuple(Rows(slots[n], g.flatten(1).clone()) for n, g in grads.items()))
+    slots = {name: {name: StoredShape(tuple(g.shape[1:]))} for name, g in grads.items()}
+    return PerExampleGrads(
+        tuple(FlatBlock(slots[n], g.flatten(1).clone()) for n, g in grads.items())
+    )
 
 
 def joint(tensors: list[Tensor]) -> float:

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lalora_app.adapter.factors import Adapter
-from lalora_app.methods.alignment import keep_result, rotated
+from lalora_app.methods.alignment import keep_result, rotate_to_start
 
 B, A, HEAD = "q.lora_B.weight", "q.lora_A.weight", "classifier.weight"
 M, N = 6, 9
@@ -44,7 +44,7 @@ def case(seed: int, rank: int) -> tuple[np.random.Generator, Adapter, Adapter]:
 def test_the_product_and_the_head_stay_and_all_is_float32(seed, rank):
     _, start, result = case(seed, rank)
     before = {name: array.copy() for name, array in result.items()}
-    found = rotated(start, result)
+    found = rotate_to_start(start, result)
     np.testing.assert_allclose(product(found), product(result), atol=1e-5)
     assert found[HEAD] is result[HEAD]
     assert {n: (x.shape, x.dtype) for n, x in found.items()} == {
@@ -63,7 +63,7 @@ def test_factors_turned_by_any_orthogonal_matrix_are_turned_back(seed, rank):
         A: (q.T @ wide(result, A)).astype(np.float32),
     }
     assert rank == 1 or np.abs(turned[A] - result[A]).max() > 1e-3
-    one, other = rotated(start, result), rotated(start, turned)
+    one, other = rotate_to_start(start, result), rotate_to_start(start, turned)
     # The smaller the overlap with the start in its worst direction, the less it says of the turn.
     overlap = np.linalg.svd(wide(result, A) @ wide(start, A).T, compute_uv=False)
     tolerance = 1e-5 * (1 + overlap[0] / overlap[-1])
@@ -76,12 +76,12 @@ def test_factors_turned_by_any_orthogonal_matrix_are_turned_back(seed, rank):
 def test_no_orthogonal_matrix_brings_a_nearer_to_the_start(seed, rank):
     rng, start, result = case(seed, rank)
     reference, own = wide(start, A), wide(result, A)
-    found = np.linalg.norm(wide(rotated(start, result), A) - reference)
+    found = np.linalg.norm(wide(rotate_to_start(start, result), A) - reference)
     rest = [np.linalg.norm(orthogonal(rng, rank).T @ own - reference) for _ in range(200)]
     assert found <= min(rest) + 1e-5
     assert found <= np.linalg.norm(own - reference) + 1e-5
     # Nor does a small turn from where it is: the minimum is at least a local one.
-    here = wide(rotated(start, result), A)
+    here = wide(rotate_to_start(start, result), A)
     for _ in range(20):
         skew = rng.standard_normal((rank, rank))
         turn = np.linalg.qr(np.eye(rank) + 1e-2 * (skew - skew.T))[0]
@@ -93,7 +93,7 @@ def test_no_orthogonal_matrix_brings_a_nearer_to_the_start(seed, rank):
 def test_rank_one_can_only_flip_the_sign(sign):
     _, start, result = case(0, 1)
     result[A] = (sign * start[A] + 0.1 * result[A]).astype(np.float32)
-    found = rotated(start, result)
+    found = rotate_to_start(start, result)
     for name in (A, B):
         np.testing.assert_allclose(found[name], sign * result[name], rtol=1e-6)
 
@@ -102,7 +102,7 @@ def test_rank_one_can_only_flip_the_sign(sign):
 def test_what_lies_where_it_began_is_not_turned(rank):
     _, start, result = case(1, rank)
     result[A] = start[A]
-    found = rotated(start, result)
+    found = rotate_to_start(start, result)
     for name in (A, B):
         np.testing.assert_allclose(found[name], result[name], atol=1e-5)
 
@@ -119,7 +119,7 @@ def test_the_mean_of_aligned_copies_of_one_product_is_that_product():
         b, a = (np.mean([wide(one, name) for one in adapters], axis=0) for name in (B, A))
         return b @ a
 
-    aligned = [rotated(start, client) for client in clients]
+    aligned = [rotate_to_start(start, client) for client in clients]
     np.testing.assert_allclose(of_means(aligned), product(result), atol=1e-4)
     assert np.linalg.norm(of_means(clients) - product(result)) > 1
 
@@ -127,7 +127,7 @@ def test_the_mean_of_aligned_copies_of_one_product_is_that_product():
 def test_a_zero_factor_is_no_obstacle():
     _, start, result = case(3, 3)
     result[A] = np.zeros_like(result[A])
-    found = rotated(start, result)
+    found = rotate_to_start(start, result)
     assert all(np.isfinite(array).all() for array in found.values())
     assert not product(found).any()
 

@@ -12,7 +12,7 @@ from helpers.app_runs import arrays, local_steps, open_run, run, tokens_of
 from helpers.fake_grid import FakeGrid
 from helpers.gaussians import assert_gaussian, flat
 from lalora_app import server_app
-from lalora_app.adapter.factors import active_names, kind, pairs
+from lalora_app.adapter.factors import active_names, factor_pairs, kind
 from lalora_app.client import local_round
 from lalora_app.data.encoding import EncodedTexts
 from lalora_app.data.examples import split
@@ -65,7 +65,7 @@ def released(client, data, *, t, k, z=0.0, seed=0):
             reservation=Reservation(Release(1.0, z, 1)),
             clip_norm=CLIP,
             micro_batch=3,
-            streams=step.Streams(seeded(seed, "sampling"), seeded(seed, "noise")),
+            streams=step.RandomStreams(seeded(seed, "sampling"), seeded(seed, "noise")),
         )
 
 
@@ -106,7 +106,7 @@ def test_deer_clips_where_its_noise_is(tiny):
     done = run(tiny(**open_run(method="deer", **{"num-server-rounds": 4})))
     for exchange in done.grid.trained():
         sent, t = exchange.start, exchange.order["round"]
-        for b, a in pairs(sent):
+        for b, a in factor_pairs(sent):
             resting = sent[a] if t % 2 else sent[b].T
             assert np.allclose(resting @ resting.T, np.eye(len(resting)), atol=1e-5)
 
@@ -153,13 +153,13 @@ def test_clients_of_different_ranks_train_their_own_and_are_aggregated_in_one_sc
     for exchange in done.grid.trained():
         for message in (exchange.request, exchange.reply):
             sent = arrays(message)
-            for b, a in pairs(sent):
+            for b, a in factor_pairs(sent):
                 assert sent[a].shape[0] == sent[b].shape[1] == ranks[exchange.partition]
     first = done.grid.trained(1)
     second = done.grid.trained(2)[-1]
     whole = second.start  # of the client of full rank: the global adapter
     drift = second.drift
-    for b, a in pairs(whole):
+    for b, a in factor_pairs(whole):
         scales = [config.lora.alpha / rank for rank in ranks]
         uploads = sorted(first, key=lambda e: e.partition)
         products = [
@@ -188,7 +188,7 @@ def test_a_node_may_name_its_rank_and_no_other_than_the_run_has_room_for(tiny):
     grid = FakeGrid(config, [{"rank": 1}, {}])
     server_app.run(grid, config)
     shapes = {
-        e.partition: [len(arrays(e.reply)[a]) for _, a in pairs(arrays(e.reply))]
+        e.partition: [len(arrays(e.reply)[a]) for _, a in factor_pairs(arrays(e.reply))]
         for e in grid.trained()
     }
     assert {partition: set(found) for partition, found in shapes.items()} == {0: {1}, 1: {2}}

@@ -13,12 +13,12 @@ from torch import Tensor
 from conftest import make_config
 from lalora_app.client.local_round import Local, make_optimizer
 from lalora_app.methods.optimizers import (
-    Hyper,
-    LowPass,
+    LowPassSGD,
+    OptimizerSettings,
     UnbiasedAdamW,
-    as_configured,
+    configured_optimizer,
     lora_plus,
-    low_pass,
+    low_pass_sgd,
     unbiased_adamw,
 )
 from lalora_app.methods.table import METHODS
@@ -28,9 +28,9 @@ SEEDS = st.integers(0, 2**32 - 1)
 FEW = settings(max_examples=20, deadline=None, derandomize=True)
 
 
-def hyper(noise_std: float = 0.0, **changes) -> Hyper:
+def hyper(noise_std: float = 0.0, **changes) -> OptimizerSettings:
     config = make_config(**changes)
-    return Hyper(config.train, config.rule, noise_std)
+    return OptimizerSettings(config.train, config.rule, noise_std)
 
 
 def parameter(values: np.ndarray) -> torch.nn.Parameter:
@@ -78,18 +78,18 @@ def doppler_loop(start, grads, lr, a, decay):
 def test_the_low_pass_filter_is_its_loop(seed, steps, lr, decay):
     start, grads = drawn(seed, steps)
     x = parameter(start)
-    optimizer = low_pass([group(x, lr=lr)], hyper(**{"train.weight-decay": decay}))
+    optimizer = low_pass_sgd([group(x, lr=lr)], hyper(**{"train.weight-decay": decay}))
     found = after(optimizer, x, grads)
-    expected = doppler_loop(start, grads, lr, LowPass.COEFFICIENT, decay)
+    expected = doppler_loop(start, grads, lr, LowPassSGD.COEFFICIENT, decay)
     np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-12)
 
 
 def test_a_past_gradient_counts_with_the_filters_impulse_response():
-    a, steps = LowPass.COEFFICIENT, 12
+    a, steps = LowPassSGD.COEFFICIENT, 12
     response = (1 - a) / 2 * np.array([1, *((1 + a) * a**k for k in range(steps - 1))])
     start, grads = drawn(0, steps)
     x = parameter(start)
-    values = [start, *after(LowPass([group(x, lr=1.0)]), x, grads)]
+    values = [start, *after(LowPassSGD([group(x, lr=1.0)]), x, grads)]
     for t in range(steps):
         shares = response[: t + 1][::-1] / response[: t + 1].sum()
         expected = np.tensordot(shares, grads[: t + 1], axes=1)
@@ -97,19 +97,19 @@ def test_a_past_gradient_counts_with_the_filters_impulse_response():
 
 
 def test_without_memory_two_neighbouring_gradients_are_averaged(monkeypatch):
-    monkeypatch.setattr(LowPass, "COEFFICIENT", 0.0)
+    monkeypatch.setattr(LowPassSGD, "COEFFICIENT", 0.0)
     start, grads = drawn(1, 5)
     x = parameter(start)
-    moved = -np.diff([start, *after(LowPass([group(x, lr=1.0)]), x, grads)], axis=0)
+    moved = -np.diff([start, *after(LowPassSGD([group(x, lr=1.0)]), x, grads)], axis=0)
     np.testing.assert_allclose(moved[0], grads[0], rtol=1e-12)  # it has no neighbour yet
     np.testing.assert_allclose(moved[1:], (grads[1:] + grads[:-1]) / 2, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("a", [0.9, 0.5, 0.0])
 def test_stationary_white_noise_keeps_half_of_one_minus_a_of_its_variance(a, monkeypatch):
-    monkeypatch.setattr(LowPass, "COEFFICIENT", a)
+    monkeypatch.setattr(LowPassSGD, "COEFFICIENT", a)
     x = torch.nn.Parameter(torch.zeros(20_000, dtype=torch.float64))
-    optimizer, rng = LowPass([group(x, lr=1.0)]), np.random.default_rng(0)
+    optimizer, rng = LowPassSGD([group(x, lr=1.0)]), np.random.default_rng(0)
     values = after(optimizer, x, rng.standard_normal((80, 20_000)))
     moved = values[-1] - values[-2]
     assert moved.var() == pytest.approx((1 - a) / 2, rel=0.05)  # an estimate's error is about 1 %
@@ -120,7 +120,7 @@ def test_on_a_constant_gradient_the_low_pass_filter_is_sgd_from_the_first_step_o
     start, grads = (array.astype(dtype) for array in drawn(2, 1))
     x, y = parameter(start), parameter(start)
     constant = np.repeat(grads, 30, axis=0)
-    found = after(LowPass([group(x, lr=0.1)]), x, constant)
+    found = after(LowPassSGD([group(x, lr=0.1)]), x, constant)
     expected = after(torch.optim.SGD([y], lr=0.1), y, constant)
     scale = 100 * np.finfo(dtype).eps
     np.testing.assert_allclose(found, expected, rtol=scale, atol=scale)
@@ -210,17 +210,20 @@ def test_lora_plus_with_the_ratio_of_the_run_is_the_plain_optimiser():
     changes = {"train.lr-a": 0.5, "train.lr-b": 1.5, "rule.lr-ratio": 3.0}
     rates = {"A": 0.5, "B": 1.5}
     groups = [group(parameter(drawn(0, 1)[0]), lr=lr, kind=kind) for kind, lr in rates.items()]
-    made, plain = lora_plus(groups, hyper(**changes)), as_configured(groups, hyper(**changes))
+    made, plain = (
+        lora_plus(groups, hyper(**changes)),
+        configured_optimizer(groups, hyper(**changes)),
+    )
     assert [g["lr"] for g in made.param_groups] == [g["lr"] for g in plain.param_groups]
 
 
 # All of them.
 
 MAKES = {
-    "sgd": (as_configured, {"train.optimizer": "sgd", "train.momentum": 0.9}),
-    "adamw": (as_configured, {"train.optimizer": "adamw"}),
+    "sgd": (configured_optimizer, {"train.optimizer": "sgd", "train.momentum": 0.9}),
+    "adamw": (configured_optimizer, {"train.optimizer": "adamw"}),
     "lora-plus": (lora_plus, {"train.optimizer": "adamw"}),
-    "doppler": (low_pass, {}),
+    "doppler": (low_pass_sgd, {}),
     "dp-fedadamw": (unbiased_adamw, {}),
 }
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from lalora_app.aggregation.average import average
+from lalora_app.aggregation.average import federated_averaging
 from lalora_app.methods import schedule
 from lalora_app.methods.compatibility import lookup
 from lalora_app.methods.table import METHODS
@@ -98,7 +98,7 @@ def test_la_lora_variants_differ_by_their_filter_only(name):
 
 def test_averaging_is_exact_where_one_factor_moves_and_nothing_is_resident():
     for name, method in METHODS.items():
-        if method.aggregate is not average:  # tests/aggregation/test_rules.py
+        if method.aggregate is not federated_averaging:  # tests/aggregation/test_rules.py
             continue
         sends_one = all(len(method.syncs(t)) == 1 for t in (1, 2))
         resident = any(method.resident(t, 2) for t in (1, 2))

@@ -17,7 +17,7 @@ from lalora_app.client import local_round
 from lalora_app.data.encoding import EncodedTexts
 from lalora_app.data.examples import split
 from lalora_app.methods.table import METHODS
-from lalora_app.methods.weight_noise import row_noise
+from lalora_app.methods.weight_noise import row_scaled_noise
 from lalora_app.models.backbone import Backbone, build, wire_name
 from lalora_app.models.frozen_weights import FrozenWeights, base_layers
 from lalora_app.privacy.accounting import Release
@@ -39,7 +39,7 @@ def generator(seed: int = 0) -> torch.Generator:
 def test_a_rows_noise_is_relative_to_the_row_and_grows_over_the_run(progress):
     n, radius = 20_000, 0.3
     weight = torch.randn(3, n, generator=generator()) * torch.tensor([[1.0], [10.0], [0.01]])
-    noise = row_noise(weight, progress, radius, generator(1))
+    noise = row_scaled_noise(weight, progress, radius, generator(1))
     ramp = math.sin(math.pi * progress / 2) ** 2  # = (1 - cos(pi * progress)) / 2
     for row, own in zip(noise, weight, strict=True):
         norm = math.sqrt(sum(float(w) ** 2 for w in own))
@@ -53,17 +53,19 @@ def test_a_rows_noise_is_relative_to_the_row_and_grows_over_the_run(progress):
 
 def test_at_the_start_of_the_run_without_radius_or_for_a_zero_row_there_is_no_noise():
     weight = torch.randn(4, 6, generator=generator())
-    assert not row_noise(weight, 0.0, 0.05, generator()).any()
-    assert not row_noise(weight, 0.7, 0.0, generator()).any()
+    assert not row_scaled_noise(weight, 0.0, 0.05, generator()).any()
+    assert not row_scaled_noise(weight, 0.7, 0.0, generator()).any()
     weight[2] = 0
-    noise = row_noise(weight, 0.7, 0.05, generator())
+    noise = row_scaled_noise(weight, 0.7, 0.05, generator())
     assert noise.any(dim=1).tolist() == [True, True, False, True]
 
 
 def test_noise_is_its_generators_to_the_bit_and_leaves_the_weight_alone():
     weight = torch.randn(4, 6, generator=generator())
     before = weight.clone()
-    first, again, other = (row_noise(weight, 0.5, 0.05, generator(seed)) for seed in (1, 1, 2))
+    first, again, other = (
+        row_scaled_noise(weight, 0.5, 0.05, generator(seed)) for seed in (1, 1, 2)
+    )
     assert torch.equal(first, again)
     assert not (first == other).any()
     assert torch.equal(weight, before)
@@ -346,7 +348,7 @@ def test_flat_lora_takes_every_gradient_at_weights_shaken_by_the_seeds_own_noise
         {},
         local=local,
         reservation=Reservation(Release(1.0, 0.0, steps)),
-        streams=step.Streams(seeded(0, "sampling"), seeded(0, "noise")),
+        streams=step.RandomStreams(seeded(0, "sampling"), seeded(0, "noise")),
     )
     assert_bits(backbone.model, before)
     own = dict(adapter)
@@ -356,7 +358,7 @@ def test_flat_lora_takes_every_gradient_at_weights_shaken_by_the_seeds_own_noise
         noise, drawn = {}, generator(seed)
         for name, weight in before.items():
             computed = (weight.double() + 1.5 * product(own, name)).float()
-            noise[name] = row_noise(computed, (2 * steps + k) / (4 * steps), radius, drawn)
+            noise[name] = row_scaled_noise(computed, (2 * steps + k) / (4 * steps), radius, drawn)
         plain = replace(backbone, model=without_engine(backbone.model))
         with torch.no_grad():
             for name, layer in base_layers(plain.model).items():
@@ -387,7 +389,7 @@ def unshaken(backbone: Backbone, data: EncodedTexts, adapter: Adapter, local) ->
         {},
         local=replace(local, method=METHODS["dp-lora"]),
         reservation=Reservation(Release(1.0, 0.0, local.train.local_steps)),
-        streams=step.Streams(seeded(0, "sampling"), seeded(0, "noise")),
+        streams=step.RandomStreams(seeded(0, "sampling"), seeded(0, "noise")),
     )
 
 

@@ -26,7 +26,7 @@ from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.randomness import seeded
 from lalora_app.private_step.mechanism import poisson_batch
-from lalora_app.private_step.step import Streams, private_gradient
+from lalora_app.private_step.step import RandomStreams, private_gradient
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import Config
 
@@ -668,7 +668,7 @@ def one_private_step(backbone: Backbone, data, factors: str) -> None:
         reservation=Reservation(Release(rate, 1.0, 1)),
         clip_norm=1.0,
         micro_batch=4,
-        streams=Streams(seeded(1, "sampling"), seeded(1, "noise")),
+        streams=RandomStreams(seeded(1, "sampling"), seeded(1, "noise")),
     )
     assert set(noised) == names
     assert all(grad.isfinite().all() and grad.abs().max() > 0 for grad in noised.values())

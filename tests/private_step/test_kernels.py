@@ -31,9 +31,9 @@ from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.randomness import seeded
 from lalora_app.private_step.attach import LayoutError
 from lalora_app.private_step.engine import KernelEngine
-from lalora_app.private_step.gradients import Outer, PerExampleGrads
+from lalora_app.private_step.gradients import OuterProductBlock, PerExampleGrads
 from lalora_app.private_step.mechanism import clipped_sum
-from lalora_app.private_step.step import Streams, private_gradient
+from lalora_app.private_step.step import RandomStreams, private_gradient
 
 WIDTH, EXAMPLES = 8, 4
 
@@ -203,7 +203,9 @@ def test_the_merged_weight_follows_its_factors_and_serves_an_evaluation_and_a_st
 def test_dropping_an_example_of_a_one_position_head_leaves_the_models_input_alone():
     x, g = torch.ones(3, 5), torch.ones(3, 2)
     g[1, 0] = float("nan")
-    found = clipped_sum(PerExampleGrads((Outer("head.weight", g, x),)), 1e6)["head.weight"]
+    found = clipped_sum(PerExampleGrads((OuterProductBlock("head.weight", g, x),)), 1e6)[
+        "head.weight"
+    ]
     assert torch.equal(found, torch.full((2, 5), 2.0))
     assert torch.equal(x, torch.ones(3, 5))
 
@@ -227,7 +229,7 @@ def test_the_compiled_form_is_one_graph_and_is_not_compiled_again_for_other_size
     engine = make_engine(model, "expanded")
     seen = CompileCounterWithBackend("aot_eager")  # needs no C++ compiler
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend=seen))
-    forward = engine.prepare(model)
+    forward = engine.prepare_forward(model)
     generator = torch.Generator().manual_seed(0)
     graphs = []
     for examples, rows in [(4, 5), (6, 7), (3, 9), (8, 4), (5, 11)]:
@@ -270,7 +272,7 @@ def test_every_kernel_of_the_config_releases_the_same(tiny, no_compiler, kernel,
             reservation=Reservation(Release(0.5, 1.0, 1)),
             clip_norm=0.1,
             micro_batch=8,
-            streams=Streams(seeded(0, "sampling"), seeded(0, "noise")),
+            streams=RandomStreams(seeded(0, "sampling"), seeded(0, "noise")),
         )
     assert set(released[kernel]) == set(released["plain"])
     for name, grad in released["plain"].items():

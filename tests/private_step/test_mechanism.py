@@ -22,16 +22,21 @@ from lalora_app.privacy.budget import BudgetError
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.randomness import secure, seeded
 from lalora_app.private_step import mechanism
-from lalora_app.private_step.gradients import Outer, PerExampleGrads, Rows, Slot
+from lalora_app.private_step.gradients import (
+    FlatBlock,
+    OuterProductBlock,
+    PerExampleGrads,
+    StoredShape,
+)
 from lalora_app.private_step.mechanism import (
     CLIP_MARGIN,
-    _added_normals,
+    _sum_of_two_normals,
     add_noise,
     clip_scales,
     clipped_sum,
     poisson_batch,
 )
-from lalora_app.private_step.step import Streams, private_gradient
+from lalora_app.private_step.step import RandomStreams, private_gradient
 
 SHAPES = {"q.lora_A.weight": (2, 5), "q.lora_B.weight": (4, 2), "classifier.bias": (3,)}
 EXAMPLES = 12
@@ -60,7 +65,7 @@ def blocks(grads: Grads) -> PerExampleGrads:
     """A block a tensor; of copies, because the private step zeroes rows in place."""
     return PerExampleGrads(
         tuple(
-            Rows({name: Slot(tuple(grad.shape[1:]))}, grad.flatten(1).clone())
+            FlatBlock({name: StoredShape(tuple(grad.shape[1:]))}, grad.flatten(1).clone())
             for name, grad in grads.items()
         )
     )
@@ -133,7 +138,7 @@ def test_no_head_of_any_size_exceeds_the_clip_norm(given, clip_norm, seed):
         for shape, power in zip(shapes, given, strict=True)
     )
     true = float(g.double().norm() * x.double().norm())
-    found = clipped_sum(PerExampleGrads((Outer("head", g, x),)), clip_norm)
+    found = clipped_sum(PerExampleGrads((OuterProductBlock("head", g, x),)), clip_norm)
     assert joint_norm(found) <= clip_norm
     if 1e-30 < true < math.inf:
         assert joint_norm(found) == pytest.approx(min(true, clip_norm), rel=1e-4, abs=1e-36)
@@ -266,8 +271,8 @@ def scaled_sum(grads: list[dict[str, torch.Tensor]], factors: list[float]):
     }
 
 
-def streams(seed: int = 0) -> Streams:
-    return Streams(seeded(seed, "sampling"), seeded(seed, "noise"))
+def streams(seed: int = 0) -> RandomStreams:
+    return RandomStreams(seeded(seed, "sampling"), seeded(seed, "noise"))
 
 
 def release(backbone, data, *, q=1.0, z=0.0, clip_norm=math.inf, micro_batch=64, seed=0):
@@ -304,14 +309,14 @@ def test_micro_batches_do_not_change_the_sum(backbone, data, micro_batch):
 
 def test_a_gpus_noise_is_standard_and_needs_two_keys_to_be_found(monkeypatch):
     """On the CPU, whose generator stands for a GPU's: 63 bits alone could be tried one by one."""
-    drawn, draw = [], mechanism._device_normal
+    drawn, draw = [], mechanism._device_normals
 
     def seen(size, like, seed):
         drawn.append((seed, draw(size, like, seed)))
         return drawn[-1][1].clone()
 
     monkeypatch.setattr(mechanism, "_device_normal", seen)
-    noise = [_added_normals(20_000, torch.zeros(1), seeded(0, "noise", i)) for i in range(4)]
+    noise = [_sum_of_two_normals(20_000, torch.zeros(1), seeded(0, "noise", i)) for i in range(4)]
     assert len({seed for seed, _ in drawn}) == 8  # anew for every release
     for i, found in enumerate(noise):
         (_, first), (_, second) = drawn[2 * i : 2 * i + 2]

@@ -25,7 +25,7 @@ from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.randomness import seeded
 from lalora_app.private_step import attach, kernels, mechanism
 from lalora_app.private_step.engine import KernelEngine
-from lalora_app.private_step.step import Streams, private_gradient
+from lalora_app.private_step.step import RandomStreams, private_gradient
 
 META = torch.device("meta")
 TOKENS = tuple(tuple(range(2, 4 + i % 5)) for i in range(40))
@@ -63,7 +63,7 @@ def private_steps(backbone: Backbone) -> None:
     """A B step and an A step of LA-LoRA, whole: sampling, clip, noise, filter, optimiser."""
     config, method = make_config(**{"train.optimizer": "adamw"}), METHODS["la-lora"]
     optimizer = make_optimizer(backbone, Local(method, 1, 1, config.train, config.rule, 0.5), 0.0)
-    streams = Streams(seeded(0, "sampling"), seeded(0, "noise"))
+    streams = RandomStreams(seeded(0, "sampling"), seeded(0, "noise"))
     for k in range(2):
         names = active_names(backbone.engine.parameters, method.trains(1, k))
         backbone.engine.activate(names)

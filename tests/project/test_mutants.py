@@ -148,15 +148,15 @@ MUTANTS = {
     ),
     "empty batches skipped": Mutant(
         "client/local_round.py",
-        "    sums = _summed(backbone, data, indices, clip_norm, micro_batch)\n",
-        "    sums = _summed(backbone, data, indices, clip_norm, micro_batch)\n"
+        "    sums = _clipped_batch_sum(backbone, data, indices, clip_norm, micro_batch)\n",
+        "    sums = _clipped_batch_sum(backbone, data, indices, clip_norm, micro_batch)\n"
         "    if not len(indices):\n"
         "        return NoisedGrads(sums)\n",
         "tests/private_step/test_mechanism.py",
     ),
     "non-finite examples scaled": Mutant(
         "private_step/mechanism.py",
-        "        grads = grads.without(dropped)\n",
+        "        grads = grads.zero_examples(dropped)\n",
         "        pass\n",
         "tests/private_step/test_mechanism.py",
     ),

@@ -21,13 +21,13 @@ from matplotlib.image import imread
 
 from conftest import defaults, make_config
 from lalora_app.reports import audit_figure, charts
-from lalora_app.reports.charts import charts as all_charts
-from lalora_app.reports.charts import curve
+from lalora_app.reports.charts import all_charts as all_charts
+from lalora_app.reports.charts import mean_curve
 from lalora_app.reports.page import to_html, write_report
 from lalora_app.reports.tables import (
     ACCURACY,
     METRICS,
-    best,
+    best_rows,
     rows_of,
     to_csv,
     to_latex,
@@ -281,10 +281,10 @@ def test_a_score_that_is_nan_takes_the_bold_from_no_other(place, second):
         "perplexity": [label for label in rest if label != "y"],
     }
     metric = next(metric for metric in METRICS if metric.key == second)
-    assert [row.label for row in best(metric, rows_of(runs))] == leaders[second]
+    assert [row.label for row in best_rows(metric, rows_of(runs))] == leaders[second]
     for run in runs:
         run.summary[second] = math.nan
-    assert best(metric, rows_of(runs)) == []
+    assert best_rows(metric, rows_of(runs)) == []
 
 
 def test_a_lower_perplexity_is_better_and_a_metric_that_is_missing_is_a_dash():
@@ -309,7 +309,7 @@ def test_a_perplexity_that_is_infinite_has_no_deviation():
 def test_a_curve_is_mean_lowest_and_highest_over_the_rounds_that_all_seeds_have():
     runs = [record(seed=0, rounds=6), record(seed=1, rounds=4, failed=(2,)), record(seed=2)]
     runs[2].history[2]["accuracy"] = None
-    found = curve(runs, lambda history: [row["attempt"] for row in history], ACCURACY)
+    found = mean_curve(runs, lambda history: [row["attempt"] for row in history], ACCURACY)
     assert found.x.tolist() == [1, 2, 4]
     assert found.failed.tolist() == [False, True, False]
     for i, t in enumerate((0, 1, 3)):
@@ -319,7 +319,7 @@ def test_a_curve_is_mean_lowest_and_highest_over_the_rounds_that_all_seeds_have(
 
 
 def test_uploads_add_up():
-    found = curve([record()], charts._megabytes, ACCURACY)
+    found = mean_curve([record()], charts._megabytes, ACCURACY)
     assert found.x == pytest.approx([0.150536 * t for t in (1, 2, 3, 4)])
 
 
@@ -400,16 +400,16 @@ def test_an_audited_run_tells_both_epsilons_and_draws_the_attack():
     assert "at least 0.80 at 95% confidence" in page
     assert "counts at most 3.00 at δ = 1e-05. The two are consistent." in page
     assert "BROKEN" in to_html([replace(tried, audit=AUDIT | {"broken": True})], "run")
-    (chart,) = charts.attacks([tried, record(seed=1)])
+    (chart,) = charts.audit_rocs([tried, record(seed=1)])
     (panel,) = chart.panels
     assert {"step", "run", "guessing", "allowed at ε = 3", "false alarm rate"} <= set(words(panel))
-    assert charts.attacks([record()]) == []
+    assert charts.audit_rocs([record()]) == []
     assert "Membership attack" not in to_html([record()], "run")
 
 
 def test_the_hits_allowed_are_those_of_the_definition():
     alarms = np.geomspace(1e-6, 1, 50)
-    hits = audit_figure.most_hits(alarms, 1.5, 1e-3)
+    hits = audit_figure.max_true_positive_rate(alarms, 1.5, 1e-3)
     left = math.exp(1.5) * alarms + 1e-3 - hits
     right = math.exp(1.5) * (1 - hits) + 1e-3 - (1 - alarms)
     assert np.abs(np.minimum(left, right)[hits < 1]).max() < 1e-12

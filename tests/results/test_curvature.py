@@ -148,7 +148,7 @@ def test_the_gradient_of_the_private_step_changes_at_that_rate(tiny_backbone):
 @torch.enable_grad()
 def _gradients(backbone: Backbone) -> dict[str, Tensor]:
     grads = backbone.engine.gradients(lambda: backbone.losses(WHOLE), len(WHOLE.labels))
-    return grads.weighted(torch.ones(len(WHOLE.labels)))
+    return grads.weighted_sum(torch.ones(len(WHOLE.labels)))
 
 
 def test_it_is_in_the_models_own_tensors_where_a_method_trains_others(tiny_backbone):

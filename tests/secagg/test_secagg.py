@@ -37,7 +37,7 @@ from lalora_app.client import local_round
 from lalora_app.methods.compatibility import method_of
 from lalora_app.methods.table import METHODS
 from lalora_app.secagg import fixed_point, masks
-from lalora_app.secagg.messages import MASKED, SECAGG, column_of, columns
+from lalora_app.secagg.messages import MASKED, SECAGG, columns, mapping_of
 from lalora_app.server import progress
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import flatten
@@ -70,25 +70,25 @@ def no_report(monkeypatch):
 def test_the_mean_of_quantised_updates_is_the_mean_of_the_updates(clients, seed, exponent, data):
     summands = data.draw(st.integers(1, clients))
     rng = np.random.default_rng(seed)
-    updates = rng.uniform(-1, 1, (summands, 50)) * min(2.0**exponent, fixed_point.RANGE)
-    updates[:, :2] = fixed_point.RANGE, -fixed_point.RANGE  # the sum is largest here
+    updates = rng.uniform(-1, 1, (summands, 50)) * min(2.0**exponent, fixed_point.MAX_UPDATE)
+    updates[:, :2] = fixed_point.MAX_UPDATE, -fixed_point.MAX_UPDATE  # the sum is largest here
     total = np.zeros(50, np.uint32)
     for update in updates:
-        total = total + fixed_point.quantised(update, clients)
-    found = fixed_point.mean_of(total, clients, summands)
+        total = total + fixed_point.quantise(update, clients)
+    found = fixed_point.dequantised_mean(total, clients, summands)
     assert np.abs(found - updates.mean(axis=0)).max() <= fixed_point.error_bound(clients)
 
 
 def test_the_bound_is_met_and_is_no_larger_than_it_must_be():
-    half = np.array([0.5 * fixed_point.step(4) * (1 - 1e-9)])  # rounds to zero
-    found = fixed_point.mean_of(fixed_point.quantised(half, 4), 4, 1)
+    half = np.array([0.5 * fixed_point.step_size(4) * (1 - 1e-9)])  # rounds to zero
+    found = fixed_point.dequantised_mean(fixed_point.quantise(half, 4), 4, 1)
     assert 0.99 < abs(found - half)[0] / fixed_point.error_bound(4) <= 1
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf, 64.01, -64.01, 1e30])
 def test_what_the_sum_cannot_hold_is_refused_and_not_clipped(value):
     with pytest.raises(fixed_point.RangeError):
-        fixed_point.quantised(np.array([0.0, value]), 4)
+        fixed_point.quantise(np.array([0.0, value]), 4)
 
 
 def test_tensors_come_back_from_the_flat_vector():
@@ -96,7 +96,7 @@ def test_tensors_come_back_from_the_flat_vector():
     shapes = {"z": (2, 3), "a": (4,), "m": (1, 5)}
     start = {n: rng.standard_normal(s).astype(np.float32) for n, s in shapes.items()}
     upload = {n: rng.standard_normal(s).astype(np.float32) for n, s in reversed(shapes.items())}
-    found = fixed_point.added(start, fixed_point.update_of(upload, start))
+    found = fixed_point.add_update(start, fixed_point.update_of(upload, start))
     assert set(found) == set(upload)
     assert all(np.array_equal(found[n], upload[n]) for n in upload)
 
@@ -105,9 +105,9 @@ def test_tensors_come_back_from_the_flat_vector():
 
 
 def test_what_two_clients_add_for_each_other_cancels():
-    one, other = masks.new_key(), masks.new_key()
-    secret = masks.agreed(one, masks.public_of(other))
-    assert secret == masks.agreed(other, masks.public_of(one))
+    one, other = masks.new_private_key(), masks.new_private_key()
+    secret = masks.shared_secret(one, masks.public_key_of(other))
+    assert secret == masks.shared_secret(other, masks.public_key_of(one))
     total = masks.pair_mask(3, 8, secret, 999) + masks.pair_mask(8, 3, secret, 999)
     assert not total.any()
 
@@ -126,22 +126,22 @@ def test_a_mask_depends_on_all_of_its_key():
 @pytest.mark.parametrize("clients", [2, 3, 4, 7])
 def test_a_secret_takes_its_threshold_of_shares(clients):
     secret = secrets.token_bytes(masks.KEY_BYTES)
-    shares = masks.shared(secret, range(clients))
+    shares = masks.split_into_shares(secret, range(clients))
     needed = masks.threshold(clients)
     assert 2 <= needed <= clients < 2 * needed
     last = dict(list(shares.items())[-needed:])
-    assert masks.reconstructed(last, clients) == secret
+    assert masks.reconstruct_secret(last, clients) == secret
     with pytest.raises(WireError, match="too few"):
-        masks.reconstructed(dict(list(shares.items())[1:needed]), clients)
+        masks.reconstruct_secret(dict(list(shares.items())[1:needed]), clients)
     forged = last | {clients - 1: b"\xff" * len(shares[0])}
     with contextlib.suppress(WireError):
-        assert masks.reconstructed(forged, clients) != secret
+        assert masks.reconstruct_secret(forged, clients) != secret
 
 
-@pytest.mark.parametrize("junk", [b"", b"junk", masks.public_of(masks.new_key())[:-40]])
+@pytest.mark.parametrize("junk", [b"", b"junk", masks.public_key_of(masks.new_private_key())[:-40]])
 def test_a_public_key_that_is_none_is_told(junk):
     with pytest.raises(WireError, match="P-384"):
-        masks.agreed(masks.new_key(), junk)
+        masks.shared_secret(masks.new_private_key(), junk)
 
 
 # --- the sum ----------------------------------------------------------------------------------
@@ -252,7 +252,7 @@ def test_a_sum_is_as_good_as_the_uploads(tiny, tmp_path, monkeypatch):
 
 
 def words_of(upload, start):
-    return fixed_point.quantised(fixed_point.update_of(upload, start), CLIENTS)
+    return fixed_point.quantise(fixed_point.update_of(upload, start), CLIENTS)
 
 
 def assert_unrelated(masked, hidden):
@@ -403,7 +403,7 @@ class Table:
     def share(self):
         for client in range(CLIENTS):
             reply = self.ask(client, "train.share", self.directory())
-            self.shares[client] = column_of(reply[SECAGG], "shares")
+            self.shares[client] = mapping_of(reply[SECAGG], "shares")
 
     def train(self, client, sources=None, attempt=1):
         start = client_app.backbone.build(self.config)[1]
@@ -487,7 +487,7 @@ def test_a_directory_that_lies_is_refused_before_any_share(table, change):
     own, other = table.keys[0], table.keys[1]
     match change:
         case "own":
-            table.keys[0] = tuple(masks.public_of(masks.new_key()) for _ in range(2))
+            table.keys[0] = tuple(masks.public_key_of(masks.new_private_key()) for _ in range(2))
         case "twice":
             table.keys[2] = other
         case "alone":
@@ -559,7 +559,7 @@ def forged(record):
 
 
 def foreign_key(record):
-    return record | {"mask-key": masks.public_of(masks.new_key())}
+    return record | {"mask-key": masks.public_key_of(masks.new_private_key())}
 
 
 def without_shares(record):

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from conftest import make_config
 from lalora_app.adapter.factors import Adapter
-from lalora_app.aggregation.average import average
+from lalora_app.aggregation.average import federated_averaging
 from lalora_app.aggregation.rule import RoundInfo
 from lalora_app.server.robust import COMBINE, krum, median, robust, trimmed_mean
 
@@ -155,7 +155,7 @@ def test_where_clients_agree_a_robust_mean_is_what_they_say_and_the_rule_passes_
     current = drawn(3, 1)[0]
     shares, kept = robust(kind, 1, [1.0] * 5, uploads)
     info = RoundInfo(t=1, rounds=2, seed=0, numbers=make_config().rule)
-    found = average(current, shares, kept, info).adapter
+    found = federated_averaging(current, shares, kept, info).adapter
     assert_same(found, kept[0])
     assert_near(found, uploads[0])
 

@@ -56,7 +56,7 @@ from helpers.app_runs import (
 from helpers.fake_grid import FakeGrid, identify, wire_bytes
 from lalora_app import client_app, server_app
 from lalora_app.adapter.factors import kind
-from lalora_app.aggregation.average import average
+from lalora_app.aggregation.average import federated_averaging
 from lalora_app.client import local_round, resident_factors, site
 from lalora_app.methods.table import METHODS
 from lalora_app.models import backbone
@@ -149,7 +149,7 @@ def test_a_round_starts_from_the_server_and_the_clients_own_resident_factors(fin
 
 def test_what_a_round_does_not_sync_stays_bit_identical(finished):
     method = METHODS[finished.config.method]
-    if method.aggregate is not average:
+    if method.aggregate is not federated_averaging:
         pytest.skip(
             "its server rule moves what did not travel too: tests/aggregation/test_rules.py"
         )
