@@ -1,4 +1,4 @@
-"""An adapter as a flat mapping from PEFT's tensor names to arrays, and what travels of it."""
+"""The `Adapter` type, the kinds of its tensors, and the selection of tensors to send."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Literal
@@ -25,23 +25,35 @@ _PARTS: tuple[Kind, ...] = ("A", "B", "gate", "fixed")
 
 
 def sibling(name: str, part: str) -> str:
-    """Return the name of another tensor of the same layer: such as its ``A`` or its ``gate``."""
+    """Return the name of another tensor of the same layer.
+
+    Args:
+        name: the name of a tensor A, B, gate or fixed.
+        part: the kind of the wanted tensor, such as ``A`` or ``gate``.
+    """
     for own in _PARTS:
         name = name.replace(f".lora_{own}.", f".lora_{part}.")
     return name
 
 
 def factor_pairs(adapter: Iterable[str]) -> Iterator[tuple[str, str]]:
-    """Yield the names (of B, of A) of every adapted layer."""
+    """Yield the pair (name of B, name of A) of every adapted layer."""
     for name in adapter:
         if kind(name) == "B":
             yield name, sibling(name, "A")
 
 
 def truncate_to_rank(adapter: Mapping[str, Array], rank: int, full: int) -> Adapter:
-    """Return the first ``rank`` of ``full`` directions, in units of that rank's own scale.
+    """Return the first ``rank`` columns of B and rows of A, rescaled for a client of that rank.
 
-    The scale is α/r, so (α/rank)·B·(rank/full)·A is what these directions add at full rank.
+    A model of rank r multiplies B·A by the LoRA scale α/r. B is multiplied by rank/full here, so
+    that (α/rank)·(rank/full)·B·A equals the share of these directions in the full product.
+
+    Args:
+        adapter: the global adapter, of rank ``full``.
+        rank: the client's rank.
+        full: the rank of the run, ``lora.rank``.
+
     Limit: ``rank == full`` returns the same arrays.
     """
     if rank == full:
@@ -54,17 +66,21 @@ def truncate_to_rank(adapter: Mapping[str, Array], rank: int, full: int) -> Adap
 
 
 def rescale_to_full_rank(upload: Mapping[str, Array], rank: int, full: int) -> Adapter:
-    """Return a client's factors in units of the scale at ``full`` rank: B times full/rank."""
+    """Return a client's factors for the LoRA scale of the ``full`` rank: B times full/rank.
+
+    Inverse of the rescaling in :func:`truncate_to_rank`; shapes stay the client's.
+    """
     if rank == full:
         return dict(upload)
     return {n: x * np.float32(full / rank) if kind(n) == "B" else x for n, x in upload.items()}
 
 
 def kind(name: str) -> Kind:
-    """Tell what a tensor is from its name.
+    """Return the kind of a tensor, read from its name.
 
-    PEFT's are factor ``A`` (r, n), ``B`` (m, r) and ``head``. A method may add a ``gate``, which
-    is trained and sent in every round as the head is, and what is ``fixed`` on the clients.
+    PEFT creates the factors ``A`` (r, n) and ``B`` (m, r) and the ``head``. A method may add a
+    ``gate``, which is trained and sent in every round like the head, and a ``fixed`` tensor, which
+    clients receive but do not train.
     """
     for part in _PARTS:
         if f".lora_{part}." in name:
@@ -73,16 +89,16 @@ def kind(name: str) -> Kind:
 
 
 def active_names(names: Iterable[str], factors: Factors) -> frozenset[str]:
-    """Return the names of the given factors, and of head and gates: active in every step."""
+    """Return the names of the given factors and of all heads and gates (active in every step)."""
     return frozenset(name for name in names if kind(name) in (*factors, "head", "gate"))
 
 
 def select(adapter: Mapping[str, Array], factors: Factors) -> Adapter:
-    """Return the tensors of the given factors and of the head: what a round sends up."""
+    """Return the tensors that a client uploads: the given factors, heads and gates."""
     names = active_names(adapter, factors)
     return {name: array for name, array in adapter.items() if name in names}
 
 
 def num_bytes(adapter: Mapping[str, Array]) -> int:
-    """Return the bytes of the tensors themselves (4 an entry), without any envelope."""
+    """Return the size in bytes of the tensors (4 per entry), without message headers."""
     return sum(array.nbytes for array in adapter.values())

@@ -1,7 +1,7 @@
-"""Sums of products B·A without ever forming them: norms, factored SVD, compression.
+"""Norm, SVD and compression of a sum of products B·A, without forming the (m, n) matrix.
 
-A sum ``Σ_j c_j P_j Q_j`` is one product of the stacked factors, (m, R)·(R, n). With thin QR
-factorisations of both sides everything about it follows from an R × R matrix (methods.md §4).
+A sum ``Σ_j c_j B_j A_j`` equals one product of concatenated factors, (m, R)·(R, n). After thin QR
+factorisations of both sides, its norm and SVD follow from an R × R matrix.
 """
 
 from collections.abc import Iterable
@@ -14,18 +14,19 @@ from lalora_app.adapter.factors import Adapter, Array, factor_pairs
 
 Float64Array = NDArray[np.float64]
 
-RANK_TOLERANCE = 1e-7  # of the largest singular value: below what float32 factors can say
+# Singular values below this share of the largest one are rounding errors of float32 factors.
+RANK_TOLERANCE = 1e-7
 
 
 class Product(NamedTuple):
-    """left (m, R) times right (R, n), in float64."""
+    """The product of ``left`` (m, R) and ``right`` (R, n), in float64."""
 
     left: Float64Array
     right: Float64Array
 
 
 class Svd(NamedTuple):
-    """u (m, k), s (k,) falling, vt (k, n): a singular value decomposition."""
+    """A singular value decomposition: u (m, k), s (k,) in falling order, vt (k, n)."""
 
     u: Float64Array
     s: Float64Array
@@ -35,7 +36,7 @@ class Svd(NamedTuple):
 def sum_of_products(
     terms: Iterable[tuple[float, Array | Float64Array, Array | Float64Array]],
 ) -> Product:
-    """Return Σ c·B·A over terms (c, B (m, r), A (r, n)) as one product; ranks add up."""
+    """Return Σ c·B·A over the terms (c, B (m, r), A (r, n)) as one product; its rank is Σ r."""
     lefts, rights = [], []
     for weight, b, a in terms:
         lefts.append(weight * np.asarray(b, np.float64))
@@ -44,16 +45,16 @@ def sum_of_products(
 
 
 def _with_fixed_signs(u: Float64Array, s: Float64Array, vt: Float64Array) -> Svd:
-    """Make the largest entry of each left vector positive, so that results can be repeated."""
+    """Make the largest entry of each left singular vector positive: the signs become unique."""
     largest = np.abs(u).argmax(axis=0)
     signs = np.where(u[largest, np.arange(u.shape[1])] < 0, -1.0, 1.0)
     return Svd(u * signs, s, vt * signs[:, None])
 
 
 def svd(product: Product) -> Svd:
-    """Return the SVD of a product by QR of its sides; O(R²(m + n)), m × n is never formed.
+    """Return the SVD of a product by QR of both sides, in O(R²(m + n)) operations.
 
-    Limit: R ≥ min(m, n) costs more that way, and is decomposed as it is.
+    Limit: for R ≥ min(m, n) the (m, n) matrix is formed and decomposed, which costs less.
     """
     left, right = product
     if left.shape[1] >= min(left.shape[0], right.shape[1]):
@@ -65,49 +66,56 @@ def svd(product: Product) -> Svd:
 
 
 def frobenius_norm(product: Product) -> float:
-    """Return ‖left·right‖_F; accurate also where the terms of the sum cancel."""
+    """Return ‖left·right‖_F; accurate also if the terms of the sum nearly cancel."""
     r_left = np.linalg.qr(product.left)[1]
     r_right = np.linalg.qr(product.right.T)[1]
     return float(np.linalg.norm(r_left @ r_right.T))
 
 
-def balanced_factors(found: Svd, rank: int) -> tuple[Array, Array]:
+def balanced_factors(decomposition: Svd, rank: int) -> tuple[Array, Array]:
     """Return float32 (B (m, rank), A (rank, n)) = (U√Σ, √ΣVᵀ), the best product of that rank.
 
-    Both factors carry half of the scale, which keeps their learning rates comparable; columns
-    fall in importance, so a smaller rank is the first of them. Zeros fill up a smaller product.
+    Both factors get the square root of the singular values, so that one learning rate suits both.
+    Columns are sorted by singular value, so the first columns are the best product of a smaller
+    rank. Limit: a decomposition of fewer than ``rank`` values is padded with zeros.
     """
-    kept = min(rank, len(found.s))
-    root = np.sqrt(found.s[:kept])
-    b = np.zeros((found.u.shape[0], rank), np.float32)
-    a = np.zeros((rank, found.vt.shape[1]), np.float32)
-    b[:, :kept] = found.u[:, :kept] * root
-    a[:kept] = root[:, None] * found.vt[:kept]
+    kept = min(rank, len(decomposition.s))
+    root = np.sqrt(decomposition.s[:kept])
+    b = np.zeros((decomposition.u.shape[0], rank), np.float32)
+    a = np.zeros((rank, decomposition.vt.shape[1]), np.float32)
+    b[:, :kept] = decomposition.u[:, :kept] * root
+    a[:kept] = root[:, None] * decomposition.vt[:kept]
     return b, a
 
 
-def numerical_rank(found: Svd) -> int:
-    """Return how many singular values float32 factors can tell from zero; at least 1."""
-    return max(1, int((found.s > RANK_TOLERANCE * found.s[0]).sum()))
+def numerical_rank(decomposition: Svd) -> int:
+    """Return the number of singular values above ``RANK_TOLERANCE``; at least 1."""
+    return max(1, int((decomposition.s > RANK_TOLERANCE * decomposition.s[0]).sum()))
 
 
 def compressed_factors(b: Array, a: Array) -> tuple[Array, Array]:
-    """Return a product's factors at the product's own rank: no larger than min(m, n)."""
-    found = svd(sum_of_products([(1.0, b, a)]))
-    return balanced_factors(found, numerical_rank(found))
+    """Return factors of the same product B·A with its numerical rank, at most min(m, n)."""
+    decomposition = svd(sum_of_products([(1.0, b, a)]))
+    return balanced_factors(decomposition, numerical_rank(decomposition))
 
 
 def add_to_drift(drift: Adapter, fold: Adapter, scale: float) -> Adapter:
-    """Return the drift of the base with ``scale·B·A`` of ``fold`` added.
+    """Add ``scale·B·A`` of ``fold`` to the drift of the frozen base weights.
 
-    Ranks add up; beyond half of a layer's smaller side the product is compressed to its own rank.
+    Args:
+        drift: factors of the drift so far, per layer, without a scale.
+        fold: factors of the new product, per layer.
+        scale: the LoRA scale α/r of ``fold``.
+
+    Ranks add up. A product whose rank exceeds half of min(m, n) is compressed to its numerical
+    rank.
     """
     total = dict(drift)
     for b, a in factor_pairs(fold):
-        grown = sum_of_products([(scale, fold[b], fold[a])])
+        product = sum_of_products([(scale, fold[b], fold[a])])
         if b in drift:
-            grown = sum_of_products([(1.0, drift[b], drift[a]), (1.0, *grown)])
-        left, right = (side.astype(np.float32) for side in grown)
+            product = sum_of_products([(1.0, drift[b], drift[a]), (1.0, *product)])
+        left, right = (side.astype(np.float32) for side in product)
         half = min(left.shape[0], right.shape[1]) // 2
         total[b], total[a] = (
             compressed_factors(left, right) if left.shape[1] > half else (left, right)

@@ -1,4 +1,4 @@
-"""FedAvg of the tensors that travelled (McMahan et al., arXiv:1602.05629)."""
+"""Federated averaging (FedAvg) of the uploaded tensors (McMahan et al., arXiv:1602.05629)."""
 
 from collections.abc import Sequence
 
@@ -11,15 +11,18 @@ from lalora_app.aggregation.rule import Aggregated, RoundInfo, normalised_weight
 def weighted_mean(
     current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter]
 ) -> Adapter:
-    """Replace every uploaded tensor by its weighted mean ``Σ p_k X_k`` and keep the others.
+    """Replace every uploaded tensor by its weighted mean ``Σ p_k X_k`` over clients k.
+
+    Tensors of ``current`` that no client uploads stay unchanged.
 
     Args:
         current: the global adapter.
-        weights: positive, one a client; normalised here to ``Σ p_k = 1``.
-        uploads: adapters with equal names and shapes. One client: its own tensors.
+        weights: positive numbers, one per client; normalised here to ``Σ p_k = 1``.
+        uploads: one adapter per client, with equal names and shapes. Limit: for one client, the
+            mean is its upload.
 
     Returns:
-        A full adapter. Sums run in float64.
+        A complete adapter in float32; sums are computed in float64.
 
     Privacy: post-processing of noised uploads; no extra cost.
     """
@@ -34,5 +37,5 @@ def weighted_mean(
 def federated_averaging(
     current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: RoundInfo
 ) -> Aggregated:
-    """Average what travelled: the rule of most methods, see :func:`mean`."""
+    """Average all uploaded tensors by :func:`weighted_mean`: the server rule of most methods."""
     return Aggregated(weighted_mean(current, weights, uploads))

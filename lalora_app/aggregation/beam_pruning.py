@@ -1,4 +1,4 @@
-"""BeamLoRA's server rule: prune weak rank-one directions and copy strong ones."""
+"""BeamLoRA's server rule: replace rank-one directions of low gate by copies of high gate."""
 
 from collections.abc import Sequence
 
@@ -8,15 +8,15 @@ from lalora_app.adapter.factors import Adapter, Array, factor_pairs, sibling
 from lalora_app.aggregation.average import weighted_mean
 from lalora_app.aggregation.rule import Aggregated, RoundInfo
 
-KEPT_GATE_MASS = 0.95  # BeamLoRA: the share of the gates' mass that may not be pruned
+KEPT_GATE_MASS = 0.95  # share of the softmax of the gates that is never pruned
 
 
 def _pruned_and_copied(gate: Array, temperature: float) -> tuple[list[int], list[int]]:
-    """Return the directions to prune, weakest first, and the strongest ones to copy."""
-    order = np.argsort(-gate, kind="stable")  # of the gates: weights may all but vanish
+    """Return the indices to prune, lowest gate first, and equally many to copy, highest first."""
+    order = np.argsort(-gate, kind="stable")  # gates, as softmax weights may underflow
     mass = np.cumsum(np.exp((gate[order] - gate.max()) / temperature))
     kept = int(np.searchsorted(mass, KEPT_GATE_MASS * mass[-1]) + 1)
-    weaker = int((gate < gate[order[kept - 1]]).sum())  # than all that are kept
+    weaker = int((gate < gate[order[kept - 1]]).sum())  # gates below every kept gate
     pruned = min(weaker, len(gate) // 2)
     return [int(i) for i in order[::-1][:pruned]], [int(i) for i in order[:pruned]]
 
@@ -24,14 +24,15 @@ def _pruned_and_copied(gate: Array, temperature: float) -> tuple[list[int], list
 def prune_and_expand(
     current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: RoundInfo
 ) -> Aggregated:
-    """BeamLoRA: average; every ``rule.period`` rounds weak directions become copies of strong ones.
+    """BeamLoRA: average; every ``rule.period`` rounds replace low-gate directions by copies.
 
-    The smallest set of directions with 95 % of the gates' softmax is kept, at least half of them;
-    a copy and its source share their gates' mean (arXiv:2502.13604, Alg. 1). Decided here and not
-    by clients, whose directions would no longer be each other's. Copies are of the present
-    factors, not of a snapshot. Limit: equal gates prune nothing, at any rank.
+    Kept are the fewest directions that hold 95 % of the gates' softmax, and at least half of all
+    directions. A copy and its source both get the mean of their two gates (arXiv:2502.13604,
+    Alg. 1). The server decides, because directions with the same index must correspond to each
+    other in all clients. Copies are taken from the present factors, not from a snapshot as in the
+    paper. Limit: equal gates prune nothing, at any rank.
 
-    Privacy: decided by noised gates; no extra cost.
+    Privacy: the decision uses noised gates only; no extra cost.
     """
     merged = weighted_mean(current, weights, uploads)
     if info.t % info.numbers.period:

@@ -1,4 +1,4 @@
-"""Rules that move what was learnt into the base and start over: FLoRA, RAC-LoRA, subspaces."""
+"""Rules that add the trained product to the base, then restart: FLoRA, RAC-LoRA, GaLore."""
 
 from collections.abc import Sequence
 
@@ -12,14 +12,17 @@ from lalora_app.privacy.randomness import seeded
 
 
 def random_a(shape: tuple[int, ...], info: RoundInfo, name: str) -> Array:
-    """Draw A (r, n) as PEFT does, U(−1/√n, 1/√n), from the run's seed and the round; no data."""
+    """Draw A (r, n) from U(−1/√n, 1/√n), PEFT's initial distribution.
+
+    The generator is seeded by the run's seed, the round and ``name``, and reads no data.
+    """
     bound = shape[1] ** -0.5
     rng = seeded(info.seed, "fresh A", info.t, name)
     return rng.uniform(-bound, bound, shape).astype(np.float32)
 
 
 def reinitialised(merged: Adapter, info: RoundInfo) -> Adapter:
-    """Return the adapter with new A and zero B."""
+    """Return the adapter with a new random A and a zero B in every layer."""
     fresh = dict(merged)
     for b, a in factor_pairs(merged):
         fresh[b], fresh[a] = np.zeros_like(merged[b]), random_a(merged[a].shape, info, a)
@@ -27,17 +30,18 @@ def reinitialised(merged: Adapter, info: RoundInfo) -> Adapter:
 
 
 def _block_ends(info: RoundInfo) -> bool:
-    """Tell whether a block of ``rule.period`` rounds ends here."""
+    """Return whether this round is the last of a block of ``rule.period`` rounds."""
     return info.t % info.numbers.period == 0
 
 
 def stack_fold(
     current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: RoundInfo
 ) -> Aggregated:
-    """FLoRA: move Σ p_k B_k A_k into the base as one stack, and start anew (arXiv:2409.05976).
+    """FLoRA: add Σ p_k B_k A_k to the base and reinitialise the factors (arXiv:2409.05976).
 
-    Exact. Ranks may differ. Weight and scale stand on one side of the product only. Every round is
-    a block of its own, so ``rule.period`` plays no part. All clients of a round share its new A.
+    The sum is exact: factors of all clients are concatenated, and p_k multiplies B_k only. Ranks
+    may differ between clients. Every round is folded, so ``rule.period`` has no effect. All
+    clients of the next round start from the same new A.
 
     Privacy: post-processing of noised uploads; no extra cost.
     """
@@ -55,7 +59,7 @@ def chain_fold(
 ) -> Aggregated:
     """RAC-LoRA: W += s·B̄·A at the end of a block, then a new random frozen A (arXiv:2410.08305).
 
-    Exact: A is common to all clients. A block is ``rule.period`` rounds.
+    A block has ``rule.period`` rounds. The mean is exact, because all clients have the same A.
 
     Privacy: post-processing of noised uploads; no extra cost.
     """
@@ -69,15 +73,17 @@ def chain_fold(
 def subspace_fold(
     current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: RoundInfo
 ) -> Aggregated:
-    """Average weights that were trained in a subspace: GaLore made private (arXiv:2410.23111).
+    """GaLore with noised updates: average weight updates inside a subspace (arXiv:2410.23111).
 
-    The resting factor is the projector P. What was trained in its subspace moves into the base;
-    the next projector, on the other side, spans the noised mean update just received. The paper's
-    own is the SVD of a raw gradient, which is a release without noise.
+    The factor that does not train in this round is the projector P; the trained factor is the
+    weight update in its subspace. The product of both is added to the base. The next projector is
+    an orthonormal basis of the mean update, and the other factor trains. The paper computes P by
+    an SVD of a raw gradient, which would be a release without noise.
 
-    Exact. What travels is the trained factor, which says as much as the whole weight.
+    The mean is exact, because all clients have the same projector.
 
-    Privacy: the projector is a seed's at first, and made of noised uploads later; no extra cost.
+    Privacy: the first projector depends on a seed only, later ones on noised uploads; no extra
+    cost.
     """
     merged = weighted_mean(current, weights, uploads)
     fold = {name: merged[name] for pair in factor_pairs(merged) for name in pair}

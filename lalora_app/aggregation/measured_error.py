@@ -1,7 +1,7 @@
-"""How far the server's product is from the mean of the clients' products.
+"""Aggregation errors: distance between the server's product and the mean client product.
 
-Products are never formed; all figures are relative to ‖Σ p_k B_k A_k‖_F over all layers, in which
-the scale s cancels. A function of what was noised before it was sent: no privacy cost.
+Errors are relative to ‖Σ p_k B_k A_k‖_F over all layers, so the LoRA scale s cancels. The (m, n)
+products are never formed. Privacy: computed from noised uploads only; no extra cost.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,20 +13,20 @@ from lalora_app.adapter.factors import Adapter, factor_pairs
 from lalora_app.adapter.low_rank import Float64Array, Product, frobenius_norm, sum_of_products, svd
 from lalora_app.aggregation.rule import Aggregated, normalised_weights
 
-SPECTRUM_LENGTH = 4  # singular values
+SPECTRUM_LENGTH = 4  # number of singular values in a spectrum
 
 
 @dataclass(frozen=True)
 class AggregationErrors:
-    """What a round loses, on one scale.
+    """The relative errors of one round's aggregation.
 
     Attributes:
-        averaging: ‖E‖_F of averaging the factors apart, E = Σ p_k (B_k − B̄)(A_k − Ā); None where
-            not both factors travelled, or ranks differ.
-        averaging_spectrum: the largest singular values of that E, over all layers.
-        remaining: ‖E‖_F of what the method's own rule made of the uploads; None where the
-            clients' products are not known to the server.
-        remaining_spectrum: the largest singular values of that E.
+        averaging: relative ‖E‖_F of separate averages of A and B, E = Σ p_k (B_k − B̄)(A_k − Ā);
+            None if clients did not upload both factors, or their ranks differ.
+        averaging_spectrum: the largest relative singular values of E, over all layers.
+        remaining: relative ‖R‖_F for R = Σ p_k B_k A_k minus the product after the method's rule;
+            None if the server does not know the clients' products.
+        remaining_spectrum: the largest relative singular values of R, over all layers.
         cosine: mean cosine between two clients' updates; None for one client or differing ranks.
     """
 
@@ -42,7 +42,7 @@ def _mean_product(shares: Float64Array, uploads: Sequence[Adapter], b: str, a: s
 
 
 def _mean_product_norm(shares: Float64Array, uploads: Sequence[Adapter]) -> float:
-    """Return ‖Σ p_k B_k A_k‖_F."""
+    """Return ‖Σ p_k B_k A_k‖_F over all layers."""
     layers = [
         frobenius_norm(_mean_product(shares, uploads, b, a)) for b, a in factor_pairs(uploads[0])
     ]
@@ -50,20 +50,20 @@ def _mean_product_norm(shares: Float64Array, uploads: Sequence[Adapter]) -> floa
 
 
 def _averaging_errors(shares: Float64Array, uploads: Sequence[Adapter]) -> Iterator[Product]:
-    """Yield E = Σ p_k (B_k − B̄)(A_k − Ā) of every layer, which does not cancel."""
+    """Yield Σ p_k B_k A_k − B̄Ā of every layer as Σ p_k (B_k − B̄)(A_k − Ā): no cancellation."""
     for b, a in factor_pairs(uploads[0]):
         means = {
             n: sum(p * up[n].astype(np.float64) for p, up in zip(shares, uploads, strict=True))
             for n in (b, a)
         }
-        apart = [{n: up[n] - means[n] for n in (b, a)} for up in uploads]
-        yield _mean_product(shares, apart, b, a)
+        deviations = [{n: up[n] - means[n] for n in (b, a)} for up in uploads]
+        yield _mean_product(shares, deviations, b, a)
 
 
 def _remaining_errors(
     shares: Float64Array, uploads: Sequence[Adapter], new: Aggregated
 ) -> Iterator[Product]:
-    """Yield Σ p_k B_k A_k less the new product and what moved into the base, by layer."""
+    """Yield Σ p_k B_k A_k minus the new product and minus the fold into the base, per layer."""
     for b, a in factor_pairs(uploads[0]):
         made = [(-1.0, to[b], to[a]) for to in (new.adapter, new.fold) if b in to]
         yield sum_of_products([(1.0, *_mean_product(shares, uploads, b, a)), *made])
@@ -72,7 +72,7 @@ def _remaining_errors(
 def _relative_norm_and_spectrum(
     errors: Iterator[Product], whole: float
 ) -> tuple[float, tuple[float, ...]]:
-    """Return ‖E‖_F over all layers and the largest singular values, relative to ``whole``."""
+    """Return ‖E‖_F over all layers and the largest singular values, divided by ``whole``."""
     values = np.sort(np.concatenate([svd(error).s for error in errors]))[::-1]
     if whole == 0:
         return 0.0, ()
@@ -92,14 +92,15 @@ def _has_both_factors(upload: Adapter) -> bool:
 
 
 def aggregation_error(weights: Sequence[float], uploads: Sequence[Adapter]) -> float | None:
-    """Return what averaging the factors apart loses, see :class:`Errors`.
+    """Return the relative error of separate averages, ``AggregationErrors.averaging``.
 
     Args:
-        weights: of the clients; p_k are these over their sum.
-        uploads: adapters; where they lack one of the factors, nothing can be said of the products.
+        weights: one positive weight per client.
+        uploads: one adapter per client.
 
     Returns:
-        0 for one client, or for clients that agree on a factor; None if a factor is missing.
+        A number ≥ 0: 0 for one client, or if all clients have the same A or the same B. None if
+        the uploads lack a factor or their shapes differ.
     """
     shares = normalised_weights(weights)
     if not _has_both_factors(uploads[0]) or not _have_equal_shapes(uploads):
@@ -117,29 +118,30 @@ def aggregation_errors(
     *,
     complete: bool,
 ) -> AggregationErrors:
-    """Measure a round.
+    """Measure the aggregation errors of one round.
 
     Args:
-        weights: of the clients.
-        uploads: what travelled, in units of the global scale.
-        before: the global adapter that the round started from.
-        new: what the method's rule made of it.
-        complete: whether uploads and ``before`` together are all that a client computed with.
+        weights: one positive weight per client.
+        uploads: one adapter per client, for the LoRA scale of the run's rank.
+        before: the global adapter before the round.
+        new: the result of the method's server rule.
+        complete: whether ``before`` with the upload is the client's whole adapter; False if
+            clients keep a trained factor.
     """
-    shares, alike = normalised_weights(weights), _have_equal_shapes(uploads)
+    shares, equal_shapes = normalised_weights(weights), _have_equal_shapes(uploads)
     found = AggregationErrors()
-    if alike:
+    if equal_shapes:
         updates = [{n: up[n] - before[n] for n in up} for up in uploads]
         found = AggregationErrors(cosine=mean_cosine(updates))
     if not complete:
         return found
     whole_uploads = [before | upload for upload in uploads]
     whole = _mean_product_norm(shares, whole_uploads)
-    left = _relative_norm_and_spectrum(_remaining_errors(shares, whole_uploads, new), whole)
-    apart: tuple[float | None, tuple[float, ...]] = (None, ())
-    if alike and _has_both_factors(uploads[0]):
-        apart = _relative_norm_and_spectrum(_averaging_errors(shares, uploads), whole)
-    return AggregationErrors(apart[0], apart[1], left[0], left[1], found.cosine)
+    remaining = _relative_norm_and_spectrum(_remaining_errors(shares, whole_uploads, new), whole)
+    averaging: tuple[float | None, tuple[float, ...]] = (None, ())
+    if equal_shapes and _has_both_factors(uploads[0]):
+        averaging = _relative_norm_and_spectrum(_averaging_errors(shares, uploads), whole)
+    return AggregationErrors(averaging[0], averaging[1], remaining[0], remaining[1], found.cosine)
 
 
 def _flat_rows(name: str, updates: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
@@ -151,7 +153,7 @@ def _flat_rows(name: str, updates: Sequence[Mapping[str, np.ndarray]]) -> np.nda
 
 
 def _gram(updates: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
-    """Return (clients, clients) inner products, one tensor at a time: little is copied at once."""
+    """Return (clients, clients) inner products, summed tensor by tensor to save memory."""
     names = updates[0].keys()
     for client, update in enumerate(updates):
         if update.keys() != names:
@@ -165,26 +167,27 @@ def _gram(updates: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
 
 
 def update_cosines(updates: Sequence[Mapping[str, np.ndarray]]) -> np.ndarray:
-    """Return (clients, clients): the cosine between every two clients' flattened updates.
+    """Return (clients, clients): the cosine between the flattened updates of every two clients.
 
     Args:
-        updates: of at least one client: upload minus the global tensor, by tensor name.
+        updates: one mapping per client, at least one, from tensor name to upload minus global
+            tensor.
 
     Returns:
-        A symmetric matrix in [-1, 1] with ones on its diagonal. A zero update has no direction:
-        its entries off the diagonal are 0.
+        A symmetric matrix in [-1, 1] with ones on its diagonal. The cosines of a zero update are 0
+        off the diagonal.
 
     Raises:
         ValueError: if there is no update, or if their tensors differ in name or shape.
 
-    Privacy: a function of what was noised before it was sent; unavailable to a server that sees
-        sums only.
+    Privacy: computed from noised uploads; no extra cost. Not available under secure aggregation,
+    where the server sees a sum only.
     """
     if not updates:
         raise ValueError("cosines of 0 updates: there must be at least 1")
     gram = _gram(updates)
     norms = np.sqrt(np.diag(gram))
-    norms[norms == 0] = 1.0  # the numerators are zero too
+    norms[norms == 0] = 1.0  # a zero update: its inner products are zero too
     cosines: np.ndarray = np.clip(gram / np.outer(norms, norms), -1.0, 1.0)
     np.fill_diagonal(cosines, 1.0)
     return cosines
@@ -194,7 +197,7 @@ def mean_cosine(updates: Sequence[Mapping[str, np.ndarray]]) -> float | None:
     """Return the mean cosine over all pairs of different clients; None for one client.
 
     Args:
-        updates: see ``update_cosines``, whose errors and privacy are this one's too.
+        updates: one mapping per client, see :func:`update_cosines` for errors and privacy.
     """
     cosines = update_cosines(updates)
     pairs = cosines[np.triu_indices(len(cosines), k=1)]

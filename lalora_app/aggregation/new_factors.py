@@ -1,4 +1,4 @@
-"""Rules that choose new factors for the mean of the clients' products: FlexLoRA, FedSVD, DEeR."""
+"""Rules that compute new factors of the mean product: FlexLoRA, FedSVD, DEeR."""
 
 from collections.abc import Sequence
 
@@ -14,7 +14,7 @@ from lalora_app.settings.run_config import MethodNumbers
 def average_except_factors(
     current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter]
 ) -> Adapter:
-    """Return ``current`` with the mean of everything that travelled but the factors."""
+    """Return ``current`` with the weighted means of all uploaded tensors except A and B."""
     heads = [{n: x for n, x in up.items() if kind(n) not in ("A", "B")} for up in uploads]
     return weighted_mean(current, weights, heads)
 
@@ -22,17 +22,18 @@ def average_except_factors(
 def product_mean(
     current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: RoundInfo
 ) -> Aggregated:
-    """FlexLoRA: the best factors for Σ p_k B_k A_k (arXiv:2402.11505, §3).
+    """FlexLoRA: truncate the SVD of Σ p_k B_k A_k to the run's rank (arXiv:2402.11505, §3).
 
     Args:
-        current: the global adapter; its rank is what is kept.
-        weights: of the clients.
-        uploads: both factors, of any ranks.
-        info: of the round.
+        current: the global adapter, of the run's rank.
+        weights: one positive weight per client.
+        uploads: both factors of every client, of any ranks.
+        info: the round and the settings; not used.
 
     Returns:
-        B = U√Σ, A = √ΣVᵀ; the paper puts Σ into B, which makes the factors' learning rates
-        incomparable. The error is the root of the sum of squares of the truncated singular values.
+        B = U√Σ, A = √ΣVᵀ. The paper uses B = UΣ, A = Vᵀ; with equal norms, one learning rate suits
+        both factors. The error in Frobenius norm is the root of the sum of squares of the
+        truncated singular values.
 
     Privacy: post-processing of noised uploads; no extra cost.
     """
@@ -42,7 +43,7 @@ def product_mean(
             sum_of_products((p, up[b], up[a]) for p, up in zip(shares, uploads, strict=True))
         )
         merged[b], merged[a] = balanced_factors(found, current[a].shape[0])
-        unused = ~merged[b].any(axis=0)  # with both factors zero they would stay so for good
+        unused = ~merged[b].any(axis=0)  # a zero pair has zero gradients, so it would never train
         merged[a][unused] = current[a][unused]
     return Aggregated(merged)
 
@@ -52,8 +53,8 @@ def svd_of_mean_b(
 ) -> Aggregated:
     """FedSVD: B̄A = UΣVᵀ; A becomes Vᵀ, with orthonormal rows, and B becomes UΣ (arXiv:2505.12805).
 
-    Every ``rule.period`` rounds; other rounds average B as FFA-LoRA does. Exact: A is common to
-    all clients, and the product keeps its rank. Limit: B̄ = 0 leaves A as it is.
+    Runs every ``rule.period`` rounds; the other rounds only average B. The product stays exactly
+    B̄A: all clients have the same A, and its rank is at most r. Limit: B̄ = 0 leaves A unchanged.
 
     Privacy: post-processing of noised uploads; no extra cost.
     """
@@ -70,13 +71,19 @@ def svd_of_mean_b(
 
 
 def orthonormal_rows(a: Array | Float64Array) -> tuple[Float64Array, Float64Array]:
-    """Return (L (r, r), Q (r, n)) with L·Q = a and orthonormal rows in Q, r ≤ n."""
+    """Return (L (r, r), Q (r, n)) with L·Q = ``a`` (r, n) and orthonormal rows in Q; r ≤ n."""
     q, r = np.linalg.qr(np.asarray(a, np.float64).T)
     return r.T, q.T
 
 
 def _with_orthonormal(adapter: Adapter, resting: str) -> Adapter:
-    """Return the same products with orthonormal resting factors: rows of A, or columns of B."""
+    """Return factors of the same products, one of them orthonormal.
+
+    Args:
+        adapter: the adapter.
+        resting: the factor that the next round does not train: "A" gets orthonormal rows, "B"
+            orthonormal columns.
+    """
     changed = dict(adapter)
     for b, a in factor_pairs(adapter):
         if resting == "A":
@@ -90,21 +97,21 @@ def _with_orthonormal(adapter: Adapter, resting: str) -> Adapter:
 
 
 def start_orthonormal(start: Adapter, numbers: MethodNumbers) -> Adapter:
-    """Return the initial adapter with orthonormal rows in A; B is zero and stays so."""
+    """Return the initial adapter with orthonormal rows in A; B stays zero."""
     return _with_orthonormal(start, "A")
 
 
 def orthonormal_resting_factor(
     current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: RoundInfo
 ) -> Aggregated:
-    """DEeR made right: clip and noise in the geometry of the product (arXiv:2410.12926, corrected).
+    """DEeR, corrected: average and make the next resting factor orthonormal (arXiv:2410.12926).
 
-    The paper shapes the noise of B as N·Aᵀ(AAᵀ)⁻¹, but clips ΔB itself, so its sensitivity is not
-    the one that the noise is made for. With orthonormal rows in A, ‖ΔB·A‖_F = ‖ΔB‖_F: the plain
-    clip and the plain noise of the run are the product's own. So the server passes on equal
-    products whose resting factor is orthonormal, and the clients run the ordinary private step.
+    The resting factor is the one that the next round does not train. The paper shapes the noise of
+    B as N·Aᵀ(AAᵀ)⁻¹ but clips ΔB, so the noise does not match the sensitivity. With orthonormal
+    rows in A, ‖ΔB·A‖_F = ‖ΔB‖_F: clipping and noise of the ordinary private step act on the
+    product too. The product itself does not change.
 
-    Privacy: a change of coordinates by noised factors; no extra cost.
+    Privacy: a change of coordinates that depends on noised factors only; no extra cost.
     """
     merged = weighted_mean(current, weights, uploads)
     return Aggregated(_with_orthonormal(merged, "B" if info.t % 2 else "A"))

@@ -1,4 +1,4 @@
-"""HetLoRA: factors of different ranks, padded with zeros and weighted by their size."""
+"""HetLoRA: average factors of different ranks, padded with zeros and weighted by their norm."""
 
 import math
 from collections.abc import Sequence
@@ -12,6 +12,7 @@ from lalora_app.aggregation.rule import Aggregated, RoundInfo
 
 
 def _zero_padded(array: Array, shape: tuple[int, ...]) -> Array:
+    """Return an array of the larger ``shape`` with ``array`` in its first rows and columns."""
     whole = np.zeros(shape, np.float32)
     whole[: array.shape[0], : array.shape[1]] = array
     return whole
@@ -29,12 +30,12 @@ def _product_norm(adapter: Adapter) -> float:
 def padded_mean(
     current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: RoundInfo
 ) -> Aggregated:
-    """Average zero-padded factors with p_k ∝ w_k·‖B_k A_k‖_F (arXiv:2401.06432, §3.2).
+    """HetLoRA: average zero-padded factors with p_k ∝ w_k·‖B_k A_k‖_F (arXiv:2401.06432, §3.2).
 
-    The norm is over all layers of a client. The head is averaged by the plain weights. Limit: all
-    products zero gives the plain mean.
+    The norm is taken over all layers of a client. The head is averaged with the weights w_k.
+    Limit: if all products are zero, factors are averaged with w_k too.
 
-    Privacy: the norms are those of noised factors; no extra cost.
+    Privacy: norms of noised factors; no extra cost.
     """
     names = [name for pair in factor_pairs(current) for name in pair]
     padded = [{n: _zero_padded(up[n], current[n].shape) for n in names} for up in uploads]

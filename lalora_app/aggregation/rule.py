@@ -1,4 +1,9 @@
-"""What a server rule is given and what it returns."""
+"""The type of a server rule, its input and its result.
+
+A server rule is a function (current adapter, weights, uploads, round) -> `Aggregated`. Write a new
+one into a module of its own in this folder, with the arguments of `average.federated_averaging`,
+and set it as ``aggregate`` of a method in ``methods/table.py``.
+"""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,12 +17,12 @@ from lalora_app.settings.run_config import MethodNumbers as Numbers
 
 @dataclass(frozen=True)
 class Aggregated:
-    """The next global adapter, and what moves into the base: ``W += s·B·A`` of ``fold``.
+    """The next global adapter, and a product to add to the base: ``W += s·B·A`` of ``fold``.
 
     Attributes:
-        adapter: both factors, the head, and whatever else travels.
-        fold: factors by PEFT's names, of any rank, in units of the global scale s; empty for all
-            methods but those that move the base.
+        adapter: the complete new adapter: both factors, the head and the method's extra tensors.
+        fold: factors by PEFT's names, of any rank, to be multiplied by the run's LoRA scale s;
+            empty if the method does not change the base weights.
     """
 
     adapter: Adapter
@@ -26,13 +31,13 @@ class Aggregated:
 
 @dataclass(frozen=True, kw_only=True)
 class RoundInfo:
-    """What a rule may know besides the tensors: no data, and nothing of one client.
+    """The round and the settings that a rule may read; nothing depends on data or on one client.
 
     Attributes:
-        t: the round that is aggregated, from 1.
-        rounds: of the whole run.
-        seed: of the run.
-        numbers: the run config's table ``rule``.
+        t: number of the round that is aggregated, from 1.
+        rounds: number of rounds of the whole run.
+        seed: random seed of the run.
+        numbers: the table ``rule`` of the run config.
     """
 
     t: int
@@ -45,6 +50,6 @@ ServerRule = Callable[[Adapter, Sequence[float], Sequence[Adapter], RoundInfo], 
 
 
 def normalised_weights(weights: Sequence[float]) -> Float64Array:
-    """Return p_k: the weights over their sum."""
+    """Return p_k (clients,): the weights divided by their sum."""
     shares: Float64Array = np.asarray(weights, dtype=np.float64) / np.sum(weights)
     return shares

@@ -12,15 +12,16 @@ def _no_versions() -> dict[Factor, int]:
 
 @dataclass(frozen=True)
 class ServerState:
-    """What the server knows after ``round`` successful aggregations.
+    """The server's state after ``round`` successful aggregations.
 
     Attributes:
-        adapter: the global adapter: both factors, the head, and what a method adds.
-        round: successful aggregations so far; round ``t = round + 1`` comes next.
-        versions: how often each factor has been aggregated; a client's resident factor is valid
-            while the version it was downloaded at is still the current one.
-        attempts: rounds asked of the clients, the failed ones included.
-        drift: what has moved into the base, ``W = W0 + B·A`` without a scale; any rank.
+        adapter: the global adapter: both factors, the head and the method's extra tensors.
+        round: number of successful aggregations so far; the next round is ``t = round + 1``.
+        versions: number of aggregations per factor. A client's own copy of a factor is valid as
+            long as this number has not changed since its download.
+        attempts: number of rounds that were requested from clients, including failed ones.
+        drift: change of the base weights since the start, ``W = W0 + B·A`` without a scale, of
+            any rank.
     """
 
     adapter: Adapter
@@ -32,11 +33,17 @@ class ServerState:
     def advanced(
         self, adapter: Adapter, synced: Factors, drift: Adapter | None = None
     ) -> "ServerState":
-        """Return the state after a successful aggregation of ``synced``."""
+        """Return the state after a successful aggregation.
+
+        Args:
+            adapter: the new global adapter.
+            synced: the factors that clients uploaded in this round.
+            drift: the new drift of the base; None keeps the present one.
+        """
         versions: dict[Factor, int] = {f: n + (f in synced) for f, n in self.versions.items()}
         moved = self.drift if drift is None else drift
         return ServerState(adapter, self.round + 1, versions, self.attempts + 1, moved)
 
     def failed(self) -> "ServerState":
-        """Return the state after an attempt that aggregated nothing: the phase stays."""
+        """Return the state after a failed attempt: only ``attempts`` grows."""
         return replace(self, attempts=self.attempts + 1)

@@ -1,6 +1,7 @@
-"""Rules that close a task (SD-LoRA, DualLoRA), and BeamLoRA's that prunes and expands.
+"""Rules for several tasks in one run: SD-LoRA and DualLoRA.
 
-A run's rounds are ``rule.tasks`` blocks of equal length.
+A task is a block of consecutive rounds; a run has ``rule.tasks`` blocks of equal length. At the end
+of a task the trained factors are frozen and new factors start.
 """
 
 from collections.abc import Sequence
@@ -14,19 +15,19 @@ from lalora_app.aggregation.average import weighted_mean
 from lalora_app.aggregation.fold_into_base import reinitialised
 from lalora_app.aggregation.rule import Aggregated, RoundInfo
 
-NEW_DIRECTION_SINE = (
-    1e-3  # DualLoRA: the sine of the angle to the basis from which on a direction is new
-)
+# DualLoRA: a direction is added to the basis if the sine of its angle to the basis exceeds this.
+NEW_DIRECTION_SINE = 1e-3
 
 
 def _task_index(t: int, info: RoundInfo) -> int:
+    """Return the number of the task (from 0) that round ``t`` belongs to."""
     return (t - 1) * info.numbers.tasks // info.rounds
 
 
 def finished_task(info: RoundInfo) -> int | None:
-    """Return the number of the task (from 0) that ends with this round; None: it goes on.
+    """Return the number of the task (from 0) that ends with this round; None if none ends.
 
-    The last task of a run stays open: its factors are the result.
+    The last task of a run is never frozen: its factors are the result of the run.
     """
     task = _task_index(info.t, info)
     return task if info.t < info.rounds and _task_index(info.t + 1, info) > task else None
@@ -35,9 +36,10 @@ def finished_task(info: RoundInfo) -> int | None:
 def freeze_direction(
     current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: RoundInfo
 ) -> Aggregated:
-    """SD-LoRA: average; at a task's end freeze B·A/(‖B‖‖A‖), with ‖B‖‖A‖ as its magnitude.
+    """SD-LoRA: average; at the end of a task freeze B/‖B‖ and A/‖A‖ with the magnitude ‖B‖·‖A‖.
 
-    The product stays what it was (arXiv:2501.13198, eq. 4); factors start anew.
+    The frozen product equals B·A (arXiv:2501.13198, eq. 4). The trained factors are reinitialised.
+    Limit: a zero factor is divided by 1.
 
     Privacy: post-processing of noised uploads; no extra cost.
     """
@@ -58,10 +60,17 @@ def freeze_direction(
 
 
 def _extended_basis(basis: Array, place: slice, directions: Float64Array) -> Array:
-    """Return the basis with what is new to it in ``directions``, orthonormal rows or zeros.
+    """Add the directions outside of a basis to it.
 
-    Only that: half of a later task's rows lie inside of the basis, and what remains of them is
-    rounding, of any direction.
+    Args:
+        basis: rows (k, n), orthonormal or zero.
+        place: the zero rows of ``basis`` that may be filled.
+        directions: orthonormal rows (l, n).
+
+    Returns:
+        The extended basis, rows orthonormal or zero. Directions inside the basis are left out:
+        their remainder is a rounding error of random direction. Half of a later task's rows are
+        inside, see ``parametrisations.projected_factors``.
     """
     inside = basis.astype(np.float64)
     outside = directions - (directions @ inside.T) @ inside
@@ -75,7 +84,10 @@ def _extended_basis(basis: Array, place: slice, directions: Float64Array) -> Arr
 def freeze_subspace(
     current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: RoundInfo
 ) -> Aggregated:
-    """DualLoRA: average; at a task's end move the product into the base and its rows into Φ.
+    """DualLoRA: average; at the end of a task add the product to the base and its rows to Φ.
+
+    The rows are the right singular vectors of the product (arXiv:2411.00623, with noised updates
+    in place of raw features). The trained factors are reinitialised.
 
     Privacy: post-processing of noised uploads; no extra cost.
     """
@@ -87,7 +99,7 @@ def freeze_subspace(
         basis, rank = merged[sibling(a, "fixed")], len(merged[a])
         fold[b], fold[a] = merged[b], np.concatenate(split_rows_by_basis(merged[a], basis))
         found = svd(sum_of_products([(1.0, fold[b], fold[a])]))
-        used = found.vt[found.s > RANK_TOLERANCE * found.s[0]]  # none of a zero product
+        used = found.vt[found.s > RANK_TOLERANCE * found.s[0]]  # empty for a zero product
         place = slice(task * rank, (task + 1) * rank)
         merged[sibling(a, "fixed")] = _extended_basis(basis, place, used)
     return Aggregated(reinitialised(merged, info), fold)
