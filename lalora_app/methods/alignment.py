@@ -1,4 +1,4 @@
-"""What a client does to its factors before it sends them: nothing, or a common rotation."""
+"""Transformations of a client's factors before the upload: none, or a rotation (FedRot-LoRA)."""
 
 import numpy as np
 
@@ -6,16 +6,20 @@ from lalora_app.adapter.factors import Adapter, factor_pairs
 
 
 def keep_result(start: Adapter, result: Adapter) -> Adapter:
-    """Send the factors as they are."""
+    """Return the client's result unchanged."""
     return result
 
 
 def rotate_to_start(start: Adapter, result: Adapter) -> Adapter:
-    """FedRot-LoRA: turn A towards the A that the round started from (arXiv:2602.23638).
+    """FedRot-LoRA: rotate A towards the A at the start of the round (arXiv:2602.23638).
 
-    With A·A_startᵀ = USVᵀ and R = UVᵀ the factors become (BR, RᵀA): the product stays, and Rᵀ is
-    the orthogonal matrix that brings A nearest to A_start, so that clients' factors can be
-    averaged. Limit: rank 1 can only flip the sign.
+    With A·A_startᵀ = USVᵀ and R = UVᵀ, the factors become (BR, RᵀA). The product does not change.
+    Rᵀ is the orthogonal matrix that minimises ‖RᵀA − A_start‖, so that the factors of different
+    clients can be averaged. Limit: at rank 1 the rotation is a change of sign.
+
+    Args:
+        start: the adapter at the start of the round, with A (r, n) per layer.
+        result: the client's adapter after its local steps; every layer has both factors.
 
     Privacy: post-processing of noised factors; no extra cost.
     """

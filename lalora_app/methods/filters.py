@@ -1,4 +1,7 @@
-"""Post-processing of noised gradients: the binomial filter of LA-LoRA and its controls."""
+"""Filters of noised gradients: the binomial filter of LA-LoRA, and three controls of it.
+
+A control replaces the filter in an experiment that measures the filter's effect.
+"""
 
 from collections.abc import Callable
 from functools import lru_cache
@@ -11,19 +14,21 @@ from lalora_app.privacy.randomness import seeded
 from lalora_app.private_step.gradients import NoisedGrads
 
 TAPS = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
-# Standard deviation of filtered white noise, away from the borders: sqrt(Σ h²) = sqrt(70/256).
+# Ratio of the noise's standard deviation after and before the filter, except near the borders:
+# sqrt(Σ h²) = sqrt(70/256).
 NOISE_FACTOR = sum(tap**2 for tap in TAPS) ** 0.5
 
 
 def identity(grads: NoisedGrads) -> NoisedGrads:
-    """Leave the gradients as they are."""
+    """Return the gradients unchanged: no filter."""
     return grads
 
 
 def smooth(x: Tensor, dim: int = -1) -> Tensor:
     """Convolve along ``dim`` with [1, 4, 6, 4, 1]/16 under symmetric (edge-repeating) padding.
 
-    A length of 1 is returned as it is. Sliced sums: a 1-channel convolution is 20 times slower.
+    Limit: an axis of length 1 is returned unchanged. The convolution is a sum of slices, which is
+    20 times as fast as PyTorch's 1-channel convolution.
     """
     length = x.shape[dim]
     second = min(1, length - 1)
@@ -39,22 +44,27 @@ def smooth(x: Tensor, dim: int = -1) -> Tensor:
 def _filter_factors(grads: NoisedGrads, smoothing: Callable[[Tensor, int], Tensor]) -> NoisedGrads:
     """Smooth A (r, n) along its n input features and B (m, r) along its m output features.
 
-    Factors of one kind and shape are stacked: a few operations a shape instead of a few a factor.
+    Factors of the same kind and shape are stacked, to run a few operations per shape instead of a
+    few operations per factor.
+
+    Args:
+        grads: noised gradients; heads and gates are returned unchanged.
+        smoothing: function (tensor, dimension) -> smoothed tensor.
     """
-    alike: dict[tuple[Kind, torch.Size], list[str]] = {}
+    groups: dict[tuple[Kind, torch.Size], list[str]] = {}
     for name, grad in grads.items():
-        alike.setdefault((kind(name), grad.shape), []).append(name)
+        groups.setdefault((kind(name), grad.shape), []).append(name)
     filtered: dict[str, Tensor] = dict(grads)
-    for (which, _), names in alike.items():
+    for (which, _), names in groups.items():
         if which in ("A", "B"):
             dim = 2 if which == "A" else 1  # of (factors, r, n) and (factors, m, r)
-            stack = torch.stack([grads[name] for name in names])
-            filtered |= dict(zip(names, smoothing(stack, dim).unbind(), strict=True))
+            stacked = torch.stack([grads[name] for name in names])
+            filtered |= dict(zip(names, smoothing(stacked, dim).unbind(), strict=True))
     return NoisedGrads(filtered)
 
 
 def binomial_filter(grads: NoisedGrads) -> NoisedGrads:
-    """Smooth every factor along its long axis (arXiv:2602.19926, gradient filter); not the head.
+    """LA-LoRA: smooth every factor along its feature axis (arXiv:2602.19926); heads are unchanged.
 
     Privacy: a fixed linear map of noised gradients; no extra cost.
     """
@@ -63,7 +73,7 @@ def binomial_filter(grads: NoisedGrads) -> NoisedGrads:
 
 @lru_cache(maxsize=64)
 def _random_order(length: int, device: torch.device) -> Tensor:
-    """Return the one order of so many features that every step and client uses."""
+    """Return the random order of ``length`` features, the same for all steps and clients."""
     return torch.from_numpy(seeded(0, "filter order", length).permutation(length)).to(device)
 
 
@@ -74,9 +84,9 @@ def _smooth_in_random_order(x: Tensor, dim: int) -> Tensor:
 
 
 def permuted_filter(grads: NoisedGrads) -> NoisedGrads:
-    """Control of the filter: the same one after a fixed random permutation of the features.
+    """Control: apply the binomial filter after a fixed random permutation of the features.
 
-    If neighbouring features had something in common, this would do worse than the filter.
+    If neighbouring features are correlated, this control is less accurate than the filter.
 
     Privacy: a fixed linear map of noised gradients; no extra cost.
     """
@@ -84,7 +94,7 @@ def permuted_filter(grads: NoisedGrads) -> NoisedGrads:
 
 
 def noise_factor_scaling(grads: NoisedGrads) -> NoisedGrads:
-    """Control of the filter: shrink the factors by its noise factor 0.523 instead of filtering.
+    """Control: multiply the factors' gradients by the filter's noise factor 0.523.
 
     Privacy: a fixed linear map of noised gradients; no extra cost.
     """

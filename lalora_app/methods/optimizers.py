@@ -1,7 +1,8 @@
-"""The local optimisers: torch's own, and those made for noised gradients.
+"""Local optimisers: SGD and AdamW of PyTorch, and optimisers for noised gradients.
 
-All of them see noised gradients only, so that none costs privacy. A tensor without a gradient
-keeps its value and its state, bit for bit: a resting factor's filter does not move on.
+All of them read noised gradients only, so they have no privacy cost. A tensor without a gradient
+keeps its value and its optimiser state bit for bit. That matters for a resting factor, which does
+not train in this step.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,12 +19,12 @@ ParameterGroup = dict[str, Any]
 
 @dataclass(frozen=True)
 class OptimizerSettings:
-    """What an optimiser may know besides the gradients.
+    """The settings that an optimiser may read besides the gradients.
 
     Attributes:
-        train: the run config's table ``train``.
-        rule: its table ``rule``.
-        noise_std: standard deviation of the noise in one entry of the mean gradient.
+        train: the table ``train`` of the run config.
+        rule: the table ``rule`` of the run config.
+        noise_std: standard deviation of the noise in one entry of the noised mean gradient.
     """
 
     train: Train
@@ -35,11 +36,11 @@ OptimizerFactory = Callable[[list[ParameterGroup], OptimizerSettings], torch.opt
 
 
 def configured_optimizer(
-    groups: list[ParameterGroup], hyper: OptimizerSettings
+    groups: list[ParameterGroup], settings: OptimizerSettings
 ) -> torch.optim.Optimizer:
-    """Return SGD or AdamW, as ``train.optimizer`` says."""
-    train = hyper.train
-    # foreach: a few operations for all tensors together
+    """Return the optimiser of the key ``train.optimizer``: SGD or AdamW."""
+    train = settings.train
+    # foreach=True runs one operation for all tensors instead of one per tensor
     if train.optimizer == "adamw":
         return torch.optim.AdamW(groups, weight_decay=train.weight_decay, foreach=True)
     return torch.optim.SGD(
@@ -47,20 +48,25 @@ def configured_optimizer(
     )
 
 
-def lora_plus(groups: list[ParameterGroup], hyper: OptimizerSettings) -> torch.optim.Optimizer:
-    """LoRA+: B learns ``rule.lr-ratio`` times as fast as A (arXiv:2402.12354)."""
+def lora_plus(groups: list[ParameterGroup], settings: OptimizerSettings) -> torch.optim.Optimizer:
+    """LoRA+: B's learning rate is ``rule.lr-ratio`` times A's learning rate (arXiv:2402.12354).
+
+    Args:
+        groups: one parameter group per kind of tensor, with the keys "kind" and "lr".
+        settings: the settings of the run.
+    """
     rates = {group["kind"]: group["lr"] for group in groups}
     scaled = [
-        group | {"lr": hyper.rule.lr_ratio * rates["A"]} if group["kind"] == "B" else group
+        group | {"lr": settings.rule.lr_ratio * rates["A"]} if group["kind"] == "B" else group
         for group in groups
     ]
-    return configured_optimizer(scaled, hyper)
+    return configured_optimizer(scaled, settings)
 
 
 def _parameters_with_gradients(
     optimizer: torch.optim.Optimizer,
 ) -> Iterator[tuple[Tensor, Tensor, ParameterGroup]]:
-    """Yield every parameter that has a gradient, with it and its group."""
+    """Yield (parameter, gradient, group) of every parameter that has a gradient."""
     for group in optimizer.param_groups:
         held = (p for p in group["params"] if p.grad is not None)
         yield from ((p, p.grad, group) for p in held)
@@ -69,9 +75,10 @@ def _parameters_with_gradients(
 class LowPassSGD(torch.optim.Optimizer):
     """DOPPLER: SGD on noised gradients behind a first-order low-pass filter (arXiv:2408.13460).
 
-    ``m_t = a·m_{t−1} + (1−a)/2·(g_t + g_{t−1})``, with m and g zero before the first step, over
-    the same recursion c_t on the constant 1. White noise comes out with variance (1−a)/2.
-    Limit: a = 0 averages two neighbouring gradients.
+    ``m_t = a·m_{t−1} + (1−a)/2·(g_t + g_{t−1})``, with m and g zero before the first step. The
+    step is m_t / c_t, where c_t is the same recursion with every g_t = 1 (bias correction). The
+    filter multiplies the variance of white noise by (1−a)/2.
+    Limit: a = 0 averages two successive gradients.
 
     Privacy: a linear map of noised gradients; no extra cost.
     """
@@ -99,20 +106,22 @@ class LowPassSGD(torch.optim.Optimizer):
         parameter.mul_(1 - lr * weight_decay).add_(state["low"], alpha=-lr / state["one"])
 
 
-def low_pass_sgd(groups: list[ParameterGroup], hyper: OptimizerSettings) -> torch.optim.Optimizer:
-    """Return DOPPLER's optimiser."""
-    return LowPassSGD(groups, hyper.train.weight_decay)
+def low_pass_sgd(
+    groups: list[ParameterGroup], settings: OptimizerSettings
+) -> torch.optim.Optimizer:
+    """Return the optimiser of DOPPLER, whatever ``train.optimizer`` is."""
+    return LowPassSGD(groups, settings.train.weight_decay)
 
 
 class UnbiasedAdamW(torch.optim.Optimizer):
-    """DP-FedAdamW's local step: AdamW whose second moment is freed of the noise (arXiv:2602.19945).
+    """DP-FedAdamW's local step: AdamW with the noise subtracted from v̂ (arXiv:2602.19945).
 
-    ``v̂`` overestimates the signal's square by the noise's variance s², so the step divides by
-    ``sqrt(max(v̂ − s², 0)) + ε``, with ε = s: what is left of v̂ may be nothing but chance.
-    Left out: the server's block means of v and the term of the global change.
-    Limit: s = 0 is AdamW with its ε at 1e-8.
+    The second moment ``v̂`` exceeds the square of the signal by the noise variance s². The step
+    divides by ``sqrt(max(v̂ − s², 0)) + ε`` with ε = s, because the remainder of v̂ may be random.
+    Not implemented: the paper's block means of v on the server, and its term for the global update.
+    Limit: s = 0 is AdamW with ε = 1e-8.
 
-    Privacy: s is the run's own constant; no extra cost.
+    Privacy: s is a public constant of the run; no extra cost.
     """
 
     BETAS = (0.9, 0.999)
@@ -140,6 +149,8 @@ class UnbiasedAdamW(torch.optim.Optimizer):
         parameter.mul_(1 - lr * weight_decay).addcdiv_(mean, size, value=-lr)
 
 
-def unbiased_adamw(groups: list[ParameterGroup], hyper: OptimizerSettings) -> torch.optim.Optimizer:
-    """Return DP-FedAdamW's local optimiser, whatever ``train.optimizer`` says."""
-    return UnbiasedAdamW(groups, hyper.noise_std, hyper.train.weight_decay)
+def unbiased_adamw(
+    groups: list[ParameterGroup], settings: OptimizerSettings
+) -> torch.optim.Optimizer:
+    """Return the optimiser of DP-FedAdamW, whatever ``train.optimizer`` is."""
+    return UnbiasedAdamW(groups, settings.noise_std, settings.train.weight_decay)

@@ -1,36 +1,37 @@
-"""Which LoRA factors take a local step, and which travel: pure functions of (round t, step k).
+"""Schedules: the factors that a local step trains and the factors that a round uploads.
 
-Rounds ``t`` count from 1 and are successful aggregations on the server; steps ``k`` count from 0
-and restart in every round. B comes first everywhere: B starts at zero, so the gradient of A,
-``s·Bᵀ·G``, is zero and a first private step on A would be pure noise (arXiv:2602.19926, Alg. 1).
+A schedule is a pure function of (round t, step k). Rounds ``t`` count successful aggregations,
+from 1; steps ``k`` count from 0 within every round. Every schedule trains B first: B is zero at the
+start, so A's gradient ``s·Bᵀ·G`` is zero and a private step on A would add noise only
+(arXiv:2602.19926, Alg. 1).
 """
 
 from collections.abc import Callable
 
 from lalora_app.adapter.factors import AB, A, B, Factors
 
-PERIOD = 2  # steps after which every schedule begins again
+PERIOD = 2  # the longest period of a schedule, in local steps
 TrainSchedule = Callable[[int, int], Factors]
 SyncSchedule = Callable[[int], Factors]
 
 
 def both(t: int, k: int = 0) -> Factors:
-    """Train or send both factors, always (FedIT, DP-LoRA)."""
+    """Train or upload both factors in every step and round (FedIT, DP-LoRA)."""
     return AB
 
 
 def only_b(t: int, k: int = 0) -> Factors:
-    """Train or send B, always; A stays at its common initial value (FFA-LoRA)."""
+    """Train or upload B only; A keeps its initial value, equal on all clients (FFA-LoRA)."""
     return B
 
 
 def only_a(t: int, k: int = 0) -> Factors:
-    """Train or send A, always (FedSA-LoRA sends it)."""
+    """Train or upload A only (FedSA-LoRA uploads A)."""
     return A
 
 
 def alternate_rounds(t: int, k: int = 0) -> Factors:
-    """Train or send B in odd rounds and A in even rounds (RoLoRA)."""
+    """Train or upload B in odd rounds and A in even rounds (RoLoRA)."""
     return B if t % 2 == 1 else A
 
 
@@ -40,5 +41,5 @@ def alternate_steps(t: int, k: int) -> Factors:
 
 
 def factors_trained_in(trains: TrainSchedule, t: int, local_steps: int) -> Factors:
-    """Return the factors that round ``t`` trains: the union of ``trains(t, k)`` over its steps."""
+    """Return the factors that round ``t`` trains: the union of ``trains(t, k)`` over steps k."""
     return frozenset().union(*(trains(t, k) for k in range(min(local_steps, PERIOD))))

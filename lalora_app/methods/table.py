@@ -1,4 +1,7 @@
-"""METHODS: every federated-LoRA method as one value. Clip and noise belong to the run, not here."""
+"""METHODS: the table of all federated LoRA methods, from name to `Method`.
+
+Clipping norm and noise are settings of the run; no method can change them.
+"""
 
 from dataclasses import replace
 

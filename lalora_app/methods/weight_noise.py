@@ -1,4 +1,4 @@
-"""Perturbations of the frozen weights while a gradient is taken: drawn without the data."""
+"""Random perturbations of the frozen weights during a gradient computation; no data is read."""
 
 import math
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-# (a layer's weight W0 + s·B·A (m, n), how far the run is from 0 to 1, radius, generator) -> (m, n)
+# (weight W0 + s·B·A (m, n), share of finished steps from 0 to 1, radius, generator) -> (m, n)
 Perturbation = Callable[[Tensor, float, float, torch.Generator], Tensor]
 
 
@@ -18,12 +18,12 @@ def row_scaled_noise(
     f = ½(1 − cos π·progress) grows from 0 to 1 over the run.
 
     Args:
-        weight: (m, n), of the layer as it computes now.
-        progress: steps done over all steps of the run.
-        radius: ρ, ``rule.flat-radius``; 0 perturbs nothing.
-        generator: seeded by the run, the client and the round.
+        weight: present weight W0 + s·B·A (m, n) of the layer.
+        progress: finished steps divided by all steps of the run.
+        radius: ρ, ``rule.flat-radius``. Limit: 0 gives zeros.
+        generator: random generator, seeded by the run, the client and the round.
 
-    Privacy: independent of the batch, so free. All examples of a batch see the same ε.
+    Privacy: independent of the batch; no extra cost. All examples of a batch get the same ε.
     """
     ramp = (1 - math.cos(math.pi * progress)) / 2
     spread = ramp * radius * weight.norm(dim=1, keepdim=True) / math.sqrt(weight.shape[1])
