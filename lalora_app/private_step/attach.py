@@ -1,4 +1,7 @@
-"""Which layers train, and the kernel that each of them computes through."""
+"""Replace the forward function of every trainable layer by a kernel that records gradients.
+
+A kernel is one of the autograd functions of ``kernels.py``.
+"""
 
 from collections.abc import Callable, Mapping
 from types import MethodType
@@ -23,10 +26,10 @@ class LayoutError(ValueError):
 
 
 def linear_layers(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Linear]:
-    """Return the Linear layer of each parameter.
+    """Return the Linear layer of every parameter, by wire name.
 
     Raises:
-        LayoutError: if a parameter belongs to another kind of layer, or to two.
+        LayoutError: if a parameter belongs to another type of layer, or to two layers.
     """
     wanted = {id(parameter): name for name, parameter in parameters.items()}
     owners: dict[str, nn.Linear] = {}
@@ -43,7 +46,7 @@ def linear_layers(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> d
 
 
 def _reason_not_to_fuse(layer: Any, names: Mapping[int, str]) -> str | None:
-    """Return why a PEFT layer must keep PEFT's own arithmetic; None if it may be fused."""
+    """Return the reason why a PEFT layer cannot use a fused kernel; None if it can."""
     if len(layer.lora_A) != 1 or layer.lora_variant or layer.fan_in_fan_out:
         return "has several adapters, a LoRA variant or a transposed weight"
     (adapter,) = layer.lora_A
@@ -57,6 +60,7 @@ def _reason_not_to_fuse(layer: Any, names: Mapping[int, str]) -> str | None:
 
 
 def _lora_parts(layer: Any) -> tuple[nn.Linear, nn.Linear, float]:
+    """Return (layer of A, layer of B, LoRA scale)."""
     (adapter,) = layer.lora_A
     return layer.lora_A[adapter], layer.lora_B[adapter], layer.scaling[adapter]
 
@@ -77,16 +81,18 @@ def _fused_forward(names: tuple[str | None, str | None], record: GradientRecorde
 
 
 class _MergedWeightCache:
-    """The merged weight, formed anew when a factor or the base has been written to."""
+    """The merged weight W + s·B·A, recomputed if the base weight or a factor has changed."""
 
     def __init__(self) -> None:
         self._key: tuple[Any, ...] = ()
         self._weight: Tensor | None = None
 
-    def of(self, base: Tensor, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype) -> Tensor:
+    def weight(
+        self, base: Tensor, a: Tensor, b: Tensor, scale: float, dtype: torch.dtype
+    ) -> Tensor:
         key = (scale, dtype, *((p._version, p.data_ptr()) for p in (base, a, b)))
         if self._weight is None or key != self._key:
-            # Not an inference tensor: one formed in an evaluation serves the next step too.
+            # No inference tensor: a weight computed in an evaluation is used in training too.
             with torch.inference_mode(False), torch.no_grad():
                 wide = torch.promote_types(base.dtype, a.dtype)
                 merged = torch.addmm(base.to(wide), b.to(wide), a.to(wide), alpha=scale)
@@ -102,7 +108,7 @@ def _merged_forward(names: tuple[str | None, str | None], record: GradientRecord
             return layer.base_layer(x)  # type: ignore[no-any-return]
         a, b, scale = _lora_parts(layer)
         base = layer.base_layer
-        merged = cache.of(base.weight, a.weight, b.weight, scale, compute_dtype(x))
+        merged = cache.weight(base.weight, a.weight, b.weight, scale, compute_dtype(x))
         arguments = (a.weight, b.weight, merged, base.bias, scale, names, record)
         return MergedLora.apply(x, *arguments)  # type: ignore[no-any-return]
 
@@ -121,23 +127,24 @@ KERNELS = frozenset({*_LORA_KERNELS, "plain"})
 
 
 def replace_forward(layer: nn.Module, forward: LayerForward) -> None:
-    """Make the layer compute through ``forward(layer, x)``."""
+    """Set ``forward(layer, x)`` as the forward function of the layer."""
     layer.forward = MethodType(forward, layer)
 
 
 def attach_kernels(
     model: nn.Module, parameters: Mapping[str, nn.Parameter], kernel: str, record: GradientRecorder
 ) -> None:
-    """Replace the forward of every layer that trains, so that its backward calls ``record``.
+    """Replace the forward function of every trainable layer; its backward calls ``record``.
 
     Args:
-        model: changed in place.
-        parameters: wire name -> parameter, each of a Linear layer.
-        kernel: ``fused``, ``merged`` or ``plain``. A PEFT layer that cannot be fused is plain.
-        record: takes the gradients.
+        model: the model, changed in place.
+        parameters: wire name -> trainable parameter, each the weight or bias of a Linear layer.
+        kernel: ``fused``, ``merged`` or ``plain``. With ``fused``, a PEFT layer that cannot be
+            fused uses ``plain``.
+        record: function that receives the gradients.
 
     Raises:
-        LayoutError: if a parameter belongs to another kind of layer, or a layer cannot be merged.
+        LayoutError: if a parameter belongs to another type of layer, or a layer cannot be merged.
     """
     from peft.tuners.lora import Linear as LoraLinear
 

@@ -1,8 +1,9 @@
-"""Per-example gradients by expanded leaves: the form that torch.compile takes whole.
+"""Per-example gradients under torch.compile, by expanded weights.
 
-Every active weight is expanded to one copy an example, without memory of its own, and these are
-the leaves that autograd differentiates: ordinary operations only, so a compiler sees all of it.
-It forms the gradients of every layer, one-position heads too.
+Every active weight is expanded to one view per example, (examples, *shape), without extra memory.
+Autograd differentiates the losses by these views. This uses ordinary operations only, so
+torch.compile can compile forward and backward pass completely. Gradients of all layers are formed,
+also of heads with one position per example.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,6 +22,13 @@ Names = tuple[str | None, str | None]
 
 
 def _expanded_linear(leaves: dict[str, Tensor], names: Names) -> Callable[[Any, Tensor], Tensor]:
+    """Return the forward function of a Linear layer with expanded weight and bias.
+
+    Args:
+        leaves: wire name -> expanded parameter, filled before the forward pass; the layer's own
+            parameter is used for a missing name.
+        names: wire names of weight and bias; None for a parameter that never trains.
+    """
     weight_name, bias_name = names
 
     def forward(layer: Any, x: Tensor) -> Tensor:
@@ -38,14 +46,14 @@ def _expanded_linear(leaves: dict[str, Tensor], names: Names) -> Callable[[Any, 
 
 
 class CompiledEngine:
-    """The engine of ``lora.kernel="compiled"``: same interface, same gradients.
+    """The engine of ``lora.kernel="compiled"``: equal gradients, compiled by torch.compile.
 
     Args:
-        model: the model; the forward of the layers concerned is replaced in place.
-        parameters: wire name -> parameter, each of a Linear layer (weight or bias).
+        model: the model; the forward function of its trainable layers is replaced in place.
+        parameters: wire name -> trainable parameter, each the weight or bias of a Linear layer.
 
     Raises:
-        LayoutError: if a parameter belongs to another kind of layer.
+        LayoutError: if a parameter belongs to another type of layer.
     """
 
     def __init__(self, model: nn.Module, parameters: Mapping[str, nn.Parameter]):
@@ -59,21 +67,22 @@ class CompiledEngine:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return the trainable tensors by wire name; they are the model's own."""
+        """Return the trainable tensors of the model, by wire name."""
         return self._parameters
 
     def activate(self, names: frozenset[str]) -> None:
-        """Make exactly ``names`` trainable: only these are expanded."""
+        """Make exactly the named tensors trainable; only these are expanded."""
         set_trainable(self.parameters, names)
 
     def write_to_model(self) -> None:
-        """Do nothing: the parameters are the model's own."""
+        """Do nothing: the engine's parameters are the model's parameters."""
 
     def prepare_forward(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return the compiled forward; its backward is compiled with it.
+        """Return the compiled forward function; its backward pass is compiled too.
 
-        The leaves are its arguments: a tensor found through a module has a fixed size for the
-        compiler, and every batch size would be compiled anew.
+        The expanded parameters are arguments of the compiled function. The compiler would treat
+        the size of a tensor that it reads from a module as constant, and would compile again for
+        every batch size.
         """
 
         def with_leaves(leaves: dict[str, Tensor], *inputs: Tensor) -> Tensor:
@@ -90,15 +99,17 @@ class CompiledEngine:
         return compiled
 
     def gradients(self, losses: Callable[[], Tensor], examples: int) -> PerExampleGrads:
-        """Return one gradient an example of the active parameters (see :class:`Engine`)."""
+        """Return one gradient per example for every active tensor, see :class:`Engine`."""
         for name, parameter in self.parameters.items():
             if parameter.requires_grad:
                 leaf = parameter.detach().expand(examples, *parameter.shape)
                 self._leaves[name] = leaf.requires_grad_()
         try:
-            each = losses()
-            check_losses(each, examples)
-            grads = torch.autograd.grad(each.sum(), list(self._leaves.values()), allow_unused=True)
+            example_losses = losses()
+            check_losses(example_losses, examples)
+            grads = torch.autograd.grad(
+                example_losses.sum(), list(self._leaves.values()), allow_unused=True
+            )
             return PerExampleGrads(tuple(map(_block, self._leaves, grads)))
         finally:
             self._leaves.clear()

@@ -1,10 +1,12 @@
-"""Per-example gradients of the trainable Linear layers, in one forward and one backward pass.
+"""Per-example gradients of trainable Linear layers, in one forward and one backward pass.
 
-Each trainable layer computes through a kernel whose backward records what its weight gradient is
-made of, and no summed gradient. One batched product turns that into one gradient an example; for
-a LoRA factor it costs as many FLOPs as the ordinary gradient. Leading dimensions are regrouped to
-(examples, rows, features), so window attention, whose layers see batch·windows rows, is clipped
-by the image and not by the window (trap L).
+`Engine` is the interface, `KernelEngine` the usual implementation. The backward of every trainable
+layer records its output gradient g and its input x, and computes no summed weight gradient. One
+batched product g xᵀ then gives one gradient per example. For a LoRA factor this costs as many
+FLOPs as the ordinary gradient.
+
+Rows are regrouped to (examples, rows, features). In window attention a layer sees batch·windows
+rows; the regrouping makes sure that an image is clipped as a whole, not per window.
 """
 
 from collections.abc import Callable, Mapping
@@ -18,14 +20,16 @@ from lalora_app.private_step.gradients import PerExampleGrads
 from lalora_app.private_step.tape import BufferLayout, GradientTape, stored_shape_of
 
 
-def check_losses(each: Tensor, examples: int) -> None:
-    """Refuse losses that are not one number an example.
+def check_losses(example_losses: Tensor, examples: int) -> None:
+    """Check that there is one loss per example.
 
     Raises:
-        LayoutError: with the shape found.
+        LayoutError: if the shape of ``example_losses`` is not (examples,).
     """
-    if each.shape != (examples,):
-        raise LayoutError(f"losses are of shape {tuple(each.shape)}, and must be ({examples},)")
+    if example_losses.shape != (examples,):
+        raise LayoutError(
+            f"losses are of shape {tuple(example_losses.shape)}, and must be ({examples},)"
+        )
 
 
 def set_trainable(parameters: Mapping[str, nn.Parameter], names: frozenset[str]) -> None:
@@ -35,7 +39,7 @@ def set_trainable(parameters: Mapping[str, nn.Parameter], names: frozenset[str])
 
 
 class Engine(Protocol):
-    """A source of per-example gradients for the trainable tensors of one model.
+    """The interface of a source of per-example gradients for one model.
 
     Implementations: :class:`KernelEngine`, ``CompiledEngine``, ``ReparametrisedEngine``.
     """
@@ -48,35 +52,40 @@ class Engine(Protocol):
         """Make exactly the named tensors trainable in the next steps."""
 
     def write_to_model(self) -> None:
-        """Copy the present parameters into the model, if the model does not hold them itself."""
+        """Copy the parameters into the model, if they are not the model's own tensors."""
 
     def prepare_forward(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return the forward function to use in training: ``forward`` itself, or compiled."""
+        """Return the forward function for training: ``forward`` itself or a compiled version."""
 
     def gradients(self, losses: Callable[[], Tensor], examples: int) -> PerExampleGrads:
         """Return one gradient per example for every active tensor.
 
         Args:
-            losses: function without arguments; runs the forward pass, returns (examples,) losses.
+            losses: function without arguments that runs the forward pass and returns (examples,)
+                losses.
             examples: number of examples in the batch.
 
         Raises:
-            LayoutError: if an active tensor took no part, or a shape does not fit the examples.
+            LayoutError: if an active tensor got no gradient, or a shape does not fit the number of
+                examples.
+
+        Privacy: the result is neither clipped nor noised.
         """
 
 
 class KernelEngine:
-    """The engine of ``lora.kernel`` "fused", "merged" and "plain": layers record their factors.
+    """The engine of ``lora.kernel`` "fused", "merged" and "plain": layers record g and x.
 
     Args:
-        model: the model; the forward of the layers concerned is replaced in place.
-        parameters: wire name -> parameter, each of a Linear layer (weight or bias).
+        model: the model; the forward function of its trainable layers is replaced in place.
+        parameters: wire name -> trainable parameter, each the weight or bias of a Linear layer.
         kernel: ``fused``, ``merged`` or ``plain``.
-        flat: keep the factors' gradients in one (examples, entries) buffer instead of one a
-            shape: fewer kernels on a GPU, where it is the default; slower products on a CPU.
+        flat: whether the gradients of all factors share one (examples, entries) buffer instead of
+            one buffer per shape. This needs fewer GPU kernels but slows down products on a CPU;
+            None means True on a GPU and False on a CPU.
 
     Raises:
-        LayoutError: if a parameter belongs to another kind of layer.
+        LayoutError: if a parameter belongs to another type of layer.
     """
 
     def __init__(
@@ -91,7 +100,7 @@ class KernelEngine:
         on_gpu = any(p.device.type != "cpu" for p in parameters.values())
         self._flat = on_gpu if flat is None else flat
         shapes = {name: tuple(p.shape) for name, p in parameters.items()}
-        self._slots = {
+        self._stored_shapes = {
             name: stored_shape_of(shape, flat=self._flat) for name, shape in shapes.items()
         }
         self._layouts: dict[tuple[str, ...], BufferLayout] = {}
@@ -103,40 +112,35 @@ class KernelEngine:
 
     @property
     def parameters(self) -> dict[str, nn.Parameter]:
-        """Return the trainable tensors by wire name; they are the model's own."""
+        """Return the trainable tensors of the model, by wire name."""
         return self._parameters
 
     def write_to_model(self) -> None:
-        """Do nothing: the parameters are the model's own."""
+        """Do nothing: the engine's parameters are the model's parameters."""
 
     def prepare_forward(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return the forward function as it is."""
+        """Return ``forward`` unchanged."""
         return forward
 
     def activate(self, names: frozenset[str]) -> None:
-        """Make exactly ``names`` trainable, so that autograd keeps no activation for the rest."""
+        """Make exactly the named tensors trainable; autograd keeps no activation for the others."""
         set_trainable(self.parameters, names)
 
     def _layout(self) -> BufferLayout:
         active = tuple(name for name, p in self.parameters.items() if p.requires_grad)
         if active not in self._layouts:
-            slots = {name: self._slots[name] for name in active}
-            self._layouts[active] = BufferLayout(slots, self._flat)
+            stored_shapes = {name: self._stored_shapes[name] for name in active}
+            self._layouts[active] = BufferLayout(stored_shapes, self._flat)
         return self._layouts[active]
 
     def gradients(self, losses: Callable[[], Tensor], examples: int) -> PerExampleGrads:
-        """Return one gradient an example of the active parameters.
+        """Return one gradient per example for every active tensor, see :class:`Engine`.
 
-        Args:
-            losses: runs the forward and returns (examples,): each example's own loss.
-            examples: the batch size; every layer's rows are grouped by example, in this order.
-
-        Raises:
-            LayoutError: if an active parameter took no part, or shapes do not fit the examples.
+        The rows of every layer must be grouped by example, in the order of the losses.
         """
         self._tape = GradientTape(examples, self._layout())
-        each = losses()
-        check_losses(each, examples)
-        torch.autograd.backward(each.sum())
+        example_losses = losses()
+        check_losses(example_losses, examples)
+        torch.autograd.backward(example_losses.sum())
         tape, self._tape = self._tape, GradientTape(0, BufferLayout({}, False))
         return tape.grads()

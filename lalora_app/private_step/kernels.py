@@ -1,8 +1,8 @@
-"""Autograd functions of the adapted layers: the backward keeps one gradient an example.
+"""Autograd functions of trainable layers whose backward records g and x per weight.
 
-Each has the ordinary layer's forward and input gradient, records what its weight gradients are
-made of, and returns none for the weights. A weight with ``requires_grad=False`` is not recorded,
-and the activation that its gradient would need is not kept.
+Forward result and input gradient are those of the ordinary layer. In place of a weight gradient,
+the backward records the two factors of it: g, the gradient of the layer's output, and x, its input.
+Weights with ``requires_grad=False`` are not recorded, and their activations are not stored.
 """
 
 from typing import Any, Protocol
@@ -14,14 +14,21 @@ from torch.nn import functional as F
 
 
 class GradientRecorder(Protocol):
-    """Takes what a weight's gradient is made of."""
+    """The interface of a function that receives the factors of a weight's gradient."""
 
     def __call__(self, name: str, g: Tensor, x: Tensor | None, scale: float = 1.0) -> None:
-        """Record ``scale · Σ_rows g xᵀ`` an example; of a bias (``x=None``) ``Σ_rows g``."""
+        """Record the gradient ``scale · Σ_rows g xᵀ`` per example; ``Σ_rows g`` for a bias.
+
+        Args:
+            name: wire name of the weight or bias.
+            g: gradient of the output, (..., out).
+            x: input, (..., in); None for a bias.
+            scale: constant factor, the LoRA scale.
+        """
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the type that a matrix product of ``x`` runs in here: autocast's, if it is on."""
+    """Return the dtype of matrix products with ``x``: autocast's dtype if autocast is enabled."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
@@ -31,11 +38,11 @@ def _rows(x: Tensor) -> Tensor:
 
 
 class PlainLinear(torch.autograd.Function):
-    """``y = x Wᵀ + b`` of a trainable Linear layer, as PyTorch computes it."""
+    """``y = x Wᵀ + b``, PyTorch's Linear layer with recorded gradients."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Any, names: Any, record: Any) -> Tensor:
-        """Return y; x (..., in) is kept only for a weight that trains."""
+        """Return y; x (..., in) is stored only if the weight trains."""
         ctx.names, ctx.record = names, record
         x = x.to(compute_dtype(x))
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
@@ -44,7 +51,7 @@ class PlainLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
-        """Record the weight's and the bias's gradient; return x's."""
+        """Record the gradients of weight and bias; return the gradient of x."""
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad[:3]
         if need_bias:
@@ -55,17 +62,17 @@ class PlainLinear(torch.autograd.Function):
 
 
 class FusedLora(torch.autograd.Function):
-    """``y = x Wᵀ + b + s·(x Aᵀ) Bᵀ`` with the LoRA branch added inside the matrix products.
+    """``y = x Wᵀ + b + s·(x Aᵀ) Bᵀ``, scaled and added inside the matrix products.
 
-    PEFT makes four passes over (rows, out) for scaling and adding, forward and backward; here
-    they are the epilogue of a product that runs anyway.
+    PEFT reads and writes the (rows, out) matrix four more times per step, to scale and add the LoRA
+    branch. Here ``addmm`` does this within a matrix product.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: Any, scale: float, names: Any, record: Any
     ) -> Tensor:
-        """Return y; keeps z = x Aᵀ (..., r) if B trains, and x (..., in) if A trains."""
+        """Return y; stores z = x Aᵀ (..., r) if B trains, and x (..., in) if A trains."""
         dtype = compute_dtype(x)
         x = x.to(dtype)
         y = F.linear(x, base.weight, base.bias)
@@ -79,7 +86,7 @@ class FusedLora(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
-        """Record the active factors' gradients; return x's."""
+        """Record the gradients of the active factors; return the gradient of x."""
         x, z, weight, a, b = ctx.saved_tensors
         need_x, need_a, need_b = ctx.needs_input_grad[:3]
         if need_b:
@@ -95,16 +102,17 @@ class FusedLora(torch.autograd.Function):
 
 
 class MergedLora(torch.autograd.Function):
-    """``y = x (W + s·B A)ᵀ + b`` with the merged weight given: one product a direction.
+    """``y = x (W + s·B A)ᵀ + b`` with a precomputed merged weight W + s·B·A.
 
-    It costs one more copy of the adapted weights.
+    Forward and backward need one matrix product each. The merged weights need as much memory as
+    the adapted weights.
     """
 
     @staticmethod
     def forward(
         ctx: Any, x: Tensor, a: Tensor, b: Tensor, merged: Tensor, bias: Any, *rest: Any
     ) -> Tensor:
-        """Return y; computes and keeps z = x Aᵀ only if B trains, and x only if A trains."""
+        """Return y; computes and stores z = x Aᵀ only if B trains, stores x only if A trains."""
         dtype = compute_dtype(x)
         x = x.to(dtype)
         ctx.scale, ctx.names, ctx.record = rest
@@ -115,7 +123,7 @@ class MergedLora(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> Any:
-        """Record the active factors' gradients; return x's."""
+        """Record the gradients of the active factors; return the gradient of x."""
         x, z, merged, b = ctx.saved_tensors
         need_x, need_a, need_b = ctx.needs_input_grad[:3]
         if need_b:

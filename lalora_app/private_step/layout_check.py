@@ -1,4 +1,4 @@
-"""The proof at start-up that a model's rows are grouped by example and that none are mixed."""
+"""Check before training that a model groups rows by example and never mixes examples."""
 
 from collections.abc import Callable
 from functools import partial
@@ -14,21 +14,25 @@ Losses = Callable[[list[int]], Tensor]
 
 
 def check_layout(engine: Engine, losses: Losses, examples: int) -> None:
-    """Prove that rows are grouped by example and that no layer mixes examples (traps K, L).
+    """Check that rows are grouped by example and that no layer mixes examples.
 
-    The loss of one example of a batch is differentiated: every other example's row must be exactly
-    0 in every parameter. And an example's loss must stay the same when another one is left out,
-    which also sees what is mixed below the trained layers. Factors at 0 hide their partner's
-    gradient, so they are filled with random numbers for the check and restored. Run it on public
-    or random inputs only.
+    Two checks are made. The gradient of one example's loss must be exactly 0 in the rows of all
+    other examples, for every parameter. And an example's loss must not change if another example is
+    left out of the batch; this finds mixing below the trained layers too.
+
+    A zero factor makes the gradient of the other factor zero. So all parameters are replaced by
+    random numbers during the check, and restored afterwards.
 
     Args:
-        engine: with all parameters of interest made active here, and left so.
-        losses: indices of fixed inputs -> (indices,): the forward on just these.
-        examples: how many inputs there are, at least 3.
+        engine: the model's engine; all its parameters are active after the call.
+        losses: function from indices of fixed inputs to their losses (indices,), in one forward
+            pass.
+        examples: number of inputs, at least 3.
 
     Raises:
-        LayoutError: names the first parameter that sees another example.
+        LayoutError: if a check fails; names the first parameter concerned.
+
+    Privacy: use public or random inputs only.
     """
     rows = list(range(examples))
     engine.activate(frozenset(engine.parameters))
@@ -52,14 +56,17 @@ def _restore(engine: Engine, kept: dict[str, Tensor]) -> None:
 
 def _one_loss(losses: Losses, rows: list[int], example: int) -> Tensor:
     chosen = torch.arange(len(rows)) == example
-    each = losses(rows)
-    return torch.where(chosen.to(each.device), each, torch.zeros_like(each))
+    example_losses = losses(rows)
+    return torch.where(
+        chosen.to(example_losses.device), example_losses, torch.zeros_like(example_losses)
+    )
 
 
 @torch.no_grad()
 def _check_losses_are_independent(losses: Losses, rows: list[int]) -> None:
     together = losses(rows)
-    tolerance = 1e-2 if together.dtype == torch.bfloat16 else 1e-3  # rounding moves far less
+    # Rounding errors are far smaller than this.
+    tolerance = 1e-2 if together.dtype == torch.bfloat16 else 1e-3
     for fewer in (rows[1:], rows[:-1]):
         same = torch.allclose(losses(fewer), together[fewer], rtol=tolerance, atol=tolerance)
         if not same:

@@ -1,7 +1,10 @@
-"""The mechanism: Poisson batch -> flat clip an example -> sum -> Gaussian noise -> fixed scale.
+"""Noise is added in :func:`add_noise`, examples are clipped in :func:`clipped_sum`, both here.
 
-``ĝ = (Σ_i g_i · min(1, C/‖g_i‖₂) + N(0, (z·C)² I)) / (q·n)``: Abadi et al., arXiv:1607.00133,
-Alg. 1, with Poisson sampling and the constant q·n instead of the realised batch size.
+The subsampled Gaussian mechanism draws a Poisson batch, clips the gradient of each example, sums,
+adds Gaussian noise and divides by a constant:
+``ĝ = (Σ_i g_i · min(1, C/‖g_i‖₂) + N(0, (z·C)² I)) / (q·n)`` (Abadi et al., arXiv:1607.00133,
+Alg. 1), with Poisson sampling, and with the constant q·n in place of the realised batch size.
+C is the clipping norm, z the noise multiplier, q the sampling rate, n the number of examples.
 """
 
 import math
@@ -13,35 +16,47 @@ from torch import Tensor
 
 from lalora_app.private_step.gradients import NoisedGrads, PerExampleGrads
 
-# The float32 norm of a million entries may be 3e-6 too small; the clip stays below that.
+# A float32 norm over a million entries can be too small by a factor of 1 - 3e-6. Clipping to a
+# slightly smaller norm keeps the true norm below C.
 CLIP_MARGIN = 1 - 1e-5
 
 
 def poisson_batch(size: int, rate: float, rng: np.random.Generator) -> np.ndarray:
-    """Draw each of ``size`` indices independently with probability ``rate``; may be empty."""
+    """Draw a Poisson batch: each index below ``size`` with probability ``rate``; may be empty."""
     return np.flatnonzero(rng.random(size) < rate)
 
 
 def clip_scales(norms: Tensor, clip_norm: float) -> Tensor:
-    """Return (examples,): the factor that brings each example's joint norm down to C.
+    """Return (examples,): the factor min(1, C/‖g_i‖) of every example.
 
-    A non-finite example gets the scale 0. Limit: ``clip_norm=inf`` gives 1 for every finite one.
+    Args:
+        norms: (examples,), the norm of each example over all active tensors together.
+        clip_norm: C. Limit: inf gives 1 for every finite norm.
+
+    A norm that is not finite gets the factor 0.
     """
     scales = (clip_norm * CLIP_MARGIN / norms).clamp(max=1.0)  # norm 0: inf, clamped to 1
     return scales.nan_to_num_(nan=0.0)  # norm nan: nan; norm inf: C/inf = 0, or inf/inf = nan
 
 
 def _may_be_any(chosen: Tensor) -> bool:
-    """Tell whether any may be true. A GPU is not asked: the answer would halt its queue."""
+    """Return False only if no entry is true; on a GPU always True, to avoid a synchronisation."""
     return chosen.device.type != "cpu" or torch.compiler.is_compiling() or bool(chosen.any())
 
 
 def clipped_sum(grads: PerExampleGrads, clip_norm: float) -> dict[str, Tensor]:
-    """Return Σ_i of the clipped examples: sensitivity ``clip_norm`` to any one example.
+    """Clip the gradient of every example to the norm C and return the sum over examples.
 
-    The norm is flat, over all active tensors of an example together, and is taken of the very
-    numbers that are summed. Non-finite examples are zeroed, never scaled: 0·inf would poison the
-    sum.
+    The norm of an example is taken over all active tensors together ("flat" clipping), from the
+    same stored numbers that are summed. The gradient of an example whose norm is not finite is
+    replaced by zeros, because 0·inf is NaN.
+
+    Args:
+        grads: per-example gradients; the function may overwrite them.
+        clip_norm: C, the clipping norm.
+
+    Privacy: removing or adding one example changes the sum by at most C in L2 norm. The sum itself
+    is not private: :func:`add_noise` must follow.
     """
     scales = clip_scales(grads.norms(), clip_norm)
     dropped = scales == 0
@@ -51,16 +66,16 @@ def clipped_sum(grads: PerExampleGrads, clip_norm: float) -> dict[str, Tensor]:
 
 
 def _device_normals(size: int, like: Tensor, seed: int) -> Tensor:
-    """Draw by the GPU's own Philox generator; nothing waits for the host."""
+    """Draw N(0, 1) entries with the device's own generator; no transfer from the host."""
     generator = torch.Generator(like.device).manual_seed(seed)
     return torch.randn(size, generator=generator, dtype=like.dtype, device=like.device)
 
 
 def _sum_of_two_normals(size: int, like: Tensor, rng: np.random.Generator) -> Tensor:
-    """Draw N(0, 1) entries as the sum of two draws of the device, each scaled by 1/√2.
+    """Draw N(0, 1) entries as (x + y)/√2 of two draws of the device's generator.
 
-    A device's generator takes 63 bits as its key, few enough to be tried one by one. Of the sum
-    both keys must be found together.
+    One seed of that generator has 63 bits, which an attacker could search exhaustively. The sum
+    has two independent seeds, 126 bits.
     """
     first, second = (
         _device_normals(size, like, int(seed)) for seed in rng.integers(1 << 63, size=2)
@@ -71,8 +86,8 @@ def _sum_of_two_normals(size: int, like: Tensor, rng: np.random.Generator) -> Te
 def _standard_normals(size: int, like: Tensor, rng: np.random.Generator) -> Tensor:
     """Draw N(0, 1) entries of ``like``'s type on its device.
 
-    On a CPU in float64 from the stream itself; on a GPU from its own generator, seeded anew for
-    every release with twice 63 bits of the stream.
+    On a CPU they come from ``rng`` in float64. On a GPU they come from the GPU's generator, with
+    two new seeds of 63 bits from ``rng`` for every release.
     """
     if like.device.type == "cpu":
         return torch.from_numpy(rng.standard_normal(size)).to(like)
@@ -86,13 +101,18 @@ def add_noise(
     expected_batch: float,
     rng: np.random.Generator,
 ) -> NoisedGrads:
-    """Add N(0, noise_std²) to every entry of the clipped sums and divide by q·n.
+    """Add Gaussian noise N(0, noise_std²) to every entry of the clipped sums and divide by q·n.
 
     Args:
-        sums: clipped sums; all zeros for an empty batch, which is then pure noise. Left as is.
-        noise_std: noise multiplier times clip norm; 0 leaves the sums as they are.
-        expected_batch: q·n, a constant of the run and never the realised batch size.
-        rng: the noise stream, secret where the result is to be private.
+        sums: clipped sum per tensor, not modified; zeros for an empty batch, whose result is
+            noise alone.
+        noise_std: z·C, noise multiplier times clipping norm. Limit: 0 adds no noise.
+        expected_batch: q·n, a constant of the run, never the realised batch size.
+        rng: random generator of the noise; its state must be secret if the result shall be
+            private.
+
+    Privacy: with ``noise_std`` = z·C and sums from :func:`clipped_sum`, one release of the
+    Gaussian mechanism with noise multiplier z. The caller counts it.
     """
     totals = list(sums.values())
     sizes = [total.numel() for total in totals]

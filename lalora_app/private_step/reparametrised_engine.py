@@ -1,8 +1,9 @@
-"""Other parameters than the factors themselves: gates, magnitudes, projections.
+"""Per-example gradients of a reparametrised model: gates, magnitudes, projections.
 
-A method may train θ, with the factors that the model computes with a function of θ. The gradient
-of one example's loss in θ is Jᵀ times its gradient in the factors, J the same for all examples:
-exact, and still one gradient an example, so clip and noise go on as ever.
+A method may train tensors θ, and compute the model's factors as a function of θ. By the chain rule,
+the gradient of one example's loss with respect to θ is Jᵀ times its gradient with respect to the
+factors. J, the Jacobian of that function, is the same for all examples. The result is exact and has
+one gradient per example, so clipping and noise are unchanged.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,16 +15,16 @@ from lalora_app.private_step.engine import Engine, set_trainable
 from lalora_app.private_step.gradients import FlatBlock, PerExampleGrads, StoredShape
 
 Tensors = dict[str, Tensor]
-Reparametrisation = Callable[[Tensors], Tensors]  # θ -> the model's own tensors; differentiable
+Reparametrisation = Callable[[Tensors], Tensors]  # θ -> tensors of the model; differentiable
 
 
 class ReparametrisedEngine:
-    """An engine whose parameters are θ.
+    """An engine for the tensors θ of a parametrisation.
 
     Args:
-        engine: of the model's own tensors.
-        theta: the values of θ, by name.
-        effective: θ -> all of the engine's tensors.
+        engine: the engine of the model's own tensors.
+        theta: initial values of θ, by name.
+        effective: function from θ to all tensors of ``engine``.
     """
 
     def __init__(self, engine: Engine, theta: Mapping[str, Tensor], effective: Reparametrisation):
@@ -40,29 +41,29 @@ class ReparametrisedEngine:
         set_trainable(self.parameters, names)
 
     def prepare_forward(self, forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Return the forward function that the model's own engine prepares."""
+        """Return the training forward function of the model's own engine."""
         return self._engine.prepare_forward(forward)
 
     def write_to_model(self) -> None:
-        """Make the model compute with the present θ."""
+        """Compute the model's tensors from θ and copy them into the model."""
         with torch.no_grad():
             for name, value in self._effective(dict(self.parameters)).items():
                 self._engine.parameters[name].copy_(value)
 
     def gradients(self, losses: Callable[[], Tensor], examples: int) -> PerExampleGrads:
-        """Return one gradient an example of the active θ, see :class:`Engine`."""
+        """Return one gradient per example for every active tensor of θ, see :class:`Engine`."""
         self.write_to_model()
         self._engine.activate(frozenset(self._engine.parameters))
         grads = self._engine.gradients(losses, examples).dense()
         active = {n: p.detach() for n, p in self.parameters.items() if p.requires_grad}
         resting = {n: p.detach() for n, p in self.parameters.items() if n not in active}
 
-        def own(theta: Tensors) -> Tensors:
+        def effective_of_active(theta: Tensors) -> Tensors:
             tensors = self._effective(resting | theta)
-            return {name: tensors[name] for name in grads}  # vjp wants the order of ``grads``
+            return {name: tensors[name] for name in grads}  # vjp needs the key order of ``grads``
 
-        pull = torch.func.vjp(own, active)[1]
-        (pulled,) = torch.vmap(pull)(grads)
+        pullback = torch.func.vjp(effective_of_active, active)[1]
+        (pulled,) = torch.vmap(pullback)(grads)
         return PerExampleGrads(
             tuple(
                 FlatBlock({name: StoredShape(tuple(grad.shape[1:]))}, grad.flatten(1))

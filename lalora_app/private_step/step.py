@@ -1,7 +1,8 @@
-"""The private step: sample a batch, clip every example's gradient, sum, add noise, count it.
+"""One private step: count the release, sample a batch, clip per example, sum, add noise.
 
-This is the only place where gradients of private examples become a releasable quantity. Sampling
-and noise are drawn in ``mechanism.py``; the reservation comes from the ledger.
+:func:`private_gradient` is the only function that turns gradients of private examples into a
+result that may leave the client. It calls ``mechanism.py`` for sampling, clipping and noise. The
+privacy budget was reserved in the ledger before.
 """
 
 from collections.abc import Callable, Iterable, Sized
@@ -32,7 +33,7 @@ B = TypeVar("B", bound=LabelledBatch)
 
 
 class PrivateData(Protocol[B_co]):
-    """A client's encoded examples."""
+    """The encoded training examples of one client."""
 
     def __len__(self) -> int:
         """Return the number of examples."""
@@ -53,19 +54,24 @@ class GradientSource(Protocol):
 
 
 class PrivateModel(Protocol[B_contra]):
-    """A model that gives one loss per example, and their gradients."""
+    """A model that computes one loss per example and the gradients of these losses."""
 
     @property
     def engine(self) -> GradientSource:
         """Return the source of the per-example gradients."""
 
     def losses(self, batch: B_contra) -> Tensor:
-        """Return (examples,): the loss of each example on its own."""
+        """Return (examples,): one loss per example, independent of the other examples."""
 
 
 @dataclass(frozen=True)
 class RandomStreams:
-    """The two secret random streams of a client's round."""
+    """The two random generators of one client in one round; secret in a private run.
+
+    Attributes:
+        sampling: generator of the Poisson batches.
+        noise: generator of the Gaussian noise.
+    """
 
     sampling: np.random.Generator
     noise: np.random.Generator
@@ -78,7 +84,7 @@ def _clipped_batch_sum(
     clip_norm: float,
     micro_batch: int,
 ) -> dict[str, Tensor]:
-    """Return the clipped sum over a batch of any size: zeros if it is empty."""
+    """Return the clipped sum per tensor over a batch; zeros for an empty batch."""
     sums: dict[str, Tensor] = {}
     for batch in data.micro_batches(indices, micro_batch):
         grads = model.engine.gradients(partial(model.losses, batch), len(batch.labels))
@@ -92,7 +98,7 @@ def _clipped_batch_sum(
 
 
 def noise_std_of(reservation: Reservation, clip_norm: float) -> float:
-    """Return z·C, the standard deviation of the noise in a sum; 0 if z is 0, also for C = inf."""
+    """Return z·C, the standard deviation of the noise in a sum; 0 for z = 0, even at C = inf."""
     z = reservation.noise_multiplier
     return z * clip_norm if z > 0 else 0.0
 
@@ -106,23 +112,26 @@ def private_gradient(
     micro_batch: int,
     streams: RandomStreams,
 ) -> NoisedGrads:
-    """Draw one counted release: the noised mean gradient of the model's active tensors.
+    """Compute one private gradient: the noised mean gradient of the model's active tensors.
 
-    (1/(q·n)) · (Σ_i min(1, C/‖g_i‖)·g_i + z·C·N(0, I)), over a Poisson batch of rate q.
+    (Σ_i min(1, C/‖g_i‖)·g_i + z·C·N(0, I)) / (q·n), with i over a Poisson batch of rate q
+    (arXiv:1607.00133, Alg. 1).
 
     Args:
-        model: the model, with the tensors of this step made active.
+        model: the model; the tensors to train in this step are active (require gradients).
         data: the client's n examples.
-        reservation: sampling rate q and noise multiplier z; counts the release.
-        clip_norm: C, the bound of each example's gradient over all active tensors together.
-        micro_batch: examples per forward pass; noise is added once, to the sum of the whole batch.
-        streams: random streams of the sampling and of the noise.
+        reservation: the reserved releases, with sampling rate q and noise multiplier z; one release
+            is taken from it.
+        clip_norm: C, the bound of an example's gradient norm over all active tensors together.
+        micro_batch: number of examples per forward pass. Noise is added once per batch, not per
+            micro-batch.
+        streams: the random generators of sampling and noise.
 
     Raises:
-        BudgetError: if the reservation is used up; nothing is drawn then.
+        BudgetError: if the reservation has no release left; nothing is drawn in this case.
 
     Privacy: one release of the Poisson-subsampled Gaussian mechanism with noise multiplier z. An
-    empty batch is released too, as noise alone.
+    empty batch is released as well, as noise alone.
     """
     reservation.take()
     q = reservation.sampling_rate

@@ -94,9 +94,9 @@ MUTANTS = {
     ),
     "gates differentiated in the batch's mean": Mutant(
         "private_step/reparametrised_engine.py",
-        "        (pulled,) = torch.vmap(pull)(grads)\n",
+        "        (pulled,) = torch.vmap(pullback)(grads)\n",
         "        grads = {n: g.mean(0, keepdim=True).expand_as(g) for n, g in grads.items()}\n"
-        "        (pulled,) = torch.vmap(pull)(grads)\n",
+        "        (pulled,) = torch.vmap(pullback)(grads)\n",
         "tests/adapter/test_parametrisations.py",
     ),
     "realised batch size": Mutant(
