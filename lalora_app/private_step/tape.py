@@ -83,7 +83,7 @@ class BufferLayout:
                 self.groups.setdefault(() if flat else stored_shape.stored, {})[name] = stored_shape
         self.group_of = {name: key for key, names in self.groups.items() for name in names}
 
-    def shared(
+    def allocate(
         self, key: GroupKey, examples: int, like: Tensor
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Allocate the buffer of one group.
