@@ -63,7 +63,7 @@ def _filter_factors(grads: NoisedGrads, smoothing: Callable[[Tensor, int], Tenso
     return NoisedGrads(filtered)
 
 
-def binomial_filter(grads: NoisedGrads) -> NoisedGrads:
+def binomial(grads: NoisedGrads) -> NoisedGrads:
     """LA-LoRA: smooth every factor along its feature axis (arXiv:2602.19926); heads are unchanged.
 
     Privacy: a fixed linear map of noised gradients; no extra cost.
@@ -83,7 +83,7 @@ def _smooth_in_random_order(x: Tensor, dim: int) -> Tensor:
     return torch.empty_like(x).index_copy_(dim, order, smoothed)
 
 
-def permuted_filter(grads: NoisedGrads) -> NoisedGrads:
+def permuted(grads: NoisedGrads) -> NoisedGrads:
     """Control: apply the binomial filter after a fixed random permutation of the features.
 
     If neighbouring features are correlated, this control is less accurate than the filter.
@@ -93,7 +93,7 @@ def permuted_filter(grads: NoisedGrads) -> NoisedGrads:
     return _filter_factors(grads, _smooth_in_random_order)
 
 
-def noise_factor_scaling(grads: NoisedGrads) -> NoisedGrads:
+def scaled(grads: NoisedGrads) -> NoisedGrads:
     """Control: multiply the factors' gradients by the filter's noise factor 0.523.
 
     Privacy: a fixed linear map of noised gradients; no extra cost.

@@ -16,10 +16,10 @@ from lalora_app.aggregation import (
 )
 from lalora_app.methods import alignment, optimizers, schedule
 from lalora_app.methods.filters import (
-    binomial_filter,
+    binomial,
     identity,
-    noise_factor_scaling,
-    permuted_filter,
+    permuted,
+    scaled,
 )
 from lalora_app.methods.method import Method
 from lalora_app.methods.weight_noise import row_scaled_noise
@@ -38,7 +38,7 @@ _LA_LORA = Method(
     paper="arXiv:2602.19926, only the active factor travels",
     trains=schedule.alternate_steps,
     syncs=schedule.alternate_rounds,
-    postprocess=binomial_filter,
+    postprocess=binomial,
     keeps_client_state=True,
 )
 _LA_LORA_FULL = replace(
@@ -52,12 +52,12 @@ METHODS: dict[str, Method] = {
     "rolora": _BY_ROUND,
     "la-lora": _LA_LORA,
     "la-lora-no-filter": replace(_LA_LORA, postprocess=identity),
-    "la-lora-scaled": replace(_LA_LORA, postprocess=noise_factor_scaling),
-    "la-lora-permuted": replace(_LA_LORA, postprocess=permuted_filter),
+    "la-lora-scaled": replace(_LA_LORA, postprocess=scaled),
+    "la-lora-permuted": replace(_LA_LORA, postprocess=permuted),
     "la-lora-full": _LA_LORA_FULL,
     "la-lora-full-no-filter": replace(_LA_LORA_FULL, postprocess=identity),
-    "la-lora-full-scaled": replace(_LA_LORA_FULL, postprocess=noise_factor_scaling),
-    "la-lora-full-permuted": replace(_LA_LORA_FULL, postprocess=permuted_filter),
+    "la-lora-full-scaled": replace(_LA_LORA_FULL, postprocess=scaled),
+    "la-lora-full-permuted": replace(_LA_LORA_FULL, postprocess=permuted),
     "flora": replace(
         _BOTH,
         paper="arXiv:2409.05976",

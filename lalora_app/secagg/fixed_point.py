@@ -1,8 +1,9 @@
-"""Updates as integers whose sum fits into 32 bits: what masks can be added to and taken off.
+"""Conversion between float updates and 32-bit integers, to which masks are added modulo 2^32.
 
-A mask is uniform modulo 2^32 and hides any number added to it. So an update, in units of a common
-``step``, becomes an integer from ``-levels`` to ``levels``, and the levels are as many as let the
-sum over all clients keep its sign: no entry costs more than its float32 did.
+A mask is uniform modulo 2^32, so the sum of mask and number is uniform as well. An update is
+divided by a common step size and rounded to an integer from ``-max_level`` to ``max_level``. The
+largest level is chosen such that the sum over all clients fits into a signed 32-bit integer. An
+entry needs 4 bytes, as in float32.
 """
 
 from collections.abc import Mapping
@@ -11,45 +12,45 @@ import numpy as np
 from numpy.typing import NDArray
 
 from lalora_app.adapter.factors import Adapter, Array
+from lalora_app.adapter.low_rank import Float64Array
 
 Words = NDArray[np.uint32]
-Wide = NDArray[np.float64]
 
-# The largest entry of an update that can be sent. Noised updates of a round are smaller by far;
-# one that is not is refused, never clipped: a clipped one would move the mean in silence.
+# The largest absolute value of an entry of an update. Noised updates of a round are far smaller.
+# A larger entry raises an error; clipping it would change the mean without notice.
 MAX_UPDATE = 64.0
 
 
 class RangeError(ValueError):
-    """An update that the masked sum cannot hold."""
+    """An update has an entry that is not finite or larger than ``MAX_UPDATE``."""
 
 
 def max_level(clients: int) -> int:
-    """Return the largest integer of one client with which ``clients`` of them fit a signed sum."""
+    """Return the largest integer such that a sum of ``clients`` of them fits a signed 32 bits."""
     return (2**31 - 1) // clients
 
 
 def step_size(clients: int) -> float:
-    """Return the unit of the integers: ``RANGE`` over the levels."""
+    """Return the step size, the value of the integer 1: ``MAX_UPDATE / max_level(clients)``."""
     return MAX_UPDATE / max_level(clients)
 
 
 def error_bound(clients: int) -> float:
-    """Return how far an entry of the mean can be from the mean of the updates, in float64.
+    """Return the largest possible error of an entry of the mean update, in float64.
 
-    Half a step, as in each client's rounding; the rest covers the rounding of float64 itself.
+    Half a step size, from each client's rounding, plus a small term for the rounding of float64.
     """
     return (0.5 + 2.0**-20) * step_size(clients)
 
 
-def update_of(upload: Mapping[str, Array], start: Mapping[str, Array]) -> Wide:
-    """Return what was added to ``start``, as one flat vector in the order of the names."""
+def update_of(upload: Mapping[str, Array], start: Mapping[str, Array]) -> Float64Array:
+    """Return ``upload`` minus ``start`` as one flat vector, tensors sorted by name."""
     parts = [upload[n].astype(np.float64) - start[n] for n in sorted(upload)]
     return np.concatenate([part.ravel() for part in parts])
 
 
-def add_update(start: Mapping[str, Array], update: Wide) -> Adapter:
-    """Return the tensors of ``start`` with the update of :func:`update_of` added."""
+def add_update(start: Mapping[str, Array], update: Float64Array) -> Adapter:
+    """Return ``start`` plus the flat vector ``update``; inverse of :func:`update_of`."""
     ends = np.cumsum([start[n].size for n in sorted(start)])
     parts = np.split(update, ends[:-1])
     return {
@@ -58,17 +59,17 @@ def add_update(start: Mapping[str, Array], update: Wide) -> Adapter:
     }
 
 
-def quantise(update: Wide, clients: int) -> Words:
-    """Return the update in steps, rounded to the nearest, modulo 2^32.
+def quantise(update: Float64Array, clients: int) -> Words:
+    """Return the update in units of the step size, rounded to nearest, modulo 2^32.
 
     Args:
-        update: of one client.
-        clients: how many may be summed.
+        update: the flat update of one client.
+        clients: the largest number of updates in a sum.
 
     Raises:
-        RangeError: if an entry is not finite, or beyond ``RANGE``.
+        RangeError: if an entry is not finite or its absolute value exceeds ``MAX_UPDATE``.
 
-    Privacy: a function of a noised update; that it refuses is one, too.
+    Privacy: post-processing of a noised update, including the error; no extra cost.
     """
     if not np.isfinite(update).all():
         raise RangeError("an entry of the update is not finite")
@@ -78,12 +79,12 @@ def quantise(update: Wide, clients: int) -> Words:
     return steps.astype(np.int64).astype(np.uint32)
 
 
-def dequantised_mean(total: Words, clients: int, summands: int) -> Wide:
-    """Return the mean update from the sum of quantised ones.
+def dequantised_mean(total: Words, clients: int, summands: int) -> Float64Array:
+    """Return the mean update from the sum of quantised updates.
 
     Args:
-        total: the sum modulo 2^32.
-        clients: as the summands were quantised for.
-        summands: how many there are, at most ``clients``.
+        total: the sum of quantised updates, modulo 2^32.
+        clients: the argument ``clients`` of :func:`quantise` for these updates.
+        summands: the number of updates in the sum, at most ``clients``.
     """
     return total.view(np.int32).astype(np.float64) * (step_size(clients) / summands)

@@ -1,8 +1,8 @@
-"""Keys, shares and masks: Flower's primitives, and a stream cipher for the masks themselves.
+"""Cryptographic functions of the protocol: key agreement, secret sharing and masks.
 
-Flower's own ``pseudo_rand_gen`` folds its seed to 32 bits, which a server can try one by one, and
-expands it by a Mersenne Twister. A mask here is the ChaCha20 stream of the whole 256-bit key; no
-key is ever used for a second mask.
+Keys and shares use Flower's functions. Masks do not: Flower's ``pseudo_rand_gen`` reduces the seed
+to 32 bits, which a server can search exhaustively, and expands it by a Mersenne Twister. Here a
+mask is the ChaCha20 stream of a 256-bit key, and every key is used for one mask only.
 """
 
 import base64
@@ -23,20 +23,21 @@ from flwr.supercore.primitives.asymmetric import (
 from lalora_app.secagg.fixed_point import Words
 from lalora_app.wire.tensors import WireError
 
-KEY_BYTES = 48  # of a private key on Flower's curve, P-384
+KEY_BYTES = 48  # size of a private key on the curve P-384, which Flower uses
 
 
 def threshold(clients: int) -> int:
-    """Return how many shares make a secret: two thirds, so that a third may drop out.
+    """Return the number of shares that reconstruct a secret: two thirds of the clients, at least 2.
 
-    A client gives the server one share of two secrets of another client, never both. So that both
-    are made all the same, ``2·threshold - clients`` clients must lie with the server.
+    Up to a third of the clients may drop out. Every client has two secrets, and another client
+    reveals a share of only one of them. A server that wants both secrets needs
+    ``2·threshold - clients`` clients that break the protocol.
     """
     return max(2, -(-2 * clients // 3))
 
 
 def new_private_key() -> bytes:
-    """Return a fresh private key: 48 bytes, where a PEM file would be 300 to share."""
+    """Return a new private key of 48 bytes; as a PEM file it would have about 300 bytes."""
     numbers = generate_key_pairs()[0].private_numbers()
     return numbers.private_value.to_bytes(KEY_BYTES, "big")
 
@@ -46,10 +47,10 @@ def _private(key: bytes) -> ec.EllipticCurvePrivateKey:
 
 
 def public_key_of(key: bytes) -> bytes:
-    """Return the public key of a private one, as PEM.
+    """Return the public key of a private key, as PEM.
 
     Raises:
-        WireError: if it is no private key of this curve.
+        WireError: if ``key`` is not a private key of the curve P-384.
     """
     try:
         return public_key_to_bytes(_private(key).public_key())
@@ -58,10 +59,14 @@ def public_key_of(key: bytes) -> bytes:
 
 
 def shared_secret(key: bytes, public: bytes) -> bytes:
-    """Return the secret of two clients, from one's private and the other's public key.
+    """Return the shared secret of two clients (elliptic-curve Diffie-Hellman).
+
+    Args:
+        key: private key of one client.
+        public: public key of the other client, as PEM.
 
     Raises:
-        WireError: if the public key is none of this curve.
+        WireError: if ``public`` is not a public key of the curve P-384.
     """
     try:
         return generate_shared_key(_private(key), bytes_to_public_key(public))
@@ -70,7 +75,7 @@ def shared_secret(key: bytes, public: bytes) -> bytes:
 
 
 def split_into_shares(secret: bytes, clients: Iterable[int]) -> dict[int, bytes]:
-    """Return a share of the secret for every client; :func:`threshold` of them make it again."""
+    """Split a secret into one Shamir share per client; :func:`threshold` shares reconstruct it."""
     order = sorted(clients)
     shares = create_shares(secret, threshold(len(order)), len(order))
     return dict(zip(order, shares, strict=True))
@@ -80,11 +85,11 @@ def reconstruct_secret(shares: Mapping[int, bytes], clients: int) -> bytes:
     """Return a secret from enough of its shares.
 
     Args:
-        shares: by the client that held them.
-        clients: how many shares were made.
+        shares: share per client that held it.
+        clients: number of shares that the secret was split into.
 
     Raises:
-        WireError: if they are too few or do not fit together.
+        WireError: if there are too few shares, or they belong to different secrets.
     """
     needed = threshold(clients)
     if len(shares) < needed:
@@ -96,12 +101,21 @@ def reconstruct_secret(shares: Mapping[int, bytes], clients: int) -> bytes:
 
 
 def mask(key: bytes, size: int) -> Words:
-    """Return ``size`` uniform 32-bit words: the ChaCha20 stream of a key that masks once only."""
+    """Return ``size`` uniform 32-bit words: the ChaCha20 stream of ``key``, which is used once."""
     stream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
     return np.frombuffer(stream.update(bytes(4 * size)), "<u4").astype(np.uint32)
 
 
 def pair_mask(own: int, other: int, secret: bytes, size: int) -> Words:
-    """Return what client ``own`` adds for ``other``: the negative of what that one adds for it."""
+    """Return the mask of a pair of clients, as added by the client ``own``.
+
+    The other client adds the negative of it, so the masks cancel in the sum.
+
+    Args:
+        own: number of the client that adds the mask.
+        other: number of the other client.
+        secret: shared secret of the two clients.
+        size: number of 32-bit words.
+    """
     words = mask(base64.urlsafe_b64decode(secret), size)
     return words if own < other else np.negative(words)

@@ -1,4 +1,4 @@
-"""What the stages of secure aggregation send each other, and how it is read: nothing is trusted."""
+"""The message fields of the protocol's stages, and functions that read and check them."""
 
 from collections.abc import Mapping
 
@@ -8,41 +8,41 @@ from lalora_app.wire.code_version import code_hash
 from lalora_app.wire.messages import CONFIG, count_of
 from lalora_app.wire.tensors import WireError
 
-# Flower's own union of what a ConfigRecord takes.
+# The types of values that a Flower ConfigRecord accepts.
 Value = (
     int | float | str | bytes | bool
     | list[int] | list[float] | list[str] | list[bytes] | list[bool]
 )  # fmt: skip
 
-SECAGG = "secagg"  # the record, in every message of a stage and in a client's state
-MASKED = "masked"  # the array of a reply in the place of the tensors
+SECAGG = "secagg"  # name of the record in messages and in the client's state
+MASKED = "masked"  # name of the masked vector in a reply, in place of the tensors
 
 
 class StageError(WireError):
-    """A stage that does not follow from the ones before; its text stays on the client."""
+    """A message breaks the order or the rules of the stages; its text is never sent."""
 
 
 def reply_of(values: Mapping[str, Value]) -> RecordDict:
-    """Return a client's reply to a stage."""
+    """Return a client's reply to a stage, with the given values."""
     code = ConfigRecord({"code": code_hash()})
     return RecordDict({CONFIG: code, SECAGG: ConfigRecord(dict(values))})
 
 
 def columns(name: str, values: Mapping[int, bytes]) -> dict[str, Value]:
-    """Return a mapping from clients as two columns of a ConfigRecord."""
+    """Return a mapping {client: bytes} as two lists of a ConfigRecord, clients and values."""
     return {f"{name}-of": list(values), name: list(values.values())}
 
 
 def record_of(content: RecordDict) -> ConfigRecord:
-    """Return the record of a message's stage; an empty one where there is none."""
+    """Return the protocol's record of a message. Limit: an empty record if it is missing."""
     return content.config_records.get(SECAGG, ConfigRecord())
 
 
 def clients_of(record: ConfigRecord, name: str) -> list[int]:
-    """Read a list of clients, none of them twice.
+    """Read a list of client numbers without duplicates.
 
     Raises:
-        WireError: if it is anything else.
+        WireError: if the field is missing, has another type, or names a client twice.
     """
     found = record.get(name)
     if not isinstance(found, list) or not all(type(client) is int for client in found):
@@ -53,10 +53,10 @@ def clients_of(record: ConfigRecord, name: str) -> list[int]:
 
 
 def bytes_of(record: ConfigRecord, name: str) -> bytes:
-    """Read a key or the like.
+    """Read a field of type bytes, such as a key.
 
     Raises:
-        WireError: if it is no bytes.
+        WireError: if the field is missing or has another type.
     """
     found = record.get(name)
     if not isinstance(found, bytes):
@@ -65,25 +65,25 @@ def bytes_of(record: ConfigRecord, name: str) -> bytes:
 
 
 def mapping_of(record: ConfigRecord, name: str) -> dict[int, bytes]:
-    """Read what :func:`columns` has written.
+    """Read a mapping {client: bytes}; inverse of :func:`columns`.
 
     Raises:
-        WireError: if it is anything else.
+        WireError: if a list is missing or has another type, or the lengths differ.
     """
     clients, listed = clients_of(record, f"{name}-of"), record.get(name)
     found = [v for v in listed if isinstance(v, bytes)] if isinstance(listed, list) else []
     if not isinstance(listed, list) or len(found) != len(listed):
         raise WireError(f"{name} must be a list of bytes")
     if len(found) != len(clients):
-        raise WireError(f"{name} must have one entry a client")
+        raise WireError(f"{name} must have one entry per client")
     return dict(zip(clients, found, strict=True))
 
 
 def run_and_attempt_of(record: ConfigRecord) -> tuple[str, int]:
-    """Read which run and attempt a stage belongs to.
+    """Read the run and the attempt of a message.
 
     Raises:
-        WireError: if a key is missing or mistyped.
+        WireError: if a field is missing or has another type.
     """
     run = record.get("run")
     if not isinstance(run, str):

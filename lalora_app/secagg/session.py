@@ -1,4 +1,8 @@
-"""The server's side of one attempt: four waves of messages over Flower's Grid, and the sum."""
+"""The server's side of the protocol: one `Session` per attempt of a round.
+
+The server's stages are: collect public keys ("advertise"), forward encrypted shares ("share"), let
+the strategy collect masked vectors ("train"), and collect shares to remove the masks ("unmask").
+"""
 
 import hashlib
 from collections.abc import Callable, Mapping
@@ -14,25 +18,28 @@ from lalora_app.secagg.messages import SECAGG, Value, bytes_of, columns, mapping
 from lalora_app.wire.messages import content_or_raise
 from lalora_app.wire.tensors import WireError
 
-ReplyReader = Callable[[ConfigRecord, int], None]  # of a reply's record, and its client
+ReplyReader = Callable[[ConfigRecord, int], None]  # (record of a reply, its client)
 
 
 def _shares_for(client: int, shares: Mapping[int, Mapping[int, bytes]]) -> dict[int, bytes]:
-    """Return the other clients' shares for one client, by source."""
+    """Return the shares that the other clients encrypted for ``client``, by sender."""
     return {source: sealed[client] for source, sealed in shares.items() if source != client}
 
 
 @dataclass
 class Session:
-    """One attempt's protocol. Clients that drop out at any stage are left behind by the others.
+    """The protocol of one attempt. A client that drops out at one stage is not asked again.
 
-    Args:
-        grid: to the clients.
-        timeout: seconds that a wave may take.
+    Attributes:
+        grid: Flower's connection to the clients.
+        timeout: largest duration of a stage in seconds.
         run: name of the run.
-        attempt: its number; the keys are of this attempt alone.
-        nodes: node id by client.
-        min_clients: clients without which the attempt is given up.
+        attempt: number of the attempt; keys are valid for one attempt.
+        nodes: node id per client number.
+        min_clients: smallest number of clients; with fewer the attempt fails.
+        drop_reasons: one sentence per refused or missing reply.
+        mask_keys: public mask key per client.
+        commitments: SHA-256 of the mask seed per client.
     """
 
     grid: Grid
@@ -58,7 +65,7 @@ class Session:
     def _read_reply(
         self, stage: str, message: Message, read: ReplyReader, asked: Mapping[int, int]
     ) -> None:
-        """Have one reply read; one that breaks a law is dropped, and never ends the attempt."""
+        """Read one reply; an invalid reply is dropped and does not end the attempt."""
         try:
             record, node = record_of(content_or_raise(message)), message.metadata.src_node_id
             if node not in asked:
@@ -70,7 +77,13 @@ class Session:
     def _run_stage(
         self, stage: str, values: Mapping[int, Mapping[str, Value]], read: ReplyReader
     ) -> None:
-        """Send a stage to its clients and have each reply read on its own."""
+        """Send the messages of one stage and read the replies.
+
+        Args:
+            stage: name of the stage.
+            values: fields of the message per client.
+            read: function that reads one reply.
+        """
         messages = [self._message(client, stage, own) for client, own in values.items()]
         replies = list(self.grid.send_and_receive(messages, timeout=self.timeout))
         asked = {self.nodes[client]: client for client in values}
@@ -80,7 +93,7 @@ class Session:
             self.drop_reasons.append(f"{stage}: {missing} did not answer in time")
 
     def _collect_public_keys(self) -> dict[str, Value]:
-        """Ask all clients for their public keys."""
+        """Stage "advertise": collect the two public keys of every client."""
         cipher_keys: dict[int, bytes] = {}
 
         def read(record: ConfigRecord, client: int) -> None:
@@ -91,7 +104,7 @@ class Session:
         return columns("mask-keys", self.mask_keys) | columns("cipher-keys", cipher_keys)
 
     def _collect_shares(self, directory: Mapping[str, Value]) -> dict[int, dict[int, bytes]]:
-        """Have the secrets shared; return the encrypted shares by source and destination."""
+        """Stage "share": return the encrypted shares by sender and receiver."""
         found: dict[int, dict[int, bytes]] = {}
 
         def read(record: ConfigRecord, client: int) -> None:
@@ -112,9 +125,11 @@ class Session:
         return clients >= needed
 
     def share_secrets(self) -> dict[int, dict[str, Value]]:
-        """Return what each client's request to train must carry besides: others' shares for it.
+        """Run the stages "advertise" and "share".
 
-        Empty where too few clients have come so far: then nobody trains, and nothing is spent.
+        Returns:
+            Per client, the fields to add to its training request: the shares encrypted for it.
+            Empty if too few clients have replied; then no client trains and no budget is spent.
         """
         directory = self._collect_public_keys()
         if not self._has_enough(len(self.mask_keys)):
@@ -127,7 +142,7 @@ class Session:
     def _collect_unmasking_shares(
         self, arrived: list[int], lost: list[int]
     ) -> dict[int, dict[int, bytes]]:
-        """Return the shares of every client's one secret, by owner and holder."""
+        """Stage "unmask": return one secret's shares per client, by owner and holder."""
         found: dict[int, dict[int, bytes]] = {client: {} for client in [*arrived, *lost]}
 
         def read(record: ConfigRecord, client: int) -> None:
@@ -144,23 +159,29 @@ class Session:
     def _verified_seed(self, client: int, shares: Mapping[int, bytes]) -> bytes:
         seed = masks.reconstruct_secret(shares, len(self.mask_keys))
         if hashlib.sha256(seed).digest() != self.commitments[client]:
-            raise WireError("a seed is not the one that its client committed to")
+            raise WireError("a reconstructed seed differs from its client's commitment")
         return seed
 
     def _verified_mask_key(self, client: int, shares: Mapping[int, bytes]) -> bytes:
         key = masks.reconstruct_secret(shares, len(self.mask_keys))
         if masks.public_key_of(key) != self.mask_keys[client]:
-            raise WireError("a mask key is not the one that its client advertised")
+            raise WireError("a reconstructed mask key differs from its client's public key")
         return key
 
     def unmasked_sum(self, vectors: Mapping[int, Words]) -> Words:
-        """Return the sum of the vectors that the masked ones hide, modulo 2^32.
+        """Remove all masks from the sum of the masked vectors; return the sum modulo 2^32.
+
+        The mask of every client whose vector arrived is computed from its seed. The pair masks of
+        lost clients are computed from their mask keys.
 
         Args:
-            vectors: masked, by client.
+            vectors: masked vector per client.
 
         Raises:
-            WireError: if too few have arrived, or too few clients help to unmask them.
+            WireError: if too few vectors arrived, too few clients sent shares, or a reconstructed
+                secret is wrong.
+
+        Privacy: only the sum over the clients is revealed.
         """
         arrived, lost = sorted(vectors), sorted(set(self.commitments) - set(vectors))
         if len(arrived) < (needed := masks.threshold(len(self.mask_keys))):

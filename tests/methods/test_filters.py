@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 
 from lalora_app.methods.filters import (
     TAPS,
-    binomial_filter,
+    binomial,
     identity,
-    noise_factor_scaling,
-    permuted_filter,
+    permuted,
+    scaled,
     smooth,
 )
 from lalora_app.private_step.gradients import NoisedGrads
@@ -76,7 +76,7 @@ def test_factors_of_any_mix_of_shapes_are_filtered_each_on_its_own():
     shapes = {"q.lora_A": (2, 9), "k.lora_A": (2, 9), "up.lora_A": (3, 4), "v.lora_A": (2, 9)}
     shapes |= {"q.lora_B": (9, 2), "up.lora_B": (7, 3), "v.lora_B": (9, 2), "one.lora_B": (1, 1)}
     arrays = {f"{name}.weight": drawn(rng, *shape) for name, shape in shapes.items()}
-    filtered = binomial_filter(NoisedGrads({n: torch.from_numpy(a) for n, a in arrays.items()}))
+    filtered = binomial(NoisedGrads({n: torch.from_numpy(a) for n, a in arrays.items()}))
     assert list(filtered) == list(arrays)
     for name, array in arrays.items():
         expected = loop_smooth(array) if "lora_A" in name else loop_smooth(array.T).T
@@ -95,7 +95,7 @@ def test_each_factor_is_filtered_along_its_long_axis_and_the_head_not_at_all(
 ):
     rng = np.random.default_rng(seed)
     a, b, head = drawn(rng, rank, inputs), drawn(rng, outputs, rank), drawn(rng, 2, 6)
-    filtered = binomial_filter(grads_of(a, b, head))
+    filtered = binomial(grads_of(a, b, head))
     np.testing.assert_allclose(filtered[A_NAME], loop_smooth(a), atol=1e-13)
     np.testing.assert_allclose(filtered[B_NAME], loop_smooth(b.T).T, atol=1e-13)
     np.testing.assert_array_equal(filtered[HEAD_NAME], head)
@@ -118,7 +118,7 @@ def test_interior_noise_keeps_70_of_256_of_its_variance():
 def test_scaled_shrinks_factors_by_the_filters_noise_factor_and_leaves_the_head():
     rng = np.random.default_rng(1)
     a, b, head = drawn(rng, 2, 5), drawn(rng, 4, 2), drawn(rng, 2, 3)
-    shrunk = noise_factor_scaling(grads_of(a, b, head))
+    shrunk = scaled(grads_of(a, b, head))
     np.testing.assert_allclose(shrunk[A_NAME], math.sqrt(70 / 256) * a, rtol=1e-14)
     np.testing.assert_allclose(shrunk[B_NAME], math.sqrt(70 / 256) * b, rtol=1e-14)
     np.testing.assert_array_equal(shrunk[HEAD_NAME], head)
@@ -127,22 +127,20 @@ def test_scaled_shrinks_factors_by_the_filters_noise_factor_and_leaves_the_head(
 def test_permuted_is_the_filter_on_features_in_one_fixed_random_order():
     rng = np.random.default_rng(4)
     a, b, head = drawn(rng, 2, 40), drawn(rng, 30, 2), drawn(rng, 2, 3)
-    first, again = (permuted_filter(grads_of(a, b, head)) for _ in range(2))
+    first, again = (permuted(grads_of(a, b, head)) for _ in range(2))
     # One unit vector at a time tells which features the filter takes for neighbours.
-    impulses = permuted_filter(grads_of(np.eye(40), b, head))[A_NAME]
+    impulses = permuted(grads_of(np.eye(40), b, head))[A_NAME]
     weights = np.sort(impulses, axis=1)[:, ::-1][:, :5]
     inner = [row for row in weights if np.allclose(row, sorted(TAPS, reverse=True))]
     assert len(inner) == 40 - 4  # all but those beside a border
-    assert not np.allclose(impulses, binomial_filter(grads_of(np.eye(40), b, head))[A_NAME])
+    assert not np.allclose(impulses, binomial(grads_of(np.eye(40), b, head))[A_NAME])
     np.testing.assert_allclose(first[A_NAME], a @ impulses.numpy(), atol=1e-12)
     np.testing.assert_array_equal(first[HEAD_NAME], head)
     for name, grad in first.items():
         np.testing.assert_array_equal(grad, again[name])
 
 
-@pytest.mark.parametrize(
-    "postprocess", [binomial_filter, permuted_filter, noise_factor_scaling, identity]
-)
+@pytest.mark.parametrize("postprocess", [binomial, permuted, scaled, identity])
 def test_filters_leave_their_input_alone_and_keep_names_and_shapes(postprocess):
     rng = np.random.default_rng(2)
     before = [drawn(rng, 2, 5), drawn(rng, 4, 2), drawn(rng, 2, 3)]
@@ -153,9 +151,7 @@ def test_filters_leave_their_input_alone_and_keep_names_and_shapes(postprocess):
         np.testing.assert_array_equal(grad, array)
 
 
-@pytest.mark.parametrize(
-    "postprocess", [binomial_filter, permuted_filter, noise_factor_scaling, identity]
-)
+@pytest.mark.parametrize("postprocess", [binomial, permuted, scaled, identity])
 def test_filters_are_linear_so_they_are_free_post_processing(postprocess):
     rng = np.random.default_rng(3)
     x = grads_of(drawn(rng, 2, 7), drawn(rng, 6, 2), drawn(rng, 2, 3))
