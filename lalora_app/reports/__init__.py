@@ -1,4 +1,5 @@
 """HTML reports, tables and charts of finished runs.
 
-In: finished runs. Out: one HTML page with its tables and charts; figures of an audit.
+In: the records of finished runs (`results.finished_run.Record`). Out: one HTML page with tables and
+charts, or the table alone as text, Markdown, CSV or LaTeX.
 """

@@ -1,4 +1,4 @@
-"""The figure of an audit: what its attacks reach, and what the ledger's ε allows them at most."""
+"""The figure of an audit: the ROC curves of the attacks, and the limit that ε and δ imply."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -16,41 +16,49 @@ Points = Sequence[tuple[float, float]]
 
 
 def max_true_positive_rate(
-    alarms: NDArray[np.float64], epsilon: float, delta: float
+    false_positives: NDArray[np.float64], epsilon: float, delta: float
 ) -> NDArray[np.float64]:
-    """Return the largest hit rate that (ε, δ)-DP allows a test at each false alarm rate."""
-    low = np.exp(epsilon) * alarms + delta
-    high = 1 - np.exp(-epsilon) * (1 - delta - alarms)
-    most: NDArray[np.float64] = np.minimum(low, high).clip(0, 1)
-    return most
+    """Return the largest true positive rate of a membership test under (ε, δ)-DP.
+
+    min(e^ε·α + δ, 1 − e^(−ε)·(1 − δ − α)), clipped to [0, 1] (Kairouz et al., arXiv:1311.0776).
+
+    Args:
+        false_positives: false positive rates α, (points,).
+        epsilon: ε.
+        delta: δ.
+    """
+    low = np.exp(epsilon) * false_positives + delta
+    high = 1 - np.exp(-epsilon) * (1 - delta - false_positives)
+    limit: NDArray[np.float64] = np.minimum(low, high).clip(0, 1)
+    return limit
 
 
 def _set_logarithmic_axes(axes: Axes, lowest: float) -> None:
     axes.set(xscale="log", yscale="log", xlim=(lowest, 1.0), ylim=(lowest, 1.3))
-    axes.set(xlabel="false alarm rate", ylabel="hit rate")
+    axes.set(xlabel="false positive rate", ylabel="true positive rate")
 
 
 def roc_figure(audit: dict[str, Any]) -> Figure:
-    """Return the ROC of each part of an audit on logarithmic axes.
+    """Return the ROC curve of every part of an audit, on logarithmic axes.
 
     Args:
-        audit: of audit.json; a part without a ROC has no line.
+        audit: content of audit.json; a part without a ROC curve has no line.
     """
-    rocs: dict[str, Points] = {n: p["roc"] for n, p in audit["parts"].items() if p["roc"]}
-    lowest = min((a for points in rocs.values() for a, _ in points if a > 0), default=1e-3)
-    drawn, axes = empty_figure()
-    looks = line_styles(rocs)
-    for name, points in rocs.items():
-        axes.plot(*np.array(points).T, drawstyle="steps-post", **looks[name] | {"marker": ""})
-    alarms = np.geomspace(lowest, 1.0, 200)
+    curves: dict[str, Points] = {n: p["roc"] for n, p in audit["parts"].items() if p["roc"]}
+    lowest = min((a for points in curves.values() for a, _ in points if a > 0), default=1e-3)
+    figure, axes = empty_figure()
+    styles = line_styles(curves)
+    for name, points in curves.items():
+        axes.plot(*np.array(points).T, drawstyle="steps-post", **styles[name] | {"marker": ""})
+    false_positives = np.geomspace(lowest, 1.0, 200)
     bounds = f"allowed at ε = {audit['epsilon_upper']:.3g}"
     axes.plot(
-        alarms,
-        max_true_positive_rate(alarms, audit["epsilon_upper"], audit["delta"]),
+        false_positives,
+        max_true_positive_rate(false_positives, audit["epsilon_upper"], audit["delta"]),
         **_BOUND_STYLE,
     )
-    axes.plot(alarms, alarms, **_CHANCE_STYLE)
+    axes.plot(false_positives, false_positives, **_CHANCE_STYLE)
     _set_logarithmic_axes(axes, lowest)
-    marks = {name: look | {"marker": ""} for name, look in looks.items()}
-    add_legend(drawn, marks | {bounds: _BOUND_STYLE, "guessing": _CHANCE_STYLE})
-    return drawn
+    marks = {name: style | {"marker": ""} for name, style in styles.items()}
+    add_legend(figure, marks | {bounds: _BOUND_STYLE, "guessing": _CHANCE_STYLE})
+    return figure

@@ -1,4 +1,4 @@
-"""The figures of a report: what each shows, and what it leaves out and why."""
+"""The charts of a report, each with a note that names omitted runs and the reason."""
 
 import json
 import math
@@ -26,7 +26,7 @@ from lalora_app.reports.tables import ACCURACY, METRICS, Metric
 from lalora_app.results.finished_run import Record, group
 
 History = list[dict[str, Any]]
-Axis = Callable[[History], list[float]]  # history -> one number a round
+Axis = Callable[[History], list[float]]  # history -> one number per round
 
 _AVERAGING_ERROR = Metric(
     "aggregation_error", "relative aggregation error", 1.0, 3, lower_is_better=True
@@ -41,9 +41,9 @@ class Chart:
     """One figure of a report.
 
     Attributes:
-        title: of the figure.
-        note: what it shows, and what it leaves out and why.
-        panels: SVG elements; empty where there is nothing to show.
+        title: title of the chart.
+        note: description below the title, with omitted runs and the reason.
+        panels: SVG elements; empty if there is no data.
     """
 
     title: str
@@ -52,13 +52,13 @@ class Chart:
 
 
 def mean_curve(runs: Sequence[Record], x: Axis, metric: Metric, above: float = -math.inf) -> Curve:
-    """Return the rounds that all seeds have as one line, in the metric's shown unit.
+    """Return the mean curve of a metric over the rounds that all runs have.
 
     Args:
-        runs: seeds of one label and ε.
-        x: where a round is drawn.
-        metric: a key of the history.
-        above: a round is left out where a seed has no finite value above this.
+        runs: runs of one label and ε, with different seeds.
+        x: horizontal position of every round of a history.
+        metric: the metric; values are multiplied by its scale.
+        above: lower limit; a round is omitted if any run has no finite value above it.
     """
     shortest = min(len(run.history) for run in runs)
     histories = [run.history[:shortest] for run in runs]
@@ -87,15 +87,15 @@ def _epsilon_spent(history: History) -> list[float]:
 def _panels(
     records: Sequence[Record], x: Axis, metric: Metric, xlabel: str, *, log: bool = False
 ) -> tuple[str, ...]:
-    """Return one panel for each ε that has values, all with the same height of the axes."""
-    looks = line_styles(record.label for record in records)
+    """Return one panel per ε that has values, all with equal vertical limits."""
+    styles = line_styles(record.label for record in records)
     lowest = 0.0 if log else -math.inf
     figures = {}
     lines = {key: mean_curve(runs, x, metric, lowest) for key, runs in group(records).items()}
     for epsilon in sorted({record.epsilon for record in records}):
         own = {label: line for (label, e), line in lines.items() if e == epsilon and len(line.x)}
         if own:
-            figures[epsilon] = curve_figure(own, looks, log=log)
+            figures[epsilon] = curve_figure(own, styles, log=log)
     for epsilon, figure in figures.items():
         axes = figure.axes[0]
         axes.set(title=f"ε = {epsilon:g}", xlabel=xlabel, ylabel=metric.title)
@@ -110,21 +110,21 @@ def _panels(
 
 
 def by_round(records: Sequence[Record], metric: Metric) -> Chart:
-    """Return a score of the test split by round, failed rounds included."""
+    """Return the chart of a score on the public test split by round, with failed rounds."""
     name = metric.title.removesuffix(" %")
     note = "On the public test split."
     return Chart(f"{name.capitalize()} by round", note, _panels(records, _rounds, metric, "round"))
 
 
 def by_upload(records: Sequence[Record]) -> Chart:
-    """Return the accuracy by what one client has sent."""
-    note = "By what a client that takes part in every round has sent so far."
+    """Return the chart of the accuracy by the bytes that one client has uploaded."""
+    note = "By the bytes uploaded so far by a client that takes part in every round."
     panels = _panels(records, _megabytes, ACCURACY, "MB sent by one client")
     return Chart("Accuracy by upload", note, panels)
 
 
 def by_spending(records: Sequence[Record]) -> Chart:
-    """Return the accuracy by the ε of the client that has spent most; ε = inf has none."""
+    """Return the chart of the accuracy by the largest ε spent; runs with ε = inf are omitted."""
     note = "By the largest ε that any client has spent so far."
     left_out = list(dict.fromkeys(r.label for r in records if math.isinf(r.epsilon)))
     if left_out:
@@ -148,8 +148,8 @@ def _budget_panel(records: Sequence[Record], metric: Metric) -> str:
     curves = {}
     for place, (label, ends) in enumerate(points.items()):
         x, low, mean, high = np.array(ends).T
-        beside = 0.04 * (place - (len(points) - 1) / 2)  # so that no label hides another
-        curves[label] = Curve(x + beside, low, mean, high, np.zeros(len(x), dtype=np.bool_))
+        shift = 0.04 * (place - (len(points) - 1) / 2)  # prevents overlaps of different labels
+        curves[label] = Curve(x + shift, low, mean, high, np.zeros(len(x), dtype=np.bool_))
     figure = curve_figure(curves, line_styles(record.label for record in records))
     axes = figure.axes[0]
     axes.set(title="final adapters", xlabel="ε promised", ylabel=metric.title)
@@ -158,7 +158,7 @@ def _budget_panel(records: Sequence[Record], metric: Metric) -> str:
 
 
 def by_budget(records: Sequence[Record]) -> Chart:
-    """Return the scores of the final adapters by the ε promised."""
+    """Return the chart of the scores of the final adapters by the promised ε."""
     metrics = [m for m in METRICS if all(m.key in record.summary for record in records)]
     note = "On the public test split, at the end of the runs."
     panels = tuple(_budget_panel(records, metric) for metric in metrics)
@@ -166,7 +166,7 @@ def by_budget(records: Sequence[Record]) -> Chart:
 
 
 def _reason_without_curve(runs: Sequence[Record]) -> str:
-    """Say why runs without a positive aggregation error have none."""
+    """Return the reason why runs have no positive aggregation error to draw."""
     values = [
         row[_AVERAGING_ERROR.key]
         for run in runs
@@ -175,16 +175,16 @@ def _reason_without_curve(runs: Sequence[Record]) -> str:
     ]
     method = METHODS.get(runs[0].method)
     if method is not None and method.exact:
-        return "clients share the factor that they do not send, so the average is exact"
+        return "all clients have the same frozen factor, so the average is exact"
     if 0 in values:
-        return "it is 0, for which a logarithmic axis has no place"
+        return "it is 0, which a logarithmic axis cannot show"
     if values:
-        return "a factor that stays on the client cannot be seen by the server"
+        return "a factor stays on the client, so the server cannot compute the error"
     return "it was not recorded"
 
 
 def aggregation_error(records: Sequence[Record]) -> Chart:
-    """Return the aggregation error after every round; no panel where no run has any."""
+    """Return the chart of the aggregation error by round; without panels if no run has one."""
     runs_of: dict[str, list[Record]] = {}
     for record in records:
         runs_of.setdefault(record.label, []).append(record)
@@ -193,8 +193,8 @@ def aggregation_error(records: Sequence[Record]) -> Chart:
         if not any(row.get(_AVERAGING_ERROR.key) for run in runs for row in run.history):
             reasons.setdefault(_reason_without_curve(runs), []).append(label)
     note = (
-        "What averaging the factors apart from each other loses: the distance between the product "
-        "of the averages and the average of the clients' products, relative to the latter."
+        "The error of averaging A and B separately: the distance between the product of the "
+        "averages and the average of the clients' products, relative to the latter."
     )
     for reason, labels in reasons.items():
         note += f" No curve for {', '.join(labels)}: {reason}."
@@ -203,21 +203,21 @@ def aggregation_error(records: Sequence[Record]) -> Chart:
 
 
 def remaining_error(records: Sequence[Record]) -> list[Chart]:
-    """Return what rules other than plain averaging leave of the error; no chart without one."""
+    """Return the chart of the error that other rules than averaging leave; [] if there is none."""
     known = [record for record in records if record.method in METHODS]
     correcting = [r for r in known if METHODS[r.method].aggregate is not federated_averaging]
     panels = _panels(correcting, _rounds, _REMAINING_ERROR, "round", log=True) if correcting else ()
     note = (
-        "What the method's own rule leaves of the aggregation error, base drift included, on the "
-        "same scale: rounding for exact methods."
+        "The aggregation error after the method's own rule, base drift included, on the same "
+        "scale. For exact methods it is a rounding error."
     )
     return [Chart("Error left by the server's rule", note, panels)] if panels else []
 
 
 @report_style()
 def partitions(records: Sequence[Record]) -> Chart:
-    """Return one picture for each different partition of the data among the clients."""
-    title = "Who has which examples"
+    """Return the chart of the data partitions: one heat map per distinct partition."""
+    title = "Examples per client"
     owners: dict[str, list[Record]] = {}
     for record in records:
         if record.partition is not None:
@@ -233,7 +233,7 @@ def partitions(records: Sequence[Record]) -> Chart:
             owner += ": " + ", ".join(labels)
         figure = heat_map(partition["labels"], np.array(partition["clients"]), owner)
         pictures.append(svg(figure, f"examples by client and label, {owner}"))
-    note = "Training examples by client and label, and all examples of each client."
+    note = "Training examples per client and label, and in total per client."
     return Chart(title, note, tuple(pictures))
 
 
@@ -246,21 +246,22 @@ def _roc_panel(record: Record, audit: dict[str, Any]) -> str:
 
 
 def audit_rocs(records: Sequence[Record]) -> list[Chart]:
-    """Return the ROC of every audited run's audit; no chart where none is audited."""
+    """Return the chart of the ROC curves of all audits; [] if no run was audited."""
     panels = tuple(_roc_panel(r, r.audit) for r in records if r.audit is not None)
     note = (
-        "How well lalora audit tells whether an example was in a client's data: through the "
-        "private step (step; alone: as its only record), and from what a client of a whole run "
-        "sent (run). On logarithmic axes, so that an attack that is sure of few examples shows."
+        "Success of the attacks of lalora audit, which guess whether an example was in a client's "
+        "data. The attacker sees the private step (step; alone: with the example as the only "
+        "record) or the uploads of a client in a whole run (run). Logarithmic axes show attacks "
+        "that are certain about few examples."
     )
     return [Chart("Membership attack", note, panels)] if panels else []
 
 
 def all_charts(records: Sequence[Record]) -> list[Chart]:
-    """Return every figure of a report, in its order.
+    """Return all charts of a report in the order of the page.
 
     Args:
-        records: at least one.
+        records: records of finished runs, at least one.
     """
     keys = {key for record in records for row in record.history for key in row}
     budgets = {record.epsilon for record in records}

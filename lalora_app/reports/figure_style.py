@@ -1,4 +1,4 @@
-"""How a figure looks and becomes inline SVG: no script, no display, the same bytes every time."""
+"""Style of the figures, and their conversion to inline SVG with reproducible bytes."""
 
 import hashlib
 import io
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 Style = dict[str, Any]
 
-# Okabe and Ito's palette without yellow, which is too light for a line on white.
+# The palette of Okabe and Ito without yellow, whose contrast with white is too low.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _MARKERS, _LINES = "osD^vP*<", ("-", "--", "-.", ":")
 _RC_PARAMS = {
@@ -45,20 +45,20 @@ _RC_PARAMS = {
 }
 _FAILED_STYLE: Style = {"marker": "x", "linestyle": "none", "color": "#b3261e", "zorder": 5}
 _FAILED_STYLE |= {"markersize": 8, "markeredgewidth": 2}
-_WIDTH, _HEIGHT = 4.1, 2.8  # inches of a panel, its legend not counted
-_MAX_NAME_LENGTH = 44  # characters of a name
+_WIDTH, _HEIGHT = 4.1, 2.8  # size of a panel in inches, without the legend
+_MAX_NAME_LENGTH = 44  # in characters
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Several seeds as one line; every array has the shape (points,).
+    """One curve over the runs of several seeds; every array has the shape (points,).
 
     Attributes:
-        x: mean over seeds.
-        low: the lowest seed.
-        mean: over seeds.
-        high: the highest seed.
-        failed: whether the round failed for any seed.
+        x: horizontal position, mean over seeds.
+        low: lowest value of any seed.
+        mean: mean value over seeds.
+        high: highest value of any seed.
+        failed: whether the round failed for at least one seed.
     """
 
     x: NDArray[np.float64]
@@ -70,14 +70,14 @@ class Curve:
 
 @contextmanager
 def report_style() -> Iterator[None]:
-    """Draw in the report's style, whatever the user's own settings of matplotlib are."""
+    """Use the report's style inside a block; the user's matplotlib settings are ignored."""
     with warnings.catch_warnings(), matplotlib.style.context(_RC_PARAMS, after_reset=True):
-        warnings.filterwarnings("ignore", "Glyph")  # the browser's fonts draw the text, not ours
+        warnings.filterwarnings("ignore", "Glyph")  # the browser draws the text with its own fonts
         yield
 
 
 def _matplotlib_text(text: str, longest: int = _MAX_NAME_LENGTH) -> str:
-    """Return a name that matplotlib takes as it is, cut where it would not fit."""
+    """Return a name with $ escaped for matplotlib, and shortened to ``longest`` characters."""
     short = text if len(text) <= longest else text[: longest - 1] + "…"
     return short.replace("$", r"\$")
 
@@ -85,7 +85,12 @@ def _matplotlib_text(text: str, longest: int = _MAX_NAME_LENGTH) -> str:
 def svg(figure: Figure, description: str) -> str:
     """Return a figure as an SVG element.
 
-    Its ids begin with a hash of description and content: no other figure of a page has them.
+    Args:
+        figure: the figure.
+        description: text for screen readers.
+
+    All ids start with a hash of description and content, so that ids of different figures of one
+    page differ.
     """
     buffer = io.StringIO()
     figure.savefig(
@@ -99,22 +104,27 @@ def svg(figure: Figure, description: str) -> str:
 
 
 def line_styles(labels: Iterable[str]) -> dict[str, Style]:
-    """Return a colour, a marker and a line for each different label, in their order."""
-    looks = zip(dict.fromkeys(labels), cycle(_COLOURS), cycle(_MARKERS), cycle(_LINES))
-    return {label: {"color": c, "marker": m, "linestyle": line} for label, c, m, line in looks}
+    """Return colour, marker and line type of every distinct label, in order of appearance."""
+    styles = zip(dict.fromkeys(labels), cycle(_COLOURS), cycle(_MARKERS), cycle(_LINES))
+    return {label: {"color": c, "marker": m, "linestyle": line} for label, c, m, line in styles}
 
 
 def _draw_curve(axes: Axes, line: Curve, style: Style) -> None:
     every = max(1, len(line.x) // 10)
     axes.fill_between(line.x, line.low, line.high, color=style["color"], alpha=0.15, linewidth=0)
-    if len(line.x) == 1:  # a band of no width would not be seen
+    if len(line.x) == 1:  # a filled band of one point would be invisible
         axes.vlines(line.x, line.low, line.high, color=style["color"], alpha=0.5)
     axes.plot(line.x, line.mean, markevery=every, **style)
     axes.plot(line.x[line.failed], line.mean[line.failed], **_FAILED_STYLE)
 
 
 def add_legend(figure: Figure, marks: Mapping[str, Style]) -> None:
-    """Put the legend below the axes, and make the figure taller by as much."""
+    """Add a legend below the axes and increase the height of the figure accordingly.
+
+    Args:
+        figure: the figure, changed in place.
+        marks: style of the legend's line per name.
+    """
     names = [_matplotlib_text(name) for name in marks]
     columns = min(3, len(names), max(1, 54 // (max(map(len, names)) + 6)))
     figure.set_figheight(_HEIGHT + 0.21 * math.ceil(len(names) / columns) + 0.1)
@@ -123,30 +133,30 @@ def add_legend(figure: Figure, marks: Mapping[str, Style]) -> None:
 
 
 def empty_figure() -> tuple[Figure, Axes]:
-    """Return a figure of a panel's size and its empty axes."""
+    """Return a figure with the size of a panel, and its empty axes."""
     figure = Figure(figsize=(_WIDTH, _HEIGHT), layout="constrained")
     return figure, figure.add_subplot()
 
 
 def curve_figure(
-    curves: Mapping[str, Curve], looks: Mapping[str, Style], *, log: bool = False
+    curves: Mapping[str, Curve], styles: Mapping[str, Style], *, log: bool = False
 ) -> Figure:
-    """Return a figure with a line and a band for each label, and a legend below its axes.
+    """Return a figure with a line and a band per label, and a legend below the axes.
 
     Args:
-        curves: by label.
-        looks: styles by label, of every panel beside this one; a single label needs no legend.
-        log: whether the height is logarithmic.
+        curves: curve per label.
+        styles: style per label, for all panels of the chart; a single label gets no legend.
+        log: whether the vertical axis is logarithmic.
     """
     figure, axes = empty_figure()
     for label, line in curves.items():
-        _draw_curve(axes, line, looks[label])
+        _draw_curve(axes, line, styles[label])
     if log:
         axes.set_yscale("log")
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
-    marks = {label: looks[label] for label in curves} if len(looks) > 1 else {}
+    marks = {label: styles[label] for label in curves} if len(styles) > 1 else {}
     if any(line.failed.any() for line in curves.values()):
         marks |= {"failed round": _FAILED_STYLE}
     if marks:
@@ -155,7 +165,7 @@ def curve_figure(
 
 
 def share_y_limits(panels: Sequence[Axes]) -> None:
-    """Give all axes the same limits of y."""
+    """Set the vertical limits of all axes to their common range."""
     lows, highs = zip(*(axes.get_ylim() for axes in panels), strict=True)
     for axes in panels:
         axes.set_ylim(min(lows), max(highs))
@@ -168,12 +178,13 @@ def _annotate(axes: Axes, counts: NDArray[np.int64]) -> None:
 
 
 def heat_map(labels: Sequence[str], counts: NDArray[np.int64], title: str) -> Figure:
-    """Return the picture of a partition: examples by client and label, and each client's sum.
+    """Return the figure of a partition: examples per client and label, and per client.
 
     Args:
-        labels: names, (labels,).
-        counts: examples, (clients, labels); up to 20 by 8 they are written into the picture.
-        title: above it.
+        labels: names of the labels, (labels,).
+        counts: numbers of examples, (clients, labels); written into the figure for at most 20
+            clients and 8 labels.
+        title: title of the figure.
     """
     clients, few = len(counts), len(counts) <= 20 and len(labels) <= 8
     figure = Figure(figsize=(_WIDTH, min(7.0, 1.3 + 0.3 * clients)), layout="constrained")

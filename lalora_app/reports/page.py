@@ -1,4 +1,4 @@
-"""One run, or a comparison of several, as a single HTML file that needs nothing else."""
+"""The report page: one run or a comparison of runs, as one self-contained HTML file."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -24,7 +24,7 @@ from lalora_app.reports.tables import (
 )
 from lalora_app.results.finished_run import Record, group
 
-_PATH_KEYS = {"output", "resume-from"}  # where files are, not what was done
+_PATH_KEYS = {"output", "resume-from"}  # keys that hold paths; they do not affect the result
 _LEGEND = (
     "Mean ± sample standard deviation over seeds, on the public test split. ε is the largest that "
     "any client has spent in any of the runs; bytes are the tensors of one client and round; "
@@ -33,7 +33,7 @@ _LEGEND = (
 
 
 class SummaryTile(NamedTuple):
-    """A number at the top of the page."""
+    """One summary number at the top of the page."""
 
     title: str
     value: str
@@ -42,7 +42,13 @@ class SummaryTile(NamedTuple):
 
 @dataclass(frozen=True)
 class PageRow:
-    """A row of the table: its cells, whether it is private, and whether a new ε begins."""
+    """One row of the table.
+
+    Attributes:
+        cells: cells of the row.
+        private: whether all runs of the row have a privacy guarantee.
+        first: whether the row is the first one of its ε (not set for the first row of the table).
+    """
 
     cells: list[TableCell]
     private: bool
@@ -54,7 +60,7 @@ def _text(value: object) -> str:
 
 
 def _joined(values: Iterable[object]) -> str:
-    """Return the different values in their order, as one text."""
+    """Return the distinct values, in order of appearance, joined by commas."""
     return ", ".join(dict.fromkeys(map(_text, values)))
 
 
@@ -85,18 +91,18 @@ def _warnings(records: Sequence[Record]) -> list[str]:
     found = []
     if noiseless:
         labels = _joined(record.label for record in noiseless)
-        found.append(f"{labels} at ε = inf: no noise was added, and nothing is promised.")
+        found.append(f"{labels} at ε = inf: no noise was added, so there is no guarantee.")
     for (label, epsilon), runs in group(repeatable).items():
         noise = _setting(runs, "privacy.noise")
         found.append(
-            f"{label} at ε = {epsilon:g}: privacy.noise is {noise}. Noise that can be made again "
-            "can be taken away again, so the ε shown is no guarantee."
+            f"{label} at ε = {epsilon:g}: privacy.noise is {noise}. Noise from a known seed can be "
+            "computed again and subtracted, so the ε shown is no guarantee."
         )
     return found
 
 
 def _audits(records: Sequence[Record]) -> list[str]:
-    """Say both ε of every audited run."""
+    """Return one sentence per audited run, with the attack's and the ledger's ε."""
     return [
         f"Audit of {r.label} at ε = {r.epsilon:g}, seed {r.seed}: the attack proves an ε of at "
         f"least {r.audit['epsilon_lower']:.2f} at {r.audit['confidence']:.0%} confidence; the "
@@ -123,7 +129,7 @@ def _privacy(records: Sequence[Record]) -> list[str]:
         return [promise]
     return [
         promise,
-        "This holds for each run by itself. Runs on the same data add up: lalora ledger show.",
+        "This holds for each run alone. For several runs on the same data, see lalora ledger show.",
     ]
 
 
@@ -164,7 +170,7 @@ def _settings_of(runs: Sequence[Record]) -> dict[str, str]:
 
 
 def _notes(records: Sequence[Record]) -> list[str]:
-    """Say what a reader of the means should know about the runs behind them."""
+    """Return warnings about means: failed rounds, different settings, repeated seeds."""
     notes = []
     for (label, epsilon), runs in group(records).items():
         name = f"{label} at ε = {epsilon:g}"
@@ -178,14 +184,14 @@ def _notes(records: Sequence[Record]) -> list[str]:
             if key != "seed" and len({_setting([run], key) for run in runs}) > 1
         ]
         if mixed:
-            notes.append(f"{name}: the mean mixes settings, the runs differ in {_joined(mixed)}.")
+            notes.append(f"{name}: the runs of this mean differ in {_joined(mixed)}.")
         if len({run.seed for run in runs}) < len(runs):
             notes.append(f"{name}: the same seed was run more than once.")
     return notes
 
 
 def _differences(records: Sequence[Record]) -> dict[str, Any]:
-    """Return the settings that all rows share, and the others row by row."""
+    """Return the settings that are equal in all rows, and the other settings per row."""
     rows = {key: _settings_of(runs) for key, runs in group(records).items()}
     keys = dict.fromkeys(key for settings in rows.values() for key in settings)
     values = {key: [row.get(key, "not set") for row in rows.values()] for key in keys}
@@ -210,15 +216,16 @@ def _page_rows(rows: Sequence[RunRow], cells: Sequence[list[TableCell]]) -> list
 
 
 def to_html(records: Sequence[Record], title: str) -> str:
-    """Return the report as HTML without scripts and without anything to fetch.
+    """Return the report as HTML, without scripts and external resources.
 
     Args:
-        records: at least one; runs of one label and ε are shown as the seeds of one row.
-        title: of the page.
+        records: records of finished runs, at least one; runs of the same label and ε are the seeds
+            of one row.
+        title: title of the page.
     """
     rows = rows_of(records)
     titles, cells = titles_and_cells(rows)
-    # Every value is escaped but the figures, which escape their own texts.
+    # jinja2 escapes every value except figures; matplotlib escapes the texts of figures.
     page = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     ).from_string(TEMPLATE)
@@ -242,12 +249,12 @@ def write_report(records: Sequence[Record], path: Path, title: str) -> None:
     """Write the report of one run, or of a comparison, to one HTML file.
 
     Args:
-        records: of the runs, at least one.
-        path: of the file; its folder exists.
-        title: of the page.
+        records: records of finished runs, at least one.
+        path: path of the HTML file; its folder must exist.
+        title: title of the page.
 
     Raises:
-        ValueError: if there is no run.
+        ValueError: if ``records`` is empty.
     """
     if not records:
         raise ValueError(f"records={records!r} must hold at least one run")

@@ -1,4 +1,4 @@
-"""The page of a report. jinja2 escapes every value; only the figures are put in as they are."""
+"""The jinja2 template of a report page. All values are escaped except the SVG figures."""
 
 TEMPLATE = """\
 <!DOCTYPE html>

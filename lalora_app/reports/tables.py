@@ -15,14 +15,14 @@ from lalora_app.results.finished_run import Record, group
 
 @dataclass(frozen=True)
 class Metric:
-    """A score of the public test split, and how it is shown.
+    """A score on the public test split and its display format.
 
     Attributes:
-        key: in summaries and histories.
-        title: of its column or axis.
-        scale: from the stored number to the shown one.
-        digits: shown after the point.
-        lower_is_better: as of a perplexity.
+        key: key in summaries and histories.
+        title: title of the column or axis.
+        scale: factor from the stored value to the displayed value.
+        digits: number of digits after the decimal point.
+        lower_is_better: whether a lower score is better, as for perplexity.
     """
 
     key: str
@@ -41,7 +41,7 @@ METRICS = (
 
 
 class MeanAndDeviation(NamedTuple):
-    """Mean and sample standard deviation over seeds; no deviation where there is none."""
+    """Mean and sample standard deviation over seeds; None for one seed or infinite values."""
 
     mean: float
     deviation: float | None
@@ -49,20 +49,20 @@ class MeanAndDeviation(NamedTuple):
 
 @dataclass(frozen=True)
 class RunRow:
-    """The seeds of one label at one ε.
+    """One row of the table: the runs of one label and one ε, with different seeds.
 
     Attributes:
-        label: of the runs.
-        epsilon: promised.
-        private: whether every run keeps a promise at all.
+        label: label of the runs.
+        epsilon: promised ε.
+        private: whether every run has a privacy guarantee.
         seeds: number of runs.
-        scores: by the key of the metric, as stored: a fraction, not percent.
-        epsilon_reached: the largest ε of any client of any seed.
-        upload: bytes that one client sends in a round, mean over seeds.
-        download: bytes that one client receives in a round, mean over seeds.
-        seconds: median over seeds.
-        error_left: of aggregation by the server's rule, relative, mean over rounds and seeds; None
-            where no round has it.
+        scores: score per key of a metric, as stored (a fraction, not percent).
+        epsilon_reached: largest ε of any client in any run.
+        upload: uploaded bytes per client and round, mean over seeds.
+        download: downloaded bytes per client and round, mean over seeds.
+        seconds: duration of a run, median over seeds.
+        error_left: relative aggregation error after the server's rule, mean over rounds and seeds;
+            None if no round has one.
     """
 
     label: str
@@ -78,7 +78,7 @@ class RunRow:
 
 
 class TableCell(NamedTuple):
-    """One shown value, and whether it is the best mean of its ε."""
+    """The text of one cell, and whether it is the best mean at its ε."""
 
     text: str
     best: bool = False
@@ -113,21 +113,22 @@ def _row(label: str, epsilon: float, runs: Sequence[Record]) -> RunRow:
 
 
 def rows_of(records: Sequence[Record]) -> list[RunRow]:
-    """Return a row for each label and ε, in the order of ``finished_run.group``."""
+    """Return one row per label and ε, in the order of ``finished_run.group``."""
     return [_row(label, epsilon, runs) for (label, epsilon), runs in group(records).items()]
 
 
 def format_score(metric: Metric, spread: MeanAndDeviation) -> str:
-    """Return the mean as it is shown, with ± where several seeds give a deviation."""
+    """Return the mean as text, followed by ± and the deviation if there is one."""
     numbers = [n for n in spread if n is not None]
     return " ± ".join(f"{metric.scale * n:.{metric.digits}f}" for n in numbers)
 
 
 def best_rows(metric: Metric, rows: Sequence[RunRow]) -> list[RunRow]:
-    """Return the rows with the best mean as far as it is shown; none if there is no rival.
+    """Return the rows with the best mean, rounded as displayed.
 
-    A mean that is NaN has lost, but is a rival: compared with numbers, it would beat or lose to
-    them by the order of the rows.
+    Returns:
+        Several rows if they are equal after rounding. None if fewer than two rows have the metric.
+        A NaN mean is never the best, but counts as a row.
     """
     scored = [row for row in rows if metric.key in row.scores]
     means = [round(metric.scale * row.scores[metric.key].mean, metric.digits) for row in scored]
@@ -141,7 +142,7 @@ def best_rows(metric: Metric, rows: Sequence[RunRow]) -> list[RunRow]:
 def titles_and_cells(
     rows: Sequence[RunRow], infinity: str = "inf"
 ) -> tuple[list[str], list[list[TableCell]]]:
-    """Return titles and cells of the table; ``infinity`` is how ε = inf is shown."""
+    """Return titles and rows of cells of the table; ``infinity`` is the text for ε = inf."""
     metrics = [m for m in METRICS if any(m.key in row.scores for row in rows)]
     titles = ["method", "ε promised", "seeds", *(m.title for m in metrics)]
     titles += ["largest client ε", "bytes up", "bytes down", "seconds", "error left"]
@@ -175,7 +176,7 @@ def titles_and_cells(
 
 
 def to_text(rows: Sequence[RunRow]) -> str:
-    """Return the table for a terminal: columns aligned, the first to the left."""
+    """Return the table as plain text with aligned columns."""
     titles, cells = titles_and_cells(rows)
     lines = [titles, *([cell.text for cell in line] for line in cells)]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
@@ -187,7 +188,7 @@ def to_text(rows: Sequence[RunRow]) -> str:
 
 
 def to_markdown(rows: Sequence[RunRow]) -> str:
-    """Return the table as Markdown; the best mean of each ε is bold."""
+    """Return the table as Markdown; the best mean per ε is bold."""
     titles, cells = titles_and_cells(rows)
 
     def show(cell: TableCell) -> str:
@@ -199,7 +200,7 @@ def to_markdown(rows: Sequence[RunRow]) -> str:
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
 
 
-# "[" and "*" would be read as arguments of the "\\" that ends the line before.
+# After the line end "\\", LaTeX would read "[" and "*" as arguments.
 _LATEX = str.maketrans(
     {char: f"\\{char}" for char in "&%$#_{}"}
     | {char: f"{{{char}}}" for char in "[]*"}
@@ -210,7 +211,7 @@ _LATEX = str.maketrans(
 
 
 def to_latex(rows: Sequence[RunRow]) -> str:
-    """Return a tabular for the package booktabs; the best mean of each ε is bold."""
+    """Return a LaTeX tabular for the package booktabs; the best mean per ε is bold."""
     titles, cells = titles_and_cells(rows, infinity="∞")
 
     def show(cell: TableCell) -> str:
@@ -220,7 +221,7 @@ def to_latex(rows: Sequence[RunRow]) -> str:
     def line(texts: Sequence[str]) -> str:
         return " & ".join(texts) + r" \\" + "\n"
 
-    # A line of cells begins with its label and its ε; a rule parts one ε from the next.
+    # The second cell of a line is ε; a rule separates the lines of different ε.
     blocks = groupby(cells, key=lambda cells: cells[1].text)
     body = ["".join(line([show(cell) for cell in row]) for row in block) for _, block in blocks]
     head = line([title.translate(_LATEX) for title in titles])
@@ -239,7 +240,7 @@ _SUMMARY_COLUMNS = (
 
 
 def to_csv(records: Sequence[Record]) -> str:
-    """Return one line a run, at full precision; what a run does not have is empty."""
+    """Return CSV with one line per run, at full precision; missing values are empty."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["label", "method", "epsilon", "seed", "clients", *_SUMMARY_COLUMNS])

@@ -332,8 +332,8 @@ def test_without_a_finite_epsilon_there_is_no_figure_of_it():
 @pytest.mark.parametrize(
     ("run", "reason"),
     [
-        (record("la-lora"), "la-lora: a factor that stays on the client cannot be seen"),
-        (record("rolora"), "rolora: clients share the factor that they do not send"),
+        (record("la-lora"), "la-lora: a factor stays on the client"),
+        (record("rolora"), "rolora: all clients have the same frozen factor"),
         (record("dp-lora", error=0.0), "dp-lora: it is 0"),
     ],
 )
@@ -402,7 +402,9 @@ def test_an_audited_run_tells_both_epsilons_and_draws_the_attack():
     assert "BROKEN" in to_html([replace(tried, audit=AUDIT | {"broken": True})], "run")
     (chart,) = charts.audit_rocs([tried, record(seed=1)])
     (panel,) = chart.panels
-    assert {"step", "run", "guessing", "allowed at ε = 3", "false alarm rate"} <= set(words(panel))
+    assert {"step", "run", "guessing", "allowed at ε = 3", "false positive rate"} <= set(
+        words(panel)
+    )
     assert charts.audit_rocs([record()]) == []
     assert "Membership attack" not in to_html([record()], "run")
 
@@ -519,7 +521,7 @@ def test_a_comparison_has_a_panel_for_each_epsilon_and_a_legend_in_each(comparis
         "Accuracy by upload": 2,
         "Accuracy by ε spent": 1,
         "Aggregation error by round": 2,
-        "Who has which examples": 1,
+        "Examples per client": 1,
     }
     for panel, title in zip(found["Accuracy by round"], ("ε = 1", "ε = inf"), strict=True):
         assert set(words(panel)) >= {title, "round", "accuracy %", *LABELS}
@@ -556,7 +558,7 @@ def test_settings_that_differ_are_told_from_common_ones(comparison):
     assert "<dt>seed</dt><dd>0, 1, 2</dd>" in common
     assert "train.lr-a</th>" in differing
     assert "<td>7.25, 2.0</td>" in differing
-    assert "la-lora at ε = 1: the mean mixes settings, the runs differ in train.lr-a." in comparison
+    assert "la-lora at ε = 1: the runs of this mean differ in train.lr-a." in comparison
     assert "/secret/place" not in comparison
 
 
