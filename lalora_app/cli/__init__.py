@@ -1,4 +1,4 @@
-"""The `lalora` command: parse arguments, start runs, print results.
+"""The `lalora` command: parse arguments, start runs and audits, print results.
 
-In: command-line arguments. Out: an exit code, and one line per error.
+In: command-line arguments. Out: an exit code; every error is one line on standard error.
 """

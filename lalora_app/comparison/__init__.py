@@ -1,4 +1,5 @@
-"""Run many configurations of one study and summarise them.
+"""Run all experiments of a comparison and summarise them.
 
-In: a plan file. Out: one run folder per cell of the plan, and a summary page.
+In: a plan file with methods, values of ε and seeds. Out: one run folder per experiment, tables and
+a report page. Finished experiments are not repeated.
 """

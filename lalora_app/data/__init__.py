@@ -1,5 +1,5 @@
-"""Read examples, encode them for a model, and deal them to simulated clients.
+"""Read examples, encode them for a model, and partition them among simulated clients.
 
-In: the name of a dataset, a file or a folder. Out: encoded examples of one client, or a `DataError`
-that names the config key.
+In: the name of a dataset, a file or a folder. Out: the encoded examples of one client, or a
+`DataError` that names the config key.
 """

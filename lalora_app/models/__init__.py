@@ -1,4 +1,5 @@
-"""Build the frozen backbone with its LoRA layers, and evaluate it.
+"""Build the frozen base model with its LoRA layers, and evaluate it.
 
-In: the run's `Config`. Out: a `Backbone` that gives one loss per example, and the initial adapter.
+In: the run's `Config`. Out: a `Backbone`, which computes one loss per example, and the initial
+adapter.
 """

@@ -1,5 +1,5 @@
-"""Files that a run leaves, how they are opened again, and analyses of the trained adapter.
+"""Write and read the files of a run, and analyse the trained adapter.
 
-In: history, adapter and config of a run. Out: the run's folder with history, checkpoints, PEFT
-adapter and model card.
+In: history, adapter and config of a run. Out: the run folder with history, checkpoints, PEFT
+adapter and model card; spectra, curvature and a diagnosis of the adapter.
 """

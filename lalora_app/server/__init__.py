@@ -1,5 +1,5 @@
 """The server of one run: find the clients, run the rounds, aggregate, write the results.
 
-In: Flower's grid, the checked config, the backbone. Out: the aggregated adapter in the run's
-folder.
+In: Flower's grid (the connection to the clients), the checked config, the backbone. Out: the
+aggregated adapter in the run folder.
 """

@@ -1,5 +1,5 @@
-"""Read and check what a run is asked to do.
+"""Read and check the configuration of a run.
 
-In: Flower's flat run config, TOML files, key=value overrides. Out: a frozen `Config`, or one
-error that names the key, its value and the rule that it breaks.
+In: Flower's flat run config, TOML files, key=value overrides. Out: a frozen `Config`, or one error
+that names the key, its value and the rule that it breaks.
 """

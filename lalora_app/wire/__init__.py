@@ -1,5 +1,5 @@
-"""Messages between server and clients, and the checks of each received message.
+"""Messages between server and clients, and the checks of every received message.
 
 In: Flower records. Out: typed requests and replies, or an error. A client's refusal is always one
-of the fixed sentences in `refusals.py`.
+of the fixed sentences in `refusals.py`, so that error texts reveal no private data.
 """
