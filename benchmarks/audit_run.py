@@ -1,9 +1,9 @@
-"""The end-to-end audit alone, also at ε = inf: does its attack find anyone where nothing hides?
+"""Run the end-to-end audit alone; at ε = inf it measures the attack without any protection.
 
     python benchmarks/audit_run.py inf
     python benchmarks/audit_run.py 3 --method la-lora-full
 
-prints the areas under the ROC as JSON: in all, and by round and kind of tensor.
+It prints the areas under the ROC curve as JSON: in total, per round, and per kind of tensor.
 """
 
 import argparse

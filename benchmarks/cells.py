@@ -1,4 +1,4 @@
-"""One comparison of the benchmark: every variant checked, counted, and timed interleaved."""
+"""Check, count and time all variants of one benchmark cell, in random order per repetition."""
 
 import random
 import statistics
@@ -19,7 +19,7 @@ SLOW = frozenset({"peft-both", "merged", "plain", "vmap"})  # no gate hangs on t
 
 @dataclass
 class Outcome:
-    """What is known of one variant: counts and seconds, or why there are none."""
+    """The result of one variant: counts and seconds, or the reason why there are none."""
 
     error: str | None = None
     counts: dict[str, int | None] = field(default_factory=dict)
@@ -29,7 +29,7 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Plan:
-    """How a cell is measured; ``slow_repetitions`` is for variants that no gate hangs on."""
+    """Settings of a measurement; ``slow_repetitions`` is for variants without a required speed."""
 
     repetitions: int
     slow_repetitions: int
@@ -37,7 +37,7 @@ class Plan:
     dtype: torch.dtype
 
     def repetitions_of(self, variant: str) -> int:
-        """Return how often a variant is timed."""
+        """Return the number of repetitions of a variant."""
         few = min(self.slow_repetitions, self.repetitions)
         return few if variant in SLOW else self.repetitions
 
@@ -77,7 +77,7 @@ def _counts(name: str, variant: Variant, device: torch.device) -> dict[str, int 
 
 
 def _prepared(name: str, cell: Cell, expected: Sums) -> tuple[Variant | None, Outcome]:
-    """Build a variant, hold its clipped sum against the reference, and count its step."""
+    """Build a variant, compare its clipped sum with the reference, and count its step."""
     tolerance = 1e-3 if cell.dtype == torch.float32 else 5e-2
     try:
         variant = VARIANTS[name](cell)
@@ -91,7 +91,7 @@ def _prepared(name: str, cell: Cell, expected: Sums) -> tuple[Variant | None, Ou
 
 
 def _timed(step: Callable[[], None], device: torch.device) -> tuple[float, float]:
-    """Return a step's seconds of host CPU, and of the wall or, on a GPU, of the device."""
+    """Return a step's CPU seconds on the host, and its wall-clock seconds (GPU: device seconds)."""
     if device.type != "cuda":
         cpu, wall = time.process_time(), time.perf_counter()
         step()
@@ -129,12 +129,12 @@ def measure_cell(
 
 
 def ratios(seconds: dict[int, float], reference: dict[int, float]) -> Ratios:
-    """Return the ratio to the reference of the same repetition."""
+    """Return the ratio to the reference in the same repetition."""
     return [value / reference[repetition] for repetition, value in seconds.items()]
 
 
 def to_rows(model: str, phase: str, batch: int, outcomes: dict[str, Outcome]) -> list[dict]:
-    """Return one JSON row a measured variant; every ratio is to stock PEFT of the cell."""
+    """Return one JSON row per measured variant; ratios are to stock PEFT in the same cell."""
     base, rows = outcomes["peft"], []
     for name, outcome in outcomes.items():
         if outcome.error:

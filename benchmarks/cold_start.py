@@ -1,12 +1,12 @@
-"""Where the seconds of a message go when every message is a new process, as in a deployment.
+"""Measure the time of a client message if every message starts a process, as in a deployment.
 
 python benchmarks/cold_start.py --repeats 3 [--before ANOTHER_CHECKOUT] [--rows 100000]
 
 A site with a data file of its own answers a query and the rounds of the default run. Each message
-is answered by a new Python process, which tells CPU seconds by phase; the checkouts take turns, and
-the medians are printed as JSON. The server is the app's own Strategy, so the bytes are those of its
-requests. "floor" is a process that imports torch, transformers and PEFT and does nothing.
-Flower's own part of a message (its processes, FAB and polling) is not in it.
+is answered by a new Python process, which reports CPU seconds per phase. Checkouts are measured in
+turn, and medians are printed as JSON. The server uses the app's own Strategy, so requests have
+their real size. "floor" is a process that only imports torch, transformers and PEFT. Flower's own
+part of a message (its processes, app bundle and polling) is not included.
 """
 
 import argparse
@@ -30,7 +30,7 @@ _NODE = 2
 
 
 def _clocked(module: Any, name: str, phase: str, spent: dict[str, float]) -> None:
-    """Let a function of a module note its CPU seconds, without those of what it calls in turn."""
+    """Record a function's CPU seconds, without those of other recorded functions that it calls."""
     inner = getattr(module, name)
 
     @functools.wraps(inner)
@@ -46,7 +46,7 @@ def _clocked(module: Any, name: str, phase: str, spent: dict[str, float]) -> Non
 
 
 def answer(request: Path, reply: Path, node: dict[str, Any]) -> dict[str, float]:
-    """Answer one message in this process; return CPU seconds by phase."""
+    """Answer one message in this process; return CPU seconds per phase."""
     spent = {"python": time.process_time()}
 
     def lap(phase: str) -> None:
@@ -80,7 +80,7 @@ def answer(request: Path, reply: Path, node: dict[str, Any]) -> dict[str, float]
 
 
 def _deliver(message: Any, folder: Path, node: dict[str, Any]) -> tuple[Any, dict[str, float]]:
-    """Have a new process answer; return its reply and its seconds."""
+    """Answer a message in a new process; return its reply and its seconds."""
     from flwr.common.serde import message_from_proto, message_to_proto
     from flwr.proto.message_pb2 import Message as Proto
 
@@ -96,7 +96,7 @@ def _deliver(message: Any, folder: Path, node: dict[str, Any]) -> tuple[Any, dic
 
 
 def _data(folder: Path, rows: int) -> Path:
-    """Write a site's data: the demo's messages, over and over until there are enough."""
+    """Write a site's data file of ``rows`` messages, repeating the demo's messages."""
     demo = (ROOT / "lalora_app" / "assets" / "sms_spam.jsonl").read_text("utf-8").splitlines()
     path = folder / "messages.jsonl"
     path.write_text("\n".join(demo[i % len(demo)] for i in range(rows)) + "\n", "utf-8")
@@ -112,7 +112,7 @@ def _config(tree: Path) -> Any:
 
 
 def serve(tree: Path, folder: Path, rows: int) -> list[dict[str, Any]]:
-    """Run the server's side of one run; return a row a message."""
+    """Run the server's side of one run; return one row per message."""
     from flwr.app import Message, RecordDict
     from flwr.supercore.task_identity import TaskIdentity
 
@@ -157,7 +157,7 @@ def _floor() -> dict[str, float]:
 
 
 def _medians(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return one row a checkout and message, of medians over the repetitions."""
+    """Return one row per checkout and message, with medians over the repetitions."""
     keys = sorted({(row["tree"], row["message"]) for row in rows})
     found = []
     for tree, message in keys:
@@ -180,7 +180,7 @@ def _run(label: str, tree: Path, rows: int, report: Callable[[str], None]) -> li
 
 
 def main() -> None:
-    """Let the checkouts take turns, and print the medians."""
+    """Measure the checkouts in turn and print the medians."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--before", type=Path, help="another checkout, to compare with")
     parser.add_argument("--repeats", type=int, default=3)

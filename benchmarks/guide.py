@@ -1,8 +1,8 @@
-"""Executes the shell blocks of docs/deployment.md as they stand, on this machine.
+"""Execute the shell blocks of docs/deployment.md, unchanged, on this machine.
 
-A block's info string says what it is: ``sh environment`` comes before every other; ``sh`` and
-``sh run=NAME`` run to their end; ``sh service=NAME`` goes on until it is stopped. Everything that a
-guide starts has its own HOME and FLWR_HOME, by which it is found and ended.
+The info string of a block gives its kind. ``sh environment`` is prepended to every other block;
+``sh`` and ``sh run=NAME`` run to their end; ``sh service=NAME`` runs until it is stopped. All
+processes of a guide have its own HOME and FLWR_HOME, by which they are found and ended.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = ROOT / "docs" / "deployment.md"
 _BLOCK = re.compile(r"^```sh(?: +(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-_GRACE = 60.0  # seconds to end by itself
+_GRACE = 60.0  # seconds for a process to end without SIGKILL
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ def blocks(path: Path = GUIDE) -> list[Block]:
 
 
 def free_ports(number: int) -> list[int]:
-    """Return ports that nobody has at the moment."""
+    """Return TCP ports that are free at the moment."""
     with contextlib.ExitStack() as stack:
         probes = [stack.enter_context(socket.socket()) for _ in range(number)]
         for probe in probes:
@@ -55,7 +55,7 @@ def free_ports(number: int) -> list[int]:
 
 
 def until(true: Callable[[], object], seconds: float, what: str) -> None:
-    """Wait for something; TimeoutError says what did not come."""
+    """Wait for a condition; raise TimeoutError with its description."""
     deadline = time.monotonic() + seconds
     while not true():
         if time.monotonic() > deadline:
@@ -71,11 +71,11 @@ def _listens(port: int) -> bool:
 
 @dataclass
 class Guide:
-    """One deployment, made by the guide's own blocks below ``folder``.
+    """One deployment, created by the guide's blocks in ``folder``.
 
     Args:
-        folder: a new one; HOME, keys, state and logs of everything.
-        variables: of the environment, such as REHEARSAL.
+        folder: folder of HOME, keys, state and logs.
+        variables: additional environment variables, such as REHEARSAL.
     """
 
     folder: Path
@@ -100,7 +100,7 @@ class Guide:
         }
 
     def _ports(self) -> dict[str, str]:
-        """Return this folder's ports: the nodes of a deployment that goes on know them."""
+        """Return the ports of this folder, equal after a restart because the nodes know them."""
         file = self.folder / "ports.json"
         if not file.exists():
             names = ("PORT", "PORT_0", "PORT_1", "PORT_2")
@@ -115,7 +115,7 @@ class Guide:
         return self.folder / "deploy"
 
     def log(self, name: str) -> str:
-        """Return what a block has written so far."""
+        """Return the output of a block so far."""
         file = self.folder / f"{name}.log"
         return file.read_text("utf-8", errors="replace") if file.exists() else ""
 
@@ -133,7 +133,7 @@ class Guide:
             )
 
     def run(self, text: str, *, log: str = "commands", timeout: float = 600.0) -> str:
-        """Run a block to its end and return all that its log holds.
+        """Run a block to its end and return its output.
 
         Raises:
             RuntimeError: if it fails, with the end of its log.
@@ -144,14 +144,14 @@ class Guide:
         return self.log(log)
 
     def start(self, name: str, text: str | None = None) -> None:
-        """Start a service anew, by its last text unless another is given; ends the one before."""
+        """End a service if it runs, and start it with its last text or a new text."""
         with self._one:
             self.stop(name)
             self.texts[name] = text or self.texts[name]
             self.services[name] = self._popen(self.texts[name], name)
 
     def ready(self, timeout: float = 300.0) -> None:
-        """Wait until every service listens at its port; RuntimeError if one has ended."""
+        """Wait until every service listens at its port; raise RuntimeError if one has ended."""
         ports = {"superlink": "PORT"} | {f"site-{i}": f"PORT_{i}" for i in range(3)}
         for name, service in self.services.items():
             port = int(self.environment[ports[name]])
@@ -160,7 +160,7 @@ class Guide:
                 raise RuntimeError(f"{name} ended: {self.log(name)[-4000:]}")
 
     def stop(self, name: str, how: int = signal.SIGTERM) -> None:
-        """End a service and what it has started."""
+        """End a service and all processes that it has started."""
         with self._one:
             service = self.services.pop(name, None)
         if service is None:
@@ -174,7 +174,7 @@ class Guide:
         service.wait()
 
     def processes(self, word: str = "") -> list[psutil.Process]:
-        """Return this guide's processes whose command line has the word."""
+        """Return this guide's processes with the given word in their command line."""
         found = []
         for process in psutil.process_iter(["environ", "cmdline"]):
             home = (process.info["environ"] or {}).get("HOME")
@@ -183,7 +183,7 @@ class Guide:
         return found
 
     def close(self) -> None:
-        """End everything."""
+        """End all processes of the guide."""
         for name in list(self.services):
             self.stop(name)
         left = self.processes()
@@ -195,7 +195,7 @@ class Guide:
 
 @contextlib.contextmanager
 def guide(folder: Path, **variables: str) -> Iterator[Guide]:
-    """Give a guide whose processes end with the block."""
+    """Return a guide; its processes end with the ``with`` block."""
     made = Guide(folder, variables)
     try:
         yield made
@@ -204,11 +204,11 @@ def guide(folder: Path, **variables: str) -> Iterator[Guide]:
 
 
 def execute(made: Guide, names: set[str] | None = None) -> Iterator[Block]:
-    """Execute the guide from start to end; yields every block after it is done.
+    """Execute the guide from start to end; yield every block after its execution.
 
     Args:
-        made: where.
-        names: of the ``run=`` blocks to execute; None: all.
+        made: the deployment.
+        names: names of the ``run=`` blocks to execute; None means all.
     """
     for block in made.blocks:
         if block.kind == "service":

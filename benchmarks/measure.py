@@ -1,4 +1,4 @@
-"""Counts of one step that come out the same on every run: FLOPs, kernels, calls and bytes."""
+"""Reproducible counts of one training step: FLOPs, kernels, calls and bytes."""
 
 import weakref
 from collections.abc import Callable, Iterable
@@ -53,7 +53,7 @@ def _sdpa_backward(g: Shape, query: Shape, key: Shape, value: Shape, *_: Any, **
     return 5 * sdpa_flop_count(query, key, value) // 2  # five products where the forward has two
 
 
-# What the kernels under test may call and torch's own registry does not know.
+# Operations of the measured kernels that torch's FLOP registry does not contain.
 _PRODUCTS = {
     aten.mm: _mm,
     aten.addmm: _addmm,
@@ -85,7 +85,9 @@ _NO_WORK |= {"promote_types", "_record_function_enter_new", "_record_function_ex
 def _is_view(function: Any) -> bool:
     infos = [result.alias_info for result in function._schema.returns]
     returns_view = any(info is not None and not info.is_write for info in infos)
-    return returns_view or torch.Tag.inplace_view in function.tags  # as squeeze_
+    return (
+        returns_view or torch.Tag.inplace_view in function.tags
+    )  # in-place views, such as squeeze_
 
 
 class _Kernels(TorchDispatchMode):
@@ -108,7 +110,7 @@ def kernel_names(step: Step) -> list[str]:
 
 
 def kernels(step: Step) -> int:
-    """Return the number of ATen calls that are not views; a ``_foreach`` call counts one."""
+    """Return the number of ATen calls that are not views; a ``_foreach`` call counts as one."""
     return len(kernel_names(step))
 
 
@@ -118,7 +120,7 @@ def _storages(leaves: Iterable[Any]) -> dict[int, Any]:
 
 
 def saved_bytes(step: Step, model: nn.Module) -> int:
-    """Return the bytes that autograd keeps for the backward, without parameters and buffers."""
+    """Return the bytes that autograd saves for the backward, without parameters and buffers."""
     known = _storages(chain(model.parameters(), model.buffers()))
     kept: dict[int, int] = {}
 
@@ -134,7 +136,7 @@ def saved_bytes(step: Step, model: nn.Module) -> int:
 
 
 class _Peak(TorchDispatchMode):
-    """Follows every storage that an ATen call returns and did not get, until it is freed."""
+    """Track every storage that an ATen call allocates, until it is freed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -162,7 +164,7 @@ class _Peak(TorchDispatchMode):
 
 
 def peak_bytes(step: Step, device: torch.device | None = None) -> int:
-    """Return the most bytes of the step's own tensors that were alive at once."""
+    """Return the peak memory of the step's own tensors, in bytes."""
     if device is not None and device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -175,7 +177,7 @@ def peak_bytes(step: Step, device: torch.device | None = None) -> int:
 
 
 def calls(step: Step, model: nn.Module) -> tuple[int, int]:
-    """Return how often the model's forward and autograd's backward ran."""
+    """Return the number of forward passes of the model and of backward passes of autograd."""
     forwards: list[int] = []
     hook = model.register_forward_pre_hook(lambda *_: forwards.append(1))
     backward, grad = torch.autograd.backward, torch.autograd.grad

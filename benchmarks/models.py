@@ -1,7 +1,7 @@
-"""The models of the private-step benchmark: published widths, random weights, nothing downloaded.
+"""The models of the private-step benchmark: published widths, random weights, no downloads.
 
-The time of a step does not depend on the values, and its ratio to another way of computing the
-same step hardly on the depth, so deep models are cut to a few layers of the published width.
+The time of a step does not depend on the values of the weights. The ratio of two variants depends
+little on the depth, so deep models are reduced to a few layers of the published width.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,12 +17,13 @@ from lalora_app.models.forwards import masked_mean
 
 Batch = dict[str, Tensor]  # every tensor is (examples, ...), "labels" is (examples,)
 LABELS, VOCABULARY = 3, 1000
-SWIN_LAYERS = r".*(attn\.(qkv|proj)|mlp\.fc[12])$"  # "proj" alone would hit the patch embedding
+# "proj" alone would match the patch embedding too.
+SWIN_LAYERS = r".*(attn\.(qkv|proj)|mlp\.fc[12])$"
 
 
 @dataclass(frozen=True)
 class Row:
-    """A PEFT model in eval mode, each example's loss, and a maker of random batches."""
+    """A PEFT model in eval mode, its loss per example, and a generator of random batches."""
 
     model: nn.Module
     losses: Callable[[Callable[..., Any], Batch], Tensor]
@@ -34,7 +35,7 @@ def _adapted(base: nn.Module, **settings: Any) -> nn.Module:
 
     model: nn.Module = get_peft_model(base, LoraConfig(r=8, lora_alpha=16, **settings)).eval()
     for name, parameter in model.named_parameters():
-        if ".lora_B." in name:  # PEFT starts it at zero, which would hide the gradient of A
+        if ".lora_B." in name:  # PEFT's initial B is zero, so the gradient of A would be zero
             nn.init.normal_(parameter, std=0.02)
     return model
 
@@ -45,7 +46,8 @@ def _labels(examples: int) -> Tensor:
 
 def _token_batches(tokens: int) -> Callable[[int, torch.device], Batch]:
     def make_batch(examples: int, device: torch.device) -> Batch:
-        ids = torch.randint(5, VOCABULARY, (examples, tokens))  # no padding: ids from 5 up
+        # no padding: ids below 5 are special tokens
+        ids = torch.randint(5, VOCABULARY, (examples, tokens))
         return {"input_ids": ids.to(device), "labels": _labels(examples).to(device)}
 
     return make_batch
@@ -93,7 +95,7 @@ def roberta(layers: int = 2, width: int = 768, heads: int = 12, tokens: int = 12
 
 
 def minilm(layers: int = 6, width: int = 384, heads: int = 12, tokens: int = 32) -> Row:
-    """MiniLM-L6-H384 as the default run trains it: mean-pooled, LoRA on query and value."""
+    """MiniLM-L6-H384 as in the default run: mean pooling, LoRA on query and value."""
     from transformers import BertConfig, BertForTokenClassification
 
     config = BertConfig(
@@ -165,14 +167,14 @@ def vit(layers: int = 4, width: int = 384, heads: int = 6, pixels: int = 112) ->
 ROWS: dict[str, Callable[[], Row]] = {
     "roberta-base": roberta,
     "minilm": minilm,
-    "swin-tiny-224": lambda: swin(224, 7, (2, 1, 1, 1)),  # of the (2, 2, 6, 2) published
+    "swin-tiny-224": lambda: swin(224, 7, (2, 1, 1, 1)),  # published: (2, 2, 6, 2)
     "swin-small-64": lambda: swin(64, 4, (2, 2)),
     "vit-small": vit,
     "llama": llama,
 }
 
 
-# As published, all layers: for a GPU.
+# All layers as published, for a GPU.
 WHOLE_ROWS: dict[str, Callable[[], Row]] = {
     "roberta-base-whole": lambda: roberta(layers=12),
     "swin-tiny-whole": lambda: swin(224, 7, (2, 2, 6, 2)),
@@ -181,7 +183,7 @@ WHOLE_ROWS: dict[str, Callable[[], Row]] = {
 
 
 def build(name: str, device: torch.device, dtype: torch.dtype) -> Row:
-    """Build a row of the benchmark, always with the same weights, as the app places its models."""
+    """Build one model of the benchmark, with reproducible weights, on the app's device."""
     torch.manual_seed(0)
     row = (ROWS | WHOLE_ROWS)[name]()
     narrow_frozen(row.model.to(device), dtype)

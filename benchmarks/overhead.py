@@ -1,17 +1,17 @@
-"""What the simulation itself costs: a round's wall time beside its clients' training times.
+"""Measure the overhead of the simulation: wall time of a round and training time of clients.
 
 python benchmarks/overhead.py                       # 4, 20 and 100 clients, the default model
 python benchmarks/overhead.py --clients 4 20 --rounds 8
 
-Clients write their times to their own log (LALORA_TIMING); they are never sent. Writes
-benchmarks/results/overhead.json and prints, as medians over the rounds but the first, which builds
+Clients write their times to their own log (LALORA_TIMING) and never send them. It writes
+benchmarks/results/overhead.json and prints medians over all rounds except the first, which builds
 the models:
 
 round     wall time from the first request to the aggregate
-slowest   training time of the slowest client; round - slowest is what an endless number of cores
-          would save together with all overhead
-training  all clients' training times over the number of cores: the floor on this machine
-ledger    calibrating the noise and writing the ledger, over the cores
+slowest   training time of the slowest client: the shortest possible round with unlimited cores
+training  sum of all clients' training times, divided by the number of cores: the shortest possible
+          round on this machine
+ledger    time of noise calibration and ledger writes, divided by the number of cores
 rest      round - training - ledger: Ray, messages, loading and aggregating the adapter
 """
 
@@ -54,7 +54,7 @@ def run(clients: int, rounds: int, folder: str) -> tuple[list[dict], str]:
 
 
 def client_times(log: str) -> dict[int, dict[str, tuple[float, float]]]:
-    """Return attempt -> client -> (seconds at the ledger, seconds of training)."""
+    """Return attempt -> client -> (seconds for the ledger, seconds for training)."""
     times: dict[int, dict[str, tuple[float, float]]] = defaultdict(dict)
     for attempt, client, ledger, training in TIMING.findall(log):
         times[int(attempt)][client] = (float(ledger), float(training))
@@ -62,7 +62,7 @@ def client_times(log: str) -> dict[int, dict[str, tuple[float, float]]]:
 
 
 def measure(clients: int, rounds: int) -> dict[str, float]:
-    """Return the medians over the rounds but the first."""
+    """Return the medians over all rounds except the first."""
     cores = min(os.cpu_count() or 1, clients)
     with tempfile.TemporaryDirectory() as folder:
         history, log = run(clients, rounds, folder)

@@ -1,11 +1,11 @@
-"""What it costs that a text's padding follows from that text alone.
+"""Measure the cost of padding a text independently of the other texts of its batch.
 
 python benchmarks/padding.py                         # the default run's data and batch
 python benchmarks/padding.py -c configs/mine.toml -c train.batch-size=32
 
-Sums of clipped gradients of the same Poisson-sized batches, interleaved in one process: padded to
-8, 16, 32 … tokens; padded to the longest of the micro-batch, which is what other trainers do and
-what lets one example change another; and padded to model.max-length.
+It times sums of clipped gradients of the same batches (of Poisson sizes), in turn in one process,
+with three kinds of padding: to 8, 16, 32 … tokens; to the longest text of the micro-batch, the
+usual kind, with which one example can change another; and to model.max-length.
 """
 
 import argparse
@@ -30,7 +30,7 @@ APP = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Sorted:
-    """Examples by length, in parts of one size; padded to ``width`` tokens at least."""
+    """Examples sorted by length, in micro-batches, padded to at least ``width`` tokens."""
 
     inner: Encoded
     width: int
@@ -43,7 +43,7 @@ class Sorted:
 
 
 def measure(model: Backbone, data: Encoded, config: Config, repeats: int) -> None:
-    """Print tokens, micro-batches and seconds of a batch, and the ratio to the usual padding."""
+    """Print tokens, micro-batches and seconds per batch, and the ratio to the usual padding."""
     kinds = {
         "to the longest": Sorted(data, 0),
         "8, 16, 32": data,
@@ -72,7 +72,7 @@ def measure(model: Backbone, data: Encoded, config: Config, repeats: int) -> Non
 
 
 def main() -> None:
-    """Measure the app's default run, with what the command line changes."""
+    """Measure the default run, with the changes of the command line."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("-c", "--run-config", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--repeats", type=int, default=25)

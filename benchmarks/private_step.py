@@ -1,8 +1,8 @@
 """Time and count the private step against stock PEFT, Opacus and torch.func.
 
-All variants of a cell (model, phase, batch) take turns in one process, and every ratio is to stock
-PEFT, not private, on the same factors in the same repetition. The file of results is written after
-every cell, and a run that was interrupted goes on where it was.
+All variants of a cell (model, phase, batch) run in turn in one process. Ratios are relative to
+stock PEFT without privacy, on the same factors and in the same repetition. The file of results is
+written after every cell; a run that was interrupted continues with the next cell.
 """
 
 import argparse
@@ -26,7 +26,7 @@ Key = tuple[Any, ...]
 
 
 class Results:
-    """The rows on disk, by cell and variant; what cannot run is kept in a file beside them."""
+    """The rows on disk, by cell and variant; variants that cannot run are in a second file."""
 
     def __init__(self, path: Path | None):
         self._path = path
@@ -47,7 +47,7 @@ class Results:
         if not path:
             return
         path.parent.mkdir(parents=True, exist_ok=True)
-        whole = path.with_suffix(".part")  # an interruption leaves the old file as it was
+        whole = path.with_suffix(".part")  # after an interruption the old file is unchanged
         lines = ",\n".join(json.dumps(row) for row in rows.values())
         whole.write_text(f"[\n{lines}\n]\n", "utf-8")
         whole.replace(path)
@@ -57,11 +57,11 @@ class Results:
         return key in self._failures or bool(found and found["repetitions"] >= repetitions)
 
     def complete(self, cell: Key, names: list[str], plan: Plan) -> bool:
-        """Tell whether every variant of the cell is there, with the repetitions asked for."""
+        """Return whether every variant of the cell has the requested number of repetitions."""
         return all(self._has((*cell, n), plan.repetitions_of(n)) for n in names)
 
     def add(self, cell: Key, outcomes: dict[str, Outcome]) -> None:
-        """Put a measured cell in place of what was there of it, and write the files."""
+        """Replace the rows of a measured cell and write the files."""
         for name in outcomes:
             self._rows.pop((*cell, name), None)
             self._failures.pop((*cell, name), None)
@@ -91,7 +91,7 @@ def _line(name: str, outcome: Outcome, base: Outcome, row: dict | None) -> str:
 
 
 def table(cell: Key, outcomes: dict[str, Outcome]) -> str:
-    """Return a cell as text: median [min-max] of the ratios, and the counts."""
+    """Return the text of a cell: median [min-max] of the ratios, and the counts."""
     rows = {row["variant"]: row for row in to_rows(*cell, outcomes)}
     base = outcomes["peft"]
     seconds = statistics.median(base.wall.values())
@@ -140,9 +140,9 @@ def _arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """Measure the cells that are asked for and not yet measured."""
+    """Measure the requested cells that have not been measured yet."""
     arguments = _arguments()
-    warnings.simplefilter("ignore")  # of the libraries compared, between the lines of the tables
+    warnings.simplefilter("ignore")  # warnings of the compared libraries would break the tables
     plan = Plan(
         arguments.repetitions,
         arguments.slow_repetitions,

@@ -1,14 +1,14 @@
-"""Kills a deployment at random, over and over, and looks at what is left.
+"""Kill processes of a deployment at random times, and check run and ledgers afterwards.
 
 python benchmarks/random_kills.py FOLDER --kills 50 --rounds 60
 
-Brings up the guide's deployment (docs/deployment.md: SuperLink, three SuperNodes, TLS, keys) with
-SuperNodes that a supervisor restarts, as systemd does, and a user who resumes a run that has ended.
-Kills are SIGKILL of one process: a ClientApp at work, a SuperNode, or the ServerApp; with --victims
-also the SuperLink, and a SuperNode that comes back with another key and so another id. Run
-again on the same folder, it goes on where it was ended, everything having been killed. Writes a
-line a kill to FOLDER/kills.jsonl, and at the end FOLDER/outcome.json: whether the run reached its
-end, and for every client its ledger's releases beside those that its log shows as drawn.
+It starts the deployment of docs/deployment.md (SuperLink, three SuperNodes, TLS, keys). A
+supervisor restarts SuperNodes, as systemd would, and a run that has ended is resumed. A kill is
+SIGKILL to one process: a working ClientApp, a SuperNode, or the ServerApp; with --victims also the
+SuperLink, or a SuperNode that restarts with a new key and therefore a new node id. A second call
+with the same folder restarts all services and continues. One line per kill is written to
+FOLDER/kills.jsonl. At the end FOLDER/outcome.json says whether the run reached its end and, per
+client, the number of releases in its ledger and the number that its log shows as drawn.
 """
 
 import argparse
@@ -44,8 +44,8 @@ _PROGRAMS = {
     "superlink": "flower-superlink",
     "new-key": "flower-supernode",
 }
-_RETRY = 5.0  # seconds: a killed node may not come back while its heartbeat is fresh
-_DRAWN = re.compile(r"LaLoRA timing (.+)")  # its times to 1 ms tell a round from its repetition
+_RETRY = 5.0  # seconds; a killed node is refused until its last heartbeat has expired
+_DRAWN = re.compile(r"LaLoRA timing (.+)")  # times in ms distinguish a round from its repetition
 
 
 def write(file: Path, values: Mapping[str, Any]) -> None:
@@ -54,7 +54,7 @@ def write(file: Path, values: Mapping[str, Any]) -> None:
 
 
 def live(made: Guide, program: str) -> list[psutil.Process]:
-    """Return the guide's running processes of a Flower program, without their shells."""
+    """Return the guide's running processes of a Flower program, without shells."""
     return [
         process
         for process in made.processes(program)
@@ -64,7 +64,7 @@ def live(made: Guide, program: str) -> list[psutil.Process]:
 
 @dataclass
 class Supervisor:
-    """Restarts services that have ended, until stopped, and counts how often."""
+    """Restart services that have ended, until stopped, and count the restarts."""
 
     made: Guide
     starts: Counter[str] = field(default_factory=Counter)
@@ -89,11 +89,11 @@ class Supervisor:
 
 @dataclass
 class Submission:
-    """One run that is submitted again, with ``resume-from``, whenever its ServerApp is gone.
+    """One run; it is submitted again with ``resume-from`` whenever its ServerApp has ended.
 
     Args:
         made: the deployment.
-        tables: the run config.
+        tables: tables of the run config.
     """
 
     made: Guide
@@ -103,7 +103,7 @@ class Submission:
 
     @property
     def results(self) -> Path:
-        """Where runs leave their folders."""
+        """Return the folder of all run folders."""
         return self.made.folder / "lalora-results"
 
     def folder(self) -> Path | None:
@@ -112,7 +112,7 @@ class Submission:
         return max(found - self.begun, key=lambda path: path.stat().st_mtime, default=None)
 
     def done(self) -> bool:
-        """Tell whether the run has reached its end."""
+        """Return whether the run has reached its end."""
         folder = self.folder()
         file = folder / "summary.json" if folder else None
         if file is None or not file.is_file():
@@ -120,7 +120,7 @@ class Submission:
         return str(json.loads(file.read_text("utf-8"))["status"]).startswith("completed")
 
     def submit(self) -> None:
-        """Submit the run: from its last checkpoint, where it has one."""
+        """Submit the run, from its last checkpoint if there is one."""
         folder = self.folder()
         values = self.tables | ({"resume-from": str(folder)} if folder else {})
         file = self.made.folder / f"submission-{self.submitted}.toml"
@@ -129,11 +129,11 @@ class Submission:
         self.made.run(f'flwr run . deployment -c "{file}"', log="submissions")
 
     def keep_going(self) -> None:
-        """Submit again if the run is neither done nor at work."""
+        """Submit the run again if it is neither finished nor running."""
         server = _PROGRAMS["server"]
         if self.done() or live(self.made, server):
             return
-        with contextlib.suppress(RuntimeError, TimeoutError):  # no SuperLink yet: tried again
+        with contextlib.suppress(RuntimeError, TimeoutError):  # SuperLink not up yet: try again
             self.submit()
             guides.until(lambda: live(self.made, server) or self.done(), 120, "ServerApp")
 
@@ -141,10 +141,10 @@ class Submission:
 def _victim(
     made: Guide, run: Submission, kind: str, chance: random.Random, patience: float
 ) -> psutil.Process:
-    """Wait for a process of the kind, then for a random moment of its life."""
+    """Wait for a process of the kind, then for a random time."""
     deadline = time.monotonic() + patience
     while time.monotonic() < deadline and not run.done():
-        run.keep_going()  # a ServerApp whose query met a dead site has ended by itself
+        run.keep_going()  # a ServerApp ends by itself if its query reaches a killed site
         if found := live(made, _PROGRAMS[kind]):
             chosen = chance.choice(found)
             time.sleep(chance.uniform(0.0, 6.0))
@@ -155,7 +155,7 @@ def _victim(
 
 
 def _new_key(made: Guide, process: psutil.Process, number: int) -> None:
-    """Register another key for a killed SuperNode's site: it comes back with another node id."""
+    """Register a new key for the site of a killed SuperNode; it restarts with a new node id."""
     words = " ".join(process.info["cmdline"])
     site = next(name for name in SITES if f"/{name}/" in words)
     own = f"$DEPLOY/{site}/{site}"
@@ -170,7 +170,7 @@ def _new_key(made: Guide, process: psutil.Process, number: int) -> None:
 def kill_one(
     made: Guide, run: Submission, kind: str, chance: random.Random, patience: float = 300.0
 ) -> dict[str, Any]:
-    """Kill one process of a kind at a random moment of the run; say what it was.
+    """Kill one process of a kind at a random time of the run; return its description.
 
     Raises:
         TimeoutError: if the run ends, or shows no such process within ``patience`` seconds.
@@ -186,7 +186,7 @@ def kill_one(
 
 
 def _pause(run: Submission, seconds: float) -> None:
-    """Let the run go on for a while, submitting it again if it has ended early."""
+    """Wait for a while; submit the run again if it has ended early."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         run.keep_going()
@@ -194,7 +194,7 @@ def _pause(run: Submission, seconds: float) -> None:
 
 
 def finish(run: Submission, seconds: float) -> bool:
-    """Let the run reach its end, resuming it as often as it takes."""
+    """Resume the run until it reaches its end."""
     deadline = time.monotonic() + seconds
     while not run.done() and time.monotonic() < deadline:
         run.keep_going()
@@ -208,14 +208,15 @@ def _verified(made: Guide, path: Path) -> bool:
 
 
 def ledgers(made: Guide) -> dict[str, dict[str, Any]]:
-    """Return for every site what its ledgers count, what its log shows as drawn, and the verdict.
+    """Return per site the releases in its ledgers, the releases drawn in its log, and the verdict.
 
-    A ClientApp logs a line after its last draw of a round, so the log counts no more than was
+    A ClientApp logs a line after its last draw of a round, so the log counts at most the releases
     drawn; `lalora ledger verify` recomputes epsilon with another accountant.
     """
     found = {}
     for site in SITES:
-        paths = sorted((made.state / site).glob("*/ledger.sqlite"))  # of rehearsal and private runs
+        # the ledgers of the rehearsal and of private runs
+        paths = sorted((made.state / site).glob("*/ledger.sqlite"))
         entries = [entry for path in paths for entry in Ledger(path).entries()]
         rounds = len(set(_DRAWN.findall(made.log(site))))  # two handlers may log a line twice
         steps = max((entry.release.count for entry in entries), default=0)
@@ -230,9 +231,9 @@ def ledgers(made: Guide) -> dict[str, dict[str, Any]]:
 
 
 def deploy(made: Guide) -> None:
-    """Execute the guide up to its rehearsal: three SuperNodes, whose ledgers set no limit.
+    """Execute the guide up to its rehearsal: three SuperNodes without a limit of ε.
 
-    A folder that holds a deployment already has its services started again, and goes on.
+    If the folder has a deployment already, its services are started again.
     """
     there = made.state.exists()
     blocks = made.blocks if there else guides.execute(made, set())
@@ -245,7 +246,7 @@ def deploy(made: Guide) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Kill, resume, verify; 0 if the run reached its end and no ledger is short."""
+    """Kill, resume, verify; return 0 if the run reached its end and no ledger lacks a release."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=50)
@@ -259,7 +260,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     text = args.run_config.read_text("utf-8") if args.run_config else ""
     tables = from_tables(tomllib.loads(text))
     tables |= {"num-server-rounds": args.rounds, "min-clients": 3, "min-replies": 1}
-    tables |= {"round-timeout": 60.0}  # what a killed SuperNode took with it is waited for so long
+    tables |= {"round-timeout": 60.0}  # wait for the reply of a killed SuperNode
     rehearsal = args.folder / "rehearsal.toml"
     args.folder.mkdir(parents=True, exist_ok=True)
     write(rehearsal, tables)
@@ -302,7 +303,7 @@ def _campaign(made: Guide, tables: dict[str, Any], args: argparse.Namespace) -> 
 def _attempt(
     made: Guide, run: Submission, kind: str, chance: random.Random
 ) -> dict[str, Any] | None:
-    """Return the line of a kill; None once the run is over."""
+    """Return the line of a kill; None if the run has ended."""
     try:
         return {"time": round(time.time(), 1)} | kill_one(made, run, kind, chance)
     except (TimeoutError, psutil.NoSuchProcess) as error:

@@ -1,4 +1,4 @@
-"""Examples a second of a simulated round: the app itself, through Flower and Ray.
+"""Measure examples per second of a simulated round, through Flower and Ray.
 
 python benchmarks/round.py                                      # eight clients, the default model
 python benchmarks/round.py --clients-per-gpu 8 -c 'train.batch-size=256'
@@ -29,7 +29,7 @@ def read(folder: Path) -> tuple[list[dict], dict]:
 
 
 def main() -> None:
-    """Run a few rounds and print the median of all but the first, which builds the models."""
+    """Run a few rounds and print the median without the first, which builds the models."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--nodes", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=5)

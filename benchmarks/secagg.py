@@ -1,18 +1,18 @@
-"""What secure aggregation costs: bytes of a client and round, and CPU seconds of both sides.
+"""Measure the cost of secure aggregation: bytes per client and round, CPU seconds of both sides.
 
 python benchmarks/secagg.py                     # 4 and 20 clients, a tiny and the default adapter
 python benchmarks/secagg.py --clients 100 --rounds 1
-python benchmarks/secagg.py --simulate          # and rounds of `lalora run` by the clock
+python benchmarks/secagg.py --simulate          # also times rounds of `lalora run`
 
-The real Strategy and the real stages of a client run in this process, over a grid that serialises
-every message. Clients do not train: they add normal noise to what they were sent, so all that is
-measured is the protocol. Writes benchmarks/results/secagg.json and prints medians over the rounds:
+The app's Strategy and the app's client stages run in this process, over a grid that serialises
+every message. Clients do not train: they add normal noise to the received tensors, so only the
+protocol is measured. It writes benchmarks/results/secagg.json and prints medians over the rounds:
 
-up, down   bytes of all messages of a client, as serialised, the run config in its request included
-client     CPU seconds of one client besides training: keys, shares, masks, help to unmask
-server     CPU seconds of the server: messages, unmasking, aggregating
-error      largest difference to the mean of the uploads in float64, the rounding of the adapter to
-           float32 included (all of it, without secure aggregation), beside the bound of the sum
+up, down   serialised bytes of all messages of a client, with the run config in the request
+client     CPU seconds of one client without training: keys, shares, masks, unmasking
+server     CPU seconds of the server: messages, unmasking, aggregation
+error      largest difference from the mean of the uploads in float64, including the rounding of the
+           adapter to float32 (the only error without secure aggregation), and the bound of the sum
 """
 
 import argparse
@@ -44,7 +44,7 @@ from lalora_app.wire import messages
 APP = Path(__file__).resolve().parents[1]
 OUTPUT = Path(__file__).parent / "results" / "secagg.json"
 SHAPES = {"tiny": (4, 16, 2), "default": (12, 384, 8)}  # target layers, width, rank
-FACTOR = 1 << 40  # node ids are large numbers
+FACTOR = 1 << 40  # makes node ids as large as Flower's
 STAGES = {
     "advertise": client.advertise_keys,
     "share": client.share_secrets,
@@ -53,7 +53,7 @@ STAGES = {
 
 
 def adapter_of(size: str) -> Adapter:
-    """Return a random adapter of a size's shapes, with a head for two labels."""
+    """Return a random adapter of the given size, with a head for two labels."""
     layers, width, rank = SHAPES[size]
     rng = np.random.default_rng(0)
     shapes: dict[str, tuple[int, ...]] = {"score.weight": (2, width), "score.bias": (2,)}
@@ -64,7 +64,7 @@ def adapter_of(size: str) -> Adapter:
 
 
 class Loopback(Grid):
-    """Clients in this process; every message is serialised, counted and timed."""
+    """A grid with clients in this process; every message is serialised, counted and timed."""
 
     def __init__(self, config: Config, like: Adapter, clients: int):
         self.config, self.like = config, like
@@ -75,7 +75,7 @@ class Loopback(Grid):
         self.totals: dict[str, float] = defaultdict(float)
 
     def _trained(self, message: Message, context: Context) -> RecordDict:
-        """Reply as a client does, with noise for the result of its training."""
+        """Reply like a client, with noise in place of the result of training."""
         request = messages.parse_request(message.content)
         start = select(messages.adapter_of(message.content, self.like), frozenset("B"))
         upload = {
@@ -93,7 +93,7 @@ class Loopback(Grid):
         return Message(STAGES.get(stage, self._trained)(message, context), reply_to=message)
 
     def send_and_receive(self, messages, *, timeout=None):
-        """Deliver; the clock of the clients runs here, the server's everywhere else."""
+        """Deliver messages; time in here counts as client time, all other time as server time."""
         replies = []
         for message in messages:
             message.metadata.__dict__["_message_id"] = str(len(replies))
@@ -123,7 +123,7 @@ class Loopback(Grid):
 
 
 def config_of(secure: str, clients: int, rounds: int) -> Config:
-    """Return the default run's config, for so many clients."""
+    """Return the default run's config for the given number of clients."""
     text = (APP / "pyproject.toml").read_text("utf-8")
     values = from_tables(tomllib.loads(text)["tool"]["flwr"]["app"]["config"])
     changes = {"secure-aggregation": secure, "min-clients": clients, "num-server-rounds": rounds}
@@ -136,7 +136,7 @@ def mean_of(uploads: list[Adapter]) -> dict[str, np.ndarray]:
 
 
 def one_round(strategy, grid: Loopback) -> dict[str, float]:
-    """Run one round; return its bytes and seconds a client, and the error of its mean."""
+    """Run one round; return bytes and seconds per client, and the error of the mean."""
     grid.totals.clear()
     grid.uploads.clear()
     began = time.process_time()
@@ -171,7 +171,7 @@ def measure(size: str, clients: int, rounds: int, secure: str) -> dict[str, obje
 
 
 def simulated(clients: int, rounds: int, secure: str) -> float:
-    """Return the median seconds of a round of `lalora run`, without its first two."""
+    """Return the median seconds of a round of `lalora run`, without the first two rounds."""
     changes = "data.dirichlet-alpha=inf train.batch-size=16 train.local-steps=2"
     with tempfile.TemporaryDirectory() as folder:
         own = f'num-server-rounds={rounds} min-clients={clients} output="{folder}"'

@@ -1,4 +1,4 @@
-"""The table of docs/performance.md, from the file of results: python benchmarks/summary.py."""
+"""Print the table of docs/performance.md from the file of results: python benchmarks/summary.py."""
 
 import json
 from pathlib import Path
@@ -19,7 +19,7 @@ def _ratio(row: dict | None, key: str) -> str:
 
 
 def table(rows: list[dict]) -> str:
-    """Return CPU time by variant and the counts of ``fused``, all as ratios to stock PEFT."""
+    """Return CPU time per variant and the counts of ``fused``, as ratios to stock PEFT."""
     counts = ("flops_ratio", "kernel_ratio", "saved_ratio", "peak_ratio")
     heads = [*COLUMNS, *(f"fused {count.removesuffix('_ratio')}" for count in counts)]
     lines = [f"| model | phase | batch | {' | '.join(heads)} |", "|---" * (3 + len(heads)) + "|"]

@@ -1,4 +1,4 @@
-"""The ways to compute one training step: stock PEFT, this package, Opacus and torch.func."""
+"""The variants of one training step: stock PEFT, this package, Opacus and torch.func."""
 
 import copy
 from collections.abc import Callable, Mapping
@@ -17,14 +17,14 @@ from lalora_app.private_step.engine import KernelEngine
 from lalora_app.private_step.mechanism import CLIP_MARGIN, add_noise, clipped_sum
 
 PHASES = {"A": frozenset("A"), "B": frozenset("B"), "both": frozenset("AB")}
-LEARNING_RATE, NOISE_STD = 1e-9, 1e-3  # the weights stay what they are, the work is the same
+LEARNING_RATE, NOISE_STD = 1e-9, 1e-3  # keeps the weights unchanged at equal work
 Parameters = dict[str, nn.Parameter]  # by wire name
-Sums = Mapping[str, Tensor]  # by wire name, the gradients that the step is made of, before noise
+Sums = Mapping[str, Tensor]  # wire name -> gradient sum of the step, before noise
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What the variants of one comparison have in common."""
+    """The settings that all variants of one comparison share."""
 
     row: Row
     phase: str
@@ -34,16 +34,16 @@ class Cell:
 
     @property
     def examples(self) -> int:
-        """The batch size."""
+        """Return the number of examples."""
         return len(self.batch["labels"])
 
     @property
     def device(self) -> torch.device:
-        """Where the batch lies."""
+        """Return the device of the batch."""
         return self.batch["labels"].device
 
     def losses(self, model: Callable[..., object], batch: Batch | None = None) -> Tensor:
-        """Return (examples,): each example's loss, under autocast if the cell asks for it."""
+        """Return (examples,): one loss per example, under autocast if the cell says so."""
         enabled = self.dtype != torch.float32
         with torch.autocast(self.device.type, self.dtype, enabled=enabled):
             return self.row.losses(model, self.batch if batch is None else batch)
@@ -51,11 +51,11 @@ class Cell:
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to compute a step: ``sums``, noise if it is private, and the optimiser's update."""
+    """One variant of a step: ``sums``, noise if it is private, and the optimiser's update."""
 
     model: nn.Module
     step: Callable[[], None]
-    sums: Callable[[], Sums]  # the gradients, of a private variant clipped
+    sums: Callable[[], Sums]  # returns gradient sums; clipped in a private variant
 
 
 def _trained(model: nn.Module) -> Parameters:
@@ -63,7 +63,7 @@ def _trained(model: nn.Module) -> Parameters:
 
 
 def _copied(cell: Cell, *, both: bool = False) -> tuple[nn.Module, Parameters, Parameters]:
-    """Return a copy of the model, its adapter, and the active part of it, made trainable."""
+    """Return a copy of the model, its adapter, and the active tensors, made trainable."""
     model = copy.deepcopy(cell.row.model)
     parameters = _trained(model)
     factors = PHASES["both" if both else cell.phase]
@@ -102,13 +102,13 @@ def _summed(cell: Cell, model: Callable[..., object], active: Parameters) -> Cal
 
 
 def peft(cell: Cell, *, both: bool = False) -> Variant:
-    """Stock PEFT, not private, on the same factors; with ``both``, on both whatever the phase."""
+    """Stock PEFT without privacy, on the factors of the phase, or on both with ``both``."""
     model, _, active = _copied(cell, both=both)
     return _variant(cell, model, active, _summed(cell, model, active), private=False)
 
 
 def _product(weight: Tensor, g: Tensor, x: Tensor, scale: float) -> Tensor:
-    """Return scale · gᵀ x in the faster orientation, as the private kernels do."""
+    """Return scale · gᵀ x, computed in the memory order of the private kernels."""
     left, right = (x, g) if weight.shape[0] > weight.shape[1] else (g, x)
     rows, columns = left.flatten(0, -2).T, right.flatten(0, -2)
     total = weight.new_empty(rows.shape[0], columns.shape[1])
@@ -117,14 +117,14 @@ def _product(weight: Tensor, g: Tensor, x: Tensor, scale: float) -> Tensor:
 
 
 def nonprivate(cell: Cell, kernel: str) -> Variant:
-    """This package's kernels, with the ordinary summed gradient and nothing private."""
+    """This package's kernels with the ordinary summed gradient, without privacy."""
     model, parameters, active = _copied(cell)
 
     def record(name: str, g: Tensor, x: Tensor | None, scale: float = 1.0) -> None:
         weight = active[name]
         bias = x is None
         grad = g.flatten(0, -2).sum(0) if bias else _product(weight, g, x.detach(), scale)
-        grad = grad.to(weight.dtype)  # the sum of a bias is of the type of autocast
+        grad = grad.to(weight.dtype)  # a bias is summed in autocast's dtype
         weight.grad = grad if weight.grad is None else weight.grad + grad
 
     attach_kernels(model, parameters, kernel, record)
@@ -145,14 +145,14 @@ def engine(cell: Cell, kernel: str, *, flat: bool | None = None) -> Variant:
 
 
 def peft_compiled(cell: Cell) -> Variant:
-    """Stock PEFT through torch.compile, not private."""
+    """Stock PEFT with torch.compile, without privacy."""
     model, _, active = _copied(cell)
     forward = torch.compile(model, fullgraph=True)
     return _variant(cell, model, active, _summed(cell, forward, active), private=False)
 
 
 def compiled(cell: Cell) -> Variant:
-    """This package's private step in the form that torch.compile takes whole."""
+    """This package's private step with torch.compile."""
     model, parameters, active = _copied(cell)
     keeper = CompiledEngine(model, parameters)
     keeper.activate(frozenset(active))
@@ -166,7 +166,7 @@ def compiled(cell: Cell) -> Variant:
 
 
 def _clipped(cell: Cell, grads: Mapping[str, Tensor]) -> Sums:
-    """Return the clipped sum of (examples, ...) gradients, tensor by tensor as Opacus does."""
+    """Return the clipped sum of (examples, ...) gradients, tensor by tensor as in Opacus."""
     norms = torch.stack([grad.flatten(1).norm(2, dim=1) for grad in grads.values()], dim=1)
     scales = (cell.clip_norm * CLIP_MARGIN / norms.norm(2, dim=1)).clamp(max=1.0)
     return {name: torch.einsum("i,i...", scales, grad) for name, grad in grads.items()}
@@ -181,7 +181,7 @@ def _train_mode(model: nn.Module) -> None:
 
 
 def opacus_hooks(cell: Cell) -> Variant:
-    """Opacus' per-sample gradients, wrapped after the phase's factors were made trainable."""
+    """Opacus' per-sample gradients, with the phase's factors trainable before wrapping."""
     from opacus.grad_sample import GradSampleModule
 
     model, _, active = _copied(cell)
@@ -199,7 +199,7 @@ def opacus_hooks(cell: Cell) -> Variant:
 
 
 def opacus_ghost(cell: Cell) -> Variant:
-    """Opacus' ghost clipping: one backward for the norms, a second of the reweighted loss."""
+    """Opacus' ghost clipping: one backward for the norms, a second for the reweighted loss."""
     from opacus.grad_sample import GradSampleModuleFastGradientClipping
 
     model, _, active = _copied(cell)
@@ -262,13 +262,13 @@ VARIANTS: dict[str, Callable[[Cell], Variant]] = {
     "peft-compiled": peft_compiled,
     "compiled": compiled,
 }
-COMPILED = frozenset({"peft-compiled", "compiled"})  # a minute or more of compiling a cell
+COMPILED = frozenset({"peft-compiled", "compiled"})  # compiling takes a minute or more per cell
 NOT_PRIVATE = frozenset({"peft", "peft-both", "fused-nonprivate", "peft-compiled"})
 PRIVATE = VARIANTS.keys() - NOT_PRIVATE
 
 
 def median_norm(cell: Cell) -> float:
-    """Return the median of the examples' gradient norms: a clip norm that clips half of them."""
+    """Return the median gradient norm of the examples, so that half of them are clipped."""
     model, parameters, active = _copied(cell)
     keeper = KernelEngine(model, parameters, "plain")
     keeper.activate(frozenset(active))

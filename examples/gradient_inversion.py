@@ -1,11 +1,11 @@
-"""What an uploaded factor tells about the example behind it, without and with privacy.
+"""Reconstruct a training image from an uploaded LoRA factor, without and with privacy.
 
 python examples/gradient_inversion.py [docs/images/gradient-inversion.png]
 
-A linear layer with a LoRA adapter sees one image and takes one local step on factor A:
-``∇A = s·Bᵀ·g·xᵀ`` has rank one, so each row of the change that is uploaded is a multiple of the
-input x. The first singular vector is the image, up to sign and scale. The same step with the
-package's clip and noise is run beside it. The image is matplotlib's sample portrait of Grace
+A linear layer with a LoRA adapter trains on one image and takes one local step on factor A.
+``∇A = s·Bᵀ·g·xᵀ`` has rank one, so every row of the uploaded change is a multiple of the input x:
+its first singular vector is the image, up to sign and scale. The same step is run with the
+package's clipping and noise for comparison. The image is matplotlib's sample portrait of Grace
 Hopper (a work of the US government, in the public domain).
 """
 
@@ -24,11 +24,11 @@ from lalora_app.private_step.mechanism import add_noise, clipped_sum
 SIDE, RANK, LABELS = 64, 8, 10
 CLIP_NORM, LEARNING_RATE, DELTA = 0.5, 2.0, 1e-5
 EPSILONS = (100.0, 8.0, 3.0)
-EXPECTED_BATCH = 1.0  # the attacker's best case: a client with this one example
+EXPECTED_BATCH = 1.0  # best case of the attacker: a client with one example
 
 
 def image() -> np.ndarray:
-    """Return the face, (SIDE, SIDE), grey, from 0 to 1."""
+    """Return the grey image, (SIDE, SIDE), values from 0 to 1."""
     from matplotlib.cbook import get_sample_data
     from PIL import Image
 
@@ -38,7 +38,7 @@ def image() -> np.ndarray:
 
 
 def adapted_layer() -> tuple[nn.Module, KernelEngine]:
-    """Return a PEFT linear layer with B off zero, as it is after a first round, and its engine."""
+    """Return a PEFT linear layer with nonzero B, as after the first round, and its engine."""
     from peft import LoraConfig, inject_adapter_in_model
 
     torch.manual_seed(0)
@@ -53,7 +53,7 @@ def adapted_layer() -> tuple[nn.Module, KernelEngine]:
 
 
 def uploaded(x: np.ndarray, noise_multiplier: float) -> np.ndarray:
-    """Return the change of A, (RANK, SIDE²), that a client with this one example sends."""
+    """Return the change of A, (RANK, SIDE²), that a client with this one example uploads."""
     model, engine = adapted_layer()
     inputs = torch.from_numpy(x.reshape(1, -1))
     target = torch.zeros(1, dtype=torch.long)
@@ -70,7 +70,7 @@ def uploaded(x: np.ndarray, noise_multiplier: float) -> np.ndarray:
 
 
 def reconstructed(change: np.ndarray) -> np.ndarray:
-    """Return the input that best explains the change, from 0 to 1."""
+    """Return the first right singular vector of the change as an image, values from 0 to 1."""
     first = np.linalg.svd(change, full_matrices=False)[2][0]
     picture = (first * np.sign(first.sum())).reshape(SIDE, SIDE)
     low, high = np.quantile(picture, [0.01, 0.99])
@@ -78,12 +78,12 @@ def reconstructed(change: np.ndarray) -> np.ndarray:
 
 
 def likeness(x: np.ndarray, other: np.ndarray) -> float:
-    """Return the correlation of two images' pixels."""
+    """Return the correlation between the pixels of two images."""
     return float(np.corrcoef(x.ravel(), other.ravel())[0, 1])
 
 
 def panels() -> list[tuple[str, np.ndarray, float]]:
-    """Return (title, image, correlation with the truth) of every case."""
+    """Return (title, image, correlation with the true image) of every case."""
     x = image()
     found = [("the client's example", x, 1.0)]
     plain = reconstructed(uploaded(x, 0.0))
@@ -112,7 +112,7 @@ def draw(found: list[tuple[str, np.ndarray, float]], path: Path) -> None:
 
 
 def main() -> None:
-    """Print the correlations, and draw the images where a path is given."""
+    """Print the correlations; draw the images if a path is given."""
     found = panels()
     for title, _, value in found:
         print(f"{title}: correlation {value:.3f}")

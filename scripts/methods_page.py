@@ -1,4 +1,4 @@
-"""Write the table of docs/methods.md anew, from METHODS and the default run's shapes.
+"""Rewrite the table of docs/methods.md from METHODS and the shapes of the default run.
 
 python scripts/methods_page.py
 """
@@ -32,7 +32,7 @@ def default_config() -> Config:
 
 
 def initial(method: Method, config: Config) -> Adapter:
-    """Return an adapter of the default run's shapes, as the method starts."""
+    """Return the method's initial adapter with the shapes of the default run."""
     rank, adapter = method.width(config.lora.rank, config.rule), Adapter()
     for layer in range(TARGETS):
         adapter[f"{layer}.lora_A.weight"] = np.ones((rank, WIDTH), np.float32)
@@ -48,7 +48,7 @@ def _turns(first: frozenset[str], second: frozenset[str]) -> str:
 
 
 def moved(method: Method, start: Adapter, config: Config) -> int:
-    """Return the bytes of the kinds of tensors that a round of two clients moves."""
+    """Return the bytes per kind of tensor that a round of two clients transfers."""
     rng = np.random.default_rng(0)
     uploads = [
         {n: x + rng.standard_normal(x.shape, np.float32) for n, x in sent.items()}
@@ -65,7 +65,7 @@ def moved(method: Method, start: Adapter, config: Config) -> int:
 
 
 def row(name: str, method: Method, config: Config) -> str:
-    """Return a method's line of the table."""
+    """Return the line of one method."""
     start = initial(method, config)
     steps = _turns(method.trains(1, 0), method.trains(1, 1))
     if method.trains(1, 0) != method.trains(2, 0):
@@ -104,7 +104,7 @@ def table() -> str:
 
 
 def main() -> None:
-    """Replace what stands between the markers."""
+    """Replace the text between the markers."""
     before, rest = PAGE.read_text("utf-8").split(BEGIN)
     after = rest.split(END)[1]
     PAGE.write_text(f"{before}{BEGIN}\n{table()}\n{END}{after}", "utf-8")

@@ -1,11 +1,11 @@
-"""Public data for a rehearsal: what each client of a simulated run holds, as a site's own file.
+"""Write the examples of each simulated client to a file, for a rehearsal of a deployment.
 
 python scripts/rehearsal_sites.py FOLDER --sites 3 -c configs/deployment/rehearsal.toml
 
 Site i of n gets FOLDER/site-i.jsonl with the examples, in order, that ``lalora run --nodes n`` of
-the same config deals to client i. With the same names and seeded noise both runs end with the same
-adapter. Texts only. A run whose columns are not text and label, with two labels, needs the sites'
-own word on them: input-column, label-column and num-labels of their node config.
+the same config gives to client i. With equal names and seeded noise, both runs end with the same
+adapter. Text data only. If the columns are not "text" and "label" with two labels, every site must
+set input-column, label-column and num-labels in its node config.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def lines(examples: Examples, config: Config) -> str:
 
 
 def main() -> None:
-    """Write one file a site."""
+    """Write one file per site."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--sites", type=int, default=3)

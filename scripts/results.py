@@ -1,4 +1,4 @@
-"""Put a finished comparison into docs/results.md: its table, its chosen rates, its pictures.
+"""Write a finished comparison into docs/results.md: table, tuned learning rates and figures.
 
 python scripts/results.py ~/lalora-results/sst2-minilm configs/bench/sst2-minilm.toml
 """
@@ -25,7 +25,7 @@ IMAGES = ROOT / "docs" / "images"
 
 
 def load(folder: Path) -> Plan:
-    """Return the plan of a comparison's folder."""
+    """Return the plan in the folder of a comparison."""
     app = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["flwr"]["app"]
     tables = json.loads((folder / PLAN).read_text("utf-8"))
     return read_plan(tables, from_tables(app["config"]))
@@ -68,7 +68,7 @@ def pictures(found: list[Record], name: str) -> str:
 
 
 def section(folder: Path, file: str, *, illustrated: bool) -> str:
-    """Return what the page says of a comparison."""
+    """Return the section of one comparison."""
     plan = load(folder)
     found = records(plan, folder)
     seconds = [record.summary["seconds"] for record in found]

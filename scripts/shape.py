@@ -1,4 +1,4 @@
-"""How long the package's functions are and how deep they nest, read from the source itself.
+"""Measure length and nesting of all functions of the package, from the source code.
 
 python scripts/shape.py
 """
@@ -14,14 +14,14 @@ BLOCKS = (ast.If, ast.For, ast.While, ast.With, ast.Try, ast.Match)
 
 
 def functions(tree: ast.AST) -> Iterator[ast.FunctionDef]:
-    """Yield every function of a module, the inner ones too."""
+    """Yield every function of a module, including inner functions."""
     for node in ast.walk(tree):
         if isinstance(node, FUNCTIONS):
             yield node
 
 
 def length(function: ast.FunctionDef) -> int:
-    """Return a function's lines without its docstring."""
+    """Return the number of lines of a function without its docstring."""
     docstring = ast.get_docstring(function, clean=False)
     lines = function.end_lineno - function.lineno + 1
     if docstring is None:
@@ -31,14 +31,14 @@ def length(function: ast.FunctionDef) -> int:
 
 
 def _inner(node: ast.AST) -> Iterator[ast.AST]:
-    """Yield the statements below a node; an elif is no level of its own."""
+    """Yield the statements below a node; an elif is not an additional level."""
     for child in ast.iter_child_nodes(node):
         if not isinstance(child, FUNCTIONS):
             yield child
 
 
 def depth(node: ast.AST) -> int:
-    """Return how many blocks of a function lie within each other at most."""
+    """Return the largest nesting depth of blocks in a function."""
     deepest = 0
     for child in _inner(node):
         chained = isinstance(node, ast.If) and isinstance(child, ast.If) and child in node.orelse
@@ -58,7 +58,7 @@ def measured() -> dict[str, tuple[int, int]]:
 
 
 def main() -> None:
-    """Print the figures, and the functions at their ends."""
+    """Print median and 90 % quantile, the longest and deepest functions, and the longest module."""
     found = measured()
     lines = sorted(size for size, _ in found.values())
     print(
@@ -73,7 +73,7 @@ def main() -> None:
     largest = max(modules, key=lambda path: modules[path])
     print(
         f"longest module {largest.relative_to(PACKAGE)}, {modules[largest]} lines; "
-        "imports: tests/test_layers.py"
+        "imports: tests/project/test_layers.py"
     )
 
 
