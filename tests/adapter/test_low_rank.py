@@ -1,4 +1,4 @@
-"""Products of factors that are never formed, against the dense float64 matrices they stand for."""
+"""Norm, SVD and compression of products B·A, compared with dense float64 matrices."""
 
 import numpy as np
 import pytest
@@ -26,7 +26,7 @@ def drawn(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 @st.composite
 def sums(draw) -> Terms:
-    """Terms (c, B, A) of one shape and of any ranks: together below, at and above min(m, n)."""
+    """Draw terms (c, B, A) of one shape; the sum of ranks is below, at or above min(m, n)."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
     m, n = draw(st.integers(1, 12)), draw(st.integers(1, 12))
     ranks = draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
@@ -48,7 +48,7 @@ def tail(matrix: np.ndarray, rank: int) -> float:
 
 
 def known(rng: np.random.Generator, m: int, n: int, singular: list[float]):
-    """A matrix as u, s, vt, from the QR of random matrices."""
+    """Return the SVD (u, s, vt) of a matrix, from QR factorisations of random matrices."""
     u = np.linalg.qr(rng.standard_normal((m, len(singular))))[0]
     v = np.linalg.qr(rng.standard_normal((n, len(singular))))[0]
     return u, np.array(singular), v.T
@@ -56,7 +56,7 @@ def known(rng: np.random.Generator, m: int, n: int, singular: list[float]):
 
 @given(terms=sums())
 @FEW
-def test_a_stack_is_the_sum_and_its_rank_the_sum_of_ranks(terms):
+def test_sum_of_products_equals_the_dense_sum_and_adds_ranks(terms):
     product = sum_of_products(terms)
     assert product.left.shape[1] == product.right.shape[0] == sum(b.shape[1] for _, b, _ in terms)
     assert product.left.dtype == product.right.dtype == np.float64
@@ -65,7 +65,7 @@ def test_a_stack_is_the_sum_and_its_rank_the_sum_of_ranks(terms):
 
 @given(terms=sums())
 @FEW
-def test_the_svd_puts_the_sum_together_again_from_orthonormal_sides(terms):
+def test_the_svd_reconstructs_the_sum_with_orthonormal_vectors(terms):
     whole, found = dense(terms), svd(sum_of_products(terms))
     kept = len(found.s)
     assert kept == min(*whole.shape, sum(b.shape[1] for _, b, _ in terms))
@@ -79,14 +79,16 @@ def test_the_svd_puts_the_sum_together_again_from_orthonormal_sides(terms):
 
 @given(seed=st.integers(0, 2**32 - 1), mix=st.sampled_from(["none", "signs", "rotation", "wide"]))
 @FEW
-def test_the_svd_is_that_of_the_product_however_it_is_factored_signs_included(seed, mix):
+def test_the_svd_depends_on_the_product_only_including_signs(seed, mix):
     rng = np.random.default_rng(seed)
     u, s, vt = known(rng, 9, 8, [4.0, 2.0, 1.0])
     turn = {
         "none": np.eye(3),
         "signs": np.diag([-1.0, 1.0, -1.0]),
         "rotation": np.linalg.qr(rng.standard_normal((3, 3)))[0],
-        "wide": np.linalg.qr(rng.standard_normal((8, 3)))[0].T,  # R = min(m, n): no QR of sides
+        "wide": np.linalg.qr(rng.standard_normal((8, 3)))[
+            0
+        ].T,  # R = min(m, n): the matrix is decomposed without QR of its sides
     }[mix]
     found = svd(Product(u * s @ turn, turn.T @ vt))
     for j in range(3):
@@ -98,11 +100,11 @@ def test_the_svd_is_that_of_the_product_however_it_is_factored_signs_included(se
 
 @given(seed=st.integers(0, 2**32 - 1), rank=st.integers(1, 4))
 @FEW
-def test_at_a_rank_of_the_smaller_side_and_above_the_svd_is_the_same(seed, rank):
+def test_the_svd_is_equal_for_ranks_at_and_above_the_smaller_side(seed, rank):
     rng = np.random.default_rng(seed)
     left, right = rng.standard_normal((7, rank)), rng.standard_normal((rank, 5))
     narrow = svd(Product(left, right))
-    for extra in (5 - rank, 6 - rank, 9):  # of zeros
+    for extra in (5 - rank, 6 - rank, 9):  # the rank of a zero product
         wide = Product(np.pad(left, ((0, 0), (0, extra))), np.pad(right, ((0, extra), (0, 0))))
         found = svd(wide)
         np.testing.assert_allclose(found.s[:rank], narrow.s, atol=1e-12)
@@ -113,7 +115,7 @@ def test_at_a_rank_of_the_smaller_side_and_above_the_svd_is_the_same(seed, rank)
 
 @given(terms=sums())
 @FEW
-def test_the_norm_is_frobenius_norm_of_the_dense_sum(terms):
+def test_the_norm_equals_numpys_norm_of_the_dense_sum(terms):
     assert frobenius_norm(sum_of_products(terms)) == pytest.approx(
         np.linalg.norm(dense(terms)), rel=1e-12
     )
@@ -122,7 +124,7 @@ def test_the_norm_is_frobenius_norm_of_the_dense_sum(terms):
 @given(seed=st.integers(0, 2**32 - 1), ranks=st.tuples(st.integers(1, 4), st.integers(1, 4)))
 @FEW
 def test_the_norm_is_accurate_where_the_terms_cancel(seed, ranks):
-    """Gram matrices, which square what cancels, would stop at 1e-8 of the terms' size."""
+    """A norm from Gram matrices would be accurate to 1e-8 of the terms only."""
     rng = np.random.default_rng(seed)
     large = drawn(rng, 20, ranks[0]), drawn(rng, ranks[0], 30)
     small = drawn(rng, 20, ranks[1]), drawn(rng, ranks[1], 30)
@@ -134,7 +136,7 @@ def test_the_norm_is_accurate_where_the_terms_cancel(seed, ranks):
 
 @given(terms=sums(), rank=st.integers(1, 14))
 @FEW
-def test_balanced_factors_are_the_best_of_their_rank_and_share_the_scale(terms, rank):
+def test_balanced_factors_are_the_best_of_their_rank_and_have_equal_norms(terms, rank):
     whole = dense(terms)
     b, a = balanced_factors(svd(sum_of_products(terms)), rank)
     assert (b.shape, a.shape) == ((len(whole), rank), (rank, whole.shape[1]))
@@ -151,7 +153,7 @@ def test_balanced_factors_are_the_best_of_their_rank_and_share_the_scale(terms, 
 
 @given(terms=sums(), rank=st.integers(2, 14), less=st.integers(1, 13))
 @FEW
-def test_the_first_columns_of_balanced_factors_are_those_of_a_smaller_rank(terms, rank, less):
+def test_balanced_factors_of_a_smaller_rank_are_the_first_columns(terms, rank, less):
     found, kept = svd(sum_of_products(terms)), min(less, rank)
     b, a = balanced_factors(found, rank)
     narrow_b, narrow_a = balanced_factors(found, kept)
@@ -165,8 +167,8 @@ def test_the_first_columns_of_balanced_factors_are_those_of_a_smaller_rank(terms
     inner=st.integers(1, 9),
 )
 @FEW
-def test_compression_keeps_the_product_and_leaves_its_own_rank(seed, shape, inner):
-    """Integers, whose products float32 holds exactly: the factors' rank is what was made."""
+def test_compression_keeps_the_product_and_returns_its_rank(seed, shape, inner):
+    """Factors of small integers, whose products are exact in float32, so the rank is known."""
     rng, (m, r, n) = np.random.default_rng(seed), shape
     b = (rng.integers(-3, 4, (m, inner)) @ rng.integers(-3, 4, (inner, r))).astype(np.float32)
     a = rng.integers(-3, 4, (r, n)).astype(np.float32)
@@ -195,7 +197,7 @@ def test_a_zero_product_has_zero_norm_zero_factors_and_one_column(rank):
     scale=st.sampled_from([0.25, 1.0, 3.0]),
 )
 @FEW
-def test_the_base_has_moved_by_every_fold_times_its_scale_at_a_bounded_rank(seed, ranks, scale):
+def test_the_drift_is_the_scaled_sum_of_all_folds_with_bounded_rank(seed, ranks, scale):
     rng = np.random.default_rng(seed)
     folds = [{B: drawn(rng, 8, r), A: drawn(rng, r, 6)} for r in ranks]
     before = [{name: array.tobytes() for name, array in fold.items()} for fold in folds]
@@ -211,7 +213,7 @@ def test_the_base_has_moved_by_every_fold_times_its_scale_at_a_bounded_rank(seed
     assert before == [{name: array.tobytes() for name, array in fold.items()} for fold in folds]
 
 
-def test_what_does_not_move_stays_in_the_drift():
+def test_layers_without_a_fold_keep_their_drift():
     rng = np.random.default_rng(0)
     drift = {B: drawn(rng, 8, 2), A: drawn(rng, 2, 6)}
     other = {name.replace("layer.0", "layer.1"): array for name, array in drift.items()}

@@ -1,4 +1,4 @@
-"""Other parameters than factors: what they compute, and their gradients, clip and noise."""
+"""Parametrisations (gates, magnitudes, projections): products, gradients, clipping and noise."""
 
 import math
 from collections.abc import Callable
@@ -61,7 +61,7 @@ def test_these_methods_have_parameters_of_their_own():
     assert {"beamlora", "sd-lora", "duallora"} <= set(OWN)
 
 
-# What they compute: dense products, one direction at a time.
+# Products, compared with dense sums over directions.
 
 
 def drawn_start(seed: int, rank: int, *, zero_b: bool = False) -> Adapter:
@@ -183,7 +183,7 @@ def test_a_run_starts_from_pefts_own_factors_and_a_zero_product(name, rank, task
     assert not product(own).any()
     assert not any(start[n].any() for n in start if kind(n) == "gate")
     assert all(np.array_equal(plain[n], array) for n, array in before.items())
-    # With whatever B, it is the product of the factors themselves: all else is at rest.
+    # For any B, the initial product is B·A: gates, magnitudes and bases have no effect yet.
     start[B] = np.random.default_rng(0).standard_normal(start[B].shape).astype(np.float32)
     own = method.effective(tensors(start, torch.float32), numbers)
     np.testing.assert_allclose(product(own), start[B] @ start[A], rtol=1e-5, atol=1e-6)
@@ -200,7 +200,7 @@ def test_sd_lora_alone_needs_a_wider_model():
 
 
 class Net(nn.Module):
-    """Two adapted layers and a head, on (examples, tokens, features)."""
+    """A model of two adapted layers and a head, for inputs (examples, tokens, features)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -230,7 +230,7 @@ def losses_of(model: Callable[[Tensor], Tensor], indices: list[int]) -> Tensor:
 
 
 def tangled(theta: Theta) -> Theta:
-    """A nonlinear function in which every tensor of a layer has a part in both factors."""
+    """A nonlinear parametrisation, in which both factors depend on every tensor of a layer."""
     own = {}
     for name, value in theta.items():
         if kind(name) == "head":
@@ -248,7 +248,7 @@ def tangled_start(plain: Adapter) -> Adapter:
 
 
 def random_theta(theta: Theta, seed: int = 0) -> Theta:
-    """Random values, what is fixed too; rows of a wide fixed tensor are orthonormal, as a basis."""
+    """Return random values for all tensors; a wide fixed tensor has orthonormal rows."""
     rng = np.random.default_rng(seed)
     values = {}
     for name, value in theta.items():
@@ -260,7 +260,7 @@ def random_theta(theta: Theta, seed: int = 0) -> Theta:
 
 
 def pulled(name: str) -> tuple[nn.Module, Theta, Effective]:
-    """A model, theta and effective of a method, or of the tangled function."""
+    """Return model, theta and parametrisation of a method or of :func:`tangled`."""
     numbers = rule(TASKS)
     width = METHODS[name].width(RANK, numbers) if name in METHODS else RANK
     model = net(width)
@@ -359,7 +359,7 @@ def test_one_example_more_or_less_moves_the_clipped_sum_by_at_most_the_clip_norm
     assert joint(list(released([left_out]).values())) <= clip_norm
 
 
-# In a run's own backbone.
+# With the backbone of a run.
 
 
 @pytest.fixture
@@ -427,7 +427,7 @@ def test_an_evaluation_is_that_of_a_dense_model_with_the_parametrised_product(na
 
 
 def chi2(samples: list[Tensor], std: float) -> float:
-    """The p-value of a variance: two-sided."""
+    """Return the two-sided p-value of a variance (chi-squared test)."""
     total = sum(float(s.double().square().sum()) for s in samples) / std**2
     tail = stats.chi2.cdf(total, sum(s.numel() for s in samples))
     return 2 * min(tail, 1 - tail)
@@ -478,7 +478,7 @@ def test_what_rests_or_is_fixed_keeps_its_bits_under_adamw(name, factors, built,
     theta = filled(start)
     backbone.load(theta)
     optimizer = local_round.make_optimizer(backbone, local_of(name), 0.1)
-    for names in (AB, factors, factors):  # with moments and weight decay
+    for names in (AB, factors, factors):  # AdamW has moments and weight decay
         backbone.engine.activate(active_names(start, names))
         before = backbone.adapter()
         local_round.apply(backbone, optimizer, release(backbone, data, z=1.0))

@@ -1,4 +1,4 @@
-"""The weighted mean of what travelled, against a float64 loop, and when its product is exact."""
+"""Federated averaging, compared with a float64 loop, and the error of the product of means."""
 
 import numpy as np
 import pytest
@@ -33,7 +33,7 @@ def loop_mean(weights, arrays) -> np.ndarray:
     seed=st.integers(0, 2**32 - 1),
 )
 @settings(max_examples=40, deadline=None, derandomize=True)
-def test_mean_equals_the_float64_loop_and_does_not_care_for_order(weights, seed):
+def test_the_mean_equals_a_float64_loop_in_any_order_of_clients(weights, seed):
     rng = np.random.default_rng(seed)
     uploads = [drawn(rng) for _ in weights]
     merged = weighted_mean(drawn(rng), weights, uploads)
@@ -46,7 +46,7 @@ def test_mean_equals_the_float64_loop_and_does_not_care_for_order(weights, seed)
         np.testing.assert_allclose(merged[name], shuffled[name], rtol=1e-6, atol=1e-7)
 
 
-def test_only_the_ratio_of_weights_counts():
+def test_the_mean_depends_on_ratios_of_weights_only():
     rng = np.random.default_rng(0)
     current, uploads = drawn(rng), [drawn(rng) for _ in range(3)]
     first = weighted_mean(current, [1.0, 2.0, 5.0], uploads)
@@ -57,13 +57,13 @@ def test_only_the_ratio_of_weights_counts():
         np.testing.assert_array_equal(first[name], second[name])
 
 
-def test_a_heavy_client_outweighs_a_light_one():
+def test_a_client_of_large_weight_dominates_the_mean():
     low, high = np.zeros(3, dtype=np.float32), np.ones(3, dtype=np.float32)
     merged = weighted_mean({HEAD: low}, [3.0, 1.0], [{HEAD: low}, {HEAD: high}])
     np.testing.assert_array_equal(merged[HEAD], np.full(3, 1 / 4, dtype=np.float32))
 
 
-def test_one_client_gets_its_own_bits_back():
+def test_the_mean_of_one_client_is_its_upload_bit_for_bit():
     rng = np.random.default_rng(1)
     upload = drawn(rng)
     merged = weighted_mean(drawn(rng), [7.0], [upload])
@@ -71,7 +71,7 @@ def test_one_client_gets_its_own_bits_back():
         np.testing.assert_array_equal(merged[name], upload[name])
 
 
-def test_tensors_that_did_not_travel_stay_the_same_objects():
+def test_tensors_without_an_upload_stay_the_same_objects():
     rng = np.random.default_rng(2)
     current = drawn(rng)
     before = {name: array.copy() for name, array in current.items()}

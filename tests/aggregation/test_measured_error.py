@@ -1,4 +1,4 @@
-"""How far averaging the factors apart is from the truth, against dense products in float64."""
+"""The measured error of averaging A and B separately, compared with dense float64 products."""
 
 from dataclasses import dataclass
 
@@ -23,7 +23,7 @@ LAYERS = [names(layer) for layer in range(3)]
 
 
 def drawn(rng: np.random.Generator, shapes: list[tuple[int, int, int]]) -> Adapter:
-    """An upload of layers of (outputs, rank, inputs), in float32, with a head."""
+    """Draw an upload with layers of (outputs, rank, inputs) and a head, in float32."""
     upload = {HEAD: rng.standard_normal((2, 3)).astype(np.float32)}
     for (a, b), (outputs, rank, inputs) in zip(LAYERS, shapes, strict=False):
         upload[a] = rng.standard_normal((rank, inputs)).astype(np.float32)
@@ -32,13 +32,13 @@ def drawn(rng: np.random.Generator, shapes: list[tuple[int, int, int]]) -> Adapt
 
 
 def products(adapter: Adapter, layers: int, scale: float) -> np.ndarray:
-    """Every entry of scale · B A of every layer, one after the other."""
+    """Return all entries of scale · B A of all layers as one vector."""
     wide = {name: array.astype(np.float64) for name, array in adapter.items()}
     return np.concatenate([(scale * wide[b] @ wide[a]).ravel() for a, b in LAYERS[:layers]])
 
 
 def by_products(weights, uploads, layers: int, scale: float = 1.0) -> float:
-    """‖Σ p_k sB_kA_k - sB̄Ā‖ / ‖Σ p_k sB_kA_k‖: the mean of the products, and that of the means."""
+    """Return ‖Σ p_k sB_kA_k - sB̄Ā‖ / ‖Σ p_k sB_kA_k‖ from dense products."""
     shares = [weight / sum(weights) for weight in weights]
     truth = sum(
         p * products(upload, layers, scale) for p, upload in zip(shares, uploads, strict=True)
@@ -53,7 +53,7 @@ def by_products(weights, uploads, layers: int, scale: float = 1.0) -> float:
 
 @dataclass
 class Case:
-    """Uploads of some clients and their weights."""
+    """Uploads and weights of several clients."""
 
     weights: list[float]
     uploads: list[Adapter]
@@ -71,7 +71,7 @@ def cases(draw) -> Case:
 
 @given(case=cases(), scale=st.sampled_from([0.5, 1.0, 16.0]))
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_it_is_the_definition_over_dense_products_whatever_the_scale(case, scale):
+def test_the_error_equals_its_definition_by_dense_products_at_any_scale(case, scale):
     found = aggregation_error(case.weights, case.uploads)
     expected = by_products(case.weights, case.uploads, case.layers, scale)
     assert found == pytest.approx(expected, rel=1e-6, abs=1e-6)
@@ -80,14 +80,14 @@ def test_it_is_the_definition_over_dense_products_whatever_the_scale(case, scale
 
 @given(case=cases(), factor=st.sampled_from([1e-3, 64.0]))
 @settings(max_examples=20, deadline=None, derandomize=True)
-def test_neither_the_order_nor_the_size_of_the_weights_counts(case, factor):
+def test_order_of_clients_and_scale_of_weights_do_not_change_the_error(case, factor):
     found = aggregation_error(case.weights, case.uploads)
     scaled = aggregation_error([factor * w for w in case.weights], case.uploads)
     turned = aggregation_error(case.weights[::-1], case.uploads[::-1])
     assert (scaled, turned) == pytest.approx((found, found), rel=1e-6, abs=1e-6)
 
 
-def test_it_is_what_the_aggregate_of_the_run_loses():
+def test_the_error_is_the_error_of_federated_averaging():
     rng = np.random.default_rng(0)
     weights, uploads = [1.0, 2.0, 5.0], [drawn(rng, [(6, 2, 5)]) for _ in range(3)]
     merged = weighted_mean(uploads[0], weights, uploads)
@@ -99,7 +99,7 @@ def test_it_is_what_the_aggregate_of_the_run_loses():
 
 @given(case=cases(), which=st.sampled_from([0, 1]))
 @settings(max_examples=20, deadline=None, derandomize=True)
-def test_clients_that_agree_on_a_factor_lose_nothing(case, which):
+def test_the_error_is_zero_if_all_clients_have_one_factor_in_common(case, which):
     shared = {pair[which]: case.uploads[0][pair[which]] for pair in LAYERS[: case.layers]}
     uploads = [upload | shared for upload in case.uploads]
     assert aggregation_error(case.weights, uploads) == pytest.approx(0, abs=1e-9)
@@ -107,25 +107,25 @@ def test_clients_that_agree_on_a_factor_lose_nothing(case, which):
 
 @given(case=cases())
 @settings(max_examples=20, deadline=None, derandomize=True)
-def test_one_client_loses_nothing(case):
+def test_the_error_of_one_client_is_zero(case):
     assert aggregation_error(case.weights[:1], case.uploads[:1]) == 0.0
 
 
-def test_factors_at_zero_lose_nothing():
+def test_the_error_of_zero_factors_is_zero():
     upload = drawn(np.random.default_rng(0), [(4, 2, 3)])
     upload[names(0)[1]] *= 0
     assert aggregation_error([1.0, 1.0], [upload, upload]) == 0.0
 
 
-def test_opposite_clients_lose_everything():
-    """Means of zero: B̄Ā is 0, and Σ p_k B_k A_k is not."""
+def test_the_error_of_opposite_clients_is_one():
+    """The means B̄ and Ā are 0, but Σ p_k B_k A_k is not."""
     upload = drawn(np.random.default_rng(0), [(4, 2, 3)])
     opposite = {name: -array for name, array in upload.items()}
     assert aggregation_error([1.0, 1.0], [upload, opposite]) == pytest.approx(1.0)
 
 
 @pytest.mark.parametrize("missing", [".lora_A.", ".lora_B.", ".lora_"])
-def test_without_one_of_the_factors_nothing_can_be_said(missing):
+def test_the_error_is_none_without_one_of_the_factors(missing):
     rng = np.random.default_rng(0)
     uploads = [drawn(rng, [(4, 2, 3), (3, 2, 4)]) for _ in range(2)]
     partial = [{n: a for n, a in upload.items() if missing not in n} for upload in uploads]

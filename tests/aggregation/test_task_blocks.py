@@ -1,4 +1,4 @@
-"""Rules that close a task, and the one that prunes and expands, against dense plain readings."""
+"""SD-LoRA, DualLoRA and BeamLoRA server rules, compared with dense loops."""
 
 from functools import cache
 from itertools import pairwise
@@ -46,7 +46,7 @@ def plain(rng: np.random.Generator, rank: int) -> Adapter:
 
 
 def uploads_of(rng: np.random.Generator, current: Adapter, clients: int = 2) -> list[Adapter]:
-    """What clients may send: new values for everything but what is fixed."""
+    """Return uploads with new values for all tensors except fixed ones."""
     travels = select(current, AB)
     assert not any(kind(name) == "fixed" for name in travels)
     return [
@@ -74,11 +74,11 @@ def assert_near(found: np.ndarray, expected: np.ndarray, relative: float = 1e-5)
     assert np.linalg.norm(found - expected) <= relative * max(np.linalg.norm(expected), 1e-30)
 
 
-# Which rounds close a task.
+# The last round of each task.
 
 
 def tasks_of(rounds: int, tasks: int) -> list[int]:
-    """Round by round: the task whose share [i, i + 1)/tasks of the run the round's start is in."""
+    """Return per round the task i with the round's start in [i, i + 1)/tasks of the run."""
     found = []
     for done in range(rounds):
         (task,) = [i for i in range(tasks) if i * rounds <= done * tasks < (i + 1) * rounds]
@@ -87,7 +87,7 @@ def tasks_of(rounds: int, tasks: int) -> list[int]:
 
 
 @pytest.mark.parametrize("tasks", [1, 2, 3, 4, 5, 7, 12, 20])
-def test_a_task_closes_in_the_last_of_its_rounds_and_the_runs_last_task_never(tasks):
+def test_a_task_ends_in_its_last_round_and_the_last_task_never_ends(tasks):
     for rounds in range(1, 26):
         wanted = tasks_of(rounds, tasks)
         ends = [one if one != next_one else None for one, next_one in pairwise([*wanted, None])]
@@ -95,21 +95,23 @@ def test_a_task_closes_in_the_last_of_its_rounds_and_the_runs_last_task_never(ta
         found = [finished_task(at(t, rounds, tasks=tasks)) for t in range(1, rounds + 1)]
         assert found == expected, rounds
         closed = [task for task in found if task is not None]
-        assert all(task < tasks - 1 for task in closed)  # there is room for no more
+        assert all(
+            task < tasks - 1 for task in closed
+        )  # all blocks of frozen directions are in use
         assert len(set(closed)) == len(closed)
         if tasks <= rounds:
             assert closed == list(range(tasks - 1))
             lengths = [wanted.count(task) for task in range(tasks)]
             assert max(lengths) - min(lengths) <= 1
         else:
-            assert len(closed) == rounds - 1  # a task a round, some without any
+            assert len(closed) == rounds - 1  # as many tasks as rounds, or more
 
 
 # SD-LoRA.
 
 
 def directed_product(theta: Adapter, b: str, a: str, tasks: int) -> np.ndarray:
-    """B·A + Σ α_i·B̂_i·Â_i, a task and a direction at a time."""
+    """Return B·A + Σ α_i·B̂_i·Â_i, summed per task and direction."""
     total = wide(theta[b]) @ wide(theta[a])
     rank = len(theta[a])
     left, right = wide(theta[fixed_b_name(b)]), wide(theta[sibling(a, "fixed")])
@@ -125,7 +127,7 @@ def sd_start(rng: np.random.Generator, rank: int, tasks: int) -> Adapter:
 
 @pytest.mark.parametrize(("rank", "tasks", "rounds"), [(2, 3, 3), (1, 4, 6), (3, 2, 5), (2, 5, 3)])
 @pytest.mark.parametrize("seed", range(2))
-def test_at_a_tasks_end_the_product_moves_into_normalised_directions(rank, tasks, rounds, seed):
+def test_sd_lora_freezes_the_product_as_normalised_directions(rank, tasks, rounds, seed):
     rng = np.random.default_rng(seed)
     current, weights, frozen = sd_start(rng, rank, tasks), [1.0, 3.0], []
     for t in range(1, rounds + 1):
@@ -181,7 +183,7 @@ def test_a_zero_product_freezes_to_zero_without_dividing_by_it(zero):
 
 
 def projected_product(theta: Adapter, b: str, a: str) -> np.ndarray:
-    """B·A with half of A's rows stripped of what is inside of the basis, and half of the rest."""
+    """Return B·A, with half of A's rows projected out of the basis and the other half onto it."""
     rows, basis, half = wide(theta[a]), wide(theta[sibling(a, "fixed")]), len(theta[a]) // 2
     for i in range(len(rows)):
         inside = sum((phi @ rows[i]) * phi for phi in basis)
@@ -199,7 +201,7 @@ def assert_orthonormal_or_zero(basis: np.ndarray) -> None:
 
 
 def assert_closed(new: Adapter, current: Adapter, fold: Adapter, task: int) -> None:
-    """The basis is one, it has grown by the task's rows only, and spans what the fold computes."""
+    """Check that the basis is orthonormal, changed in the task's rows only, and spans the fold."""
     for b, a in LAYERS:
         name, rank = sibling(a, "fixed"), len(new[a])
         basis = new[name]
@@ -218,9 +220,7 @@ def assert_closed(new: Adapter, current: Adapter, fold: Adapter, task: int) -> N
 
 @pytest.mark.parametrize(("rank", "tasks", "rounds"), [(2, 4, 4), (4, 3, 5), (3, 3, 3), (1, 3, 3)])
 @pytest.mark.parametrize("seed", range(2))
-def test_at_a_tasks_end_the_product_moves_into_the_base_and_its_rows_into_the_basis(
-    rank, tasks, rounds, seed
-):
+def test_duallora_adds_the_product_to_the_base_and_its_rows_to_the_basis(rank, tasks, rounds, seed):
     rng = np.random.default_rng(seed)
     current = add_task_basis(plain(rng, rank), numbers(tasks=tasks))
     weights, closed = [2.0, 1.0], 0
@@ -245,8 +245,8 @@ def test_at_a_tasks_end_the_product_moves_into_the_base_and_its_rows_into_the_ba
     assert closed == tasks - 1
 
 
-def test_what_a_later_task_computes_inside_of_the_basis_adds_nothing_to_it():
-    """Half of its rows lie in the basis: there are as many new directions as the other half has."""
+def test_rows_inside_the_basis_add_no_direction():
+    """Half of the task's rows are inside the basis, so only the other half adds directions."""
     rng, rank, tasks = np.random.default_rng(0), 4, 4
     current = add_task_basis(plain(rng, rank), numbers(tasks=tasks))
     for t in range(1, tasks):
@@ -258,7 +258,7 @@ def test_what_a_later_task_computes_inside_of_the_basis_adds_nothing_to_it():
 
 
 @pytest.mark.parametrize("zero", ["lora_A", "lora_B"])
-def test_a_task_that_has_learnt_nothing_uses_no_direction(zero):
+def test_a_zero_product_adds_no_direction(zero):
     rng = np.random.default_rng(1)
     current = add_task_basis(plain(rng, 2), numbers(tasks=3))
     (upload,) = uploads_of(rng, current, clients=1)
@@ -267,7 +267,7 @@ def test_a_task_that_has_learnt_nothing_uses_no_direction(zero):
     assert not any(new[sibling(a, "fixed")].any() for _, a in LAYERS)
 
 
-def test_a_product_of_lower_rank_uses_as_many_directions_as_it_has():
+def test_a_product_of_lower_rank_adds_as_many_directions_as_its_rank():
     rng = np.random.default_rng(2)
     current = add_task_basis(plain(rng, 3), numbers(tasks=2))
     (upload,) = uploads_of(rng, current, clients=1)
@@ -280,8 +280,12 @@ def test_a_product_of_lower_rank_uses_as_many_directions_as_it_has():
         assert_orthonormal_or_zero(basis)
 
 
-def test_a_basis_of_the_whole_space_takes_no_more():
-    rng, rank, tasks = np.random.default_rng(3), 8, 6  # room for 40 directions, in 17 and 13
+def test_a_basis_of_the_whole_space_does_not_grow():
+    rng, rank, tasks = (
+        np.random.default_rng(3),
+        8,
+        6,
+    )  # 40 possible directions in layers with 17 and 13 inputs
     current = add_task_basis(plain(rng, rank), numbers(tasks=tasks))
     for t in range(1, tasks):
         info, uploads = at(t, tasks, tasks=tasks), uploads_of(rng, current, 1)
@@ -296,7 +300,7 @@ def test_a_basis_of_the_whole_space_takes_no_more():
     ("rule", "start"), [(freeze_direction, add_task_directions), (freeze_subspace, add_task_basis)]
 )
 @pytest.mark.parametrize(("tasks", "rounds"), [(7, 3), (3, 1), (1, 3), (5, 4)])
-def test_any_number_of_tasks_goes_with_any_number_of_rounds(rule, start, tasks, rounds):
+def test_any_number_of_tasks_works_with_any_number_of_rounds(rule, start, tasks, rounds):
     rng = np.random.default_rng(0)
     current = start(plain(rng, tasks), numbers(tasks=tasks))
     shapes = {name: array.shape for name, array in current.items()}
@@ -320,14 +324,16 @@ def shares_of(gate: np.ndarray, temperature: float) -> list[float]:
 
 
 def expanded(merged: Adapter, temperature: float) -> tuple[Adapter, list[int]]:
-    """Copy the strongest directions over the weakest, one at a time; and how many in each layer."""
+    """Copy directions of high gate over those of low gate; also return the number per layer."""
     new, counts = {n: wide(x) for n, x in merged.items()}, []
     for b, a in factor_pairs(merged):
         gate = sibling(a, "gate")
         shares = shares_of(merged[gate], temperature)
         rank, ranked = len(shares), sorted(range(len(shares)), key=lambda i: -shares[i])
         sums = [sum(shares[i] for i in ranked[:k]) for k in range(1, rank + 1)]
-        assume(min(abs(total - 0.95) for total in sums) > 1e-5)  # float32 may see it otherwise
+        assume(
+            min(abs(total - 0.95) for total in sums) > 1e-5
+        )  # float32 may round to the other side
         kept = min(k for k in range(1, rank + 1) if sums[k - 1] >= 0.95)
         kept = max(kept, rank - rank // 2)
         for place in range(rank - kept):
@@ -355,7 +361,7 @@ def beam_case(seed: int, rank: int, spread: float) -> tuple[Adapter, list[Adapte
     temperature=st.sampled_from([0.05, 0.5, 2.0]),
 )
 @settings(max_examples=40, deadline=None, derandomize=True)
-def test_weak_directions_become_copies_of_strong_ones_as_the_paper_says(
+def test_directions_of_low_gate_become_copies_of_directions_of_high_gate(
     seed, rank, spread, temperature
 ):
     current, uploads = beam_case(seed, rank, spread)
@@ -371,7 +377,7 @@ def test_weak_directions_become_copies_of_strong_ones_as_the_paper_says(
         np.testing.assert_allclose(result.adapter[name], array, rtol=1e-5, atol=1e-6)
 
 
-def test_a_gate_that_has_all_the_mass_prunes_half_and_no_more():
+def test_at_most_half_of_the_directions_are_pruned():
     current, uploads = beam_case(0, 5, 0.0)
     for _, a in LAYERS:
         for upload in uploads:
@@ -379,7 +385,7 @@ def test_a_gate_that_has_all_the_mass_prunes_half_and_no_more():
     new = prune_and_expand(current, [1.0, 1.0], uploads, at(1, 9)).adapter
     merged = mean_of(uploads, [1.0, 1.0], current)
     for b, a in LAYERS:
-        source = [2, 4, 2, 3, 4]  # the weakest takes the best, the next the second best
+        source = [2, 4, 2, 3, 4]  # the weakest becomes the strongest, the next the second strongest
         assert_near(new[a], merged[a][source])
         assert_near(new[b], merged[b][:, source])
         np.testing.assert_array_equal(new[sibling(a, "gate")], [50, 3, 50, 3, 3])
@@ -394,10 +400,10 @@ def test_equal_gates_prune_nothing_at_any_rank(rank):
         np.testing.assert_array_equal(new[name], array.astype(np.float32))
 
 
-def test_as_strong_as_the_weakest_that_is_kept_is_kept_too():
+def test_a_gate_equal_to_the_lowest_kept_gate_is_kept():
     current, uploads = beam_case(2, 30, 0.0)
     gate = np.zeros(30, np.float32)
-    gate[:10] = -20.0  # the other twenty are 5 % each
+    gate[:10] = -20.0  # the other twenty have 5 % each
     for _, a in LAYERS:
         for upload in uploads:
             upload[sibling(a, "gate")] = gate
@@ -408,7 +414,7 @@ def test_as_strong_as_the_weakest_that_is_kept_is_kept_too():
         assert changed == list(range(10))
 
 
-def test_between_the_ends_of_its_periods_beamlora_only_averages():
+def test_beamlora_only_averages_within_a_period():
     current, uploads = beam_case(3, 6, 3.0)
     merged = mean_of(uploads, [1.0, 1.0], current)
     for t in range(1, 8):

@@ -1,4 +1,4 @@
-"""FedRot-LoRA's rotation: the product stays, the gauge does not count, A comes nearest."""
+"""FedRot-LoRA's rotation keeps the product, undoes rotations, and is the nearest to the start."""
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ def drawn(rng: np.random.Generator, rank: int) -> Adapter:
 
 
 def orthogonal(rng: np.random.Generator, rank: int) -> np.ndarray:
-    """Random, of either determinant."""
+    """Return a random orthogonal matrix, with determinant 1 or −1."""
     q, r = np.linalg.qr(rng.standard_normal((rank, rank)))
     return q * np.where(np.diag(r) < 0, -1.0, 1.0)
 
@@ -41,7 +41,7 @@ def case(seed: int, rank: int) -> tuple[np.random.Generator, Adapter, Adapter]:
 
 @given(seed=SEEDS, rank=RANKS)
 @FEW
-def test_the_product_and_the_head_stay_and_all_is_float32(seed, rank):
+def test_the_rotation_keeps_product_and_head_in_float32(seed, rank):
     _, start, result = case(seed, rank)
     before = {name: array.copy() for name, array in result.items()}
     found = rotate_to_start(start, result)
@@ -55,7 +55,7 @@ def test_the_product_and_the_head_stay_and_all_is_float32(seed, rank):
 
 @given(seed=SEEDS, rank=RANKS)
 @FEW
-def test_factors_turned_by_any_orthogonal_matrix_are_turned_back(seed, rank):
+def test_a_rotation_by_any_orthogonal_matrix_is_undone(seed, rank):
     rng, start, result = case(seed, rank)
     q = orthogonal(rng, rank)
     turned = result | {
@@ -64,7 +64,7 @@ def test_factors_turned_by_any_orthogonal_matrix_are_turned_back(seed, rank):
     }
     assert rank == 1 or np.abs(turned[A] - result[A]).max() > 1e-3
     one, other = rotate_to_start(start, result), rotate_to_start(start, turned)
-    # The smaller the overlap with the start in its worst direction, the less it says of the turn.
+    # The smaller the smallest singular value of the overlap, the less accurate is the rotation.
     overlap = np.linalg.svd(wide(result, A) @ wide(start, A).T, compute_uv=False)
     tolerance = 1e-5 * (1 + overlap[0] / overlap[-1])
     for name in (B, A):
@@ -73,14 +73,14 @@ def test_factors_turned_by_any_orthogonal_matrix_are_turned_back(seed, rank):
 
 @given(seed=SEEDS, rank=RANKS)
 @FEW
-def test_no_orthogonal_matrix_brings_a_nearer_to_the_start(seed, rank):
+def test_no_orthogonal_matrix_reduces_the_distance_to_the_start(seed, rank):
     rng, start, result = case(seed, rank)
     reference, own = wide(start, A), wide(result, A)
     found = np.linalg.norm(wide(rotate_to_start(start, result), A) - reference)
     rest = [np.linalg.norm(orthogonal(rng, rank).T @ own - reference) for _ in range(200)]
     assert found <= min(rest) + 1e-5
     assert found <= np.linalg.norm(own - reference) + 1e-5
-    # Nor does a small turn from where it is: the minimum is at least a local one.
+    # A small further rotation does not reduce the distance: it is at least a local minimum.
     here = wide(rotate_to_start(start, result), A)
     for _ in range(20):
         skew = rng.standard_normal((rank, rank))
@@ -90,7 +90,7 @@ def test_no_orthogonal_matrix_brings_a_nearer_to_the_start(seed, rank):
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-def test_rank_one_can_only_flip_the_sign(sign):
+def test_at_rank_one_the_rotation_is_a_sign(sign):
     _, start, result = case(0, 1)
     result[A] = (sign * start[A] + 0.1 * result[A]).astype(np.float32)
     found = rotate_to_start(start, result)
@@ -99,7 +99,7 @@ def test_rank_one_can_only_flip_the_sign(sign):
 
 
 @pytest.mark.parametrize("rank", [1, 3])
-def test_what_lies_where_it_began_is_not_turned(rank):
+def test_an_unchanged_a_is_not_rotated(rank):
     _, start, result = case(1, rank)
     result[A] = start[A]
     found = rotate_to_start(start, result)
@@ -124,7 +124,7 @@ def test_the_mean_of_aligned_copies_of_one_product_is_that_product():
     assert np.linalg.norm(of_means(clients) - product(result)) > 1
 
 
-def test_a_zero_factor_is_no_obstacle():
+def test_a_zero_factor_is_accepted():
     _, start, result = case(3, 3)
     result[A] = np.zeros_like(result[A])
     found = rotate_to_start(start, result)

@@ -1,4 +1,4 @@
-"""What holds for every entry of METHODS: sensitivity, noise, products, export, ranks."""
+"""Properties of every method in METHODS: sensitivity, noise, products, export, ranks."""
 
 import copy
 from dataclasses import replace
@@ -31,7 +31,7 @@ EXAMPLES, CLIP = 8, 0.05
 
 
 def midway(start, seed=0):
-    """An adapter as in the middle of a run: nothing of it is zero."""
+    """Return an adapter as in the middle of a run, without zero tensors."""
     rng = np.random.default_rng(seed)
     noisy = {n: (x + 0.3 * rng.standard_normal(x.shape)).astype("f4") for n, x in start.items()}
     return noisy | {n: (x != 0).astype("f4") for n, x in noisy.items() if ".ranks." in n}
@@ -44,7 +44,7 @@ def method(request):
 
 @pytest.fixture
 def client(tiny, method):
-    """A client's model at the middle of a run of the method, and a few examples."""
+    """Return a client's model in the middle of a run of the method, and a few examples."""
     config = tiny(method=method)
     model, start = build(config)
     model.load(midway(start))
@@ -54,7 +54,7 @@ def client(tiny, method):
 
 
 def released(client, data, *, t, k, z=0.0, seed=0):
-    """The noised mean gradient of step ``k`` of round ``t``, as the trainer takes it."""
+    """Return the noised mean gradient of step ``k`` of round ``t``, as in a client's round."""
     config, model, start, _ = client
     local = local_steps(config, t)
     model.engine.activate(active_names(start, local.method.trains(t, k)))
@@ -81,7 +81,7 @@ def test_one_example_moves_the_sum_by_at_most_the_clip_norm(client, t, k):
         less = (EXAMPLES - 1) * flat(released(client, neighbour, t=t, k=k))
         moved.append(np.linalg.norm(whole - less))
     assert max(moved) <= CLIP * (1 + 1e-4)
-    assert max(moved) > 0.9 * CLIP  # the clip is at work, so the bound is not met by chance
+    assert max(moved) > 0.9 * CLIP  # the gradient is clipped, so the bound does not hold by chance
 
 
 def test_every_active_tensor_gets_the_runs_noise_and_nothing_else_does(client, method):
@@ -96,13 +96,13 @@ def test_every_active_tensor_gets_the_runs_noise_and_nothing_else_does(client, m
             noise[name].append((noised - clean[name]).double().numpy().ravel())
     together = np.concatenate([np.concatenate(parts) for parts in noise.values()])
     assert_gaussian(together, z * CLIP / EXAMPLES)
-    for name, parts in noise.items():  # each tensor for itself, with less power
+    for name, parts in noise.items():  # per tensor, with less statistical power
         ratio = np.concatenate(parts).std() / (z * CLIP / EXAMPLES)
         assert 1 / 2 < ratio < 2, name
 
 
-def test_deer_clips_where_its_noise_is(tiny):
-    """‖ΔB·A‖_F ≤ C for what one example adds to B, in every state that the server hands out."""
+def test_deers_clipping_norm_bounds_the_change_of_the_product(tiny):
+    """‖ΔB·A‖_F ≤ C for the contribution of one example to B, in every downloaded state."""
     done = run(tiny(**open_run(method="deer", **{"num-server-rounds": 4})))
     for exchange in done.grid.trained():
         sent, t = exchange.start, exchange.order["round"]
@@ -115,7 +115,7 @@ MOVES = [name for name, entry in METHODS.items() if entry.moves_base or entry.ef
 
 
 @pytest.mark.parametrize("name", MOVES)
-def test_peft_loads_what_moved_and_what_is_gated_with_the_reported_accuracy(tiny, name):
+def test_peft_loads_exported_drift_and_gates_with_the_reported_accuracy(tiny, name):
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 
@@ -131,7 +131,7 @@ def test_peft_loads_what_moved_and_what_is_gated_with_the_reported_accuracy(tiny
     own = model.encode(split(config.data)[1])
     with torch.no_grad():
         logits = stock(**inputs).logits
-        # examples in their order: batches sort by length
+        # the original order: batches are sorted by length
         batch = own.batch(range(len(own)))
         assert torch.allclose(logits, model.logits(batch), atol=1e-4)
     accuracy = (logits.argmax(1) == labels).float().mean().item()
@@ -145,7 +145,7 @@ def wide(product):
 
 
 @pytest.mark.parametrize("name", ["flora", "flexlora", "hetlora"])
-def test_clients_of_different_ranks_train_their_own_and_are_aggregated_in_one_scale(tiny, name):
+def test_clients_of_different_ranks_are_aggregated_with_one_scale(tiny, name):
     changes = {"lora.ranks": "1,2,4", "lora.rank": 4, "lora.alpha": 8.0, "num-server-rounds": 2}
     config = tiny(**open_run(3, method=name, **changes))
     done = run(config, 3)
@@ -157,7 +157,7 @@ def test_clients_of_different_ranks_train_their_own_and_are_aggregated_in_one_sc
                 assert sent[a].shape[0] == sent[b].shape[1] == ranks[exchange.partition]
     first = done.grid.trained(1)
     second = done.grid.trained(2)[-1]
-    whole = second.start  # of the client of full rank: the global adapter
+    whole = second.start  # the client of full rank has the global adapter
     drift = second.drift
     for b, a in factor_pairs(whole):
         scales = [config.lora.alpha / rank for rank in ranks]
@@ -183,7 +183,7 @@ def test_clients_of_different_ranks_train_their_own_and_are_aggregated_in_one_sc
         assert all(row["remaining_error"] < 1e-6 for row in rows)
 
 
-def test_a_node_may_name_its_rank_and_no_other_than_the_run_has_room_for(tiny):
+def test_a_nodes_rank_must_not_exceed_the_rank_of_the_run(tiny):
     config = tiny(**open_run(method="flora"))
     grid = FakeGrid(config, [{"rank": 1}, {}])
     server_app.run(grid, config)
@@ -201,7 +201,7 @@ def test_a_node_may_name_its_rank_and_no_other_than_the_run_has_room_for(tiny):
 
 
 @pytest.mark.parametrize(("name", "rank"), [("la-lora", 1), ("la-lora", 99), ("flora", 99)])
-def test_a_server_does_not_take_a_clients_word_for_a_rank(tiny, name, rank):
+def test_the_server_checks_a_clients_rank(tiny, name, rank):
     def fault(attempt, partition, reply):
         if attempt == 0 and partition == 1:
             reply.content[messages.CONFIG]["rank"] = rank
@@ -218,13 +218,13 @@ EXACT = [name for name, entry in METHODS.items() if entry.exact]
 
 
 @pytest.mark.parametrize("name", EXACT)
-def test_exact_methods_lose_nothing_of_the_clients_products(tiny, name):
+def test_exact_methods_have_no_aggregation_error(tiny, name):
     done = run(tiny(**open_run(method=name)))
     assert all(row["remaining_error"] < 1e-6 for row in done.rows)
 
 
 @pytest.mark.parametrize("name", ["dp-lora", "la-lora-full", "lora-fair", "flexlora"])
-def test_inexact_methods_say_what_they_lose(tiny, name):
+def test_inexact_methods_report_their_aggregation_error(tiny, name):
     rates = {"train.lr-a": 0.05, "train.lr-b": 0.05, "train.batch-size": 60}
     rows = run(tiny(**open_run(method=name) | rates)).rows
     assert all(row["aggregation_error"] > 1e-6 for row in rows)
@@ -238,7 +238,7 @@ def test_inexact_methods_say_what_they_lose(tiny, name):
 
 
 @pytest.mark.parametrize("kind_of_mean", ["median", "trimmed-mean", "krum"])
-def test_one_client_that_sends_nonsense_does_not_move_a_robust_run(tiny, kind_of_mean):
+def test_one_client_with_a_wrong_upload_does_not_change_a_robust_run(tiny, kind_of_mean):
     def fault(attempt, partition, reply):
         if attempt and partition == 1:
             for array in reply.content[messages.ARRAYS].values():
@@ -256,8 +256,8 @@ def test_one_client_that_sends_nonsense_does_not_move_a_robust_run(tiny, kind_of
     assert any(np.abs(array).max() > 1e4 for array in moved.folder.latest().adapter.values())
 
 
-def test_a_late_client_gets_all_that_moved_the_base(tiny):
-    """fraction-train 0.5 of 4 clients: those of round 2 were not there in round 1."""
+def test_a_late_client_receives_the_whole_drift_of_the_base(tiny):
+    """With fraction-train 0.5 of 4 clients, the clients of round 2 take no part in round 1."""
     changes = {"fraction-train": 0.5, "num-server-rounds": 4}
     config = tiny(**open_run(4, method="fedex-lora") | changes | {"train.batch-size": 8})
     grid = run(config, 4).grid

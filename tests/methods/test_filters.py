@@ -1,4 +1,4 @@
-"""The binomial filter and its controls against a plain float64 loop."""
+"""The binomial filter and its controls, compared with a float64 loop."""
 
 import math
 
@@ -25,7 +25,7 @@ HEAD_NAME = "base_model.model.classifier.weight"
 
 
 def reflected(index: int, length: int) -> int:
-    """Where symmetric (edge-repeating) padding looks: ... x1 x0 | x0 x1 ... x_n | x_n ..."""
+    """Return the index under symmetric padding: ... x1 x0 | x0 x1 ... x_n | x_n ..."""
     while not 0 <= index < length:
         index = -1 - index if index < 0 else 2 * length - 1 - index
     return index
@@ -50,7 +50,7 @@ def drawn(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 @pytest.mark.parametrize("length", [1, 2, 3, 4, 9])
-def test_the_loop_pads_as_numpy_does(length):
+def test_the_loops_padding_equals_numpys(length):
     row = drawn(np.random.default_rng(length), length)
     padded = np.pad(row, 2, mode="symmetric")
     expected = np.convolve(padded, KERNEL, mode="valid")
@@ -71,7 +71,7 @@ def test_smooth_equals_the_loop(rows, length, seed):
     np.testing.assert_allclose(single, loop_smooth(x), atol=1e-5)
 
 
-def test_factors_of_any_mix_of_shapes_are_filtered_each_on_its_own():
+def test_factors_of_mixed_shapes_are_filtered_independently():
     rng = np.random.default_rng(0)
     shapes = {"q.lora_A": (2, 9), "k.lora_A": (2, 9), "up.lora_A": (3, 4), "v.lora_A": (2, 9)}
     shapes |= {"q.lora_B": (9, 2), "up.lora_B": (7, 3), "v.lora_B": (9, 2), "one.lora_B": (1, 1)}
@@ -107,7 +107,7 @@ def test_constant_rows_pass_unchanged(length):
     torch.testing.assert_close(smooth(rows), rows)
 
 
-def test_interior_noise_keeps_70_of_256_of_its_variance():
+def test_the_variance_of_inner_noise_is_multiplied_by_70_over_256():
     x = torch.from_numpy(drawn(np.random.default_rng(0), 400, 504))
     interior = smooth(x)[:, 2:-2]
     # 200000 entries, neighbours correlated: the estimate's own error is below 1 %.
@@ -128,11 +128,11 @@ def test_permuted_is_the_filter_on_features_in_one_fixed_random_order():
     rng = np.random.default_rng(4)
     a, b, head = drawn(rng, 2, 40), drawn(rng, 30, 2), drawn(rng, 2, 3)
     first, again = (permuted(grads_of(a, b, head)) for _ in range(2))
-    # One unit vector at a time tells which features the filter takes for neighbours.
+    # Unit vectors show which features the filter treats as neighbours.
     impulses = permuted(grads_of(np.eye(40), b, head))[A_NAME]
     weights = np.sort(impulses, axis=1)[:, ::-1][:, :5]
     inner = [row for row in weights if np.allclose(row, sorted(TAPS, reverse=True))]
-    assert len(inner) == 40 - 4  # all but those beside a border
+    assert len(inner) == 40 - 4  # except features next to a border
     assert not np.allclose(impulses, binomial(grads_of(np.eye(40), b, head))[A_NAME])
     np.testing.assert_allclose(first[A_NAME], a @ impulses.numpy(), atol=1e-12)
     np.testing.assert_array_equal(first[HEAD_NAME], head)
@@ -141,7 +141,7 @@ def test_permuted_is_the_filter_on_features_in_one_fixed_random_order():
 
 
 @pytest.mark.parametrize("postprocess", [binomial, permuted, scaled, identity])
-def test_filters_leave_their_input_alone_and_keep_names_and_shapes(postprocess):
+def test_filters_do_not_change_their_input_and_keep_names_and_shapes(postprocess):
     rng = np.random.default_rng(2)
     before = [drawn(rng, 2, 5), drawn(rng, 4, 2), drawn(rng, 2, 3)]
     grads = grads_of(*[array.copy() for array in before])
@@ -152,7 +152,7 @@ def test_filters_leave_their_input_alone_and_keep_names_and_shapes(postprocess):
 
 
 @pytest.mark.parametrize("postprocess", [binomial, permuted, scaled, identity])
-def test_filters_are_linear_so_they_are_free_post_processing(postprocess):
+def test_filters_are_linear(postprocess):
     rng = np.random.default_rng(3)
     x = grads_of(drawn(rng, 2, 7), drawn(rng, 6, 2), drawn(rng, 2, 3))
     y = grads_of(drawn(rng, 2, 7), drawn(rng, 6, 2), drawn(rng, 2, 3))

@@ -1,4 +1,4 @@
-"""The local optimisers against float64 loops, and their limits."""
+"""The local optimisers, compared with float64 loops, and their limit cases."""
 
 import copy
 from types import SimpleNamespace
@@ -42,7 +42,7 @@ def group(*parameters: Tensor, lr: float, kind: str = "A") -> dict:
 
 
 def after(optimizer, x: Tensor, grads: np.ndarray) -> list[np.ndarray]:
-    """The values after each step."""
+    """Return the values after every step."""
     values = []
     for grad in grads:
         x.grad = torch.from_numpy(grad)
@@ -60,7 +60,7 @@ def drawn(seed: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def doppler_loop(start, grads, lr, a, decay):
-    """m, and the same recursion c on the constant 1; m/c replaces the gradient."""
+    """Return the parameter after every step: m/c replaces the gradient, c is m for gradients 1."""
     m, c, last, last_one, x, values = 0.0, 0.0, 0.0, 0.0, start, []
     for grad in grads:
         m = a * m + (1 - a) / 2 * (grad + last)
@@ -75,7 +75,7 @@ def doppler_loop(start, grads, lr, a, decay):
     seed=SEEDS, steps=st.integers(1, 8), lr=st.floats(1e-3, 3), decay=st.sampled_from([0.0, 0.05])
 )
 @FEW
-def test_the_low_pass_filter_is_its_loop(seed, steps, lr, decay):
+def test_the_low_pass_filter_equals_a_float64_loop(seed, steps, lr, decay):
     start, grads = drawn(seed, steps)
     x = parameter(start)
     optimizer = low_pass_sgd([group(x, lr=lr)], hyper(**{"train.weight-decay": decay}))
@@ -84,7 +84,7 @@ def test_the_low_pass_filter_is_its_loop(seed, steps, lr, decay):
     np.testing.assert_allclose(found, expected, rtol=1e-11, atol=1e-12)
 
 
-def test_a_past_gradient_counts_with_the_filters_impulse_response():
+def test_a_past_gradient_is_weighted_by_the_impulse_response():
     a, steps = LowPassSGD.COEFFICIENT, 12
     response = (1 - a) / 2 * np.array([1, *((1 + a) * a**k for k in range(steps - 1))])
     start, grads = drawn(0, steps)
@@ -96,17 +96,19 @@ def test_a_past_gradient_counts_with_the_filters_impulse_response():
         np.testing.assert_allclose(values[t] - values[t + 1], expected, rtol=1e-10, atol=1e-12)
 
 
-def test_without_memory_two_neighbouring_gradients_are_averaged(monkeypatch):
+def test_at_coefficient_zero_two_successive_gradients_are_averaged(monkeypatch):
     monkeypatch.setattr(LowPassSGD, "COEFFICIENT", 0.0)
     start, grads = drawn(1, 5)
     x = parameter(start)
     moved = -np.diff([start, *after(LowPassSGD([group(x, lr=1.0)]), x, grads)], axis=0)
-    np.testing.assert_allclose(moved[0], grads[0], rtol=1e-12)  # it has no neighbour yet
+    np.testing.assert_allclose(
+        moved[0], grads[0], rtol=1e-12
+    )  # the first gradient has no predecessor
     np.testing.assert_allclose(moved[1:], (grads[1:] + grads[:-1]) / 2, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("a", [0.9, 0.5, 0.0])
-def test_stationary_white_noise_keeps_half_of_one_minus_a_of_its_variance(a, monkeypatch):
+def test_the_variance_of_white_noise_is_multiplied_by_half_of_one_minus_a(a, monkeypatch):
     monkeypatch.setattr(LowPassSGD, "COEFFICIENT", a)
     x = torch.nn.Parameter(torch.zeros(20_000, dtype=torch.float64))
     optimizer, rng = LowPassSGD([group(x, lr=1.0)]), np.random.default_rng(0)
@@ -147,9 +149,7 @@ def unbiased_loop(start, grads, lr, noise_std, decay):
     decay=st.sampled_from([0.0, 0.05]),
 )
 @FEW
-def test_the_noises_variance_is_taken_off_the_second_moment_as_in_the_loop(
-    seed, steps, noise_std, decay
-):
+def test_the_noise_variance_is_subtracted_from_the_second_moment(seed, steps, noise_std, decay):
     start, grads = drawn(seed, steps)
     x = parameter(start)
     run = hyper(noise_std, **{"train.weight-decay": decay})
@@ -195,7 +195,7 @@ def test_unbiased_adamw_never_divides_by_zero(size, noise_std, dtype, seed):
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
-def test_lora_plus_teaches_b_at_the_ratio_times_the_rate_of_a_and_leaves_the_others(optimizer):
+def test_lora_plus_multiplies_only_the_learning_rate_of_b(optimizer):
     rates = {"B": 7.0, "A": 0.3, "head": 5.0, "gate": 0.01}
     groups = [group(parameter(drawn(0, 1)[0]), lr=lr, kind=kind) for kind, lr in rates.items()]
     before = copy.deepcopy(groups)
@@ -217,7 +217,7 @@ def test_lora_plus_with_the_ratio_of_the_run_is_the_plain_optimiser():
     assert [g["lr"] for g in made.param_groups] == [g["lr"] for g in plain.param_groups]
 
 
-# All of them.
+# All optimisers.
 
 MAKES = {
     "sgd": (configured_optimizer, {"train.optimizer": "sgd", "train.momentum": 0.9}),
@@ -274,7 +274,7 @@ def test_weight_decay_is_decoupled_from_the_gradient(name):
 
 
 @pytest.mark.parametrize("name", ["doppler", "dp-fedadamw"])
-def test_rates_are_by_kind_and_decay_by_round_and_nothing_fixed_is_optimised(name):
+def test_learning_rates_depend_on_kind_and_round_and_fixed_tensors_have_none(name):
     config = make_config(**{"train.lr-decay": 0.5, "rule.lr-gate": 0.25})
     kinds = ("lora_A", "lora_B", "lora_gate", "lora_fixed", "lora_fixed.B")
     named = {f"q.{part}.weight": parameter(drawn(0, 1)[0]) for part in kinds}

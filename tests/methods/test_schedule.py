@@ -1,4 +1,4 @@
-"""Which factors take a step and which travel, for every method, against written-out tables."""
+"""Trained and uploaded factors of every method, compared with written-out tables."""
 
 import pytest
 
@@ -7,7 +7,7 @@ from lalora_app.methods import schedule
 from lalora_app.methods.compatibility import lookup
 from lalora_app.methods.table import METHODS
 
-# Four local steps of rounds 1 and 2, and what rounds 1 to 4 send up.
+# Factors of four local steps in rounds 1 and 2, and uploaded factors of rounds 1 to 4.
 ALTERNATE_STEPS = ("B A B A", "B A B A")
 BOTH = ("AB AB AB AB", "AB AB AB AB")
 JOINT = (
@@ -40,7 +40,7 @@ def factors(text: str) -> list[frozenset[str]]:
     return [frozenset(word) for word in text.split()]
 
 
-def test_the_table_knows_every_method():
+def test_the_table_has_every_method():
     assert set(TABLE) == set(METHODS)
 
 
@@ -53,14 +53,14 @@ def test_steps_follow_the_table_and_restart_in_every_round(name):
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_sends_follow_the_table(name):
+def test_uploads_follow_the_table(name):
     first_rounds = factors(TABLE[name][1])
     assert [METHODS[name].syncs(t) for t in range(1, 5)] == first_rounds
     assert [METHODS[name].syncs(t) for t in range(5, 9)] == first_rounds
 
 
 @pytest.mark.parametrize("name", METHODS)
-def test_b_takes_part_in_the_first_step_because_a_has_no_gradient_while_b_is_zero(name):
+def test_the_first_step_trains_b_because_a_has_no_gradient_while_b_is_zero(name):
     assert "B" in METHODS[name].trains(1, 0)
     assert "B" in METHODS[name].syncs(1) or "B" in METHODS[name].finally_syncs
 
@@ -78,7 +78,7 @@ def test_a_round_trains_all_that_it_sends_and_the_rest_is_resident(name, local_s
         assert method.resident(t, local_steps) == trained - method.syncs(t)
 
 
-def test_only_methods_that_send_one_factor_of_two_trained_keep_residents():
+def test_only_methods_that_upload_one_of_two_trained_factors_keep_client_state():
     keeping = {name for name, method in METHODS.items() if method.resident(1, 2)}
     controls = {f"la-lora-{control}" for control in ("no-filter", "scaled", "permuted")}
     assert keeping == {"la-lora", "fedsa-lora"} | controls
@@ -96,9 +96,9 @@ def test_la_lora_variants_differ_by_their_filter_only(name):
     assert METHODS[name].postprocess.__name__ == FILTERS[suffix]
 
 
-def test_averaging_is_exact_where_one_factor_moves_and_nothing_is_resident():
+def test_averaging_is_exact_if_one_factor_trains_and_none_is_resident():
     for name, method in METHODS.items():
-        if method.aggregate is not federated_averaging:  # tests/aggregation/test_rules.py
+        if method.aggregate is not federated_averaging:  # tested in tests/aggregation/test_rules.py
             continue
         sends_one = all(len(method.syncs(t)) == 1 for t in (1, 2))
         resident = any(method.resident(t, 2) for t in (1, 2))
@@ -106,7 +106,7 @@ def test_averaging_is_exact_where_one_factor_moves_and_nothing_is_resident():
 
 
 @pytest.mark.parametrize("name", list(METHODS))
-def test_a_schedule_begins_again_after_its_period_and_any_number_of_steps_is_looked_up(name):
+def test_a_schedule_is_periodic_and_accepts_any_number_of_steps(name):
     method = METHODS[name]
     for t in (1, 2, 3):
         for k in range(12):

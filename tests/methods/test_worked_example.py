@@ -1,4 +1,4 @@
-"""CONTRIBUTING's example of a new method works as written, and most entries are no longer."""
+"""The example method in CONTRIBUTING.md works, and the median method is not longer."""
 
 import ast
 import inspect
@@ -19,7 +19,7 @@ DEFAULTS = {field.name: field.default for field in fields(Method)}
 
 
 def example() -> tuple[str, str]:
-    """The module and the line of METHODS."""
+    """Return the example's module and its line of METHODS."""
     (block,) = re.findall(
         r"```python\n(.*?)```", (ROOT / "CONTRIBUTING.md").read_text("utf-8"), re.S
     )
@@ -51,7 +51,7 @@ def test_the_example_works_as_written():
 
 
 def entry_lines() -> dict[str, int]:
-    """The lines of every value of the dict METHODS."""
+    """Return the number of lines per value of METHODS."""
     tree = ast.parse(inspect.getsource(methods_table))
     (table,) = [
         node.value
@@ -65,7 +65,7 @@ def entry_lines() -> dict[str, int]:
 
 
 def own_functions(method: Method) -> set:
-    """What fills the method's slots, but for the defaults and the filters of others."""
+    """Return the functions that only this method uses, without defaults and shared filters."""
     values = [getattr(method, name) for name in DEFAULTS if getattr(method, name) != DEFAULTS[name]]
     return {value for value in values if inspect.isfunction(value)}
 
@@ -74,7 +74,7 @@ def test_the_median_method_is_no_longer_than_the_example():
     lines, seen, sizes = entry_lines(), set(), {}
     assert set(lines) == set(METHODS)
     for name, method in METHODS.items():
-        new = own_functions(method) - seen  # a function counts for the first that uses it
+        new = own_functions(method) - seen  # a function counts for the first method that uses it
         seen |= new
         sizes[name] = lines[name] + sum(code_lines(inspect.getsource(f)) for f in new)
     assert statistics.median(sizes.values()) <= LONGEST, sizes

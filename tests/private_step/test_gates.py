@@ -1,8 +1,8 @@
-"""The release gates of the private step that come out the same on every run: counts, no clocks.
+"""Limits of the private step's cost, by reproducible counts instead of times.
 
-The layers are narrow, and the ratios hardly depend on that. FLOPs and bytes are counted on real
-numbers of tokens. Kernels are counted on real numbers of blocks: a step has a fixed cost of some
-25 small ones, which would weigh too much on a model cut short.
+Layers are narrow; the ratios depend little on the width. FLOPs and bytes are counted with realistic
+numbers of tokens. Kernels are counted with realistic numbers of blocks, because every step has a
+fixed number of about 25 small kernels.
 """
 
 import sys
@@ -54,7 +54,7 @@ def variant(row: str, phase: str, name: str) -> variants.Variant:
 
 @cache
 def count(what: str, row: str, phase: str, name: str) -> int:
-    """One count of a whole step: gradient, clip, noise and SGD."""
+    """Return one count of a whole step: gradients, clipping, noise and SGD."""
     found = variant(row, phase, name)
     arguments = (found.step, found.model) if what == "saved_bytes" else (found.step,)
     return getattr(measure, what)(*arguments)
@@ -76,7 +76,7 @@ def test_flops_are_those_of_the_ordinary_step(row, phase, kernel):
 @pytest.mark.parametrize("buffers", ["", "-flat"])
 @pytest.mark.parametrize(("kernel", "limit"), [("plain", 1.08), ("fused", 1.00)])
 def test_kernels_are_those_of_the_ordinary_step(row, phase, buffers, kernel, limit):
-    """With a buffer a shape, the default on a CPU, and with one for all factors, as on a GPU."""
+    """With one buffer per shape (default on a CPU) and one buffer for all factors (GPU)."""
     assert ratio("kernels", row, phase, kernel + buffers) <= limit
 
 

@@ -1,4 +1,4 @@
-"""The kernels of adapted layers: fused, merged, compiled, on a GPU without waiting for it."""
+"""The kernels of adapted layers: fused, merged, plain and compiled, and GPU dtypes."""
 
 import copy
 import functools
@@ -39,7 +39,7 @@ WIDTH, EXAMPLES = 8, 4
 
 
 class Net(nn.Module):
-    """(examples, ..., 8) -> (examples, 3) through ``calls`` of one LoRA layer and a biased head."""
+    """A model (examples, ..., 8) -> (examples, 3): ``calls`` of one LoRA layer and a head."""
 
     def __init__(self, calls: int = 1, reentrant: bool | None = None):
         super().__init__()
@@ -55,7 +55,7 @@ class Net(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.reentrant is None:
             x = self.body(x)
-        else:  # the reentrant form needs an input with a gradient
+        else:  # a reentrant checkpoint needs an input that requires gradients
             x = checkpoint(self.body, x.requires_grad_(), use_reentrant=self.reentrant)
         return self.head(x.flatten(1, -2).mean(1) if x.dim() > 2 else x)
 
@@ -93,7 +93,7 @@ def test_the_ends_of_the_rank(rank):
 
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_both_modes_of_gradient_checkpointing(reentrant):
-    # torch refuses autograd.grad, which the compiled form uses, through a reentrant checkpoint
+    # torch refuses autograd.grad (used by the compiled engine) with a reentrant checkpoint
     ways = [way for way in WAYS if not (reentrant and way[0] == "expanded")]
     assert_engine_is_right(adapted(Net(2, reentrant)), losses_of(5), ways=ways)
 
@@ -164,7 +164,7 @@ def test_narrow_frozen_layers_change_no_bit_of_an_autocast_forward():
 
 def test_a_layer_with_dropout_keeps_pefts_arithmetic_and_cannot_be_merged():
     model, losses = adapted(Net(), lora_dropout=0.5), losses_of(5)
-    expected = loop_gradients(model, losses, [0, 1])  # in eval mode nothing is dropped
+    expected = loop_gradients(model, losses, [0, 1])  # no dropout in eval mode
     engine = KernelEngine(model, trained(model), "fused")
     assert "forward" not in vars(model.get_submodule("base_model.model.layer"))
     assert_equal(engine.gradients(lambda: losses(model, [0, 1]), 2).dense(), expected, 1e-12)
@@ -248,7 +248,7 @@ def test_the_compiled_form_is_one_graph_and_is_not_compiled_again_for_other_size
 
 @pytest.fixture
 def no_compiler(monkeypatch):
-    """torch.compile as far as autograd's graphs, which needs no C++ compiler."""
+    """Use torch.compile's graph capture only, which needs no C++ compiler."""
     eager = functools.partial(torch.compile, backend="aot_eager")
     monkeypatch.setattr(torch, "compile", eager)
 

@@ -1,4 +1,4 @@
-"""The mechanism's traps: what one example can do, how much noise, which batches, which scale."""
+"""Tests of the mechanism: sensitivity to one example, noise, Poisson batches, reservations."""
 
 import copy
 import math
@@ -46,7 +46,7 @@ Grads = dict[str, torch.Tensor]  # (examples, *shape)
 
 
 def random_grads(seed: int, scales: list[float], dtype: torch.dtype) -> Grads:
-    """One gradient an example, of about the given sizes; the tensors differ in size too."""
+    """Draw one gradient per example with about the given norms; norms differ per tensor as well."""
     rng = np.random.default_rng(seed)
     size = torch.tensor(scales, dtype=torch.float64)
     grads = {}
@@ -62,7 +62,7 @@ def rows_of(grads: Grads, chosen: list[int]) -> Grads:
 
 
 def blocks(grads: Grads) -> PerExampleGrads:
-    """A block a tensor; of copies, because the private step zeroes rows in place."""
+    """Return one block per tensor, with copies, because the private step overwrites rows."""
     return PerExampleGrads(
         tuple(
             FlatBlock({name: StoredShape(tuple(grad.shape[1:]))}, grad.flatten(1).clone())
@@ -80,7 +80,7 @@ def joint_norm(tensors: dict[str, torch.Tensor]) -> float:
 
 
 def loop_clipped_sum(grads: Grads, clip_norm: float) -> dict[str, torch.Tensor]:
-    """One example after another, in float64, clipped by its joint norm."""
+    """Return the clipped sum by a float64 loop over examples, with the norm over all tensors."""
     sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
     for i in range(len(next(iter(grads.values())))):
         example = {name: grad[i].double() for name, grad in grads.items()}
@@ -97,10 +97,12 @@ def assert_close(found, expected, tolerance: float) -> None:
     assert off <= tolerance * scale
 
 
-# (i) What one example can do.
+# (i) Sensitivity to one example.
 
 sizes = st.integers(-40, 20).map(lambda exponent: 10.0**exponent)
-clip_norms = st.integers(-6, 6).map(lambda exponent: 10.0**exponent)  # all that a config may ask
+clip_norms = st.integers(-6, 6).map(
+    lambda exponent: 10.0**exponent
+)  # all clipping norms that a config accepts
 
 
 @given(
@@ -202,7 +204,7 @@ def test_examples_below_the_clip_norm_are_left_as_they_are():
     assert all(torch.equal(found[name], grads[name][0]) for name in SHAPES)
 
 
-# (ii) How much noise.
+# (ii) Noise.
 
 
 def test_add_noise_has_the_given_deviation_and_divides_by_the_expected_batch():
@@ -234,7 +236,7 @@ def test_without_noise_the_sums_are_divided_and_nothing_else():
 
 @pytest.fixture
 def backbone(tiny):
-    """All tensors active, factors and head random: with B at zero, A would have no gradient."""
+    """Return a model with all tensors active and random; with B = 0, A would have no gradient."""
     model, start = build(tiny())
     rng = np.random.default_rng(0)
     model.load({n: rng.normal(0, 0.5, a.shape).astype(np.float32) for n, a in start.items()})
@@ -251,7 +253,7 @@ def data(tiny, backbone) -> EncodedTexts:
 
 
 def loop_gradients(backbone: Backbone, data: EncodedTexts) -> list[dict[str, torch.Tensor]]:
-    """Plain autograd on a copy without the engine, one example a batch."""
+    """Return gradients by autograd, without the engine, with one example per batch."""
     model = copy.deepcopy(backbone.model)
     for module in model.modules():
         vars(module).pop("forward", None)
@@ -308,16 +310,16 @@ def test_micro_batches_do_not_change_the_sum(backbone, data, micro_batch):
 
 
 def test_a_gpus_noise_is_standard_and_needs_two_keys_to_be_found(monkeypatch):
-    """On the CPU, whose generator stands for a GPU's: 63 bits alone could be tried one by one."""
+    """Runs on the CPU's generator in place of a GPU's. One seed of 63 bits could be searched."""
     drawn, draw = [], mechanism._device_normals
 
     def seen(size, like, seed):
         drawn.append((seed, draw(size, like, seed)))
         return drawn[-1][1].clone()
 
-    monkeypatch.setattr(mechanism, "_device_normal", seen)
+    monkeypatch.setattr(mechanism, "_device_normals", seen)
     noise = [_sum_of_two_normals(20_000, torch.zeros(1), seeded(0, "noise", i)) for i in range(4)]
-    assert len({seed for seed, _ in drawn}) == 8  # anew for every release
+    assert len({seed for seed, _ in drawn}) == 8  # new seeds for every release
     for i, found in enumerate(noise):
         (_, first), (_, second) = drawn[2 * i : 2 * i + 2]
         torch.testing.assert_close(found, (first + second) / math.sqrt(2))
@@ -355,7 +357,7 @@ def test_the_sum_is_divided_by_the_expected_and_not_by_the_realised_batch(backbo
         realised.add(int(drawn.sum()))
         expected = scaled_sum(grads, [taken / (q * EXAMPLES) for taken in drawn])
         assert_close(release(backbone, data, q=q, seed=seed), expected, 1e-5)
-    assert realised - {q * EXAMPLES}  # some batch had another size than expected
+    assert realised - {q * EXAMPLES}  # at least one batch differs from the expected size
 
 
 def test_only_active_tensors_are_released(backbone, data):
@@ -373,7 +375,7 @@ def test_the_private_step_leaves_parameters_and_their_grads_alone(backbone, data
     assert all(parameter.grad is None for parameter in backbone.engine.parameters.values())
 
 
-# (iii) Which batches.
+# (iii) Poisson batches.
 
 
 def test_every_subset_comes_with_the_chance_of_independent_draws():

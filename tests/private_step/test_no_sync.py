@@ -1,8 +1,8 @@
-"""The private step never makes the host wait for the GPU: run on the meta device.
+"""The private step never synchronises host and GPU; checked on the meta device, without a GPU.
 
-A meta tensor has a shape and no values: reading one, or copying it to the host, raises. The step
-takes the same branches there as on a GPU, on a machine without one. What this cannot see is a
-kernel that waits inside itself.
+A meta tensor has a shape but no values, so reading a value or copying it to the host raises. On the
+meta device the step takes the same branches as on a GPU. Synchronisation inside a GPU kernel cannot
+be detected in this way.
 """
 
 from contextlib import nullcontext
@@ -60,7 +60,7 @@ def meta_backbone(*, pooling="mean", kernel="fused", dtype=torch.float32) -> Bac
 
 
 def private_steps(backbone: Backbone) -> None:
-    """A B step and an A step of LA-LoRA, whole: sampling, clip, noise, filter, optimiser."""
+    """Run a B step and an A step of LA-LoRA: sampling, clipping, noise, filter, optimiser."""
     config, method = make_config(**{"train.optimizer": "adamw"}), METHODS["la-lora"]
     optimizer = make_optimizer(backbone, Local(method, 1, 1, config.train, config.rule, 0.5), 0.0)
     streams = RandomStreams(seeded(0, "sampling"), seeded(0, "noise"))
@@ -81,15 +81,15 @@ def private_steps(backbone: Backbone) -> None:
 
 
 def meta_normal(size: int, like: Tensor, seed: int) -> Tensor:
-    """There is no generator of this device."""
+    """Replace the normal draw: the meta device has no generator."""
     assert 0 <= seed < 2**63
     return torch.randn(size, dtype=like.dtype, device=like.device)
 
 
 @pytest.fixture(autouse=True)
 def stand_ins(monkeypatch):
-    """For what the meta device does not have: a generator, and autocast."""
-    monkeypatch.setattr(mechanism, "_device_normal", meta_normal)
+    """Replace the functions that the meta device lacks: generator and autocast."""
+    monkeypatch.setattr(mechanism, "_device_normals", meta_normal)
     monkeypatch.setattr(kernels, "compute_dtype", lambda x: x.dtype)
     monkeypatch.setattr(attach, "compute_dtype", lambda x: x.dtype)
     monkeypatch.setattr("lalora_app.models.backbone.autocast", lambda *_: nullcontext())
@@ -139,7 +139,7 @@ def test_a_read_of_a_value_would_be_seen(read):
 
 
 def test_a_mask_of_tokens_would_be_read(monkeypatch):
-    """Why the model is given a ready 4-D mask."""
+    """A 2-D mask is read by the model; this is the reason for the prepared 4-D mask."""
     monkeypatch.setattr("lalora_app.models.forwards.whole_mask", lambda mask: mask)
     with pytest.raises(RuntimeError, match="meta"):
         private_steps(meta_backbone())

@@ -1,4 +1,4 @@
-"""Per-example gradients against plain autograd on one example at a time, in float64."""
+"""Per-example gradients, compared with autograd on single examples in float64."""
 
 import copy
 
@@ -36,7 +36,7 @@ MINILM = SHARED / "models" / "minilm-l6-h384"
 
 def text_losses(data: EncodedTexts, pooling: str) -> Losses:
     def losses(model: nn.Module, indices: list[int]) -> Tensor:
-        batch = data.batch(indices)  # padded to the longest: a single example is not padded at all
+        batch = data.batch(indices)  # padded to the longest text; a single example has no padding
         logits = model(input_ids=batch.inputs, attention_mask=batch.mask).logits
         logits = masked_mean(logits, batch.mask) if pooling == "mean" else logits
         return nn.functional.cross_entropy(logits, batch.labels, reduction="none")
@@ -52,7 +52,7 @@ def text_model(config, std: float = 0.3) -> nn.Module:
 
 @pytest.fixture
 def bert(tiny):
-    """Model and losses of the tiny BERT on four texts of different length."""
+    """Return the tiny BERT and its losses on four texts of different lengths."""
 
     def make(pooling: str = "model"):
         config = tiny(**{"model.pooling": pooling, "lora.targets": "query,value,dense"})
@@ -89,7 +89,7 @@ def test_float32_under_bf16_autocast_still_gives_float32_gradients(bert):
 
 @pytest.fixture(scope="module")
 def swin():
-    """Swin of two stages, its second block of each with shifted windows, with LoRA on attention."""
+    """Return a Swin of two stages with LoRA on attention; every second block shifts its windows."""
     from peft import LoraConfig, get_peft_model
     from timm.models.swin_transformer import SwinTransformer
 
@@ -142,7 +142,7 @@ def test_the_layout_check_passes_swin_and_leaves_its_parameters_alone(swin):
 
 
 def window_gradients(model: nn.Module, layer: nn.Linear, losses: Losses, i: int) -> Tensor:
-    """(windows, out, in): the gradient of one image's loss, by window."""
+    """Return (windows, out, in): the gradient of one image's loss, per window."""
     seen: dict[str, Tensor] = {}
 
     def keep(module: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
@@ -164,7 +164,7 @@ def test_an_image_is_clipped_as_one_and_not_by_its_windows(swin):
     assert len(norms) == 16
     clip_norm = float(norms.median())
     by_window = (windows * (clip_norm / norms).clamp(max=1)[:, None, None]).sum(0)
-    assert by_window.norm() > 1.5 * clip_norm  # what a clip of windows would let one image do
+    assert by_window.norm() > 1.5 * clip_norm  # the sensitivity if every window was clipped alone
 
     engine = KernelEngine(model, trained(model))
     grads = engine.gradients(lambda: losses(model, [0, 1]), 2).dense()
@@ -199,7 +199,7 @@ def test_the_real_minilm():
 
 
 class Small(nn.Module):
-    """(examples, ..., 6) -> (examples, 3); one layer called ``calls`` times, and a biased head."""
+    """A model (examples, ..., 6) -> (examples, 3): one layer, called several times, and a head."""
 
     def __init__(self, calls: int = 1):
         super().__init__()
@@ -217,7 +217,7 @@ class Small(nn.Module):
 
 
 class WindowMajor(Small):
-    """Rows in the order (windows, examples): grouped by window and not by example."""
+    """A model with rows in the order (windows, examples), grouped by window, not by example."""
 
     def forward(self, x: Tensor) -> Tensor:
         turned = torch.tanh(self.first(x.transpose(0, 1).contiguous()))  # (windows, examples, 6)
@@ -225,7 +225,7 @@ class WindowMajor(Small):
 
 
 class Normalised(Small):
-    """BatchNorm in train mode between the trained layers."""
+    """A model with BatchNorm in train mode between the trained layers."""
 
     def __init__(self):
         super().__init__()
@@ -236,7 +236,7 @@ class Normalised(Small):
 
 
 class NormalisedFirst(Normalised):
-    """BatchNorm in train mode below every trained layer."""
+    """A model with BatchNorm in train mode below all trained layers."""
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(torch.tanh(self.first(self.norm(x.mean(1)))))
@@ -285,7 +285,7 @@ def test_an_inactive_layer_keeps_no_activation():
     model, x = randomise(Small()), torch.randn(4, 5, 6, dtype=torch.float64)
     engine = KernelEngine(model, trained(model))
     kept: list[int] = []
-    entered: list[Tensor] = []  # the head's input, which no other function keeps
+    entered: list[Tensor] = []  # the head's input, stored by no other function
     model.head.register_forward_pre_hook(lambda module, inputs: entered.append(inputs[0]))
 
     def keep(tensor: Tensor) -> Tensor:
@@ -350,7 +350,7 @@ def test_the_layout_check_passes_honest_models_and_restores_them(shape):
 
 def test_the_layout_check_finds_gradients_of_factors_that_start_at_zero():
     model = randomise(Small())
-    nn.init.zeros_(model.head.weight)  # as B does: no gradient reaches the first layer
+    nn.init.zeros_(model.head.weight)  # zero like B, so the first layer gets no gradient
     checked(model, 4)
     assert not model.head.weight.any()
 
@@ -365,7 +365,7 @@ def test_the_layout_check_catches_batchnorm_and_names_a_layer_below_it():
     model.norm.requires_grad_(False)
     with pytest.raises(LayoutError, match=r"first\.weight: .*mixes examples"):
         checked(model, 4)
-    checked(model.eval(), 4)  # with fixed statistics nothing is mixed
+    checked(model.eval(), 4)  # fixed statistics do not mix examples
 
 
 def test_the_layout_check_catches_batchnorm_below_every_trained_layer():
