@@ -109,7 +109,7 @@ class LowPassSGD(torch.optim.Optimizer):
 def low_pass_sgd(
     groups: list[ParameterGroup], settings: OptimizerSettings
 ) -> torch.optim.Optimizer:
-    """Return the optimiser of DOPPLER, whatever ``train.optimizer`` is."""
+    """Return the optimiser of DOPPLER for every ``train.optimizer``."""
     return LowPassSGD(groups, settings.train.weight_decay)
 
 
@@ -152,5 +152,5 @@ class UnbiasedAdamW(torch.optim.Optimizer):
 def unbiased_adamw(
     groups: list[ParameterGroup], settings: OptimizerSettings
 ) -> torch.optim.Optimizer:
-    """Return the optimiser of DP-FedAdamW, whatever ``train.optimizer`` is."""
+    """Return the optimiser of DP-FedAdamW for every ``train.optimizer``."""
     return UnbiasedAdamW(groups, settings.noise_std, settings.train.weight_decay)

@@ -23,7 +23,7 @@ ReplyReader = Callable[[ConfigRecord, int], None]  # (record of a reply, its cli
 
 def _shares_for(client: int, shares: Mapping[int, Mapping[int, bytes]]) -> dict[int, bytes]:
     """Return the shares that the other clients encrypted for ``client``, by sender."""
-    return {source: sealed[client] for source, sealed in shares.items() if source != client}
+    return {source: encrypted[client] for source, encrypted in shares.items() if source != client}
 
 
 @dataclass
