@@ -13,12 +13,12 @@ import pytest
 from helpers.fake_grid import FakeGrid, identify
 from lalora_app.aggregation.server_state import ServerState
 from lalora_app.cli import main
-from lalora_app.client import local_round
 from lalora_app.data.partition import partition
 from lalora_app.models import backbone
 from lalora_app.privacy.accounting import epsilon, second_epsilon
 from lalora_app.privacy.budget import Limit, noise_for
 from lalora_app.privacy.ledger import Ledger
+from lalora_app.private_step import step
 from lalora_app.server.cohorts import Clients
 from lalora_app.server.strategy import FederatedLora
 
@@ -29,7 +29,7 @@ DELTA = 1e-5
 
 def _mark_every_draw(side: Path, die_at: int | None):
     """Append a line to ``side``, on disk, whenever noise was drawn; die before draw ``die_at``."""
-    add_noise = local_round.add_noise
+    add_noise = step.add_noise
     draws = itertools.count()
 
     def marked(*args, **kwargs):
@@ -42,7 +42,7 @@ def _mark_every_draw(side: Path, die_at: int | None):
             os.fsync(file.fileno())
         return noised
 
-    local_round.add_noise = marked
+    step.add_noise = marked
 
 
 def _client(config, side: Path, run: str, die_at: int | None):

@@ -112,7 +112,7 @@ def test_a_bf16_step_reads_nothing_either_and_sums_in_float32(kernel, monkeypatc
         seen.extend(block.rows.dtype for block in grads.blocks)
         return whole(grads, clip_norm)
 
-    monkeypatch.setattr("lalora_app.client.local_round.clipped_sum", watched)
+    monkeypatch.setattr("lalora_app.private_step.step.clipped_sum", watched)
     backbone = meta_backbone(kernel=kernel, dtype=torch.bfloat16)
     for parameter in backbone.engine.parameters.values():
         parameter.data = parameter.data.float()

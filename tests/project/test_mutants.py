@@ -87,7 +87,7 @@ MUTANTS = {
         "tests/private_step/test_mechanism.py",
     ),
     "noise without the clip norm": Mutant(
-        "client/local_round.py",
+        "private_step/step.py",
         "return z * clip_norm if z > 0 else 0.0",
         "return z",
         "tests/private_step/test_mechanism.py",
@@ -100,13 +100,13 @@ MUTANTS = {
         "tests/adapter/test_parametrisations.py",
     ),
     "realised batch size": Mutant(
-        "client/local_round.py",
+        "private_step/step.py",
         "    expected = q * len(data)\n",
         "    expected = max(len(indices), 1)\n",
         "tests/private_step/test_mechanism.py",
     ),
     "a step not counted": Mutant(
-        "client_app.py",
+        "client/requests.py",
         "        Release(q, noise_multiplier, steps),\n",
         "        Release(q, noise_multiplier, steps - 1),\n",
         "tests/whole_app/test_app.py",
@@ -125,7 +125,7 @@ MUTANTS = {
         "tests/private_step/test_mechanism.py",
     ),
     "ledger written after training": Mutant(
-        "client_app.py",
+        "client/requests.py",
         "    reservation = _reserve(config, site, len(encoded), request)\n    clock.append(time.monotonic())\n"
         "    result = local_round.run_round(\n",
         "    fields = (config.train.batch_size / len(encoded), 1.0, config.train.local_steps)\n"
@@ -147,9 +147,9 @@ MUTANTS = {
         "tests/private_step/test_mechanism.py",
     ),
     "empty batches skipped": Mutant(
-        "client/local_round.py",
-        "    sums = _clipped_batch_sum(backbone, data, indices, clip_norm, micro_batch)\n",
-        "    sums = _clipped_batch_sum(backbone, data, indices, clip_norm, micro_batch)\n"
+        "private_step/step.py",
+        "    sums = _clipped_batch_sum(model, data, indices, clip_norm, micro_batch)\n",
+        "    sums = _clipped_batch_sum(model, data, indices, clip_norm, micro_batch)\n"
         "    if not len(indices):\n"
         "        return NoisedGrads(sums)\n",
         "tests/private_step/test_mechanism.py",
@@ -199,7 +199,7 @@ MUTANTS = {
 }
 HELPERS = {
     "privacy/ledger.py": "\n\n_OPEN: list[sqlite3.Connection] = []\n",
-    "client_app.py": """
+    "client/requests.py": """
 
 def _late(reserve, run):
     def both(*args, **kwargs):

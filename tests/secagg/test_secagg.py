@@ -36,9 +36,10 @@ from lalora_app.adapter.factors import active_names, select
 from lalora_app.client import local_round
 from lalora_app.methods.compatibility import method_of
 from lalora_app.methods.table import METHODS
+from lalora_app.models import backbone
 from lalora_app.secagg import fixed_point, masks
 from lalora_app.secagg.messages import MASKED, SECAGG, columns, mapping_of
-from lalora_app.server import progress
+from lalora_app.server import ending
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import flatten
 from lalora_app.wire import messages, tensors
@@ -54,7 +55,7 @@ SMALLEST = 2.0**-149  # of float32, subnormal
 @pytest.fixture(autouse=True)
 def no_report(monkeypatch):
     """The page of curves takes longer than the run, and other tests look at it."""
-    monkeypatch.setattr(progress, "_write_report", lambda folder: None)
+    monkeypatch.setattr(ending, "_write_report", lambda folder: None)
 
 
 # --- integers ---------------------------------------------------------------------------------
@@ -406,7 +407,7 @@ class Table:
             self.shares[client] = mapping_of(reply[SECAGG], "shares")
 
     def train(self, client, sources=None, attempt=1):
-        start = client_app.backbone.build(self.config)[1]
+        start = backbone.build(self.config)[1]
         sources = range(CLIENTS) if sources is None else sources
         sealed = {s: self.shares[s][client] for s in sources if s != client} if self.shares else {}
         order = messages.TrainRequest("run-1", 1, attempt, 2, {"A": 0, "B": 0}).record()

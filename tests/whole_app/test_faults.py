@@ -109,7 +109,7 @@ def test_a_ledger_that_cannot_be_written_is_a_refusal_and_nothing_is_drawn(tiny,
     server_app.run(grid, config)
     before = books().entries()
     drawn = []
-    monkeypatch.setattr("lalora_app.client.local_round.add_noise", lambda *a, **k: drawn.append(a))
+    monkeypatch.setattr("lalora_app.private_step.step.add_noise", lambda *a, **k: drawn.append(a))
     exchange = grid.trained(1)[0]
     with full_disk():
         reply = ask_again(grid, exchange, run="another")
@@ -144,7 +144,7 @@ def test_a_client_that_cannot_keep_what_it_was_sent_still_answers(tiny, monkeypa
     def no_space(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lalora_app.wire.downlink.save_file", no_space)
+    monkeypatch.setattr("lalora_app.client.held_download.save_file", no_space)
     grid = FakeGrid(config, 2)
     server_app.run(grid, config)
     assert all(messages.ARRAYS in exchange.reply.content for exchange in grid.trained(1))
@@ -179,7 +179,7 @@ def test_a_damaged_ledger_is_a_refusal_and_nothing_is_drawn(tiny, monkeypatch):
     grid = FakeGrid(config, 2)
     server_app.run(grid, config)
     drawn = []
-    monkeypatch.setattr("lalora_app.client.local_round.add_noise", lambda *a, **k: drawn.append(a))
+    monkeypatch.setattr("lalora_app.private_step.step.add_noise", lambda *a, **k: drawn.append(a))
     books().path.write_bytes(b"SQLite format 3\0" + bytes(4096))
     exchange = grid.trained(1)[0]
     reply = ask_again(grid, exchange, run="another")
