@@ -3,6 +3,7 @@
 import importlib
 import json
 import tomllib
+from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -234,6 +235,43 @@ def tiny_images(tmp_path_factory) -> str:
     return str(folder)
 
 
+@pytest.fixture
+def images(tiny, tiny_timm, tiny_vit, tiny_images) -> Callable[..., Config]:
+    """Config factory of a tiny image model: timm's "swin" or "vit", or transformers' "hf-vit"."""
+
+    def make(kind: str = "swin", **changes) -> Config:
+        names = {name: f"timm:{folder}" for name, folder in tiny_timm.items()}
+        base = {
+            "model.name": (names | {"hf-vit": tiny_vit}).get(kind, kind),
+            "data.name": tiny_images,
+            "data.input-column": "image",
+            "data.test-fraction": 0.2,
+            "model.task": "image-classification",
+            "model.pooling": "model",
+            "model.image-size": 16,
+            "model.image-resize": 16,
+        }
+        return tiny(**base | changes)
+
+    return make
+
+
+@pytest.fixture
+def texts(tiny, tiny_llama) -> Callable[..., Config]:
+    """Config factory of a tiny text model: "bert", or the language model "llama"."""
+
+    def make(kind: str = "bert", **changes) -> Config:
+        language = {
+            "model.name": tiny_llama,
+            "model.task": "causal-lm",
+            "data.label-column": "none",
+            "data.partitioner": "iid",
+        }
+        return tiny(**(language if kind == "llama" else {}) | changes)
+
+    return make
+
+
 def described(name, **changes) -> Data:
     """The data of a run, dealt IID to two labels."""
     values = {
@@ -286,3 +324,11 @@ def rounds(monkeypatch):
     from helpers.app_runs import spied
 
     return spied(monkeypatch)
+
+
+@pytest.fixture
+def no_report(monkeypatch):
+    """Leave out the page of a run: drawing it takes longer than a tiny run."""
+    from lalora_app.server import ending
+
+    monkeypatch.setattr(ending, "_write_report", lambda folder: None)

@@ -98,7 +98,7 @@ def test_la_lora_variants_differ_by_their_filter_only(name):
 
 def test_averaging_is_exact_if_one_factor_trains_and_none_is_resident():
     for name, method in METHODS.items():
-        if method.aggregate is not federated_averaging:  # tested in tests/aggregation/test_rules.py
+        if method.aggregate is not federated_averaging:  # tested in tests/aggregation/
             continue
         sends_one = all(len(method.syncs(t)) == 1 for t in (1, 2))
         resident = any(method.resident(t, 2) for t in (1, 2))

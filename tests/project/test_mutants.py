@@ -109,14 +109,14 @@ MUTANTS = {
         "client/requests.py",
         "        Release(q, noise_multiplier, steps),\n",
         "        Release(q, noise_multiplier, steps - 1),\n",
-        "tests/whole_app/test_app.py",
+        "tests/whole_app/test_contract.py",
     ),
     "a step not counted, and the guard gone": Mutant(
         "privacy/ledger.py",
         "    numbers = (release.sampling_rate, release.noise_multiplier, release.count)\n",
         "    count = max(release.count - 1, 1)\n"
         "    numbers = (release.sampling_rate, release.noise_multiplier, count)\n",
-        "tests/whole_app/test_app.py",
+        "tests/whole_app/test_contract.py",
     ),
     "more steps than reserved": Mutant(
         "privacy/ledger.py",
@@ -164,13 +164,13 @@ MUTANTS = {
         "wire/messages.py",
         '        metrics = MetricRecord({"round": self.round, "epsilon": self.epsilon, **sizes})\n',
         '        metrics = MetricRecord({"round": self.round, "epsilon": self.epsilon, "loss": 0.5})\n',
-        "tests/whole_app/test_app.py",
+        "tests/whole_app/test_reply_contents.py",
     ),
     "exception text in the reply": Mutant(
         "client_app.py",
         "        content = messages.refusal(_refusal_key(error, context.node_config))\n",
         "        content = RecordDict({messages.CONFIG: messages.ConfigRecord({'refusal': str(error)})})\n",
-        "tests/whole_app/test_app.py",
+        "tests/whole_app/test_reply_contents.py",
     ),
     "padded to the longest of the batch": Mutant(
         "data/encoding.py",
@@ -194,7 +194,7 @@ MUTANTS = {
         "client/local_round.py",
         "        parameter.grad = gradients.get(name)\n",
         "        parameter.grad = gradients.get(name, torch.zeros_like(parameter))\n",
-        "tests/whole_app/test_app.py",
+        "tests/whole_app/test_local_steps.py",
     ),
 }
 HELPERS = {

@@ -1,7 +1,7 @@
 """Faults of the disk and of the process: what is lost is told, and no book says too little.
 
-The faults of the network and of single replies are in test_strategy.py and test_wire.py, kills of
-a client in test_kill.py and test_ledger.py, crashes between rounds in test_app.py.
+The faults of the network and of single replies are in test_strategy.py and test_messages.py,
+kills of a client in test_kill.py and test_ledger.py, crashes between rounds in test_resume.py.
 """
 
 import json

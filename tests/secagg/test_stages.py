@@ -1,0 +1,168 @@
+"""Test clients against a server that breaks the order of the protocol or lies in it."""
+
+import pytest
+from flwr.app import ConfigRecord, Message, RecordDict
+
+from helpers.app_runs import ledger_entries, open_run
+from helpers.fake_grid import FakeGrid
+from helpers.secure_runs import CLIENTS, ON
+from lalora_app.models import backbone
+from lalora_app.secagg import masks
+from lalora_app.secagg.messages import MASKED, SECAGG, columns, mapping_of
+from lalora_app.settings.run_config import flatten
+from lalora_app.wire import messages, tensors
+
+pytestmark = pytest.mark.usefixtures("no_waiting", "no_report")
+
+
+class Table:
+    """Four real clients, driven stage by stage by whoever holds the messages."""
+
+    def __init__(self, config):
+        self.grid = FakeGrid(config, CLIENTS)
+        self.config = config
+        self.nodes = {p: node for node, p in self.grid.partitions.items()}
+        self.keys: dict = {}
+        self.shares: dict = {}
+
+    def ask(self, client, stage, content, attempt=1):
+        order = ConfigRecord({"run": "run-1", "attempt": attempt} | content)
+        message = Message(
+            RecordDict({SECAGG: order}), dst_node_id=self.nodes[client], message_type=stage
+        )
+        return self.send(message)
+
+    def send(self, message):
+        (identifier,) = self.grid.push_messages([message])
+        (reply,) = self.grid.pull_messages([identifier])
+        return reply.content
+
+    def advertise(self):
+        for client in range(CLIENTS):
+            said = self.ask(client, "train.advertise", {"client": client})[SECAGG]
+            self.keys[client] = said["mask-key"], said["cipher-key"]
+
+    def directory(self, **changes):
+        found = {c: k for c, k in self.keys.items()} | changes.get("keys", {})
+        one, two = ({c: pair[i] for c, pair in found.items()} for i in (0, 1))
+        return columns("mask-keys", one) | columns("cipher-keys", two)
+
+    def share(self):
+        for client in range(CLIENTS):
+            reply = self.ask(client, "train.share", self.directory())
+            self.shares[client] = mapping_of(reply[SECAGG], "shares")
+
+    def train(self, client, sources=None, attempt=1):
+        start = backbone.build(self.config)[1]
+        sources = range(CLIENTS) if sources is None else sources
+        sealed = {s: self.shares[s][client] for s in sources if s != client} if self.shares else {}
+        order = messages.TrainRequest("run-1", 1, attempt, 2, {"A": 0, "B": 0}).record()
+        records = {
+            messages.ARRAYS: tensors.to_record(start),
+            messages.CONFIG: order,
+            messages.RUN_CONFIG: messages.run_config(flatten(self.config)),
+            SECAGG: ConfigRecord(columns("shares", sealed)),
+        }
+        message = Message(RecordDict(records), dst_node_id=self.nodes[client], message_type="train")
+        return self.send(message)
+
+    def unmask(self, client, arrived, lost=(), attempt=1):
+        both = {"arrived": list(arrived), "lost": list(lost)}
+        return self.ask(client, "train.unmask", both, attempt)
+
+
+@pytest.fixture
+def table(tiny):
+    return Table(tiny(**open_run(CLIENTS) | ON))
+
+
+def refused(content, key="stage"):
+    said = dict(content["config"]) if set(content) == {"config"} else {}
+    return said == {"refusal": key}
+
+
+def test_stages_out_of_order_are_refused_and_spend_nothing(table):
+    everyone = range(CLIENTS)
+    assert refused(table.train(0))
+    assert refused(table.unmask(0, everyone))
+    assert refused(table.ask(0, "train.share", columns("mask-keys", {})))
+    table.advertise()
+    assert refused(table.train(0))
+    assert refused(table.unmask(0, everyone))
+    table.share()
+    assert refused(table.unmask(0, everyone))
+    assert refused(table.ask(0, "train.share", table.directory()))
+    assert refused(table.train(0, attempt=2))
+    assert ledger_entries() == []
+    assert MASKED in table.train(0)["arrays"]
+    assert len(ledger_entries()) == 1
+    assert refused(table.train(0))  # a second vector under the same masks
+    assert refused(table.unmask(0, everyone, attempt=2))
+    assert len(ledger_entries()) == 1
+    table.train(1)
+    assert not refused(table.unmask(1, everyone))
+    assert refused(table.unmask(1, [0, 1, 2], [3]))  # the other secret of client 3
+
+
+@pytest.mark.parametrize(
+    ("arrived", "lost"),
+    [
+        ([0, 1, 2, 3], [3]),  # both secrets of client 3
+        ([0, 1], [2, 3]),  # below the threshold
+        ([0, 1, 2], []),  # one is left out, and may be asked for elsewhere
+        ([1, 2, 3], [0]),  # the own vector was sent
+        ([0, 1, 2, 3, 4], []),
+        ([0, 0, 1, 2, 3], []),
+    ],
+)
+def test_nobody_helps_to_open_one_vector(table, arrived, lost):
+    table.advertise()
+    table.share()
+    table.train(0)
+    answer = table.unmask(0, arrived, lost)
+    assert SECAGG not in answer
+    assert refused(answer) or refused(answer, "request")
+    assert refused(table.unmask(0, [0, 1, 2, 3]))  # there is no second try
+    (state,) = (c.state for n, c in table.grid.contexts.items() if n == table.nodes[0])
+    assert not state[SECAGG]["seed_shares"]
+    assert not state[SECAGG]["key_shares"]
+
+
+@pytest.mark.parametrize("change", ["own", "twice", "alone", "foreign", "junk"])
+def test_a_directory_that_lies_is_refused_before_any_share(table, change):
+    table.advertise()
+    own, other = table.keys[0], table.keys[1]
+    match change:
+        case "own":
+            table.keys[0] = tuple(masks.public_key_of(masks.new_private_key()) for _ in range(2))
+        case "twice":
+            table.keys[2] = other
+        case "alone":
+            table.keys = {0: own}
+        case "foreign":
+            del table.keys[0]
+        case "junk":
+            table.keys[1] = (b"junk", b"more junk")
+    answer = table.ask(0, "train.share", table.directory())
+    assert refused(answer) or refused(answer, "request")
+    assert refused(table.train(0)), "an attempt that went wrong trains nobody"
+
+
+def test_shares_of_too_few_or_of_another_pair_are_refused_before_training(table):
+    table.advertise()
+    table.share()
+    assert refused(table.train(0, sources=[0, 1]))
+    table.shares[1][2], table.shares[1][3] = table.shares[1][3], table.shares[1][2]
+    assert refused(table.train(2))
+    table.shares[0][3] = b"junk"
+    assert refused(table.train(3))
+    assert ledger_entries() == []
+
+
+def test_a_new_attempt_forgets_the_one_before(table):
+    table.advertise()
+    table.share()
+    table.train(0)
+    table.ask(0, "train.advertise", {"client": 0}, attempt=2)
+    assert refused(table.unmask(0, range(CLIENTS)))
+    assert refused(table.unmask(0, range(CLIENTS), attempt=2))
