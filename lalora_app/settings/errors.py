@@ -2,11 +2,11 @@
 
 
 class ConfigError(ValueError):
-    """A value that the run cannot start with: names the key, the value and the law it breaks."""
+    """A setting is not allowed; the message names the key, the value and the law."""
 
 
 class DataError(ConfigError):
-    """The data cannot be trained on; ``key`` is what a refusal may tell, without any value."""
+    """The data cannot be used; ``key`` is the config key that a client's refusal may name."""
 
     def __init__(self, key: str, message: str):
         super().__init__(f"{key}{message}")
@@ -14,5 +14,5 @@ class DataError(ConfigError):
 
 
 def first_line(error: Exception) -> str:
-    """Return the first line of what an exception says, or its kind where it says nothing."""
+    """Return the first line of an exception's message, or its class name if it has no message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

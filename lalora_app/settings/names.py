@@ -4,13 +4,17 @@ from pathlib import Path
 
 from lalora_app.settings.errors import ConfigError
 
-NONE = "none"
+NONE = "none"  # the value of a key that is switched off
 
-TIMM = "timm:"  # before the name of an architecture or folder of timm
+TIMM = "timm:"  # prefix of a timm architecture or of a folder with timm weights
 
 
 def full_path(text: str) -> Path:
-    """Return the path of a config value; ConfigError at the home ``~name`` of no user."""
+    """Return a config value as a path, with ``~`` replaced by the home directory.
+
+    Raises:
+        ConfigError: if the path starts with ``~name`` and there is no user of this name.
+    """
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
@@ -18,5 +22,5 @@ def full_path(text: str) -> Path:
 
 
 def is_local(name: str) -> bool:
-    """Tell whether a name is a path, and not an id of the hub."""
+    """Tell whether a name is a local path; all other names are ids of a model or data hub."""
     return name.startswith(("/", "~", "."))

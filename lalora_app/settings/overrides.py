@@ -1,4 +1,4 @@
-"""Values that stand over the app's own: TOML files and pairs, read and merged as they are given."""
+"""Read and merge overrides of the run config: TOML files, and key=value pairs."""
 
 import re
 import tomllib
@@ -15,11 +15,12 @@ _PATHS = {"model.name", "data.name"}
 
 
 def absolute(flat: Mapping[str, Any], folder: Path) -> dict[str, Any]:
-    """Return flat keys with the names that start with a dot as absolute paths.
+    """Return flat keys and values, with relative paths of model and data made absolute.
 
     Args:
         flat: keys and values of a run.
-        folder: that such a name is seen from; the run itself goes on in a folder of its own.
+        folder: start of the relative paths, which begin with a dot. The run itself works in a
+            folder of its own.
     """
     return {
         key: _absolute(value, folder) if key in _PATHS else value for key, value in flat.items()
@@ -33,14 +34,14 @@ def _absolute(value: Any, folder: Path) -> Any:
 
 
 def read_toml(file: Path, name: str) -> dict[str, Any]:
-    """Return a file's tables.
+    """Return the tables of a TOML file.
 
     Args:
-        file: to read.
-        name: of it, in errors.
+        file: path of the TOML file.
+        name: name of the file in error messages.
 
     Raises:
-        ConfigError: if it cannot be read.
+        ConfigError: if the file cannot be read or is not TOML.
     """
     try:
         return tomllib.loads(file.read_text("utf-8"))
@@ -53,7 +54,7 @@ def read_toml(file: Path, name: str) -> dict[str, Any]:
 
 
 def _pairs(text: str) -> dict[str, Any]:
-    """Read ``key=value`` pairs, parted by spaces, each a line of TOML."""
+    """Read ``key=value`` pairs that are separated by spaces; each value is written as in TOML."""
     lines = [f"{key} = {value}" for key, value in re.findall(_PAIR, text)]
     if rest := re.sub(_PAIR, "", text).strip():
         raise ConfigError(f"-c {text!r} must be key=value pairs, and {rest!r} is none")
@@ -71,14 +72,14 @@ def _read(text: str) -> dict[str, Any]:
 
 
 def merged(overrides: Iterable[str]) -> dict[str, Any]:
-    """Return the flat keys and values of all overrides; of two, the later one wins.
+    """Return the flat keys and values of all overrides; a later override replaces an earlier one.
 
     Args:
-        overrides: each a TOML file, or pairs. Names that start with a dot are seen from the file's
-            folder; those of pairs from where the command is given.
+        overrides: TOML files or ``key=value`` pairs. A relative path in a file starts at the
+            file's folder, and a relative path in a pair at the current folder.
 
     Raises:
-        ConfigError: if one cannot be read.
+        ConfigError: if an override cannot be read.
     """
     values: dict[str, Any] = {}
     for text in overrides:

@@ -7,141 +7,108 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeVar, cast
 
 from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.sections import (
+    BY_LABEL,
+    PARTITIONERS,
+    TASKS,
+    Data,
+    Lora,
+    MethodNumbers,
+    Model,
+    Privacy,
+    Train,
+)
 from lalora_app.settings.value_rules import (
-    anything,
-    are_ranks,
-    clip_norm,
-    columns,
     count,
     law,
     non_empty,
-    not_negative,
     one_of,
     path,
     path_or_none,
     positive,
 )
 
+__all__ = [  # the sections of a run config are imported from here, beside Config
+    "BY_LABEL",
+    "PARTITIONERS",
+    "TASKS",
+    "Config",
+    "Data",
+    "Lora",
+    "MethodNumbers",
+    "Model",
+    "Privacy",
+    "Scalar",
+    "Train",
+    "as_float",
+    "flatten",
+    "from_tables",
+    "parse",
+]
+
 Scalar = str | int | float | bool
-TASKS = ("text-classification", "image-classification", "causal-lm")
-BY_LABEL = ("dirichlet", "pathological", "shard")  # partitioners that look at the labels
-PARTITIONERS = (*BY_LABEL, "iid", "natural-id", "linear", "square", "exponential")
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Model:
-    """The frozen backbone."""
-
-    name: str = non_empty()
-    task: str = one_of(*TASKS)
-    weights: str = one_of("pretrained", "random")
-    pooling: str = one_of("mean", "model")
-    max_length: int = count()
-    image_size: int = count()
-    image_resize: int = count()
-    device: str = one_of("auto", "cpu", "cuda")
-    dtype: str = one_of("auto", "float32", "bfloat16")
-    attention: str = one_of("auto", "sdpa", "eager")
-    checkpointing: bool = anything()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Lora:
-    """The adapter: ΔW = (alpha / rank) · B·A on every target module."""
-
-    rank: int = count()
-    alpha: float = positive()
-    targets: str = non_empty()
-    ranks: str = law('must be "none" or ranks such as "4,8,16"', are_ranks)
-    kernel: str = one_of("fused", "merged", "plain", "compiled")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Data:
-    """The dataset, its public test split, and how it is dealt to simulated clients."""
-
-    name: str = non_empty()
-    subset: str = non_empty()
-    train_split: str = non_empty()
-    test_split: str = non_empty()
-    input_column: str = columns()
-    label_column: str = non_empty()
-    num_labels: int = law("must be at least 2", lambda v: v >= 2)
-    test_fraction: float = law("must be in (0, 1)", lambda v: 0 < v < 1)
-    partitioner: str = one_of(*PARTITIONERS)
-    dirichlet_alpha: float = law("must be greater than 0 (inf: IID)", lambda v: v > 0)
-    classes_per_client: int = count()
-    shards_per_client: int = count()
-    client_column: str = non_empty()
-    public_size: bool = anything()
-
-
-@dataclass(frozen=True, kw_only=True)
-class Privacy:
-    """The promise to every client, over the whole run."""
-
-    epsilon: float = law("must be greater than 0 (inf: not private)", lambda v: v > 0)
-    delta: float = law("must be in (0, 1)", lambda v: 0 < v < 1)
-    clip_norm: float = clip_norm()
-    noise: str = one_of("secure", "seeded")
-
-    @property
-    def private(self) -> bool:
-        """Whether the run's guarantee is real: finite ε and noise that nobody can repeat."""
-        return self.noise == "secure" and math.isfinite(self.epsilon)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Train:
-    """One client's local steps."""
-
-    local_steps: int = count()
-    batch_size: int = count()
-    micro_batch: int = count()
-    optimizer: str = one_of("adamw", "sgd")
-    lr_a: float = positive()
-    lr_b: float = positive()
-    lr_head: float = positive()
-    lr_decay: float = law("must be in (0, 1]", lambda v: 0 < v <= 1)
-    momentum: float = law("must be in [0, 1)", lambda v: 0 <= v < 1)
-    weight_decay: float = not_negative()
-
-
-@dataclass(frozen=True, kw_only=True)
-class MethodNumbers:
-    """Numbers of single methods; the others leave them alone."""
-
-    period: int = count()
-    fair_weight: float = law("must not be negative (inf: no correction)", lambda v: v >= 0)
-    flat_radius: float = not_negative()
-    lr_ratio: float = positive()
-    lr_gate: float = positive()
-    gate_temperature: float = positive()
-    tasks: int = count()
-    sparsity: float = law("must be in [0, 1)", lambda v: 0 <= v < 1)
-
-
-@dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run, as its run config says it."""
+    """The checked settings of one run."""
 
-    method: str = non_empty()
-    num_server_rounds: int = count()
-    evaluate_every: int = count()
-    fraction_train: float = law("must be in (0, 1]", lambda v: 0 < v <= 1)
-    min_clients: int = count()
-    min_replies: int = count()
-    round_timeout: float = positive()
-    node_timeout: float = positive()
-    weighting: str = one_of("uniform", "public-size")
-    robust: str = one_of("none", "median", "trimmed-mean", "krum")
-    secure_aggregation: str = one_of("none", "secagg+")
-    suspects: int = law("must not be negative", lambda v: v >= 0)
-    seed: int = law("must not be negative", lambda v: v >= 0)
-    output: str = path()
-    resume_from: str = path_or_none()
-    compare: str = path_or_none()
+    method: str = non_empty(
+        meaning="Federated LoRA method, one name of `lalora methods`; see [methods.md](methods.md)."
+    )
+    num_server_rounds: int = count(meaning="Number of rounds, failed ones included.")
+    evaluate_every: int = count(
+        meaning="Rounds between two evaluations on the test split; the last round is always "
+        "evaluated."
+    )
+    fraction_train: float = law(
+        "must be in (0, 1]",
+        lambda v: 0 < v <= 1,
+        meaning="Share of the clients that train in each round.",
+    )
+    min_clients: int = count(meaning="Number of SuperNodes to wait for before the first round.")
+    min_replies: int = count(meaning="Valid replies that a round needs; with fewer it fails.")
+    round_timeout: float = positive(meaning="Seconds to wait for the replies of one round.")
+    node_timeout: float = positive(meaning="Seconds to wait for `min-clients` SuperNodes.")
+    weighting: str = one_of(
+        "uniform",
+        "public-size",
+        meaning="Weights of the clients in the mean: equal, or their number of examples where "
+        "each client has declared it public.",
+    )
+    robust: str = one_of(
+        "none",
+        "median",
+        "trimmed-mean",
+        "krum",
+        meaning="Robust aggregation in place of the mean, against clients that send wrong numbers.",
+    )
+    secure_aggregation: str = one_of(
+        "none",
+        "secagg+",
+        meaning="Masks that cancel in the sum, so that the server sees sums of uploads only; "
+        "see [secure-aggregation.md](secure-aggregation.md).",
+    )
+    suspects: int = law(
+        "must not be negative",
+        lambda v: v >= 0,
+        meaning="Number of clients with wrong numbers that `trimmed-mean` or `krum` tolerates.",
+    )
+    seed: int = law(
+        "must not be negative",
+        lambda v: v >= 0,
+        meaning="Seed of the partition, the initial adapter and the selection of clients. Noise "
+        'and Poisson sampling depend on it only with `privacy.noise="seeded"`.',
+    )
+    output: str = path(meaning="Folder of all results; each run makes its own folder there.")
+    resume_from: str = path_or_none(
+        meaning="Folder of an interrupted run to continue; `none` starts a new run."
+    )
+    compare: str = path_or_none(
+        meaning="Plan file that `lalora compare` writes: many runs inside one Flower run; `none` "
+        "for a single run."
+    )
     model: Model
     lora: Lora
     data: Data
@@ -154,7 +121,7 @@ class Config:
         return attempt >= self.num_server_rounds
 
     def is_evaluated(self, attempt: int) -> bool:
-        """Tell whether the test split is looked at after this attempt (0: before the first)."""
+        """Tell whether the test split is evaluated after this attempt (0: before the first)."""
         return attempt % self.evaluate_every == 0 or self.is_last(attempt)
 
 
@@ -163,7 +130,7 @@ def _key(name: str, prefix: str) -> str:
 
 
 def as_float(value: float) -> float:
-    """Return a number as a float; an integer beyond all of them is infinite."""
+    """Return a number as a float; an integer above the largest float becomes infinite."""
     try:
         return float(value)
     except OverflowError:
@@ -235,7 +202,7 @@ def _check_robust(config: Config) -> None:
         )
     if suspects and kind in ("none", "median"):
         raise ConfigError(
-            f'suspects={suspects} must be 0 for robust="{kind}", which has no use of it'
+            f'suspects={suspects} must be 0 for robust="{kind}", which does not use it'
         )
 
 
@@ -262,7 +229,7 @@ def parse(run_config: Mapping[str, object]) -> Config:
     config = _build(Config, flat)
     for key in flat:
         nearest = difflib.get_close_matches(key, list(_keys(Config)), n=1, cutoff=0.0)[0]
-        shown = key if key.isprintable() else repr(key)  # an error is one line
+        shown = key if key.isprintable() else repr(key)  # keeps the error on one line
         raise ConfigError(f'{shown}={flat[key]!r} is no key of a run; did you mean "{nearest}"?')
     _check_together(config)
     return config
@@ -278,7 +245,7 @@ def flatten(config: object, prefix: str = "") -> dict[str, Scalar]:
 
 
 def from_tables(tables: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return TOML tables as flat dotted keys, as Flower hands them over."""
+    """Return TOML tables as flat dotted keys, the form in which Flower passes a run config."""
     flat: dict[str, Any] = {}
     for key, value in tables.items():
         name = prefix + key

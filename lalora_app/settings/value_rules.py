@@ -1,4 +1,9 @@
-"""Laws that the values of a config obey, and the error that names a broken one."""
+"""Declare a config field: what it means, which values it takes, and the words of the error.
+
+Every function returns a dataclass field. Its metadata holds ``meaning`` (one sentence with units,
+shown in docs/configuration.md), ``law`` (the allowed values, as an error says them) and ``holds``
+(the check of one value). NaN passes no check.
+"""
 
 import math
 from collections.abc import Callable
@@ -6,50 +11,57 @@ from dataclasses import field
 from typing import Any
 
 
-def law(text: str, holds: Callable[[Any], bool]) -> Any:
-    """Declare a dataclass field with the law that its value must obey (NaN obeys none)."""
-    return field(metadata={"law": text, "holds": holds})
+def law(text: str, holds: Callable[[Any], bool], *, meaning: str) -> Any:
+    """Declare a field whose values must obey ``text``, which starts with "must"."""
+    return field(metadata={"law": text, "holds": holds, "meaning": meaning})
 
 
-def positive() -> Any:
-    """Demand a finite number above 0."""
-    return law("must be finite and greater than 0", lambda v: 0 < v < math.inf)
+def positive(*, meaning: str) -> Any:
+    """Declare a finite number above 0."""
+    return law("must be finite and greater than 0", lambda v: 0 < v < math.inf, meaning=meaning)
 
 
-def clip_norm() -> Any:
-    """Demand a norm that float32 gradients can be held to, or inf.
+def clip_norm(*, meaning: str) -> Any:
+    """Declare a norm that float32 gradients can be clipped to, or inf.
 
-    Entries whose squares vanish in float32 are below 1e-18: all of them together are nothing
-    beside 1e-6, and everything beside a smaller norm.
+    The lower limit is a matter of float32: squares of entries below 1e-18 become 0 and are missing
+    in the norm. All such entries together are negligible beside 1e-6, but not beside a smaller
+    norm.
     """
-    return law("must be from 1e-6 to 1e6, or inf", lambda v: 1e-6 <= v <= 1e6 or v == math.inf)
+    return law(
+        "must be from 1e-6 to 1e6, or inf",
+        lambda v: 1e-6 <= v <= 1e6 or v == math.inf,
+        meaning=meaning,
+    )
 
 
-def count() -> Any:
-    """Demand an integer of at least 1."""
-    return law("must be at least 1", lambda v: v >= 1)
+def count(*, meaning: str) -> Any:
+    """Declare an integer of at least 1."""
+    return law("must be at least 1", lambda v: v >= 1, meaning=meaning)
 
 
-def not_negative() -> Any:
-    """Demand a finite number of at least 0."""
-    return law("must be finite and not negative", lambda v: 0 <= v < math.inf)
+def not_negative(*, meaning: str) -> Any:
+    """Declare a finite number of at least 0."""
+    return law("must be finite and not negative", lambda v: 0 <= v < math.inf, meaning=meaning)
 
 
-def one_of(*allowed: str) -> Any:
-    """Demand one of a few words."""
-    return law("must be one of " + ", ".join(f'"{a}"' for a in allowed), lambda v: v in allowed)
+def one_of(*allowed: str, meaning: str) -> Any:
+    """Declare one word of a fixed list."""
+    words = ", ".join(f'"{word}"' for word in allowed)
+    return law(f"must be one of {words}", lambda v: v in allowed, meaning=meaning)
 
 
-def non_empty() -> Any:
-    """Demand a text."""
-    return law("must not be empty", lambda v: bool(v.strip()))
+def non_empty(*, meaning: str) -> Any:
+    """Declare a text with at least one visible character."""
+    return law("must not be empty", lambda v: bool(v.strip()), meaning=meaning)
 
 
-def columns() -> Any:
-    """Demand one or two names of columns."""
+def columns(*, meaning: str) -> Any:
+    """Declare one column name, or two that are separated by a comma."""
     return law(
         'must name one column, or two such as "question,sentence"',
         lambda v: len(names := v.split(",")) <= 2 and all(name.strip() for name in names),
+        meaning=meaning,
     )
 
 
@@ -58,18 +70,24 @@ def are_ranks(text: str) -> bool:
     return text == "none" or all(part.strip().isdigit() and int(part) for part in text.split(","))
 
 
-def anything() -> Any:
-    """Demand nothing but the type."""
-    return law("", lambda v: True)
+def switch(*, meaning: str) -> Any:
+    """Declare true or false, which the type alone checks."""
+    return law("", lambda v: True, meaning=meaning)
 
 
-def path() -> Any:
-    """Demand a full path."""
-    return law("must be an absolute path, or start with ~", lambda v: v.startswith(("/", "~")))
-
-
-def path_or_none() -> Any:
-    """Demand a full path, or "none"."""
+def path(*, meaning: str) -> Any:
+    """Declare an absolute path, or one below a home directory."""
     return law(
-        'must be "none" or an absolute path', lambda v: v == "none" or v.startswith(("/", "~"))
+        "must be an absolute path, or a path that starts with ~",
+        lambda v: v.startswith(("/", "~")),
+        meaning=meaning,
+    )
+
+
+def path_or_none(*, meaning: str) -> Any:
+    """Declare an absolute path, one below a home directory, or "none"."""
+    return law(
+        'must be "none", an absolute path, or a path that starts with ~',
+        lambda v: v == "none" or v.startswith(("/", "~")),
+        meaning=meaning,
     )

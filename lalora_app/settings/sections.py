@@ -1,0 +1,238 @@
+"""The tables of the run config, one frozen dataclass per table: keys, laws and meanings."""
+
+import math
+from dataclasses import dataclass
+
+from lalora_app.settings.value_rules import (
+    are_ranks,
+    clip_norm,
+    columns,
+    count,
+    law,
+    non_empty,
+    not_negative,
+    one_of,
+    positive,
+    switch,
+)
+
+TASKS = ("text-classification", "image-classification", "causal-lm")
+BY_LABEL = ("dirichlet", "pathological", "shard")  # partitioners that read the labels
+PARTITIONERS = (*BY_LABEL, "iid", "natural-id", "linear", "square", "exponential")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """The frozen backbone."""
+
+    name: str = non_empty(
+        meaning="Pretrained model: a Hugging Face id, a local folder, `timm:` with an architecture "
+        "or a folder, or the bundled `demo:all-MiniLM-L6-v2`."
+    )
+    task: str = one_of(*TASKS, meaning="Task that the model is trained for.")
+    weights: str = one_of(
+        "pretrained", "random", meaning="Initial weights; `random` builds the architecture only."
+    )
+    pooling: str = one_of(
+        "mean",
+        "model",
+        meaning="Input of a text classifier's head: the mean of the token outputs, or the "
+        "architecture's own pooling and head. Other tasks need `model`.",
+    )
+    max_length: int = count(meaning="Largest length of a text in tokens; longer texts are cut.")
+    image_size: int = count(
+        meaning="Side in pixels of the square image that the model receives: the middle of the "
+        "resized image."
+    )
+    image_resize: int = count(
+        meaning="Shorter side in pixels after the resize, before the square is cut out."
+    )
+    device: str = one_of(
+        "auto",
+        "cpu",
+        "cuda",
+        meaning="Device of the model; `auto` takes a GPU where there is one. The `device` of a "
+        "client's node config replaces it.",
+    )
+    dtype: str = one_of(
+        "auto",
+        "float32",
+        "bfloat16",
+        meaning="Number type of the frozen model's matrix products; `auto` is bfloat16 on a GPU "
+        "and float32 on a CPU.",
+    )
+    attention: str = one_of(
+        "auto", "sdpa", "eager", meaning="Implementation of attention; `auto` leaves the choice."
+    )
+    checkpointing: bool = switch(
+        meaning="Compute activations a second time in the backward pass, to need less memory."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """The adapter: ΔW = (alpha / rank) · B·A on every target layer."""
+
+    rank: int = count(meaning="Rank r of the adapter; with `lora.ranks` the largest rank.")
+    alpha: float = positive(meaning="Numerator of the adapter's scale alpha / rank.")
+    targets: str = non_empty(
+        meaning="Names of the layers with an adapter, separated by commas; `auto` takes the "
+        "usual ones of the architecture."
+    )
+    ranks: str = law(
+        'must be "none" or ranks such as "4,8,16"',
+        are_ranks,
+        meaning="Ranks of the simulated clients, dealt in turn, for methods with mixed ranks; "
+        "each at most `lora.rank`.",
+    )
+    kernel: str = one_of(
+        "fused",
+        "merged",
+        "plain",
+        "compiled",
+        meaning="Implementation of the private step: `fused` is the usual choice, `merged` uses "
+        "more memory for speed, `plain` is the reference, `compiled` uses torch.compile.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Data:
+    """The dataset, its public test split, and the partition into simulated clients."""
+
+    name: str = non_empty(
+        meaning="Dataset: a Hugging Face id, a `.parquet`, `.csv`, `.json` or `.jsonl` file, a "
+        "folder of them, a folder of images by class, or the bundled `demo:sms-spam`."
+    )
+    subset: str = non_empty(
+        meaning="Subset of a Hugging Face dataset, such as `sst2`; `none` for the only one."
+    )
+    train_split: str = non_empty(meaning="Name of the training split.")
+    test_split: str = non_empty(
+        meaning="Name of the public test split, which no client trains on; `none` takes "
+        "`data.test-fraction` of the training split."
+    )
+    input_column: str = columns(meaning="Column of the texts or images, or two text columns.")
+    label_column: str = non_empty(meaning="Column of the labels; `none` for a language model.")
+    num_labels: int = law(
+        "must be at least 2", lambda v: v >= 2, meaning="Number of classes; labels count from 0."
+    )
+    test_fraction: float = law(
+        "must be in (0, 1)",
+        lambda v: 0 < v < 1,
+        meaning="Share of the training split that becomes the test split; the content of an "
+        "example decides.",
+    )
+    partitioner: str = one_of(
+        *PARTITIONERS,
+        meaning="Rule of Flower Datasets that deals the examples to the simulated clients.",
+    )
+    dirichlet_alpha: float = law(
+        "must be greater than 0 (inf: IID)",
+        lambda v: v > 0,
+        meaning="Concentration of the labels for `dirichlet`: the smaller, the more different "
+        "the clients.",
+    )
+    classes_per_client: int = count(meaning="Classes per client for `pathological`.")
+    shards_per_client: int = count(meaning="Shards per client for `shard`.")
+    client_column: str = non_empty(
+        meaning="Column that names the owner of an example, for `natural-id`."
+    )
+    public_size: bool = switch(
+        meaning="In simulation, allow clients to send their number of examples. A client with "
+        "its own data decides in its node config."
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Privacy:
+    """The guarantee to every client over the whole run."""
+
+    epsilon: float = law(
+        "must be greater than 0 (inf: not private)",
+        lambda v: v > 0,
+        meaning="Privacy budget ε of every client over the whole run.",
+    )
+    delta: float = law(
+        "must be in (0, 1)",
+        lambda v: 0 < v < 1,
+        meaning="Failure probability δ of the guarantee; below 1 / (examples of the client).",
+    )
+    clip_norm: float = clip_norm(
+        meaning="Clip norm C: largest l2 norm of one example's gradient over all trained tensors "
+        "together."
+    )
+    noise: str = one_of(
+        "secure",
+        "seeded",
+        meaning="Source of noise and of Poisson sampling: the operating system's randomness, or "
+        "the run's seed. `seeded` makes a run repeatable and NOT private.",
+    )
+
+    @property
+    def private(self) -> bool:
+        """Whether the guarantee holds: finite ε, and noise that nobody can repeat."""
+        return self.noise == "secure" and math.isfinite(self.epsilon)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """The local steps of one client."""
+
+    local_steps: int = count(meaning="Training steps per client and round.")
+    batch_size: int = count(
+        meaning="Expected number of examples per local step; every example is drawn with "
+        "probability batch-size / (examples of the client)."
+    )
+    micro_batch: int = count(
+        meaning="Examples per forward and backward pass; affects memory and speed only."
+    )
+    optimizer: str = one_of("adamw", "sgd", meaning="Optimiser of the noised gradients.")
+    lr_a: float = positive(meaning="Learning rate of the A factors.")
+    lr_b: float = positive(meaning="Learning rate of the B factors.")
+    lr_head: float = positive(meaning="Learning rate of the head.")
+    lr_decay: float = law(
+        "must be in (0, 1]",
+        lambda v: 0 < v <= 1,
+        meaning="Factor that multiplies all learning rates after each round.",
+    )
+    momentum: float = law(
+        "must be in [0, 1)", lambda v: 0 <= v < 1, meaning="Momentum of `sgd`; 0 for `adamw`."
+    )
+    weight_decay: float = not_negative(meaning="Weight decay of the optimiser.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodNumbers:
+    """Numbers of single methods; all other methods ignore them."""
+
+    period: int = count(
+        meaning="Rounds between two re-factorisations (`fedsvd`), merges into the base "
+        "(`rac-lora`) or prunings (`beamlora`)."
+    )
+    fair_weight: float = law(
+        "must not be negative (inf: no correction)",
+        lambda v: v >= 0,
+        meaning="Penalty on the size of the server's correction for `lora-fair` and "
+        "`lora-fair-cosine`.",
+    )
+    flat_radius: float = not_negative(
+        meaning="Size of the random weight perturbation relative to each row's norm, for "
+        "`flat-lora`; 0 for none."
+    )
+    lr_ratio: float = positive(
+        meaning="Learning rate of B divided by that of A, for `lora-plus`; replaces `train.lr-b`."
+    )
+    lr_gate: float = positive(
+        meaning="Learning rate of gates (`beamlora`) and magnitudes (`sd-lora`)."
+    )
+    gate_temperature: float = positive(
+        meaning="Temperature of the softmax over the gates of `beamlora`."
+    )
+    tasks: int = count(
+        meaning="Number of blocks of rounds for `sd-lora` and `duallora`; all use the same data."
+    )
+    sparsity: float = law(
+        "must be in [0, 1)",
+        lambda v: 0 <= v < 1,
+        meaning="Share of each layer's input features that `losa` prunes.",
+    )
