@@ -75,7 +75,7 @@ def section(folder: Path, file: str, *, illustrated: bool) -> str:
     wanted = len(plan.cells({}))
     parts = [
         f"`lalora compare {file}`: {len(found)} of {wanted} runs, seeds "
-        f"{', '.join(map(str, plan.seeds))}, {statistics.median(seconds):.0f} s a run (median; "
+        f"{', '.join(map(str, plan.seeds))}, {statistics.median(seconds):.0f} s per run (median; "
         f"{min(seconds):.0f} to {max(seconds):.0f}).",
         to_markdown(rows_of(found)),
     ]
