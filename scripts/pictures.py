@@ -88,9 +88,7 @@ def _site(theme: Theme) -> list[str]:
     ink, line = theme["text"], theme["line"]
     parts = [box(14 - 5 * i, 16 - 5 * i, 440, 178, theme["fill"], line) for i in (0, 1)][::-1]
     parts.append(text(26, 40, "Site 1 … n", ink, more='font-weight="600"'))
-    parts.append(
-        text(26, 59, "Trained: LoRA factors A and B, head. Frozen: base model.", ink)
-    )
+    parts.append(text(26, 59, "Trained: LoRA factors A and B, head. Frozen: base model.", ink))
     steps = (("private", "examples"), ("one gradient", "per example"), ("clip each", "to norm C"))
     for i, (first, second) in enumerate(steps):
         left = 26 + 104 * i
@@ -100,12 +98,8 @@ def _site(theme: Theme) -> list[str]:
     parts.append(box(338, 74, 104, 44, theme["page"], theme["noise"]))
     parts.append(centered(390, 92, "sum + Gaussian", theme["noise"], size=12, bold=True))
     parts.append(centered(390, 109, "noise", theme["noise"], size=12, bold=True))
-    parts.append(
-        text(26, 143, "Ledger on disk: ε is counted before the noise is drawn.", ink)
-    )
-    parts.append(
-        text(26, 162, "A request above the site’s limit is refused, at no cost.", ink)
-    )
+    parts.append(text(26, 143, "Ledger on disk: ε is counted before the noise is drawn.", ink))
+    parts.append(text(26, 162, "A request above the site’s limit is refused, at no cost.", ink))
     parts.append(text(26, 181, "Examples, raw gradients and losses never leave the site.", ink))
     return parts
 

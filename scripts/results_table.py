@@ -26,8 +26,8 @@ class Score:
     upload: str
 
     def shown(self) -> str:
-        """Return mean and standard deviation as text."""
-        return f"{self.mean:.1f} ± {self.spread:.1f}"
+        """Return mean and standard deviation as text that stays on one line of a table cell."""
+        return f"{self.mean:.1f}\u00a0±\u00a0{self.spread:.1f}"
 
 
 def scores(name: str) -> list[Score]:
@@ -43,7 +43,10 @@ def scores(name: str) -> list[Score]:
 
 def table() -> str:
     """Return the table of the README."""
-    lines = ["| method | data | ε = 1 | ε = 3 | not private | bytes up |", "|---" * 6 + "|"]
+    lines = [
+        "| method | data | ε\u00a0=\u00a01 | ε\u00a0=\u00a03 | not\u00a0private | bytes up |",
+        "|---" * 6 + "|",
+    ]
     for name, title in TITLES.items():
         found = {(score.method, score.epsilon): score for score in scores(name)}
         for method in METHODS:
