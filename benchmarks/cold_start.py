@@ -66,7 +66,7 @@ def answer(request: Path, reply: Path, node: dict[str, Any]) -> dict[str, float]
 
     lap("app")
     TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = _NODE
-    _clocked(requests, "_prepared", "data", spent)
+    _clocked(requests, "_load", "data", spent)
     _clocked(requests.backbone, "build", "model", spent)
     _clocked(requests, "_reserve", "accounting", spent)
     _clocked(requests, "_spent", "accounting", spent)

@@ -127,7 +127,7 @@ def test_a_node_reads_its_data_once_while_nothing_changes(tiny, tmp_path, data_f
         grid = FakeGrid(config, [extra])
         context = next(iter(grid.contexts.values()))
         site = admit(config, context.node_config, 1)
-        results.append([requests._prepared(config, site)[2] for _ in range(3)])
+        results.append([requests._load(config, site)[2] for _ in range(3)])
     assert len(reads) == 3 + 1
     for encoded in results[1]:
         same(encoded, results[0][0])
@@ -137,10 +137,10 @@ def test_too_few_examples_are_refused_from_the_cache_too(tiny, tmp_path, data_fi
     node = {"data-path": str(data_file), "max-epsilon": float("inf"), "data-cache": str(tmp_path)}
     changes = open_run() | {"data.num-labels": 2}
     config = tiny(**changes)
-    requests._prepared(config, admit(config, node, 1))
+    requests._load(config, admit(config, node, 1))
     greedy = tiny(**changes | {"train.batch-size": 61})
     with pytest.raises(ConfigError, match="batch-size=61"):
-        requests._prepared(greedy, admit(greedy, node, 1))
+        requests._load(greedy, admit(greedy, node, 1))
 
 
 def test_a_cache_needs_data_of_its_own(tiny, tmp_path):
@@ -160,5 +160,5 @@ def test_missing_data_is_named_as_without_a_cache(tiny, tmp_path):
     node |= {"data-cache": str(tmp_path / "cache")}
     config = tiny(**open_run())
     with pytest.raises(DataError) as error:
-        requests._prepared(config, admit(config, node, 1))
+        requests._load(config, admit(config, node, 1))
     assert error.value.key == "data-path"

@@ -126,12 +126,15 @@ MUTANTS = {
     ),
     "ledger written after training": Mutant(
         "client/requests.py",
-        "    reservation = _reserve(config, site, len(encoded), request)\n    clock.append(time.monotonic())\n"
-        "    result = local_round.run_round(\n",
-        "    fields = (config.train.batch_size / len(encoded), 1.0, config.train.local_steps)\n"
-        "    reservation = Reservation(Release(*fields))\n"
+        "    reservation = _reserve(current.config, current.site, len(current.data), current.request)\n"
         "    clock.append(time.monotonic())\n"
-        "    result = _late(lambda: _reserve(config, site, len(encoded), request), local_round.run_round)(\n",
+        "    result = _run_local_steps(current, start, reservation)\n",
+        "    train = current.config.train\n"
+        "    rate = train.batch_size / len(current.data)\n"
+        "    reservation = Reservation(Release(rate, 1.0, train.local_steps))\n"
+        "    clock.append(time.monotonic())\n"
+        "    result = _run_local_steps(current, start, reservation)\n"
+        "    _reserve(current.config, current.site, len(current.data), current.request)\n",
         "tests/client/test_kill.py",
     ),
     "ledger not committed": Mutant(
@@ -199,16 +202,6 @@ MUTANTS = {
 }
 HELPERS = {
     "privacy/ledger.py": "\n\n_OPEN: list[sqlite3.Connection] = []\n",
-    "client/requests.py": """
-
-def _late(reserve, run):
-    def both(*args, **kwargs):
-        result = run(*args, **kwargs)
-        reserve()
-        return result
-
-    return both
-""",
 }
 
 
