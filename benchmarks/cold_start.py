@@ -135,8 +135,9 @@ def serve(tree: Path, folder: Path, rows: int) -> list[dict[str, Any]]:
     said, spent = _deliver(query, folder, node)
     messages.parse_hello(said)
     rows_found: list[dict[str, Any]] = [{"message": "query", **spent}]
-    state = ServerState(backbone.build(config)[1])
-    clients = Clients([_NODE], [(0,)] * ROUNDS)
+    model, start = backbone.build(config)
+    state = ServerState(start)
+    clients = Clients([_NODE], [(0,)] * ROUNDS, model=model.fingerprint)
     strategy = FederatedLora(config, method_of(config), "run", clients, state)
     for t in range(1, ROUNDS + 1):
         (request,) = strategy.configure_train(t, None, None, None)  # type: ignore[arg-type]

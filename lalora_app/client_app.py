@@ -15,6 +15,7 @@ from lalora_app.secagg.fixed_point import RangeError
 from lalora_app.secagg.messages import StageError
 from lalora_app.settings.errors import ConfigError, DataError
 from lalora_app.wire import messages, tensors
+from lalora_app.wire.same_model import OtherModelError
 
 app = ClientApp()
 _log = logging.getLogger("flwr")
@@ -28,6 +29,7 @@ _REFUSAL_KEYS: tuple[tuple[type[Exception], str], ...] = (
     (StageError, "stage"),
     (RangeError, "update"),
     (held_download.HeldError, "held"),
+    (OtherModelError, "model"),
     (tensors.WireError, "request"),
 )
 

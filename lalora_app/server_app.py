@@ -114,7 +114,7 @@ def run(grid: Grid, config: Config, settle: float = 0.0) -> None:
     resumed = None if config.resume_from == "none" else _resumed(config)
     sizes = sum(array.size for array in start.values())
     _log.info("LaLoRA model: %d target layers, %d trainable parameters", model.targets, sizes)
-    clients = find_clients(grid, config, settle)
+    clients = find_clients(grid, config, settle, model.fingerprint)
 
     if resumed and resumed[0].num_clients() != len(clients.nodes):
         raise ConfigError(

@@ -30,6 +30,7 @@ from lalora_app.private_step import step
 from lalora_app.secagg import client as secagg
 from lalora_app.settings.run_config import Config, parse
 from lalora_app.wire import messages
+from lalora_app.wire.same_model import check_same_model, model_of
 
 _log = logging.getLogger("flwr")
 
@@ -64,11 +65,14 @@ def _run_config(message: Message, context: Context) -> Config:
 
 
 def hello(message: Message, context: Context) -> RecordDict:
-    """Return the site's name and rank, after checking that its data can take part."""
+    """Return the site's name, rank and base model, after checking that its data can take part.
+
+    Privacy: nothing is released; the hashes are those of public weights.
+    """
     config = _run_config(message, context)
     site = admit(config, context.node_config, context.node_id)
-    _load(config, site)
-    return messages.SiteHello(site.client, site.rank).record()
+    model = _load(config, site)[0]
+    return messages.SiteHello(site.client, site.rank, model.fingerprint).record()
 
 
 def _prepare(message: Message, context: Context) -> Round:
@@ -78,6 +82,7 @@ def _prepare(message: Message, context: Context) -> Round:
     site = admit(config, context.node_config, context.node_id)
     request = messages.parse_request(message.content, config)
     model, like, data = _load(config, site)
+    check_same_model(site.client, model.fingerprint, model_of(message.content))
     received = receive(message.content, config, like, download_file(site, request))
     return Round(config, method, site, request, model, data, received)
 

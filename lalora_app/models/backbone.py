@@ -2,7 +2,7 @@
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -15,6 +15,7 @@ from lalora_app.data.examples import Examples
 from lalora_app.methods.compatibility import method_of
 from lalora_app.models.base import Base
 from lalora_app.models.device import autocast, narrow_frozen, pick_device, pick_dtype, to_device
+from lalora_app.models.fingerprint import fingerprint
 from lalora_app.models.forwards import Forward
 from lalora_app.models.frozen_weights import FrozenWeights, base_layers
 from lalora_app.models.scores import Metrics, Task
@@ -45,6 +46,7 @@ class Backbone:
     dtype: torch.dtype
     targets: int
     frozen_weights: FrozenWeights
+    fingerprint: Mapping[str, str]
 
     def __post_init__(self) -> None:
         """Let the engine prepare the forward that trains; an evaluation takes it as it is."""
@@ -183,7 +185,10 @@ def _build(model: Model, lora: Lora, num_labels: int, seed: int) -> tuple[Backbo
             raise ConfigError(
                 f"lora.rank={lora.rank} must be at most {min(sizes)}, the smallest target layer"
             )
-        adapted = _with_adapters(base, lora, targets).to(device)
+        adapted = _with_adapters(base, lora, targets)
+    # Before the move and the narrowing: sites with a GPU and sites without one must agree.
+    hashes = fingerprint(adapted, base.preprocessing)
+    adapted.to(device)
     trainable = {wire_name(n): p for n, p in adapted.named_parameters() if p.requires_grad}
     dtype = pick_dtype(model.dtype, device)
     narrow_frozen(adapted, dtype)
@@ -197,6 +202,7 @@ def _build(model: Model, lora: Lora, num_labels: int, seed: int) -> tuple[Backbo
         dtype=dtype,
         targets=len(sizes),
         frozen_weights=FrozenWeights(base_layers(adapted)),
+        fingerprint=hashes,
     )
     return backbone, base.probe
 

@@ -1,6 +1,6 @@
 """A base model and what belongs to it, whichever library it comes from."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -29,6 +29,7 @@ class Base:
         targets: the layers that LoRA adapts where ``lora.targets`` is ``auto``, PEFT's way.
         trained: modules that train whole: the head, and what the checkpoint does not have.
         task_type: PEFT's name of the task, or None.
+        preprocessing: the state of the tokenizer or of the images' normalisation, by name.
     """
 
     model: nn.Module
@@ -39,6 +40,7 @@ class Base:
     targets: str
     trained: tuple[str, ...]
     task_type: str | None
+    preprocessing: Mapping[str, str]
 
 
 def token_probe(vocabulary: int, task: str) -> Batch:

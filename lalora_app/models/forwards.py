@@ -1,5 +1,6 @@
 """What a forward gives, what is lost by it and what is counted: one entry a kind of task."""
 
+import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -120,6 +121,11 @@ class Pixels:
     size: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+
+    @property
+    def normalisation(self) -> str:
+        """Mean and standard deviation of the colours as JSON."""
+        return json.dumps([self.mean, self.std])
 
     def __call__(self, images: Tensor) -> Tensor:
         """Return (examples, 3, size, size) from uint8 (examples, 3, height, width)."""

@@ -14,6 +14,7 @@ from torch import nn
 from lalora_app.data.images import encode_images
 from lalora_app.data.sources import quiet_hub
 from lalora_app.models.base import Base, cannot_load, pixel_probe, require_size
+from lalora_app.models.fingerprint import NORMALISATION
 from lalora_app.models.forwards import Pixels, timm_logits
 from lalora_app.models.scores import CLASSIFICATION
 from lalora_app.settings.errors import ConfigError
@@ -143,4 +144,5 @@ def load_timm(model: Model, num_labels: int) -> Base:
         targets=_TARGETS,
         trained=(_head(base, model),),
         task_type=None,
+        preprocessing={NORMALISATION: pixels.normalisation},
     )

@@ -12,6 +12,7 @@ from lalora_app.data.encoding import encode_sequences, encode_texts
 from lalora_app.data.images import encode_images
 from lalora_app.data.sources import quiet_hub
 from lalora_app.models.base import Base, cannot_load, pixel_probe, require_size, token_probe
+from lalora_app.models.fingerprint import NORMALISATION, TOKENIZER, tokenizer_state
 from lalora_app.models.forwards import (
     Pixels,
     Segmented,
@@ -188,6 +189,7 @@ def _text_base(model: Model, where: str, base: Any, fresh: set[str]) -> Base:
     kind = _KINDS[model.task, model.pooling]
     causal = model.task == "causal-lm"
     tokenizer = _tokenizer(where, model, base)
+    state = tokenizer_state(tokenizer)
     encode = encode_sequences if causal else encode_texts
     heads = [name for name in _HEADS if hasattr(base, name)]
     probe = token_probe(min(len(tokenizer), base.config.vocab_size), model.task)
@@ -203,6 +205,7 @@ def _text_base(model: Model, where: str, base: Any, fresh: set[str]) -> Base:
         targets=_default_targets(base),
         trained=(*heads, *sorted(fresh)),
         task_type=kind.task_type,
+        preprocessing={TOKENIZER: state},
     )
 
 
@@ -228,6 +231,7 @@ def _image_base(model: Model, where: str, base: Any, fresh: set[str]) -> Base:
         targets=_default_targets(base),
         trained=("classifier", *sorted(fresh)),
         task_type=None,
+        preprocessing={NORMALISATION: pixels.normalisation},
     )
 
 

@@ -1,7 +1,7 @@
 """Balanced participation: which clients a round asks, for a whole run at once."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -40,12 +40,14 @@ class Clients:
         cohorts: indices into ``nodes``, one tuple an attempt.
         simulated: whether they are the parts of one dataset that the server has too.
         ranks: of the clients, in the same order; none: all have the run's.
+        model: the SHA-256 of each part of the base model that they share with the server.
     """
 
     nodes: Sequence[int]
     cohorts: Sequence[tuple[int, ...]]
     simulated: bool = False
     ranks: Sequence[int] = ()
+    model: Mapping[str, str] = field(default_factory=dict)
 
     def rounds_left(self, client: int, attempt: int) -> int:
         """Return how many of the attempts from ``attempt`` (from 1) on ask this client."""

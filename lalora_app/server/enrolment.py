@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
@@ -14,6 +14,7 @@ from lalora_app.server.cohorts import Clients
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import Config, flatten
 from lalora_app.wire import messages, refusals, tensors
+from lalora_app.wire.same_model import check_same_model
 
 _log = logging.getLogger("flwr")
 
@@ -57,7 +58,9 @@ def _require_new(name: str, names: Iterable[str]) -> None:
         raise tensors.WireError(f"two clients have the same name {name}")
 
 
-def _ask_names(grid: Grid, config: Config, nodes: list[int]) -> dict[str, tuple[int, int]]:
+def _ask_names(
+    grid: Grid, config: Config, nodes: list[int], model: Mapping[str, str]
+) -> dict[str, tuple[int, int]]:
     """Query every node; return (node, rank) by its stable name.
 
     No budget is spent, and every refusal is told.
@@ -71,6 +74,7 @@ def _ask_names(grid: Grid, config: Config, nodes: list[int]) -> dict[str, tuple[
         try:
             hello = messages.parse_hello(reply)
             _require_new(hello.client, names)
+            check_same_model(hello.client, hello.model, model)
             names[hello.client] = reply.metadata.src_node_id, checked_rank(hello.rank, config)
         except refusals.RefusedError as error:
             reasons.append(_refusal(error, config))
@@ -87,13 +91,19 @@ def _ask_names(grid: Grid, config: Config, nodes: list[int]) -> dict[str, tuple[
     return names
 
 
-def find_clients(grid: Grid, config: Config, settle: float) -> Clients:
+def find_clients(grid: Grid, config: Config, settle: float, model: Mapping[str, str]) -> Clients:
     """Return the clients of a run, and the cohort of each round.
+
+    Args:
+        grid: the connection to the clients.
+        config: the run's config.
+        settle: seconds that the list of nodes must stay the same.
+        model: the SHA-256 of each part of the server's base model, which every site must have.
 
     Raises:
         ConfigError: if too few clients can take part, or one refuses.
     """
-    said = _ask_names(grid, config, _wait_for_nodes(grid, config, settle))
+    said = _ask_names(grid, config, _wait_for_nodes(grid, config, settle), model)
     names = {name: node for name, (node, _) in said.items()}
     per_round = max(1, round(config.fraction_train * len(names)))
     if config.min_replies > per_round:
@@ -103,7 +113,7 @@ def find_clients(grid: Grid, config: Config, settle: float) -> Clients:
     plan = cohorts.plan_cohorts(len(names), per_round, config.num_server_rounds, config.seed)
     order = sorted(names)
     ranks = [said[name][1] for name in order]
-    return Clients([names[name] for name in order], plan, _simulated(names), ranks)
+    return Clients([names[name] for name in order], plan, _simulated(names), ranks, model)
 
 
 def _simulated(names: Iterable[str]) -> bool:

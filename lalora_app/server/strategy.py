@@ -29,6 +29,7 @@ from lalora_app.settings.run_config import Config, flatten
 from lalora_app.wire import messages, tensors
 from lalora_app.wire.downlink import Downlink
 from lalora_app.wire.messages import TrainReply
+from lalora_app.wire.same_model import MODEL, model_record
 from lalora_app.wire.tensors import WireError
 
 _log = logging.getLogger("flwr")
@@ -138,6 +139,7 @@ class FederatedLora(Strategy):
         content: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {
             **self._downlink.records(node, self._download(client), self.state.drift),
             messages.CONFIG: request.record(),
+            MODEL: model_record(self.clients.model),
             messages.RUN_CONFIG: messages.run_config(flatten(self.config)),
         }
         return Message(

@@ -14,6 +14,7 @@ from lalora_app.adapter.factors import Adapter, Factor, factor_pairs
 from lalora_app.settings.run_config import Config, Scalar, flatten
 from lalora_app.wire.code_version import code_hash
 from lalora_app.wire.refusals import REFUSALS, RefusedError
+from lalora_app.wire.same_model import MODEL, model_of, model_record
 from lalora_app.wire.tensors import WireError, from_record, to_record
 
 ARRAYS, CONFIG, METRICS, RUN_CONFIG = "arrays", "config", "metrics", "run"
@@ -117,7 +118,8 @@ def digest(content: RecordDict, config: Config) -> str:
         config: of its run.
     """
     config = replace(config, resume_from="none", output="", compare="none")
-    order = sorted(content.config_records.get(CONFIG, ConfigRecord()).items())
+    records = (content.config_records.get(name, ConfigRecord()) for name in (CONFIG, MODEL))
+    order = [sorted(record.items()) for record in records]
     found = hashlib.sha256(json.dumps([code_hash(), flatten(config), repr(order)]).encode())
     for part in (ARRAYS, DRIFT):
         for name, array in sorted(content.array_records.get(part, ArrayRecord()).items()):
@@ -136,11 +138,12 @@ class SiteHello:
 
     client: str
     rank: int
+    model: Mapping[str, str]
 
     def record(self) -> RecordDict:
         """Pack the reply to a query."""
-        said = ConfigRecord({"client": self.client, "rank": self.rank, "code": code_hash()})
-        return RecordDict({CONFIG: said})
+        own = ConfigRecord({"client": self.client, "rank": self.rank, "code": code_hash()})
+        return RecordDict({CONFIG: own, MODEL: model_record(self.model)})
 
 
 @dataclass(frozen=True)
@@ -210,11 +213,12 @@ def parse_hello(reply: Message) -> SiteHello:
     Raises:
         WireError: if it refuses, failed, or runs other code.
     """
-    said = content_or_raise(reply).config_records[CONFIG]
-    client = said.get("client")
+    content = content_or_raise(reply)
+    record = content.config_records[CONFIG]
+    client = record.get("client")
     if not isinstance(client, str) or not client:
         raise WireError("client must be a name")
-    return SiteHello(client, count_of(said, "rank", 1))
+    return SiteHello(client, count_of(record, "rank", 1), model_of(content))
 
 
 def parse_reply(reply: Message, expected: Mapping[str, np.ndarray], t: int) -> TrainReply:

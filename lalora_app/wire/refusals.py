@@ -23,6 +23,7 @@ REFUSALS = {
     "stage": "the stages of secure aggregation must come in order, from one attempt",
     "update": "the update must be finite, and within the range of secure aggregation",
     "held": "the client does not hold what the server left out; it is sent all the next time",
+    "model": "the base model or its tokenizer is not the server's; see the client's log",
     "request": "the request does not fit the client's model or run config",
     "internal": "the client failed; see the client's log",
 }

@@ -49,9 +49,9 @@ def _client(config, side: Path, run: str, die_at: int | None):
     """Answer train messages until killed."""
     _mark_every_draw(side, die_at)
     grid = FakeGrid(config, 1)
-    _, start = backbone.build(config)
+    model, start = backbone.build(config)
     node = next(iter(grid.contexts))
-    clients = Clients([node], [(0,)] * ROUNDS)
+    clients = Clients([node], [(0,)] * ROUNDS, model=model.fingerprint)
     strategy = FederatedLora(config, _method(config), run, clients, ServerState(start))
     for _ in range(ROUNDS):
         requests = strategy.configure_train(0, None, None, grid)

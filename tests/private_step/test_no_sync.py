@@ -56,7 +56,7 @@ def meta_backbone(*, pooling="mean", kernel="fused", dtype=torch.float32) -> Bac
     engine = KernelEngine(model, parameters, kernel)
     forward = Segmented({"mean": mean_logits, "model": text_logits}[pooling], 3)
     bases = FrozenWeights(base_layers(model))
-    return Backbone(model, CLASSIFICATION, forward, list, engine, META, dtype, 4, bases)
+    return Backbone(model, CLASSIFICATION, forward, list, engine, META, dtype, 4, bases, {})
 
 
 def private_steps(backbone: Backbone) -> None:

@@ -62,7 +62,7 @@ def test_the_check_for_a_factor_in_a_message_can_fail(tiny, rounds):
 def test_nothing_but_the_allowed_keys_leaves_a_client(tiny):
     done = run(tiny(**sized(CLIENTS) | ON), CLIENTS)
     allowed = {
-        "query": {"config": {"client", "rank", "code"}},
+        "query": {"config": {"client", "rank", "code"}, "model": {"weights", "tokenizer"}},
         "train.advertise": {"config": {"code"}, SECAGG: {"mask-key", "cipher-key"}},
         "train.share": {"config": {"code"}, SECAGG: {"shares-of", "shares", "seed"}},
         "train": {"arrays": {MASKED}, "metrics": {"round", "epsilon"}, "config": {"code"}},

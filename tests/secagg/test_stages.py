@@ -11,6 +11,7 @@ from lalora_app.secagg import masks
 from lalora_app.secagg.messages import MASKED, SECAGG, columns, mapping_of
 from lalora_app.settings.run_config import flatten
 from lalora_app.wire import messages, tensors
+from lalora_app.wire.same_model import MODEL, model_record
 
 pytestmark = pytest.mark.usefixtures("no_waiting", "no_report")
 
@@ -53,7 +54,7 @@ class Table:
             self.shares[client] = mapping_of(reply[SECAGG], "shares")
 
     def train(self, client, sources=None, attempt=1):
-        start = backbone.build(self.config)[1]
+        model, start = backbone.build(self.config)
         sources = range(CLIENTS) if sources is None else sources
         sealed = {s: self.shares[s][client] for s in sources if s != client} if self.shares else {}
         order = messages.TrainRequest("run-1", 1, attempt, 2, {"A": 0, "B": 0}).record()
@@ -61,6 +62,7 @@ class Table:
             messages.ARRAYS: tensors.to_record(start),
             messages.CONFIG: order,
             messages.RUN_CONFIG: messages.run_config(flatten(self.config)),
+            MODEL: model_record(model.fingerprint),
             SECAGG: ConfigRecord(columns("shares", sealed)),
         }
         message = Message(RecordDict(records), dst_node_id=self.nodes[client], message_type="train")

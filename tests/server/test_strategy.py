@@ -17,6 +17,7 @@ from lalora_app.settings.run_config import parse
 from lalora_app.wire import messages, tensors
 from lalora_app.wire.downlink import LEFT_OUT
 from lalora_app.wire.messages import TrainReply
+from lalora_app.wire.same_model import MODEL
 
 A, B, HEAD = "l.lora_A.weight", "l.lora_B.weight", "classifier.weight"
 SHAPES = {A: (2, 6), B: (4, 2), HEAD: (3, 4)}
@@ -87,7 +88,8 @@ def succeed(strategy, seed=1):
 def test_a_request_holds_the_whole_adapter_and_its_order():
     strategy = make()
     requests = asked(strategy)
-    expected = [messages.ARRAYS, messages.DRIFT, messages.CONFIG, messages.RUN_CONFIG, LEFT_OUT]
+    expected = [messages.ARRAYS, messages.DRIFT, messages.CONFIG, MODEL]
+    expected += [messages.RUN_CONFIG, LEFT_OUT]
     assert {r.metadata.dst_node_id for r in requests} == set(NODES)
     for request in requests:
         assert request.metadata.message_type == "train"

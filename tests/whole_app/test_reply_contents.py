@@ -38,7 +38,8 @@ def test_nothing_but_the_allowed_keys_leaves_a_client(tiny, public):
         assert not exchange.reply.has_error()
         got = contents(exchange.reply)
         if exchange.attempt == 0:
-            assert got == {"config": {"client", "rank", "code"}}
+            hashes = {"weights", "tokenizer"}
+            assert got == {"config": {"client", "rank", "code"}, "model": hashes}
         elif exchange.partition == 1:
             assert got == {"config": {"refusal"}}
         else:
@@ -49,7 +50,7 @@ def test_nothing_but_the_allowed_keys_leaves_a_client(tiny, public):
             if public:
                 assert exchange.reply.content["metrics"]["num-examples"] == TRAIN_SIZE // 3
         seen[len(got)] += 1
-    assert seen == {1: 3 + 3, 3: 6}
+    assert seen == {1: 3, 2: 3, 3: 6}
 
 
 @pytest.mark.parametrize("public", [False, True])
