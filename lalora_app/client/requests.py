@@ -28,7 +28,9 @@ from lalora_app.privacy.budget import Limit, noise_for
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.private_step import step
 from lalora_app.secagg import client as secagg
+from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import Config, parse
+from lalora_app.settings.value_rules import DEVICE_LAW, is_device
 from lalora_app.wire import messages
 from lalora_app.wire.same_model import check_same_model, model_of
 
@@ -60,6 +62,8 @@ def _load(config: Config, site: Site) -> Loaded:
 def _run_config(message: Message, context: Context) -> Config:
     """Return the config of the message's run, with the node's own device if it has one."""
     node = context.node_config
+    if "device" in node and not is_device(node["device"]):
+        raise ConfigError(f"node config device={node['device']!r} {DEVICE_LAW}")
     own = {"model.device": node["device"]} if "device" in node else {}
     return parse({**context.run_config, **messages.run_config_of(message.content), **own})
 

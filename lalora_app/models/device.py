@@ -13,16 +13,22 @@ def pick_device(name: str) -> torch.device:
 
     TF32 is off: float32 means float32, and bf16 autocast is the fast path of a GPU.
 
+    Args:
+        name: "auto", "cpu", "cuda", or "cuda:N" for the GPU of number N.
+
     Raises:
-        ConfigError: if CUDA is asked for where there is none.
+        ConfigError: if there is no such GPU.
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise ConfigError('model.device="cuda" must be "cpu" or "auto" where there is no GPU')
-    return torch.device(name)
+        return torch.device("cuda" if gpus else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= gpus:
+        allowed = ", ".join(["auto", "cpu", *(f"cuda:{index}" for index in range(gpus))])
+        raise ConfigError(f'model.device="{name}" must be one of {allowed}: GPUs visible: {gpus}')
+    return device
 
 
 def pick_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -8,6 +8,7 @@ from lalora_app.settings.value_rules import (
     clip_norm,
     columns,
     count,
+    device,
     law,
     non_empty,
     not_negative,
@@ -47,10 +48,7 @@ class Model:
     image_resize: int = count(
         meaning="Shorter side in pixels after the resize, before the square is cut out."
     )
-    device: str = one_of(
-        "auto",
-        "cpu",
-        "cuda",
+    device: str = device(
         meaning="Device of the model; `auto` takes a GPU where there is one. The `device` of a "
         "client's node config replaces it.",
     )

@@ -6,6 +6,7 @@ shown in docs/configuration.md), ``law`` (the allowed values, as an error says t
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import field
 from typing import Any
@@ -49,6 +50,23 @@ def one_of(*allowed: str, meaning: str) -> Any:
     """Declare one word of a fixed list."""
     words = ", ".join(f'"{word}"' for word in allowed)
     return law(f"must be one of {words}", lambda v: v in allowed, meaning=meaning)
+
+
+DEVICE_LAW = (
+    'must be "auto", "cpu", "cuda" or "cuda:N", N the number of a GPU: gradient kernels and noise '
+    "generator are tested on no other device"
+)
+
+
+def is_device(value: object) -> bool:
+    """Tell whether a value names a supported device."""
+    pattern = r"auto|cpu|cuda(:(0|[1-9][0-9]{0,2}))?"
+    return isinstance(value, str) and re.fullmatch(pattern, value) is not None
+
+
+def device(*, meaning: str) -> Any:
+    """Declare a supported device."""
+    return law(DEVICE_LAW, is_device, meaning=meaning)
 
 
 def non_empty(*, meaning: str) -> Any:
