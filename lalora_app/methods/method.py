@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
 
 from torch import Tensor
 
@@ -49,7 +48,6 @@ class Method:
         moves_base: part of what is learnt moves into the frozen weights.
         heterogeneous: clients' ranks may differ.
         keeps_client_state: a client's result depends on what it kept; made of noised gradients.
-        dp_unit: whose influence the noise hides.
     """
 
     paper: str
@@ -70,7 +68,6 @@ class Method:
     moves_base: bool = False
     heterogeneous: bool = False
     keeps_client_state: bool = False
-    dp_unit: Literal["example"] = "example"
 
     def sent(self, t: int, *, last: bool) -> Factors:
         """Return the factors that travel up in round ``t``."""
