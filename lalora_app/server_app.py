@@ -17,6 +17,7 @@ from lalora_app.data.encoding import Encoded
 from lalora_app.data.examples import split
 from lalora_app.data.partition import label_counts
 from lalora_app.methods.compatibility import method_of
+from lalora_app.methods.unread_keys import unread_keys
 from lalora_app.models import backbone as backbones
 from lalora_app.models.backbone import Backbone
 from lalora_app.private_step.attach import LayoutError
@@ -80,6 +81,11 @@ def _warn_if_not_private(config: Config) -> None:
         _log.warning("privacy.epsilon=inf: this run is NOT private")
 
 
+def _warn_of_unread_keys(config: Config) -> None:
+    if unread := unread_keys(config):
+        _log.warning('method="%s" has no use of %s', config.method, ", ".join(unread))
+
+
 def _train(grid: Grid, strategy: FederatedLora, progress: Progress) -> None:
     config, state = strategy.config, strategy.state
     strategy.start(
@@ -106,6 +112,7 @@ def run(grid: Grid, config: Config, settle: float = 0.0) -> None:
     began = time.monotonic()
     method = method_of(config)
     _warn_if_not_private(config)
+    _warn_of_unread_keys(config)
     check_writable(config.output)
     _log.info("LaLoRA loading    model %s, data %s", config.model.name, config.data.name)
     model, start = backbones.build(config)

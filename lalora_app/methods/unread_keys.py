@@ -1,0 +1,70 @@
+"""Keys of the run config that only some methods read, for a warning about values without effect.
+
+A warning and no refusal: a comparison gives one set of keys to many methods, and its tuning scales
+the learning rates of all of them.
+"""
+
+from lalora_app.methods import optimizers, schedule
+from lalora_app.methods.compatibility import method_of
+from lalora_app.methods.method import Method
+from lalora_app.settings.run_config import Config, Scalar, flatten
+
+# The defaults in pyproject.toml, which an installed package does not have at run time.
+DEFAULTS: dict[str, Scalar] = {
+    "train.optimizer": "sgd",
+    "train.momentum": 0.0,
+    "train.lr-a": 2.0,
+    "train.lr-b": 4.0,
+    "rule.period": 1,
+    "rule.fair-weight": 0.01,
+    "rule.flat-radius": 0.05,
+    "rule.lr-ratio": 2.0,
+    "rule.lr-gate": 0.01,
+    "rule.gate-temperature": 0.5,
+    "rule.tasks": 2,
+    "rule.sparsity": 0.1,
+}
+_READERS = {
+    "rule.period": {"rac-lora", "fedsvd"},
+    "rule.fair-weight": {"lora-fair", "lora-fair-cosine"},
+    "rule.flat-radius": {"flat-lora"},
+    "rule.lr-ratio": {"lora-plus"},
+    "rule.lr-gate": {"beamlora", "sd-lora"},
+    "rule.gate-temperature": {"beamlora"},
+    "rule.tasks": {"sd-lora", "duallora"},
+    "rule.sparsity": {"losa"},
+}
+_CONFIGURED = (optimizers.as_configured, optimizers.lora_plus)
+
+
+def _train_keys(method: Method, local_steps: int) -> set[str]:
+    """Return the keys of the table ``train`` among :data:`DEFAULTS` that a method reads."""
+    rounds = (schedule.factors_trained_in(method.trains, t, local_steps) for t in (1, 2))
+    trained = frozenset[str]().union(*rounds)
+    keys = {f"train.lr-{factor.lower()}" for factor in trained}
+    if method.optimizer in _CONFIGURED:
+        keys |= {"train.optimizer", "train.momentum"}
+    if method.optimizer is optimizers.lora_plus:
+        keys -= {"train.lr-b"}  # it is rule.lr-ratio times train.lr-a
+    return keys
+
+
+def unread_keys(config: Config) -> list[str]:
+    """Return ``key=value`` of all values without effect under the run's method.
+
+    A value that equals its default is never listed, whether it was given or not.
+
+    Args:
+        config: the run's config.
+
+    Raises:
+        ConfigError: if the method and the config do not go together.
+    """
+    read = _train_keys(method_of(config), config.train.local_steps)
+    read |= {key for key, methods in _READERS.items() if config.method in methods}
+    values = flatten(config)
+    return [
+        f"{key}={values[key]!r}"
+        for key, default in DEFAULTS.items()
+        if key not in read and values[key] != default
+    ]
