@@ -34,7 +34,7 @@ _READERS = {
     "rule.tasks": {"sd-lora", "duallora"},
     "rule.sparsity": {"losa"},
 }
-_CONFIGURED = (optimizers.as_configured, optimizers.lora_plus)
+_CONFIGURED = (optimizers.configured_optimizer, optimizers.lora_plus)
 
 
 def _train_keys(method: Method, local_steps: int) -> set[str]:
