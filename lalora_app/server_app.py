@@ -21,7 +21,13 @@ from lalora_app.methods.unread_keys import unread_keys
 from lalora_app.models import backbone as backbones
 from lalora_app.models.backbone import Backbone
 from lalora_app.private_step.attach import LayoutError
-from lalora_app.results.run_folder import RunFolder, check_writable, new_folder, old_folder
+from lalora_app.results.run_folder import (
+    ResumePoint,
+    RunFolder,
+    check_writable,
+    new_folder,
+    old_folder,
+)
 from lalora_app.server.ending import finish
 from lalora_app.server.enrolment import SETTLE_SECONDS, find_clients
 from lalora_app.server.losa_masks import losa_start
@@ -57,12 +63,12 @@ def _begin(config: Config, model: Backbone, test: Encoded, start: Adapter) -> Se
     return ServerState(adapter, drift=drift)
 
 
-def _resumed(config: Config) -> tuple[RunFolder, ServerState]:
+def _resumed(config: Config) -> tuple[RunFolder, ResumePoint]:
     saved = full_path(config.resume_from) / "config.toml"
     if not saved.is_file():
         raise ConfigError(f'resume-from="{config.resume_from}" must be the folder of a run')
     folder = old_folder(config, from_tables(tomllib.loads(saved.read_text("utf-8"))))
-    return folder, folder.latest()
+    return folder, folder.resume_point()
 
 
 def _tell_what_is_cut(test: Encoded, config: Config) -> None:
@@ -128,18 +134,16 @@ def run(grid: Grid, config: Config, settle: float = 0.0) -> None:
             f'resume-from="{config.resume_from}" must have {resumed[0].num_clients()} clients '
             f"again, not {len(clients.nodes)}"
         )
-    folder, state = resumed or (
+    folder, point = resumed or (
         new_folder(config, _run_name(config)),
-        _begin(config, model, test, start),
+        ResumePoint(_begin(config, model, test, start)),
     )
     folder.write_json("clients.json", {"clients": len(clients.nodes)})
     if clients.simulated and config.data.label_column != NONE:
         folder.write_json("partition.json", _partition(config, len(clients.nodes)))
-    rows = [row for row in folder.history() if row["attempt"] <= state.attempts]
-    spent = float(rows[-1]["epsilon_max"]) if rows else 0.0
     kind = STRATEGIES[config.secure_aggregation]
-    strategy = kind(config, method, folder.name, clients, state, spent)
-    progress = Progress(config, folder, strategy, model, test, rows, began)
+    strategy = kind(config, method, folder.name, clients, point.state, point.epsilon_spent)
+    progress = Progress(config, folder, strategy, model, test, point.rows, began)
     try:
         _train(grid, strategy, progress)
     except Exception as error:

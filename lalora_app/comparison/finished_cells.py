@@ -1,11 +1,11 @@
 """Finished runs of a comparison: found again, and never taken for others."""
 
-import json
 import tomllib
 from pathlib import Path
 from typing import Any
 
 from lalora_app.comparison.plan import MethodAtEpsilon, Plan, PlanCell
+from lalora_app.results import strict_json
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import from_tables
 
@@ -13,7 +13,7 @@ _FREE = {"output", "resume-from", "compare"}  # may differ between two tries of 
 
 
 def _summary(run: Path) -> dict[str, Any]:
-    return dict(json.loads((run / "summary.json").read_text("utf-8")))
+    return dict(strict_json.loads((run / "summary.json").read_text("utf-8")))
 
 
 def find_finished(folder: Path, cell: PlanCell) -> Path | None:

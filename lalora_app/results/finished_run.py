@@ -1,6 +1,5 @@
 """Finished runs, read back from their folders: what tables, figures and reports are made of."""
 
-import json
 import math
 import tomllib
 from collections.abc import Sequence
@@ -8,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from lalora_app.results import strict_json
 from lalora_app.results.run_folder import RunFolder
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import Scalar, from_tables
@@ -56,8 +56,7 @@ class Record:
 
 
 def _read_json(path: Path) -> dict[str, Any]:
-    value = json.loads(path.read_text("utf-8"))
-    return {k: math.inf if v == "inf" else v for k, v in value.items()}
+    return dict(strict_json.loads(path.read_text("utf-8")))
 
 
 def _read(folder: Path, label: str | None) -> Record:
@@ -66,7 +65,7 @@ def _read(folder: Path, label: str | None) -> Record:
     if not (history := RunFolder(folder).history()):
         raise ValueError("history.jsonl is missing or empty")
     partition, audit = (
-        json.loads(path.read_text("utf-8")) if path.is_file() else None
+        _read_json(path) if path.is_file() else None
         for path in (folder / "partition.json", folder / "audit.json")
     )
     return Record(

@@ -1,25 +1,23 @@
 """What a run leaves: config, history, privacy report, checkpoints, summary. Written atomically."""
 
 import json
-import math
-import os
+import logging
 import tempfile
 import tomllib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
-from safetensors.numpy import save_file
-
+from lalora_app.adapter.atomic_files import make_folder, replace_atomically
 from lalora_app.aggregation.server_state import ServerState
+from lalora_app.results import checkpoints, strict_json
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.names import full_path
 from lalora_app.settings.run_config import Config, Scalar, flatten, from_tables, parse
 
-_KEPT_CHECKPOINTS = 2
-_DRIFT = "drift."  # before the names of what has moved into the base
+_log = logging.getLogger("flwr")
+Row = dict[str, Any]
 
 
 def _toml_value(value: Scalar) -> str:
@@ -41,12 +39,38 @@ def to_toml(config: Config) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    new = path.with_suffix(path.suffix + ".tmp")
-    with new.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    new.replace(path)
+    with replace_atomically(path) as new:
+        new.write_text(text, encoding="utf-8")
+
+
+def _parsed(lines: list[str]) -> list[Row]:
+    """Return the rows before the first line that is not a JSON object."""
+    rows: list[Row] = []
+    for line in lines:
+        try:
+            row = strict_json.loads(line)
+        except ValueError:
+            return rows
+        if not isinstance(row, dict):
+            return rows
+        rows.append(row)
+    return rows
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where a run begins or goes on.
+
+    Attributes:
+        state: the server's state before the next attempt.
+        rows: the history up to the state, one row per attempt.
+        epsilon_spent: the largest ε that any client has reported, also in attempts that are
+            repeated now.
+    """
+
+    state: ServerState
+    rows: list[Row] = field(default_factory=list)
+    epsilon_spent: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -62,68 +86,90 @@ class RunFolder:
 
     @property
     def adapter(self) -> Path:
-        """Where the PEFT adapter goes."""
+        """The folder of the PEFT adapter."""
         return self.path / "adapter"
 
     def write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        """Write one JSON file; infinities become the string "inf"."""
-        clean = {k: _jsonable(v) for k, v in value.items()}
-        _write(self.path / name, json.dumps(clean, indent=2, ensure_ascii=False) + "\n")
+        """Write one JSON file; see :mod:`strict_json` for numbers that are not finite."""
+        _write(self.path / name, strict_json.dumps(dict(value), indent=2) + "\n")
 
     def write_config(self, config: Config) -> None:
         """Write the complete config."""
         _write(self.path / "config.toml", to_toml(config))
 
-    def history(self) -> list[dict[str, Any]]:
-        """Return the rows written so far, one an attempt."""
+    def _history_lines(self) -> list[str]:
         path = self.path / "history.jsonl"
-        lines = path.read_text("utf-8").splitlines() if path.exists() else []
-        rows = [json.loads(line) for line in lines]
-        return [{k: math.inf if v == "inf" else v for k, v in row.items()} for row in rows]
+        if not path.exists():
+            return []
+        return path.read_text("utf-8", errors="replace").splitlines()
+
+    def history(self) -> list[Row]:
+        """Return all rows, one per attempt.
+
+        Raises:
+            ConfigError: if a line is damaged.
+        """
+        lines = self._history_lines()
+        rows = _parsed(lines)
+        if len(rows) < len(lines):
+            line = len(rows) + 1
+            raise ConfigError(f"{self.path / 'history.jsonl'}: line {line} must be a JSON object")
+        return rows
 
     def num_clients(self) -> int | None:
-        """Return how many clients the run began with; None if it never got so far."""
+        """Return the number of clients at the start of the run; None: it had not started."""
         path = self.path / "clients.json"
         return int(json.loads(path.read_text("utf-8"))["clients"]) if path.is_file() else None
 
-    def write_history(self, rows: list[dict[str, Any]]) -> None:
+    def write_history(self, rows: list[Row]) -> None:
         """Replace the history."""
-        lines = [json.dumps({k: _jsonable(v) for k, v in row.items()}) + "\n" for row in rows]
-        _write(self.path / "history.jsonl", "".join(lines))
+        _write(self.path / "history.jsonl", "".join(strict_json.dumps(r) + "\n" for r in rows))
 
     def checkpoint(self, state: ServerState) -> None:
-        """Write the state after an attempt; keep the last few."""
-        folder = self.path / "checkpoints"
-        folder.mkdir(exist_ok=True)
-        numbers = {"round": state.round, "attempts": state.attempts, "versions": state.versions}
-        path = folder / f"attempt-{state.attempts:05d}.safetensors"
-        new = path.with_suffix(".tmp")
-        tensors = state.adapter | {_DRIFT + name: array for name, array in state.drift.items()}
-        save_file(tensors, new, metadata={"state": json.dumps(numbers)})
-        new.replace(path)
-        for old in sorted(folder.glob("attempt-*.safetensors"))[:-_KEPT_CHECKPOINTS]:
-            old.unlink()
+        """Write the state after an attempt; keep the two newest checkpoints."""
+        checkpoints.save(self.path / "checkpoints", state)
 
-    def latest(self) -> ServerState:
-        """Return the newest checkpoint.
+    def _states(self) -> list[ServerState]:
+        """Return the states of all whole checkpoints, the newest first.
 
         Raises:
             ConfigError: if there is none.
         """
-        found = sorted((self.path / "checkpoints").glob("attempt-*.safetensors"))
-        if not found:
-            raise ConfigError(f'resume-from="{self.path}" must hold a checkpoint')
-        with safe_open(found[-1], framework="numpy") as file:
-            numbers = json.loads(file.metadata()["state"])
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        drift = {n.removeprefix(_DRIFT): x for n, x in tensors.items() if n.startswith(_DRIFT)}
-        adapter = {n: x for n, x in tensors.items() if not n.startswith(_DRIFT)}
-        counts = (numbers["round"], numbers["versions"], numbers["attempts"])
-        return ServerState(adapter, *counts, drift)
+        if found := checkpoints.whole(self.path / "checkpoints"):
+            return found
+        raise ConfigError(f'resume-from="{self.path}" must hold a checkpoint that is not damaged')
 
+    def latest(self) -> ServerState:
+        """Return the state of the newest whole checkpoint.
 
-def _jsonable(value: Any) -> Any:
-    return "inf" if isinstance(value, float) and math.isinf(value) else value
+        Raises:
+            ConfigError: if there is none.
+        """
+        return self._states()[0]
+
+    def resume_point(self) -> ResumePoint:
+        """Return the newest whole checkpoint that has a complete history, with that history.
+
+        Rows of later attempts are left out: those attempts are repeated. A client answers a
+        repeated request from its last reply, or reserves budget for it as for any other.
+
+        Raises:
+            ConfigError: if no checkpoint is whole, or the history of every whole one is damaged.
+        """
+        states, lines = self._states(), self._history_lines()
+        rows = _parsed(lines)
+        if len(rows) < len(lines):
+            file = self.path / "history.jsonl"
+            _log.warning("LaLoRA %s is damaged from line %d on", file, len(rows) + 1)
+        attempts = [row.get("attempt") for row in rows]
+        spent = max((float(row["epsilon_max"]) for row in rows), default=0.0)
+        for state in states:
+            if attempts[: state.attempts] == list(range(1, state.attempts + 1)):
+                return ResumePoint(state, rows[: state.attempts], spent)
+        raise ConfigError(
+            f'resume-from="{self.path}" must hold the history of its checkpoint: history.jsonl has '
+            f"{len(rows)} whole rows, and attempt {states[-1].attempts} needs as many"
+        )
 
 
 def read_config(folder: Path) -> Config:
@@ -157,7 +203,8 @@ def check_writable(output: str) -> None:
 def new_folder(config: Config, name: str) -> RunFolder:
     """Make the folder of a new run, with its config."""
     folder = RunFolder(full_path(config.output) / name)
-    folder.path.mkdir(parents=True)
+    make_folder(folder.path.parent)
+    folder.path.mkdir()
     folder.write_config(config)
     return folder
 

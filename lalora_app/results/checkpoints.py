@@ -1,0 +1,77 @@
+"""Checkpoints of a run: the server's state after each attempt, one file per attempt."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from lalora_app.adapter.atomic_files import replace_atomically
+from lalora_app.aggregation.server_state import ServerState
+
+_log = logging.getLogger("flwr")
+_KEPT = 2
+_DRIFT = "drift."  # prefix of the tensors that were added to the frozen base
+
+
+def _digest(tensors: Mapping[str, np.ndarray], numbers: str) -> str:
+    """Return a SHA-256 of all contents: safetensors itself does not notice zeroed tensors."""
+    found = hashlib.sha256(numbers.encode())
+    for name in sorted(tensors):
+        found.update(name.encode())
+        found.update(np.ascontiguousarray(tensors[name]).tobytes())
+    return found.hexdigest()
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(folder.glob("attempt-*.safetensors"))
+
+
+def save(folder: Path, state: ServerState) -> None:
+    """Write the state durably, then delete all but the newest checkpoints."""
+    numbers = json.dumps(
+        {"round": state.round, "attempts": state.attempts, "versions": dict(state.versions)}
+    )
+    tensors = state.adapter | {_DRIFT + name: array for name, array in state.drift.items()}
+    metadata = {"state": numbers, "digest": _digest(tensors, numbers)}
+    with replace_atomically(folder / f"attempt-{state.attempts:05d}.safetensors") as new:
+        save_file(tensors, new, metadata=metadata)
+    for old in _files(folder)[:-_KEPT]:
+        old.unlink()
+
+
+def load(path: Path) -> ServerState:
+    """Return the state of one checkpoint.
+
+    Raises:
+        Exception: of many kinds, if the file is damaged.
+    """
+    with safe_open(path, framework="numpy") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    digest = metadata.get("digest")  # older versions wrote none
+    if digest is not None and digest != _digest(tensors, metadata["state"]):
+        raise ValueError("the tensors do not match their digest")
+    numbers = json.loads(metadata["state"])
+    drift = {n.removeprefix(_DRIFT): x for n, x in tensors.items() if n.startswith(_DRIFT)}
+    adapter = {n: x for n, x in tensors.items() if not n.startswith(_DRIFT)}
+    return ServerState(adapter, numbers["round"], numbers["versions"], numbers["attempts"], drift)
+
+
+def whole(folder: Path) -> list[ServerState]:
+    """Return the states of all undamaged checkpoints, the newest first.
+
+    Each damaged file is told in one line of the log.
+    """
+    states = []
+    for path in reversed(_files(folder)):
+        try:
+            states.append(load(path))
+        except Exception as error:  # damage shows as many kinds of errors
+            kind = type(error).__name__
+            _log.warning("LaLoRA checkpoint %s is damaged (%s) and not used", path, kind)
+    return states
