@@ -166,6 +166,10 @@ class RunFolder:
         for state in states:
             if attempts[: state.attempts] == list(range(1, state.attempts + 1)):
                 return ResumePoint(state, rows[: state.attempts], spent)
+            _log.warning(
+                "LaLoRA checkpoint of attempt %d is not used: the history has %d whole rows",
+                *(state.attempts, len(rows)),
+            )
         raise ConfigError(
             f'resume-from="{self.path}" must hold the history of its checkpoint: history.jsonl has '
             f"{len(rows)} whole rows, and attempt {states[-1].attempts} needs as many"

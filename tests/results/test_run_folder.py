@@ -33,6 +33,7 @@ def row_of(attempt: int) -> dict:
 def run(tmp_path) -> RunFolder:
     """A folder after three attempts."""
     folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
     for attempts in (1, 2, 3):
         folder.write_history([row_of(i) for i in range(1, attempts + 1)])
         folder.checkpoint(state_after(attempts))
@@ -135,7 +136,9 @@ def test_a_half_written_last_row_falls_back_to_the_checkpoint_before(run, cut, c
     point = run.resume_point()
     assert_state(point.state, 2)
     assert point.rows == [row_of(1), row_of(2)]
-    assert len(warnings_in(caplog)) == bool(cut)
+    *damaged, unused = warnings_in(caplog)
+    assert "attempt 3 is not used: the history has 2 whole rows" in unused
+    assert [str(path) in line and "line 3" in line for line in damaged] == [True] * bool(cut)
 
 
 def test_bytes_that_are_no_text_are_damage_too(run):
@@ -167,7 +170,7 @@ def test_a_file_and_its_folder_are_synced_around_the_replacement(tmp_path, monke
     real_sync, real_replace = os.fsync, Path.replace
 
     def sync(descriptor: int) -> None:
-        events.append(("sync", Path(os.readlink(f"/proc/self/fd/{descriptor}")).name))
+        events.append(("sync", Path(f"/proc/self/fd/{descriptor}").readlink().name))
         real_sync(descriptor)
 
     def replace(path: Path, target: Path) -> Path:
@@ -203,9 +206,14 @@ def test_run_files_and_checkpoints_are_written_through_the_durable_way(run, monk
 def test_an_error_leaves_the_old_file_and_no_temporary_one(tmp_path):
     path = tmp_path / "file.txt"
     path.write_text("old", "utf-8")
-    with pytest.raises(OSError, match="full"), replace_atomically(path) as new:
-        new.write_text("half", "utf-8")
-        raise OSError("full")
+
+    def write_half(path: Path) -> None:
+        with replace_atomically(path) as new:
+            new.write_text("half", "utf-8")
+            raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"):
+        write_half(path)
     assert [p.name for p in tmp_path.iterdir()] == ["file.txt"]
     assert path.read_text("utf-8") == "old"
 
@@ -213,7 +221,7 @@ def test_an_error_leaves_the_old_file_and_no_temporary_one(tmp_path):
 # --- numbers that JSON does not have ----------------------------------------------------------
 
 TEXTS = st.text() | st.sampled_from(
-    ["inf", "-inf", "nan", "~inf", "~~nan", "~", "Infinity", "\u2028", "\ud800"]
+    ["inf", "-inf", "nan", "~inf", "~~nan", "~", "\u2028", "\ud800"]
 )
 LEAVES = st.none() | st.booleans() | st.integers() | st.floats() | TEXTS
 VALUES = st.recursive(
