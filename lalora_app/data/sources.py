@@ -3,12 +3,12 @@
 import hashlib
 import json
 import logging
-import tempfile
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from lalora_app.data.local_tables import load_in_memory
 from lalora_app.settings.errors import DataError, first_line
 from lalora_app.settings.names import NONE, full_path, is_local
 
@@ -54,7 +54,7 @@ def stamp(name: str) -> str:
     return hashlib.sha256(json.dumps([str(root), listed]).encode()).hexdigest()
 
 
-def _arguments(key: str, path: Path, split: str) -> dict[str, Any]:
+def _source(key: str, path: Path, split: str) -> dict[str, Any]:
     if path.is_dir():
         return {"path": str(path)}
     if path.suffix not in _FORMATS or not path.is_file():
@@ -66,15 +66,14 @@ def _arguments(key: str, path: Path, split: str) -> dict[str, Any]:
 
 
 def _load_local(key: str, path: Path, split: str) -> Any:
-    from datasets import disable_progress_bars, load_dataset
+    from datasets import disable_progress_bars
 
     disable_progress_bars()
     quiet_hub()
-    arguments = _arguments(key, path, split)
+    source = _source(key, path, split)
     kind = path.suffix or "a folder of data files or images"
-    try:  # the library's copy of private data goes with the folder
-        with tempfile.TemporaryDirectory() as cache:
-            return load_dataset(**arguments, split=split, cache_dir=cache, keep_in_memory=True)
+    try:
+        return load_in_memory(source, split)
     except Exception as error:  # the readers raise many kinds; all mean the same here
         reason = f", with a split {split}" if path.is_dir() else ""
         raise DataError(key, f'="{path}" cannot be read as {kind}{reason}') from error

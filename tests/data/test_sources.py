@@ -311,20 +311,20 @@ def test_an_error_without_a_word_is_named_by_its_kind():
 
 # --- what a refusal may tell ------------------------------------------------------------------
 
-MODULES = ("sources", "data", "partition", "encoding")
+MODULES = ("sources", "examples", "partition", "encoding", "images")
 KEY = re.compile(r"data|data-path|(data|train|privacy|model)\.[a-z-]+")
 
 
 def constants(module: str) -> set[str]:
     """The strings of a module that look like a key."""
-    tree = ast.parse((ROOT / "lalora_app" / f"{module}.py").read_text("utf-8"))
+    tree = ast.parse((ROOT / "lalora_app" / "data" / f"{module}.py").read_text("utf-8"))
     found = (n.value for n in ast.walk(tree) if isinstance(n, ast.Constant))
     return {text for text in found if isinstance(text, str) and KEY.fullmatch(text)}
 
 
 def raised_with(module: str) -> list[ast.expr]:
     """The first argument of every DataError of a module."""
-    tree = ast.parse((ROOT / "lalora_app" / f"{module}.py").read_text("utf-8"))
+    tree = ast.parse((ROOT / "lalora_app" / "data" / f"{module}.py").read_text("utf-8"))
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     named = [call for call in calls if isinstance(call.func, ast.Name)]
     return [call.args[0] for call in named if call.func.id == "DataError"]
