@@ -12,7 +12,8 @@ import numpy as np
 import torch
 from scipy import stats
 
-from lalora_app.adapter.factors import Adapter, Kind
+from lalora_app.adapter.factors import Kind
+from lalora_app.aggregation.server_state import ServerState
 from lalora_app.audit.draw_estimates import (
     BATCH,
     DrawEstimates,
@@ -86,8 +87,9 @@ def auc(scores: np.ndarray, members: np.ndarray) -> float:
 
 
 @torch.inference_mode()
-def _losses(backbone: Backbone, canaries: Encoded, adapter: Adapter) -> np.ndarray:
-    backbone.load(adapter)
+def _losses(backbone: Backbone, canaries: Encoded, state: ServerState) -> np.ndarray:
+    """Return (canaries,): losses of the global model, on the base that the run has moved."""
+    backbone.load(state.adapter, state.drift)
     parts = [
         backbone.task.losses(backbone.logits(batch), batch.labels.to(backbone.device))
         for batch in canaries.batches(BATCH)
@@ -159,14 +161,14 @@ def _attacked(
 ) -> RunBound:
     """Run the federation to its end and score every canary."""
     config, backbone = federation.config, federation.backbone
-    before = _losses(backbone, encoded, federation.state.adapter)
+    before = _losses(backbone, encoded, federation.state)
     parts: list[Part] = []
     found: list[DrawEstimates] = []
     for sent in federation.rounds():
         for which, own in draw_estimates(federation, sent, len(members)).items():
             found.append(own)
             parts.append(_part(federation, sent, which, own, members))
-    after = _losses(backbone, encoded, federation.state.adapter)
+    after = _losses(backbone, encoded, federation.state)
     scores = {name: scored(own, members) for name, own in _groups(parts, found).items()}
     aucs = {name: auc(own, members) for name, own in scores.items()}
     every = range(config.num_server_rounds * config.train.local_steps)
