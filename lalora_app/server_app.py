@@ -10,8 +10,6 @@ from typing import Any
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from lalora_app.adapter.factors import Adapter
-from lalora_app.aggregation.server_state import ServerState
 from lalora_app.comparison.runner import run_plan
 from lalora_app.data.encoding import Encoded
 from lalora_app.data.examples import split
@@ -19,7 +17,6 @@ from lalora_app.data.partition import label_counts
 from lalora_app.methods.compatibility import method_of
 from lalora_app.methods.unread_keys import unread_keys
 from lalora_app.models import backbone as backbones
-from lalora_app.models.backbone import Backbone
 from lalora_app.private_step.attach import LayoutError
 from lalora_app.results.run_folder import (
     ResumePoint,
@@ -30,7 +27,7 @@ from lalora_app.results.run_folder import (
 )
 from lalora_app.server.ending import finish
 from lalora_app.server.enrolment import SETTLE_SECONDS, find_clients
-from lalora_app.server.losa_masks import losa_start
+from lalora_app.server.initial_state import initial_state
 from lalora_app.server.progress import Progress
 from lalora_app.server.secure_strategy import SecureFederatedLora
 from lalora_app.server.strategy import FederatedLora
@@ -53,14 +50,6 @@ def _partition(config: Config, clients: int) -> dict[str, Any]:
 def _run_name(config: Config) -> str:
     stamp = datetime.now().strftime("%Y%m%d-%H%M%S")
     return f"{config.method}-{stamp}-{secrets.token_hex(3)}"
-
-
-def _begin(config: Config, model: Backbone, test: Encoded, start: Adapter) -> ServerState:
-    """Return the state before the first round."""
-    if not method_of(config).calibrates:
-        return ServerState(start)
-    adapter, drift = losa_start(model, test, start, config.rule)
-    return ServerState(adapter, drift=drift)
 
 
 def _resumed(config: Config) -> tuple[RunFolder, ResumePoint]:
@@ -136,7 +125,7 @@ def run(grid: Grid, config: Config, settle: float = 0.0) -> None:
         )
     folder, point = resumed or (
         new_folder(config, _run_name(config)),
-        ResumePoint(_begin(config, model, test, start)),
+        ResumePoint(initial_state(config, model, test, start)),
     )
     folder.write_json("clients.json", {"clients": len(clients.nodes)})
     if clients.simulated and config.data.label_column != NONE:

@@ -31,6 +31,11 @@ def plan_cohorts(clients: int, per_round: int, rounds: int, seed: int) -> list[t
     return cohorts
 
 
+def clients_per_round(fraction: float, clients: int) -> int:
+    """Return the size of a cohort: ``fraction`` of the clients, at least one."""
+    return max(1, round(fraction * clients))
+
+
 @dataclass(frozen=True)
 class Clients:
     """The clients of a run and the cohorts planned for them.

@@ -105,7 +105,7 @@ def find_clients(grid: Grid, config: Config, settle: float, model: Mapping[str, 
     """
     said = _ask_names(grid, config, _wait_for_nodes(grid, config, settle), model)
     names = {name: node for name, (node, _) in said.items()}
-    per_round = max(1, round(config.fraction_train * len(names)))
+    per_round = cohorts.clients_per_round(config.fraction_train, len(names))
     if config.min_replies > per_round:
         raise ConfigError(
             f"min-replies={config.min_replies} must be at most the {per_round} clients of a round"

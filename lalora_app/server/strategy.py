@@ -123,21 +123,24 @@ class FederatedLora(Strategy):
     ) -> Iterable[Message]:
         """Ask the attempt's cohort for round t; Flower's own round number plays no part."""
         self._asked_at = time.monotonic()
-        attempt = self.state.attempts + 1
         # A list: Flower's grid goes through it twice, and a generator is empty the second time.
-        return [self._request(client, attempt) for client in self.clients.cohorts[attempt - 1]]
+        return [self._request(client) for client in self.clients.cohorts[self.state.attempts]]
 
-    def _request(self, client: int, attempt: int) -> Message:
-        request = messages.TrainRequest(
+    def train_request(self, client: int) -> messages.TrainRequest:
+        """Return the next attempt's order to a client of its cohort."""
+        attempt = self.state.attempts + 1
+        return messages.TrainRequest(
             run=self.run,
             round=self.state.round + 1,
             attempt=attempt,
             steps_left=self.config.train.local_steps * self.clients.rounds_left(client, attempt),
             versions=self.state.versions,
         )
-        node = self.clients.nodes[client]
+
+    def _request(self, client: int) -> Message:
+        request, node = self.train_request(client), self.clients.nodes[client]
         content: dict[str, ArrayRecord | MetricRecord | ConfigRecord] = {
-            **self._downlink.records(node, self._download(client), self.state.drift),
+            **self._downlink.records(node, self.download(client), self.state.drift),
             messages.CONFIG: request.record(),
             MODEL: model_record(self.clients.model),
             messages.RUN_CONFIG: messages.run_config(flatten(self.config)),
@@ -146,13 +149,14 @@ class FederatedLora(Strategy):
             RecordDict(content),
             dst_node_id=node,
             message_type="train",
-            group_id=str(attempt),
+            group_id=str(request.attempt),
         )
 
     def _rank(self, client: int) -> int:
         return self.clients.ranks[client] if self.clients.ranks else self.config.lora.rank
 
-    def _download(self, client: int) -> Adapter:
+    def download(self, client: int) -> Adapter:
+        """Return the global adapter at a client's rank."""
         return truncate_to_rank(self.state.adapter, self._rank(client), self.config.lora.rank)
 
     def _synced(self) -> Factors:
@@ -166,7 +170,7 @@ class FederatedLora(Strategy):
 
     def _expected(self, client: int) -> Mapping[str, np.ndarray]:
         """Return the tensors that a client's reply must hold, for names, shapes and type."""
-        return select(self._download(client), self._synced())
+        return select(self.download(client), self._synced())
 
     def _judge(self, replies: Iterable[Message]) -> tuple[dict[int, TrainReply], list[str]]:
         """Return the valid replies by node, in the clients' order, and why others are not."""
@@ -224,9 +228,13 @@ class FederatedLora(Strategy):
         ]
         return self._weights(list(accepted.values())), uploads
 
-    def _aggregate(self, accepted: dict[int, TrainReply], synced: Factors) -> AggregationErrors:
-        """Move the state on, and measure what that loses of the clients' products."""
-        full, config = self.config.lora.rank, self.config
+    def aggregate_uploads(self, accepted: dict[int, TrainReply]) -> AggregationErrors:
+        """Move the state on by one round, and measure the error of the aggregation.
+
+        Args:
+            accepted: the valid replies by node, in the order of the clients' names.
+        """
+        full, config, synced = self.config.lora.rank, self.config, self._synced()
         weights, uploads = self._uploads(accepted)
         before = self.state.adapter
         shares, kept = robust(config.robust, config.suspects, weights, uploads)
@@ -269,7 +277,7 @@ class FederatedLora(Strategy):
         downloads = [self._downlink.bytes[self.clients.nodes[client]] for client in asked]
         found = AggregationErrors()
         if enough:
-            found = self._aggregate(accepted, synced)
+            found = self.aggregate_uploads(accepted)
         else:
             self.state = self.state.failed()
         attempt = Attempt(

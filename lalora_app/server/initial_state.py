@@ -1,0 +1,26 @@
+"""The server's state before the first round."""
+
+from lalora_app.adapter.factors import Adapter
+from lalora_app.aggregation.server_state import ServerState
+from lalora_app.data.encoding import Encoded
+from lalora_app.methods.compatibility import method_of
+from lalora_app.models.backbone import Backbone
+from lalora_app.server.losa_masks import losa_start
+from lalora_app.settings.run_config import Config
+
+
+def initial_state(config: Config, model: Backbone, public: Encoded, start: Adapter) -> ServerState:
+    """Return the state before the first round, with masks and drift if the method sets them.
+
+    Args:
+        config: the run's config.
+        model: the backbone as the run starts.
+        public: the encoded examples of the public test split.
+        start: the initial adapter of :func:`~lalora_app.models.backbone.build`.
+
+    Privacy: public inputs only.
+    """
+    if not method_of(config).calibrates:
+        return ServerState(start)
+    adapter, drift = losa_start(model, public, start, config.rule)
+    return ServerState(adapter, drift=drift)
