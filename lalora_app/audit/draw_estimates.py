@@ -17,6 +17,7 @@ from torch import Tensor
 
 from lalora_app.adapter.factors import Adapter, Kind, active_names, kind
 from lalora_app.audit.planted_federation import Federation, Sent
+from lalora_app.client.local_round import learning_rates
 from lalora_app.data.encoding import Encoded
 from lalora_app.methods.method import Method
 from lalora_app.methods.optimizers import configured_optimizer
@@ -176,24 +177,18 @@ def draw_estimates(federation: Federation, sent: Sent, canaries: int) -> dict[Ki
     rows = _gradients(federation, sent)
     q, found = federation.release.sampling_rate, {}
     noise = noise_std_of(Reservation(federation.release), config.privacy.clip_norm) ** 2
+    rates = learning_rates(config.train, config.rule, sent.t)
     for which in list(rows):
         steps = len(sent.steps[which])
         counts, shows = solved(
             rows.pop(which),
-            -_flat(sent.change, which) * (config.train.batch_size / _rate(config, which, sent.t)),
+            -_flat(sent.change, which) * (config.train.batch_size / rates[which]),
             prior=steps * q,
             noise=steps * noise * _noise_left(method, sent.start, which),
         )
         x, spread = standardised(counts[-canaries:], shows[-canaries:], steps * q)
         found[which] = DrawEstimates(x, spread, 1 - (1 - q) ** steps)
     return found
-
-
-def _rate(config: Config, which: Kind, t: int) -> float:
-    """Return the learning rate of a kind of tensor in round ``t``."""
-    train = config.train
-    rates = {"A": train.lr_a, "B": train.lr_b, "head": train.lr_head, "gate": config.rule.lr_gate}
-    return rates[which] * train.lr_decay ** (t - 1)
 
 
 def _underway(sent: Sent) -> Adapter:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lalora_app.adapter.factors import Adapter, active_names, kind
+from lalora_app.adapter.factors import Adapter, Kind, active_names, kind
 from lalora_app.data.encoding import Encoded
 from lalora_app.methods.method import Method
 from lalora_app.methods.optimizers import OptimizerSettings
@@ -45,19 +45,32 @@ class Local:
         return ((self.t - 1) * steps + k) / (self.rounds * steps)
 
 
+def learning_rates(train: Train, rule: MethodNumbers, t: int) -> dict[Kind, float]:
+    """Return the learning rate of each kind of trained tensor in round ``t``, from 1.
+
+    The rate of round t is the configured one times ``train.lr-decay`` to the power of t - 1.
+    """
+    decay = train.lr_decay ** (t - 1)
+    rates: dict[Kind, float] = {
+        "A": train.lr_a,
+        "B": train.lr_b,
+        "head": train.lr_head,
+        "gate": rule.lr_gate,
+    }
+    return {which: rate * decay for which, rate in rates.items()}
+
+
 def make_optimizer(backbone: Backbone, local: Local, noise_std: float) -> torch.optim.Optimizer:
-    """Return the round's optimiser: one group a kind of tensor, learning rates decayed by round.
+    """Return the round's optimiser: one group per kind of tensor, with the round's learning rate.
 
     A tensor without a gradient is left bit-identical, its moments kept.
     """
-    train, decay = local.train, local.train.lr_decay ** (local.t - 1)
-    rates = {"A": train.lr_a, "B": train.lr_b, "head": train.lr_head, "gate": local.rule.lr_gate}
     named = backbone.engine.parameters.items()
     groups = [
-        {"kind": which, "params": [p for n, p in named if kind(n) == which], "lr": rate * decay}
-        for which, rate in rates.items()
+        {"kind": which, "params": [p for n, p in named if kind(n) == which], "lr": rate}
+        for which, rate in learning_rates(local.train, local.rule, local.t).items()
     ]
-    return local.method.optimizer(groups, OptimizerSettings(train, local.rule, noise_std))
+    return local.method.optimizer(groups, OptimizerSettings(local.train, local.rule, noise_std))
 
 
 def apply(backbone: Backbone, optimizer: torch.optim.Optimizer, gradients: NoisedGrads) -> None:
