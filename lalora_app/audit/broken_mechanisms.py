@@ -1,192 +1,209 @@
-"""Private steps that are known to be broken, each by one change to the real one.
+"""Private steps with one known defect each: an audit must tell them from the real step.
 
-They exist for the audit alone: no method and no config key reaches them.
+They exist for the audit and its tests only: no method and no config key reaches them.
 """
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from typing import Any, cast
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lalora_app.audit.step_attack import Attack, Observed, Step
+from lalora_app.audit.canaries import CanaryBatch
+from lalora_app.audit.step_attack import Attack, Observed, Step, StepInputs, real_step
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.randomness import seeded
-from lalora_app.private_step.gradients import FlatBlock, NoisedGrads, PerExampleGrads
+from lalora_app.private_step.gradients import NoisedGrads, PerExampleGrads, Rows, Slot
 from lalora_app.private_step.mechanism import clip_scales, poisson_batch
-from lalora_app.private_step.step import RandomStreams, private_gradient
+from lalora_app.private_step.step import GradientSource, PrivateData, PrivateModel, Streams
 
-WINDOWS = 4  # of an example, for the clip by window
-_FIRST_DRAW = 0  # seed of the noise that is used again and again
+WINDOWS = 4  # parts of one example that the clip by window treats as examples of their own
+_REPEATED_SEED = 0  # seed of the noise that is drawn again in every step
 
-
-def _with_noise(reservation: Reservation, factor: float) -> Reservation:
-    """Count a release, and return one whose noise is another than was counted."""
-    reservation.take()
-    noise = factor * reservation.noise_multiplier
-    return Reservation(Release(reservation.sampling_rate, noise, 1))
+Clip = Callable[[Rows, float], Rows]
 
 
-def half_noise(backbone: Any, data: Any, *, reservation: Reservation, **rest: Any) -> NoisedGrads:
+def _with_noise(inputs: StepInputs, factor: float) -> StepInputs:
+    """Count one release, and return inputs with ``factor`` times the counted noise."""
+    counted = inputs.reservation
+    counted.take()
+    noise = factor * counted.noise_multiplier
+    return replace(inputs, reservation=Reservation(Release(counted.sampling_rate, noise, 1)))
+
+
+def half_noise(inputs: StepInputs) -> NoisedGrads:
     """Draw half of the noise that the ledger counts."""
-    return private_gradient(backbone, data, reservation=_with_noise(reservation, 0.5), **rest)
+    return real_step(_with_noise(inputs, 0.5))
 
 
-def same_noise(backbone: Any, data: Any, *, streams: RandomStreams, **rest: Any) -> NoisedGrads:
+def same_noise(inputs: StepInputs) -> NoisedGrads:
     """Draw the same noise in every step."""
-    again = RandomStreams(streams.sampling, seeded(_FIRST_DRAW, "noise"))
-    return private_gradient(backbone, data, streams=again, **rest)
+    repeated = Streams(inputs.streams.sampling, seeded(_REPEATED_SEED, "noise"))
+    return real_step(replace(inputs, streams=repeated))
 
 
-def empty_skipped(
-    backbone: Any, data: Any, *, reservation: Reservation, streams: RandomStreams, **rest: Any
-) -> NoisedGrads:
-    """Skip the noise where no example came: a record without content is none."""
-    ahead = copy.deepcopy(streams.sampling)
-    drawn = poisson_batch(len(data), reservation.sampling_rate, ahead)
-    empty = next(data.micro_batches(drawn, 1), None) is None
-    taken = _with_noise(reservation, 0.0 if empty else 1.0)
-    return private_gradient(backbone, data, reservation=taken, streams=streams, **rest)
+def empty_skipped(inputs: StepInputs) -> NoisedGrads:
+    """Add no noise to an empty batch."""
+    stream = copy.deepcopy(inputs.streams.sampling)  # the real step draws the same batch again
+    indices = poisson_batch(len(inputs.data), inputs.reservation.sampling_rate, stream)
+    empty = next(iter(inputs.data.micro_batches(indices, 1)), None) is None
+    return real_step(_with_noise(inputs, 0.0 if empty else 1.0))
 
 
 def unnoised_factor() -> Step:
-    """Return a step that adds no noise for the factor that waits: every second one."""
-    drawn = 0
+    """Return a step without noise for the waiting factor, which is every second release."""
+    released = 0
 
-    def step(backbone: Any, data: Any, *, reservation: Reservation, **rest: Any) -> NoisedGrads:
-        nonlocal drawn
-        drawn += 1
-        taken = _with_noise(reservation, float(drawn % 2))
-        return private_gradient(backbone, data, reservation=taken, **rest)
+    def step(inputs: StepInputs) -> NoisedGrads:
+        nonlocal released
+        released += 1
+        return real_step(_with_noise(inputs, float(released % 2)))
 
     return step
 
 
-class _Loosened:
-    """A backbone whose gradients come clipped in parts: to ``parts`` times C, or √parts."""
+class _ClippedInParts:
+    """A model and its gradients, clipped part by part before the private step sees them."""
 
-    def __init__(self, backbone: Any, clip: Callable[[FlatBlock], FlatBlock]):
-        self.losses, self.engine = backbone.losses, self
-        self.parameters = backbone.engine.parameters
-        self._inner, self._clip = backbone.engine, clip
+    def __init__(self, model: PrivateModel[CanaryBatch], clip: Callable[[Rows], Rows]):
+        self.losses, self.parameters = model.losses, model.engine.parameters
+        self._engine, self._clip = model.engine, clip
+
+    @property
+    def engine(self) -> GradientSource:
+        """Return this object: it is the source of the gradients too."""
+        return self
 
     def gradients(self, losses: Callable[[], Tensor], examples: int) -> PerExampleGrads:
-        (block,) = self._inner.gradients(losses, examples).blocks
-        return PerExampleGrads((self._clip(block),))
+        """Return the clipped gradients as one block."""
+        dense = self._engine.gradients(losses, examples).dense()
+        slots = {name: Slot(tuple(part.shape[1:])) for name, part in dense.items()}
+        rows = torch.cat([part.flatten(1) for part in dense.values()], dim=1)
+        return PerExampleGrads((self._clip(Rows(slots, rows)),))
 
 
-def _in_parts(
-    clip: Callable[[FlatBlock, float], FlatBlock], excess: Callable[[Any], float]
-) -> Step:
-    """Return a step that clips by ``clip``, whose result may be ``excess`` times C long.
+def _clipped_by(clip: Clip, excess: Callable[[int], float]) -> Step:
+    """Return a step that clips by ``clip`` only, with the noise of one clip to C.
 
-    The flat clip of the real step is set too high to bite, and the noise stays z·C.
+    Args:
+        clip: the clip of (gradients, C).
+        excess: (number of tensors) -> largest norm of a clipped example, in units of C. The flat
+            clip of the real step is set to it, so that it changes nothing.
     """
 
-    def step(
-        backbone: Any, data: Any, *, reservation: Reservation, clip_norm: float, **rest: Any
-    ) -> NoisedGrads:
-        loose = excess(backbone.engine)
-        taken = _with_noise(reservation, 1 / loose)
-        parts = _Loosened(backbone, lambda rows: clip(rows, clip_norm))
-        wide = loose * clip_norm
-        return private_gradient(cast(Any, parts), data, reservation=taken, clip_norm=wide, **rest)
+    def step(inputs: StepInputs) -> NoisedGrads:
+        largest = excess(len(inputs.model.engine.parameters))
+        model = _ClippedInParts(inputs.model, lambda rows: clip(rows, inputs.clip_norm))
+        noised = _with_noise(inputs, 1 / largest)  # the noise stays z·C
+        return real_step(replace(noised, model=model, clip_norm=largest * inputs.clip_norm))
 
     return step
 
 
-def _by_tensor(block: FlatBlock, clip_norm: float) -> FlatBlock:
-    sizes = [shape.size for shape in block.shapes.values()]
+def _by_tensor(block: Rows, clip_norm: float) -> Rows:
+    """Clip each tensor of an example to C: the whole may be √tensors times as long."""
+    sizes = [slot.size for slot in block.slots.values()]
     parts = torch.split(block.rows, sizes, dim=1)
     scales = [clip_scales(torch.linalg.vector_norm(p, dim=1), clip_norm) for p in parts]
     clipped = [scale[:, None] * part for scale, part in zip(scales, parts, strict=True)]
     return FlatBlock(block.shapes, torch.cat(clipped, dim=1))
 
 
-def _by_window(block: FlatBlock, clip_norm: float) -> FlatBlock:
-    """Clip each of an example's windows; here all of them pull the same way."""
+def _by_window(block: Rows, clip_norm: float) -> Rows:
+    """Clip each window of an example to C; in the worst case all have the same gradient."""
     window = block.rows / WINDOWS
     scales = clip_scales(torch.linalg.vector_norm(window, dim=1), clip_norm)
     return FlatBlock(block.shapes, WINDOWS * scales[:, None] * window)
 
 
-class _Order:
-    """In place of a random stream: says which records are in the batch of a shuffled epoch."""
+class _ShuffledEpochs:
+    """A dataset whose batches are the parts of a shuffled epoch, whatever indices are sampled.
 
-    def __init__(self, rate: float, rng: np.random.Generator | None):
-        self._epoch, self._rng, self._drawn = round(1 / rate), rng, 0
-        self._turns: np.ndarray = np.empty(0)
+    Args:
+        data: the dataset.
+        batches: number of batches per epoch.
+        rng: the stream of each epoch's order; None: the order of the records.
+    """
 
-    def random(self, size: int) -> np.ndarray:
-        """Return 0 for the records whose turn it is, and 1 for the others."""
-        if self._drawn % self._epoch == 0:
-            everyone = np.arange(size)
-            order = everyone if self._rng is None else self._rng.permutation(size)
-            self._turns = order % self._epoch
-        turn = self._drawn % self._epoch
+    def __init__(
+        self, data: PrivateData[CanaryBatch], batches: int, rng: np.random.Generator | None
+    ):
+        self._data, self._batches, self._rng, self._drawn = data, batches, rng, 0
+        self._batch_of: np.ndarray = np.empty(0)
+
+    def __len__(self) -> int:
+        """Return the number of records."""
+        return len(self._data)
+
+    def micro_batches(self, indices: np.ndarray, size: int) -> Iterable[CanaryBatch]:
+        """Return the next batch of the epoch; the sampled indices are ignored."""
+        if self._drawn % self._batches == 0:
+            count = len(self)
+            order = np.arange(count) if self._rng is None else self._rng.permutation(count)
+            self._batch_of = order % self._batches
+        own = np.flatnonzero(self._batch_of == self._drawn % self._batches)
         self._drawn += 1
-        return np.where(self._turns == turn, 0.0, 1.0)
+        return self._data.micro_batches(own, size)
 
 
 def shuffled(*, secret: bool) -> Step:
-    """Return a step that goes through shuffled epochs; the order is fixed, or drawn in secret."""
-    orders: list[_Order] = []
+    """Return a step through shuffled epochs, in the records' own order or in a secret one."""
+    epochs: list[_ShuffledEpochs] = []
 
-    def step(
-        backbone: Any, data: Any, *, reservation: Reservation, streams: RandomStreams, **rest: Any
-    ) -> NoisedGrads:
-        rng = streams.sampling if secret else None
-        orders.extend([_Order(reservation.sampling_rate, rng)] * (not orders))
-        turns = RandomStreams(cast(Any, orders[0]), streams.noise)
-        return private_gradient(backbone, data, reservation=reservation, streams=turns, **rest)
+    def step(inputs: StepInputs) -> NoisedGrads:
+        if not epochs:
+            # A copy: the real step draws its ignored Poisson batches from the stream itself.
+            rng = copy.deepcopy(inputs.streams.sampling) if secret else None
+            batches = round(1 / inputs.reservation.sampling_rate)
+            epochs.append(_ShuffledEpochs(inputs.data, batches, rng))
+        return real_step(replace(inputs, data=epochs[0]))
 
     return step
 
 
 def known_order(seen: Observed, rate: float) -> np.ndarray:
-    """Score by the releases alone that a fixed order puts each canary into."""
+    """Score each canary by the releases that a fixed order puts it into, and by no other."""
     releases, canaries = seen.x.shape
-    epoch = round(1 / rate)
-    turns = (np.arange(releases)[:, None] - np.arange(canaries)) % epoch == 0
-    certain = np.where(turns, (2 * seen.x - 1) / (2 * seen.noise**2), 0.0)
-    scores: np.ndarray = certain.sum(axis=0)
+    batches = round(1 / rate)
+    included = (np.arange(releases)[:, None] - np.arange(canaries)) % batches == 0
+    ratios = np.where(included, (2 * seen.x - 1) / (2 * seen.noise**2), 0.0)
+    scores: np.ndarray = ratios.sum(axis=0)
     return scores
 
 
 @dataclass(frozen=True)
 class Broken:
-    """A private step that does not keep its promise.
+    """A private step with a known defect.
 
     Attributes:
-        said: what is wrong.
-        make: returns the step, anew for every run.
-        alone: whether it shows where the canary is the only record.
-        attacks: what an attacker of this step tries besides.
+        defect: the defect in a few words.
+        make: the maker of the step; a step may have state, so every run makes one.
+        single_canary: whether the defect shows only where the canary is the only record.
+        attacks: further attacks against this step.
     """
 
-    said: str
+    defect: str
     make: Callable[[], Step]
-    alone: bool = False
+    single_canary: bool = False
     attacks: Mapping[str, Attack] = field(default_factory=dict)
 
 
 BROKEN = {
     "per-window-clip": Broken(
         f"clips each of {WINDOWS} windows of an example to C",
-        lambda: _in_parts(_by_window, lambda engine: float(WINDOWS)),
+        lambda: _clipped_by(_by_window, lambda tensors: float(WINDOWS)),
     ),
     "per-layer-clip": Broken(
         "clips each tensor to C, and adds the noise of one clip",
-        lambda: _in_parts(_by_tensor, lambda engine: float(len(engine.parameters) ** 0.5)),
+        lambda: _clipped_by(_by_tensor, lambda tensors: float(tensors**0.5)),
     ),
     "half-noise": Broken("draws half of the noise that is counted", lambda: half_noise),
     "same-noise": Broken("draws the same noise in every step", lambda: same_noise),
     "empty-batches-skipped": Broken(
-        "adds no noise where the batch is empty", lambda: empty_skipped, alone=True
+        "adds no noise to an empty batch", lambda: empty_skipped, single_canary=True
     ),
     "shuffled-batches": Broken(
         "goes through the data in one fixed order, and counts Poisson batches",
@@ -198,6 +215,6 @@ BROKEN = {
         lambda: shuffled(secret=True),
     ),
     "unnoised-factor": Broken(
-        "adds no noise in the steps of the factor that waits for its turn", unnoised_factor
+        "adds no noise in the steps of the factor that waits for its round", unnoised_factor
     ),
 }

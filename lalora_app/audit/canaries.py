@@ -1,8 +1,9 @@
-"""Worst-case canaries: examples whose gradients an attacker chose, for the real private step.
+"""Worst-case canaries: examples with gradients of the attacker's choice, for the real private step.
 
-Canary ``i`` has a direction of its own, orthogonal to all others and spread evenly over several
-tensors, and a gradient far beyond the clip norm along it. What a release holds along that
-direction is the canary's own share and Gaussian noise, so one run is as many trials as canaries.
+Canary ``i`` has a direction of its own. It is orthogonal to all others and spread evenly over
+several tensors, and the canary's gradient along it is far longer than the clip norm. A release
+along that direction is the canary's clipped gradient, if it was drawn, and Gaussian noise. So one
+run is as many trials as there are canaries (Steinke et al., arXiv:2305.08846).
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,12 +17,12 @@ from torch import Tensor, nn
 
 from lalora_app.private_step.gradients import FlatBlock, NoisedGrads, PerExampleGrads, StoredShape
 
-SPREAD = 8  # tensors that each canary's gradient has an equal part in
-_LOUD = 100.0  # norm of a canary's gradient before the clip, in clip norms
+SPREAD = 8  # number of tensors over which a canary's gradient is spread
+_NORM = 100.0  # norm of a canary's gradient before the clip, in clip norms
 
 
 class CanaryBatch(NamedTuple):
-    """Canaries of a micro-batch, under the name that the trainer asks a batch's size of."""
+    """A micro-batch of canaries; their indices stand in the place of the labels."""
 
     labels: Tensor
 
@@ -31,10 +32,13 @@ class Canaries:
     """Orthogonal directions in the flat vector of tensors of the given shapes.
 
     Attributes:
-        shapes: of the tensors of one release; the first SPREAD must be of one size.
-        members: (canaries,) bool, the coins: the others are empty records.
-        blanks: further directions that nobody has: they show the noise alone.
+        shapes: shapes of the tensors of one release by name; the first SPREAD have one size.
+        members: (canaries,) bool, whether each canary is in the data; others are empty records.
+        blanks: number of further directions without a canary, which show the noise alone.
         clip_norm: C of the mechanism.
+
+    Raises:
+        ValueError: if the first SPREAD tensors differ in size or have too few entries.
     """
 
     shapes: Mapping[str, tuple[int, ...]]
@@ -52,38 +56,46 @@ class Canaries:
             )
 
     @property
-    def slots(self) -> dict[str, StoredShape]:
-        """Where each tensor lies in the flat vector."""
-        return {name: StoredShape(shape) for name, shape in self.shapes.items()}
+    def slots(self) -> dict[str, Slot]:
+        """The place of each tensor in the flat vector."""
+        return {name: Slot(shape) for name, shape in self.shapes.items()}
 
-    def gradients(self, who: Tensor) -> PerExampleGrads:
-        """Return the canaries' gradients: (canary, pattern) of a block go over SPREAD entries."""
+    def gradients(self, indices: Tensor) -> PerExampleGrads:
+        """Return the gradients of the canaries ``indices`` (batch,), as one block of rows.
+
+        Canary i has the entry i // SPREAD of each of the first SPREAD tensors, with the signs of
+        pattern i % SPREAD.
+        """
         slots = self.slots
         size = next(iter(slots.values())).size
-        rows = torch.zeros(len(who), sum(slot.size for slot in slots.values()))
-        patterns = torch.from_numpy(_patterns()).float()[who % SPREAD]
-        places = (who // SPREAD)[:, None] + size * torch.arange(SPREAD)
-        rows.scatter_(1, places, _LOUD * self.clip_norm * patterns)
-        return PerExampleGrads((FlatBlock(slots, rows),))
+        rows = torch.zeros(len(indices), sum(slot.size for slot in slots.values()))
+        patterns = torch.from_numpy(_patterns()).float()[indices % SPREAD]
+        places = (indices // SPREAD)[:, None] + size * torch.arange(SPREAD)
+        rows.scatter_(1, places, _NORM * self.clip_norm * patterns)
+        return PerExampleGrads((Rows(slots, rows),))
 
     def projected(self, release: NoisedGrads) -> np.ndarray:
         """Return (canaries + blanks,): a release along every direction, in clip norms."""
         parts = [release[name].reshape(-1) for name in list(self.shapes)[:SPREAD]]
         # Entry j of every tensor: SPREAD numbers, which hold SPREAD directions.
         along = torch.stack(parts, dim=1).double() @ torch.from_numpy(_patterns()).T
-        wanted = along.reshape(-1)[: len(self.members) + self.blanks]
-        return wanted.numpy() / self.clip_norm
+        projections = along.reshape(-1)[: len(self.members) + self.blanks]
+        return projections.numpy() / self.clip_norm
 
 
 def _patterns() -> np.ndarray:
-    """Return (patterns, tensors): orthonormal, all entries of one size."""
+    """Return (patterns, tensors): orthonormal rows, with entries of one size."""
     patterns: np.ndarray = hadamard(SPREAD, dtype=float) / np.sqrt(SPREAD)
     return patterns
 
 
 @dataclass(frozen=True)
 class CanaryData:
-    """The canaries as a client's dataset: those that are out are records without content."""
+    """The canaries as a client's dataset, in which absent canaries are empty records.
+
+    Attributes:
+        canaries: the canaries and their membership.
+    """
 
     canaries: Canaries
 
@@ -92,30 +104,30 @@ class CanaryData:
         return len(self.canaries.members)
 
     def micro_batches(self, indices: Iterable[int], size: int) -> Iterator[CanaryBatch]:
-        """Yield the members among the given records; an empty one adds nothing to any sum."""
+        """Yield the members among the given records; an empty record adds nothing to a sum."""
         drawn = np.asarray(list(indices), dtype=int)
         inside = torch.from_numpy(drawn[self.canaries.members[drawn]])
         yield from (CanaryBatch(part) for part in torch.split(inside, size) if len(part))
 
 
 class CanaryEngine:
-    """Stands where a model's engine stands: hands the private step the canaries' gradients."""
+    """Gives the private step the canaries' gradients in the place of a model's."""
 
     def __init__(self, canaries: Canaries):
         self._canaries = canaries
         self.parameters = {n: nn.Parameter(torch.zeros(s)) for n, s in canaries.shapes.items()}
 
     def gradients(self, losses: Callable[[], Tensor], examples: int) -> PerExampleGrads:
-        """Return the gradients of the batch that ``losses`` names."""
+        """Return the gradients of the canaries whose indices ``losses`` returns."""
         return self._canaries.gradients(losses())
 
 
 class CanaryBackbone:
-    """All of a backbone that the private step asks for."""
+    """Gives the private step canaries in the place of a model."""
 
     def __init__(self, canaries: Canaries):
         self.engine = CanaryEngine(canaries)
 
     def losses(self, batch: CanaryBatch) -> Tensor:
-        """Return who is in the batch: the engine needs no losses."""
+        """Return the indices of the batch's canaries: their gradients need no losses."""
         return batch.labels

@@ -12,11 +12,11 @@ from lalora_app.audit.step_attack import (
     ATTACKS,
     Bound,
     CountedReleases,
-    alone,
     bounded,
     by_curve,
     counted_releases,
     observe,
+    observe_single_canary,
     side_by_side,
 )
 from lalora_app.data.partition import partition
@@ -146,7 +146,7 @@ def _single_canary(
     """Attack runs in which the canary is the only record."""
     broken = BROKEN.get(request.mechanism)
     more = {"step": broken.make()} if broken else {}
-    seen = alone(plan, request.size.alone, seed, **more)
+    seen = observe_single_canary(plan, request.size.alone, seed, **more)
     return _row("step, alone", bounded(seen, plan, confidence), plan)
 
 
@@ -203,10 +203,10 @@ def run_audit(request: Request, seed: int, say: Say) -> AuditReport:
     each = 1 - (1 - request.confidence) / (1 + real + whole)
     rows: list[AuditRow] = []
     facts: dict[str, object] = {}
-    if not (broken and broken.alone):
+    if not (broken and broken.single_canary):
         rows.append(_many_canaries(request, plan, seed, each))
         say(f"step: at least {rows[-1].epsilon:.2f}")
-    if real or (broken and broken.alone):
+    if real or (broken and broken.single_canary):
         rows.append(_single_canary(request, plan, seed, each))
         say(f"step, alone: at least {rows[-1].epsilon:.2f}")
     if whole:

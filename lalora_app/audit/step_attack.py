@@ -1,42 +1,78 @@
-"""The step audit: orthogonal canaries through the real private step, over a run's releases."""
+"""The step audit: the real private step on worst-case canaries, over all releases of a run.
+
+Each canary is in the data or not, by a coin. The attack guesses the coins from the releases, and
+the correct guesses give a lower bound on ε (Steinke et al., arXiv:2305.08846).
+"""
 
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
 
 import numpy as np
 
-from lalora_app.audit.canaries import SPREAD, Canaries, CanaryBackbone, CanaryData
+from lalora_app.audit.canaries import SPREAD, Canaries, CanaryBackbone, CanaryBatch, CanaryData
 from lalora_app.audit.estimators import AttackErrors, Guesses, one_run, roc, subsampled
 from lalora_app.privacy.accounting import Release, epsilon
 from lalora_app.privacy.budget import Limit, noise_for
 from lalora_app.privacy.ledger import Ledger, Reservation
 from lalora_app.privacy.randomness import seed_of, seeded
 from lalora_app.private_step.gradients import NoisedGrads
-from lalora_app.private_step.step import RandomStreams, private_gradient
+from lalora_app.private_step.step import PrivateData, PrivateModel, Streams, private_gradient
 
-Step = Callable[..., NoisedGrads]  # takes what trainer.private_gradient takes
 Shapes = Mapping[str, tuple[int, ...]]
-_FLOOR = 1e-3  # of a noise that is taken for a Gaussian's, in clip norms
-_SHARES = (0.003, 0.01, 0.03, 0.1, 0.3)  # of the canaries, guessed on either side
-_SELECTION_CONFIDENCE = (
-    0.999  # confidence at which attacks are compared: a few lucky guesses do not win
-)
+_LEAST_NOISE = 1e-3  # smallest deviation that the attacks take for noise, in clip norms
+_GUESSED = (0.003, 0.01, 0.03, 0.1, 0.3)  # shares of the canaries to guess "in", and "out"
+# Confidence used only to choose the best attack; high, so that a small lucky sample is not chosen.
+_SELECTION_CONFIDENCE = 0.999
 _MICRO_BATCH = 128
-_COIN = 0.5  # the chance of each canary to be in
-_ALONE = {f"tensor {i}": (9,) for i in range(SPREAD)}  # room for one canary and 64 blanks
+_MEMBER_CHANCE = 0.5
+_SINGLE_BLANKS = 64  # directions that show the noise, in a run with a single canary
+_SINGLE_SHAPES = {f"tensor {i}": (9,) for i in range(SPREAD)}  # 72 directions, for these and it
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """The arguments of one private step on canaries, see :func:`private_gradient`.
+
+    Attributes:
+        model: the source of the canaries' gradients.
+        data: the canaries as a dataset.
+        reservation: sampling rate and noise multiplier of the counted releases.
+        clip_norm: C.
+        streams: random streams of the sampling and of the noise.
+    """
+
+    model: PrivateModel[CanaryBatch]
+    data: PrivateData[CanaryBatch]
+    reservation: Reservation
+    clip_norm: float
+    streams: Streams
+
+
+Step = Callable[[StepInputs], NoisedGrads]
+
+
+def real_step(inputs: StepInputs) -> NoisedGrads:
+    """Return one release of the private step that trains."""
+    return private_gradient(
+        inputs.model,
+        inputs.data,
+        reservation=inputs.reservation,
+        clip_norm=inputs.clip_norm,
+        micro_batch=_MICRO_BATCH,
+        streams=inputs.streams,
+    )
 
 
 @dataclass(frozen=True)
 class CountedReleases:
-    """What the ledger has counted of a run, and what that promises.
+    """The releases of a run in the ledger, and their promise.
 
     Attributes:
         release: sampling rate, noise multiplier, and the number of all releases.
-        delta: of the promise.
-        epsilon: what the ledger says was spent: the upper bound.
+        delta: δ of the promise.
+        epsilon: ε of all releases by the ledger: the upper bound.
         clip_norm: C.
     """
 
@@ -49,17 +85,17 @@ class CountedReleases:
 def counted_releases(
     limit: Limit, *, rate: float, rounds: int, steps: int, clip_norm: float
 ) -> CountedReleases:
-    """Return a run's releases, booked in a real ledger of its own as a client books them.
+    """Return a run's releases, counted in a temporary ledger as a client counts them.
 
     Args:
         limit: ε and δ of the run.
-        rate: q of the client.
-        rounds: of the run.
-        steps: a round.
+        rate: the client's sampling rate q.
+        rounds: number of rounds in which the client takes part.
+        steps: local steps per round.
         clip_norm: C.
     """
     total = rounds * steps
-    nobody = Limit(float("inf"), limit.delta)
+    unlimited = Limit(float("inf"), limit.delta)
     with tempfile.TemporaryDirectory() as folder:
         ledger = Ledger(Path(folder) / "ledger.sqlite")
         for t in range(1, rounds + 1):
@@ -69,7 +105,7 @@ def counted_releases(
                 *("audit", "audit", t, Release(rate, noise, steps)),
                 planned=left,
                 run_limit=limit,
-                node_limit=nobody,
+                node_limit=unlimited,
             )
         spent = epsilon(ledger.releases("audit", "audit"), limit.delta)
     return CountedReleases(Release(rate, noise, total), limit.delta, spent, clip_norm)
@@ -77,12 +113,13 @@ def counted_releases(
 
 @dataclass(frozen=True)
 class Observed:
-    """What the attacker sees of a run, or of several side by side.
+    """The attacker's view of a run, or of several runs side by side.
 
     Attributes:
         x: (releases, canaries), each release along each canary's direction, in clip norms.
-        noise: (releases, 1 or canaries), the noise's deviation where no canary is.
-        members: (canaries,), the truth.
+        noise: (releases, 1 or canaries), standard deviation of the noise, in clip norms, measured
+            along directions without a canary.
+        members: (canaries,) bool, the truth to be guessed.
     """
 
     x: np.ndarray
@@ -91,20 +128,19 @@ class Observed:
 
 
 def _projections(
-    plan: CountedReleases, canaries: Canaries, step: Step, streams: RandomStreams
-) -> Iterator[Any]:
-    data, backbone = CanaryData(canaries), CanaryBackbone(canaries)
-    reservation = Reservation(plan.release)
+    plan: CountedReleases, canaries: Canaries, step: Step, streams: Streams
+) -> Iterator[np.ndarray]:
+    """Yield (canaries + blanks,): each release's clipped sum along every direction."""
+    inputs = StepInputs(
+        CanaryBackbone(canaries),
+        CanaryData(canaries),
+        Reservation(plan.release),
+        plan.clip_norm,
+        streams,
+    )
     for _ in range(plan.release.count):
-        release = step(
-            cast(Any, backbone),
-            cast(Any, data),
-            reservation=reservation,
-            clip_norm=plan.clip_norm,
-            micro_batch=_MICRO_BATCH,
-            streams=streams,
-        )
-        yield canaries.projected(release) * plan.release.sampling_rate * len(data)
+        mean = canaries.projected(step(inputs))
+        yield mean * plan.release.sampling_rate * len(inputs.data)
 
 
 def observe(
@@ -114,19 +150,19 @@ def observe(
     seed: int,
     *,
     blanks: int,
-    step: Step = private_gradient,
+    step: Step = real_step,
 ) -> Observed:
-    """Run a whole run's private steps on canaries, half of them in, and project the releases.
+    """Run all private steps of a run on canaries, half of them in, and project the releases.
 
     Args:
-        plan: what is released.
-        shapes: of the tensors of a release.
-        count: of the canaries.
-        seed: of coins, batches and noise; the canaries are nobody's data.
-        blanks: directions that show the noise alone.
+        plan: the run's releases.
+        shapes: shapes of the tensors of one release, by name.
+        count: number of canaries.
+        seed: seed of coins, batches and noise; it may be known, because canaries are no data.
+        blanks: number of directions that show the noise alone.
         step: the private step, or a broken one.
     """
-    members = seeded(seed, "audit coins").random(count) < _COIN
+    members = seeded(seed, "audit coins").random(count) < _MEMBER_CHANCE
     canaries = Canaries(shapes, members, blanks, plan.clip_norm)
     streams = RandomStreams(seeded(seed, "audit sampling"), seeded(seed, "audit noise"))
     x = np.stack(list(_projections(plan, canaries, step, streams)))
@@ -140,12 +176,19 @@ def side_by_side(runs: list[Observed]) -> Observed:
     return Observed(np.hstack(x), np.hstack(noise), np.concatenate(members))
 
 
-def alone(
-    plan: CountedReleases, trials: int, seed: int, *, step: Step = private_gradient
+def observe_single_canary(
+    plan: CountedReleases, trials: int, seed: int, *, step: Step = real_step
 ) -> Observed:
-    """Observe ``trials`` runs whose only record is the canary: most of their batches are empty."""
+    """Observe ``trials`` runs with one record, the canary: most of their batches are empty."""
     runs = [
-        observe(plan, _ALONE, 1, seed_of(seed, "audit alone", i), blanks=64, step=step)
+        observe(
+            plan,
+            _SINGLE_SHAPES,
+            1,
+            seed_of(seed, "audit alone", i),
+            blanks=_SINGLE_BLANKS,
+            step=step,
+        )
         for i in range(trials)
     ]
     return side_by_side(runs)
@@ -155,10 +198,10 @@ def likelihood(seen: Observed, rate: float | np.ndarray) -> np.ndarray:
     """Return (canaries,): log P(seen | in) / P(seen | out) under Poisson sampling at ``rate``.
 
     Args:
-        seen: by the attacker.
-        rate: q, of all releases, or (releases, 1).
+        seen: the attacker's view.
+        rate: the sampling rate q of all releases, or (releases, 1).
     """
-    noise = np.maximum(seen.noise, _FLOOR)
+    noise = np.maximum(seen.noise, _LEAST_NOISE)
     shift = (2 * seen.x - 1) / (2 * noise**2)
     with np.errstate(divide="ignore"):  # rate 1: the canary is in every batch
         absent, present = np.log1p(-rate), np.log(rate)
@@ -167,7 +210,7 @@ def likelihood(seen: Observed, rate: float | np.ndarray) -> np.ndarray:
 
 
 def centred(seen: Observed, rate: float) -> np.ndarray:
-    """Return the likelihood ratio after the run's median is taken off: noise that repeats goes."""
+    """Return the likelihood ratio without the run's median, which holds noise that repeats."""
     level = np.median(seen.x, axis=0)
     rest = seen.x - level
     spread = np.median(np.abs(rest), axis=1, keepdims=True) * 1.4826
@@ -175,9 +218,10 @@ def centred(seen: Observed, rate: float) -> np.ndarray:
 
 
 def noisy_releases(seen: Observed, rate: float) -> np.ndarray:
-    """Return how many releases had any noise: does an empty batch show?"""
-    noisy: np.ndarray = np.broadcast_to(seen.noise > _FLOOR, seen.x.shape).sum(axis=0, dtype=float)
-    return noisy
+    """Return (canaries,): the number of releases with noise, fewer if empty batches have none."""
+    noisy = np.broadcast_to(seen.noise > _LEAST_NOISE, seen.x.shape)
+    counts: np.ndarray = noisy.sum(axis=0, dtype=float)
+    return counts
 
 
 Attack = Callable[[Observed, float], np.ndarray]
@@ -198,14 +242,14 @@ def guessed(scores: np.ndarray, members: np.ndarray, share: float) -> Guesses:
 
 @dataclass(frozen=True)
 class Bound:
-    """A lower bound on ε and the game that it comes from.
+    """A lower bound on ε and the membership game that it comes from.
 
     Attributes:
-        epsilon: the bound that assumes (ε, δ)-DP alone.
-        attack: which attack was chosen, on the half of the canaries that the bound leaves out.
-        guesses: of that attack on the other half.
-        errors: of the likelihood attack at its threshold 0, on all canaries.
-        roc: of the chosen attack, on all canaries.
+        epsilon: lower bound that assumes (ε, δ)-DP alone.
+        attack: name of the chosen attack; the canaries of the choice are not used for the bound.
+        guesses: guesses of that attack about the other canaries.
+        errors: errors of the likelihood attack at its threshold 0, on all canaries.
+        roc: (false alarm rate, hit rate) by threshold of the chosen attack, on all canaries.
     """
 
     epsilon: float
@@ -218,8 +262,8 @@ class Bound:
 def _chosen(
     scores: Mapping[str, np.ndarray], members: np.ndarray, delta: float
 ) -> tuple[str, float]:
-    """Return the attack and share of guesses with the largest bound."""
-    options = [(name, share) for name in scores for share in _SHARES]
+    """Return the attack and the share of guessed canaries with the largest bound."""
+    options = [(name, share) for name in scores for share in _GUESSED]
     return max(
         options,
         key=lambda o: one_run(guessed(scores[o[0]], members, o[1]), delta, _SELECTION_CONFIDENCE),
@@ -227,12 +271,12 @@ def _chosen(
 
 
 def attack_errors(scores: np.ndarray, members: np.ndarray) -> AttackErrors:
-    """Return how often "in where the ratio is above 1" errs."""
-    said = scores > 0
+    """Return the errors of the guess "in if the likelihood ratio is above 1"."""
+    guessed_in = scores > 0
     return AttackErrors(
-        int((said & ~members).sum()),
+        int((guessed_in & ~members).sum()),
         int((~members).sum()),
-        int((~said & members).sum()),
+        int((~guessed_in & members).sum()),
         int(members.sum()),
     )
 
@@ -243,11 +287,11 @@ def bounded(
     confidence: float,
     attacks: Mapping[str, Attack] = ATTACKS,
 ) -> Bound:
-    """Attack what was seen. Even canaries choose the attack, odd ones pay for the bound."""
+    """Return the bound of the best attack: even canaries choose it, odd ones give the bound."""
     rate = plan.release.sampling_rate
     scores = {name: attack(seen, rate) for name, attack in attacks.items()}
-    first = {name: values[::2] for name, values in scores.items()}
-    name, share = _chosen(first, seen.members[::2], plan.delta)
+    even = {name: values[::2] for name, values in scores.items()}
+    name, share = _chosen(even, seen.members[::2], plan.delta)
     guesses = guessed(scores[name][1::2], seen.members[1::2], share)
     errors = attack_errors(scores["likelihood"], seen.members)
     found = one_run(guesses, plan.delta, confidence)
@@ -255,6 +299,6 @@ def bounded(
 
 
 def by_curve(bound: Bound, plan: CountedReleases, confidence: float) -> float:
-    """Return the bound if the mechanism is the accountant's with an unknown noise."""
+    """Return the lower bound on ε if the mechanism is the counted one with an unknown noise."""
     rate, steps = plan.release.sampling_rate, plan.release.count
     return subsampled(bound.errors, plan.delta, confidence, sampling_rate=rate, steps=steps)

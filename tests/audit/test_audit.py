@@ -30,13 +30,13 @@ from lalora_app.audit.step_attack import (
     ATTACKS,
     CountedReleases,
     Observed,
-    alone,
     attack_errors,
     bounded,
     counted_releases,
     guessed,
     likelihood,
     observe,
+    observe_single_canary,
     side_by_side,
 )
 from lalora_app.cli import audit_command, main
@@ -249,9 +249,9 @@ def test_the_real_step_errs_as_much_as_what_was_counted():
 @pytest.mark.slow
 def test_skipped_empty_batches_show_where_the_canary_is_alone():
     plan, broken = plan_at(1.0), BROKEN["empty-batches-skipped"]
-    found = bounded(alone(plan, 200, 0, step=broken.make()), plan, 0.95)
+    found = bounded(observe_single_canary(plan, 200, 0, step=broken.make()), plan, 0.95)
     assert found.epsilon > plan.epsilon
-    honest = bounded(alone(plan, 200, 0), plan, 0.95)
+    honest = bounded(observe_single_canary(plan, 200, 0), plan, 0.95)
     assert honest.epsilon <= plan.epsilon
 
 
