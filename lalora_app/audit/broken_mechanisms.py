@@ -16,14 +16,14 @@ from lalora_app.audit.step_attack import Attack, Observed, Step, StepInputs, rea
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.randomness import seeded
-from lalora_app.private_step.gradients import NoisedGrads, PerExampleGrads, Rows, Slot
+from lalora_app.private_step.gradients import FlatBlock, NoisedGrads, PerExampleGrads, StoredShape
 from lalora_app.private_step.mechanism import clip_scales, poisson_batch
-from lalora_app.private_step.step import GradientSource, PrivateData, PrivateModel, Streams
+from lalora_app.private_step.step import GradientSource, PrivateData, PrivateModel, RandomStreams
 
 WINDOWS = 4  # parts of one example that the clip by window treats as examples of their own
 _REPEATED_SEED = 0  # seed of the noise that is drawn again in every step
 
-Clip = Callable[[Rows, float], Rows]
+Clip = Callable[[FlatBlock, float], FlatBlock]
 
 
 def _with_noise(inputs: StepInputs, factor: float) -> StepInputs:
@@ -41,7 +41,7 @@ def half_noise(inputs: StepInputs) -> NoisedGrads:
 
 def same_noise(inputs: StepInputs) -> NoisedGrads:
     """Draw the same noise in every step."""
-    repeated = Streams(inputs.streams.sampling, seeded(_REPEATED_SEED, "noise"))
+    repeated = RandomStreams(inputs.streams.sampling, seeded(_REPEATED_SEED, "noise"))
     return real_step(replace(inputs, streams=repeated))
 
 
@@ -68,7 +68,7 @@ def unnoised_factor() -> Step:
 class _ClippedInParts:
     """A model and its gradients, clipped part by part before the private step sees them."""
 
-    def __init__(self, model: PrivateModel[CanaryBatch], clip: Callable[[Rows], Rows]):
+    def __init__(self, model: PrivateModel[CanaryBatch], clip: Callable[[FlatBlock], FlatBlock]):
         self.losses, self.parameters = model.losses, model.engine.parameters
         self._engine, self._clip = model.engine, clip
 
@@ -80,9 +80,9 @@ class _ClippedInParts:
     def gradients(self, losses: Callable[[], Tensor], examples: int) -> PerExampleGrads:
         """Return the clipped gradients as one block."""
         dense = self._engine.gradients(losses, examples).dense()
-        slots = {name: Slot(tuple(part.shape[1:])) for name, part in dense.items()}
+        slots = {name: StoredShape(tuple(part.shape[1:])) for name, part in dense.items()}
         rows = torch.cat([part.flatten(1) for part in dense.values()], dim=1)
-        return PerExampleGrads((self._clip(Rows(slots, rows)),))
+        return PerExampleGrads((self._clip(FlatBlock(slots, rows)),))
 
 
 def _clipped_by(clip: Clip, excess: Callable[[int], float]) -> Step:
@@ -103,7 +103,7 @@ def _clipped_by(clip: Clip, excess: Callable[[int], float]) -> Step:
     return step
 
 
-def _by_tensor(block: Rows, clip_norm: float) -> Rows:
+def _by_tensor(block: FlatBlock, clip_norm: float) -> FlatBlock:
     """Clip each tensor of an example to C: the whole may be √tensors times as long."""
     sizes = [slot.size for slot in block.slots.values()]
     parts = torch.split(block.rows, sizes, dim=1)
@@ -112,7 +112,7 @@ def _by_tensor(block: Rows, clip_norm: float) -> Rows:
     return FlatBlock(block.shapes, torch.cat(clipped, dim=1))
 
 
-def _by_window(block: Rows, clip_norm: float) -> Rows:
+def _by_window(block: FlatBlock, clip_norm: float) -> FlatBlock:
     """Clip each window of an example to C; in the worst case all have the same gradient."""
     window = block.rows / WINDOWS
     scales = clip_scales(torch.linalg.vector_norm(window, dim=1), clip_norm)

@@ -56,9 +56,9 @@ class Canaries:
             )
 
     @property
-    def slots(self) -> dict[str, Slot]:
+    def slots(self) -> dict[str, StoredShape]:
         """The place of each tensor in the flat vector."""
-        return {name: Slot(shape) for name, shape in self.shapes.items()}
+        return {name: StoredShape(shape) for name, shape in self.shapes.items()}
 
     def gradients(self, indices: Tensor) -> PerExampleGrads:
         """Return the gradients of the canaries ``indices`` (batch,), as one block of rows.
@@ -72,7 +72,7 @@ class Canaries:
         patterns = torch.from_numpy(_patterns()).float()[indices % SPREAD]
         places = (indices // SPREAD)[:, None] + size * torch.arange(SPREAD)
         rows.scatter_(1, places, _NORM * self.clip_norm * patterns)
-        return PerExampleGrads((Rows(slots, rows),))
+        return PerExampleGrads((FlatBlock(slots, rows),))
 
     def projected(self, release: NoisedGrads) -> np.ndarray:
         """Return (canaries + blanks,): a release along every direction, in clip norms."""

@@ -18,7 +18,7 @@ from lalora_app.privacy.budget import Limit, noise_for
 from lalora_app.privacy.ledger import Ledger, Reservation
 from lalora_app.privacy.randomness import seed_of, seeded
 from lalora_app.private_step.gradients import NoisedGrads
-from lalora_app.private_step.step import PrivateData, PrivateModel, Streams, private_gradient
+from lalora_app.private_step.step import PrivateData, PrivateModel, RandomStreams, private_gradient
 
 Shapes = Mapping[str, tuple[int, ...]]
 _LEAST_NOISE = 1e-3  # smallest deviation that the attacks take for noise, in clip norms
@@ -47,7 +47,7 @@ class StepInputs:
     data: PrivateData[CanaryBatch]
     reservation: Reservation
     clip_norm: float
-    streams: Streams
+    streams: RandomStreams
 
 
 Step = Callable[[StepInputs], NoisedGrads]
@@ -128,7 +128,7 @@ class Observed:
 
 
 def _projections(
-    plan: CountedReleases, canaries: Canaries, step: Step, streams: Streams
+    plan: CountedReleases, canaries: Canaries, step: Step, streams: RandomStreams
 ) -> Iterator[np.ndarray]:
     """Yield (canaries + blanks,): each release's clipped sum along every direction."""
     inputs = StepInputs(
