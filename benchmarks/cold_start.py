@@ -68,7 +68,7 @@ def answer(request: Path, reply: Path, node: dict[str, Any]) -> dict[str, float]
     TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = _NODE
     _clocked(requests, "_load", "data", spent)
     _clocked(requests.backbone, "build", "model", spent)
-    _clocked(requests, "_reserve", "accounting", spent)
+    _clocked(requests, "reserve", "accounting", spent)
     _clocked(requests, "_spent", "accounting", spent)
     _clocked(requests.local_round, "run_round", "training", spent)
     message = message_from_proto(Proto.FromString(request.read_bytes()))

@@ -13,7 +13,7 @@ from pathlib import Path
 from flwr.app import RecordDict
 from safetensors import SafetensorError
 
-from lalora_app.adapter.factors import Adapter
+from lalora_app.adapter.factors import Adapter, Factors
 from lalora_app.client import held_download, last_reply, resident_factors
 from lalora_app.client.site import Site
 from lalora_app.data.encoding import Encoded
@@ -133,6 +133,12 @@ class Round:
             self._resident_file, self.received.adapter, versions, attempt
         )
 
+    @property
+    def sent(self) -> Factors:
+        """The factors that travel up in this round."""
+        last = self.config.is_last(self.request.attempt)
+        return self.method.sent(self.request.round, last=last)
+
     def save_files(self, result: Adapter, upload: Upload) -> None:
         """Save resident factors, reply and download for the next round.
 
@@ -144,13 +150,14 @@ class Round:
             upload: the tensors of the reply.
         """
         with ignoring_disk_errors():
-            self._save_residents(result)
+            self.save_residents(result)
             if self._keeps_reply:
                 last_reply.save_reply(self._reply_file, self.received.digest, dict(upload))
         with ignoring_disk_errors():
             self._save_download()
 
-    def _save_residents(self, result: Adapter) -> None:
+    def save_residents(self, result: Adapter) -> None:
+        """Save the factors of ``result`` that wait for their round; after the last, none."""
         request = self.request
         resident = self.method.resident(request.round, self.config.train.local_steps)
         waiting = frozenset() if self._is_last_of_site else resident

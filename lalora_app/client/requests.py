@@ -9,7 +9,6 @@ import math
 import os
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -44,7 +43,7 @@ def _load(config: Config, site: Site) -> Loaded:
 
     Loading can fail on this side, and a failure here must not cost privacy budget.
     """
-    own = replace(config, lora=replace(config.lora, rank=site.rank))
+    own = site.config_at_rank(config)
     cache = data_cache.cache_file(site, config)
     cached = cache.read() if cache else None
     if cached is not None:
@@ -91,11 +90,12 @@ def _prepare(message: Message, context: Context) -> Round:
     return Round(config, method, site, request, model, data, received)
 
 
-def _reserve(config: Config, site: Site, size: int, request: messages.TrainRequest) -> Reservation:
+def reserve(current: Round) -> Reservation:
     """Choose the noise, check the limits, and commit the round's releases to the ledger."""
+    config, site, request = current.config, current.site, current.request
     privacy, steps, policy = config.privacy, config.train.local_steps, site.policy
     limit = Limit(privacy.epsilon, privacy.delta)
-    q = config.train.batch_size / size
+    q = config.train.batch_size / len(current.data)
     ledger = site.ledger
     past = ledger.releases(site.dataset, request.run)
     planned = max(request.steps_left, steps)
@@ -124,7 +124,9 @@ def _streams(config: Config, client: str, attempt: int) -> step.RandomStreams:
     )
 
 
-def _run_local_steps(current: Round, start: Adapter, reservation: Reservation) -> Adapter:
+def run_local_steps(
+    current: Round, start: Adapter, reservation: Reservation, streams: step.Streams
+) -> Adapter:
     """Return the site's adapter after the round's private steps."""
     config, request, client = current.config, current.request, current.site.client
     return local_round.run_round(
@@ -142,7 +144,7 @@ def _run_local_steps(current: Round, start: Adapter, reservation: Reservation) -
             randomness.seed_of(config.seed, client, request.attempt),
         ),
         reservation=reservation,
-        streams=_streams(config, client, request.attempt),
+        streams=streams,
     )
 
 
@@ -159,9 +161,7 @@ def _log_durations(current: Round, clock: Sequence[float]) -> None:
 
 def _encoded(current: Round, result: Adapter, encode: secagg.UploadEncoder) -> secagg.Upload:
     """Return the factors that travel in this round, encoded for the wire."""
-    last = current.config.is_last(current.request.attempt)
-    sent = current.method.sent(current.request.round, last=last)
-    return encode(select(result, sent), select(current.received.adapter, sent))
+    return encode(select(result, current.sent), select(current.received.adapter, current.sent))
 
 
 def _spent(config: Config, site: Site, run: str) -> float:
@@ -194,9 +194,10 @@ def train(message: Message, context: Context) -> RecordDict:
     make_encoder = secagg.UPLOAD_ENCODERS[current.config.secure_aggregation]
     encode_upload = make_encoder(message.content, context, current.request)
     clock = [time.monotonic()]
-    reservation = _reserve(current.config, current.site, len(current.data), current.request)
+    reservation = reserve(current)
     clock.append(time.monotonic())
-    result = _run_local_steps(current, start, reservation)
+    streams = _streams(current.config, current.site.client, current.request.attempt)
+    result = run_local_steps(current, start, reservation, streams)
     clock.append(time.monotonic())
     _log_durations(current, clock)
     upload = _encoded(current, result, encode_upload)

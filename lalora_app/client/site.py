@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lalora_app.data.examples import Examples, check_client
@@ -46,6 +46,10 @@ class Site:
     def ledger(self) -> Ledger:
         """The client's ledger, made if missing."""
         return Ledger(self.state / "ledger.sqlite")
+
+    def config_at_rank(self, config: Config) -> Config:
+        """Return the run's config with this client's own rank."""
+        return replace(config, lora=replace(config.lora, rank=self.rank))
 
     def examples(self, config: Config) -> Examples:
         """Return the client's examples, if they can take part in the run.

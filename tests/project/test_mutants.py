@@ -126,15 +126,17 @@ MUTANTS = {
     ),
     "ledger written after training": Mutant(
         "client/requests.py",
-        "    reservation = _reserve(current.config, current.site, len(current.data), current.request)\n"
+        "    reservation = reserve(current)\n"
         "    clock.append(time.monotonic())\n"
-        "    result = _run_local_steps(current, start, reservation)\n",
+        "    streams = _streams(current.config, current.site.client, current.request.attempt)\n"
+        "    result = run_local_steps(current, start, reservation, streams)\n",
         "    train = current.config.train\n"
         "    rate = train.batch_size / len(current.data)\n"
         "    reservation = Reservation(Release(rate, 1.0, train.local_steps))\n"
         "    clock.append(time.monotonic())\n"
-        "    result = _run_local_steps(current, start, reservation)\n"
-        "    _reserve(current.config, current.site, len(current.data), current.request)\n",
+        "    streams = _streams(current.config, current.site.client, current.request.attempt)\n"
+        "    result = run_local_steps(current, start, reservation, streams)\n"
+        "    reserve(current)\n",
         "tests/client/test_kill.py",
     ),
     "ledger not committed": Mutant(
