@@ -1,6 +1,5 @@
 """Audits: attack the private training and compare the success with the promised ε.
 
-In: the app's private step and rounds, with inserted examples (canaries). Out: a lower bound of ε at
-a stated confidence, and whether it exceeds the ledger's ε. Audits of deliberately broken mechanisms
-must find a violation.
+In: the app's private step, client and server, with canaries among the examples. Out: a lower bound
+on epsilon at a stated confidence; mechanisms with a known defect must be called broken.
 """

@@ -105,7 +105,7 @@ def _clipped_by(clip: Clip, excess: Callable[[int], float]) -> Step:
 
 def _by_tensor(block: FlatBlock, clip_norm: float) -> FlatBlock:
     """Clip each tensor of an example to C: the whole may be √tensors times as long."""
-    sizes = [slot.size for slot in block.slots.values()]
+    sizes = [slot.size for slot in block.shapes.values()]
     parts = torch.split(block.rows, sizes, dim=1)
     scales = [clip_scales(torch.linalg.vector_norm(p, dim=1), clip_norm) for p in parts]
     clipped = [scale[:, None] * part for scale, part in zip(scales, parts, strict=True)]

@@ -1,10 +1,10 @@
-"""The end-to-end attack: which records is a client's change made of, and how surely?
+"""Estimate from a client's change how often each of its records was drawn.
 
 The adversary of differential privacy knows every other record, so it knows the gradient of every
 record that may have been drawn. Under SGD a tensor's change is a known linear map of the noised
-sums, ``-lr·Σ_k F(Σ_i c_ki·g_i(θ_k) + noise)/(q·n)``: least squares over all records gives how
-often each was drawn. The parameters θ_k of the steps are not known; all are taken to lie at one
-point between what the client was sent and what it sent back.
+sums, ``-lr·Σ_k F(Σ_i c_ki·g_i(θ_k) + noise)/(q·n)``. Least squares over all records, with the
+prior of Poisson sampling, gives how often each was drawn. The parameters θ_k of the steps are not
+known; all gradients are taken at one point between the received adapter and the result.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,12 +16,11 @@ import torch
 from torch import Tensor
 
 from lalora_app.adapter.factors import Adapter, Kind, active_names, kind
-from lalora_app.audit.planted_federation import Federation, Sent
+from lalora_app.audit.planted_federation import Federation, VictimRound
 from lalora_app.client.local_round import learning_rates
 from lalora_app.data.encoding import Encoded
 from lalora_app.methods.method import Method
 from lalora_app.methods.optimizers import configured_optimizer
-from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.randomness import seeded
 from lalora_app.private_step.gradients import NoisedGrads
 from lalora_app.private_step.mechanism import clip_scales
@@ -29,23 +28,23 @@ from lalora_app.private_step.step import noise_std_of
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import Config
 
-_POINT = np.float32(0.25)  # of the way from a round's start to its end: gradients are taken there
+_POINT = np.float32(0.25)  # share of the way from a round's start to its end, for the gradients
 BATCH = 32
-_DRIFT = 1e-3  # of a gradient's mean square: what that point does not tell of the steps
-_LEAST_SPREAD = 0.1  # the errors of a linear model are no Gaussian's: nothing is surer than this
-_FEWEST = 1e-6  # of a record's share that shows; below it, nothing is said
+_MODEL_ERROR = 1e-3  # variance of the error of that point, relative to a gradient's mean square
+_LEAST_SPREAD = 0.1  # lower limit of an estimate's deviation: the model's errors are not Gaussian
+_LEAST_SHOWN = 1e-6  # lower limit of the share of a draw that an estimate shows
 
 GradientRows = dict[Kind, np.ndarray]  # by kind of tensor: (records, entries), float32
 
 
 @dataclass(frozen=True)
 class DrawEstimates:
-    """How often each canary was drawn, as far as a kind of tensor tells.
+    """The estimated draws of each canary in one round, from one kind of tensor.
 
     Attributes:
-        x: (canaries,), 1 for once; 0 where nothing shows.
-        spread: (canaries,), its deviation for a canary that was not drawn.
-        rate: the chance of a member to be drawn at all.
+        x: (canaries,), 1 for a canary that was drawn once, 0 for others or without information.
+        spread: (canaries,), standard deviation of ``x`` for a canary that was not drawn.
+        rate: chance of a member to be drawn at all.
     """
 
     x: np.ndarray
@@ -53,8 +52,8 @@ class DrawEstimates:
     rate: float
 
 
-def check(config: Config, method: Method) -> None:
-    """Check that a client's change is the linear map that the attack undoes.
+def check_linear(config: Config, method: Method) -> None:
+    """Check that a client's change is the linear map that the attack inverts.
 
     Raises:
         ConfigError: for any optimiser but plain SGD.
@@ -71,22 +70,22 @@ def check(config: Config, method: Method) -> None:
         )
 
 
-def in_own_order(records: Encoded, found: Sequence[np.ndarray]) -> np.ndarray:
-    """Return (records, …) in the records' order, from what was found batch by batch."""
+def in_own_order(records: Encoded, parts: Sequence[np.ndarray]) -> np.ndarray:
+    """Return (records, …) in the records' order, from one array per batch of ``records``."""
     places = np.argsort(records.ordered(range(len(records))))
-    whole: np.ndarray = np.concatenate(found)[places]
+    whole: np.ndarray = np.concatenate(parts)[places]
     return whole
 
 
-def _together(federation: Federation, t: int) -> dict[Kind, frozenset[Kind]]:
-    """Return, for each kind that round ``t`` trains, the kinds that it is clipped with."""
+def _clipped_together(federation: Federation, t: int) -> dict[Kind, frozenset[Kind]]:
+    """Return, for each kind that round ``t`` trains, all kinds under the same clip."""
     names, steps = federation.state.adapter, federation.config.train.local_steps
-    found: dict[Kind, frozenset[Kind]] = {}
+    together: dict[Kind, frozenset[Kind]] = {}
     for k in range(steps):
         active = frozenset(kind(n) for n in active_names(names, federation.method.trains(t, k)))
         for which in active:
-            found.setdefault(which, active)
-    return found
+            together.setdefault(which, active)
+    return together
 
 
 def _clipped(
@@ -109,7 +108,7 @@ def _clipped(
 
 
 def _filtered(parts: Mapping[str, Tensor], method: Method) -> GradientRows:
-    """Return (records, entries) by kind, behind the method's filter: a linear map."""
+    """Return (records, entries) by kind, after the method's filter, which is a linear map."""
     count = len(next(iter(parts.values())))
     rows: dict[Kind, list[Tensor]] = {}
     for i in range(count):
@@ -122,18 +121,18 @@ def _filtered(parts: Mapping[str, Tensor], method: Method) -> GradientRows:
     return {which: torch.stack(lines).cpu().numpy() for which, lines in rows.items()}
 
 
-def _gradients(federation: Federation, sent: Sent) -> GradientRows:
-    """Return every record's gradient on the way through a round, as a step uses it."""
-    backbone, engine = federation.backbone, federation.backbone.engine
-    backbone.load(_underway(sent), sent.drift)
-    engine.activate(frozenset(engine.parameters))
-    together, found = _together(federation, sent.t), []
-    records = federation.records
+def _gradients(federation: Federation, seen: VictimRound) -> GradientRows:
+    """Return every record's gradient between start and end of a round, as a step uses it."""
+    model, records = federation.victim.model, federation.victim.data.inner
+    model.load(_intermediate(seen), seen.drift)
+    model.engine.activate(frozenset(model.engine.parameters))
+    together, clip_norm = _clipped_together(federation, seen.t), federation.config.privacy.clip_norm
+    parts = []
     for batch in records.batches(BATCH):
-        grads = engine.gradients(partial(backbone.losses, batch), len(batch.labels))
-        clipped = _clipped(grads.dense(), together, federation.config.privacy.clip_norm)
-        found.append(_filtered(clipped, federation.method))
-    return {which: in_own_order(records, [rows[which] for rows in found]) for which in found[0]}
+        grads = model.engine.gradients(partial(model.losses, batch), len(batch.labels))
+        clipped = _clipped(grads.dense(), together, clip_norm)
+        parts.append(_filtered(clipped, federation.method))
+    return {which: in_own_order(records, [rows[which] for rows in parts]) for which in parts[0]}
 
 
 def _flat(tensors: Mapping[str, np.ndarray], which: Kind) -> np.ndarray:
@@ -141,73 +140,83 @@ def _flat(tensors: Mapping[str, np.ndarray], which: Kind) -> np.ndarray:
 
 
 def _noise_left(method: Method, shapes: Adapter, which: Kind) -> float:
-    """Return the variance that the method's filter leaves of white noise of variance 1."""
+    """Return the variance of white noise of variance 1 after the method's filter."""
     rng = seeded(0, "audit filter")
     white = {n: torch.from_numpy(rng.standard_normal(x.shape)) for n, x in shapes.items()}
     left = method.postprocess(NoisedGrads(white))
     return float(_flat({n: x.numpy() for n, x in left.items()}, which).var())
 
 
-def solved(
-    rows: np.ndarray, wanted: np.ndarray, *, prior: float, noise: float
+def posterior_counts(
+    rows: np.ndarray, total: np.ndarray, *, prior: float, noise: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (records,): how often each was drawn, and how much of one draw shows.
+    """Return two (records,): the number of draws of each record, and the share that shows.
 
-    The mean of the posterior where every count has mean and variance ``prior``, and ``wanted`` is
-    the sum of the rows by their counts, and noise. Limit: rows of zeros show nothing.
+    The first is the mean of the posterior if every number of draws has mean and variance
+    ``prior``, and ``total`` is the sum of the rows by their numbers of draws, and noise. The
+    second is its change per draw. Limit: rows of zeros give the prior, and a share of 0.
 
     Args:
         rows: (records, entries), gradients.
-        wanted: (entries,).
+        total: (entries,), the noised sum.
         prior: expected number of draws.
-        noise: variance of an entry of ``wanted``; 0: a small ridge stands for the model's error.
+        noise: variance of an entry of ``total``; 0 leaves the error of the model alone.
     """
     gram = (rows @ rows.T).astype(np.float64)
-    ridge = noise / prior + _DRIFT * float(np.trace(gram)) / len(gram)
+    ridge = noise / prior + _MODEL_ERROR * float(np.trace(gram)) / len(gram)
     if ridge == 0:  # A has no gradient while B is zero
         return np.full(len(gram), prior), np.zeros(len(gram))
     inverse = np.linalg.inv(gram + ridge * np.eye(len(gram)))
-    counts = prior + inverse @ ((rows @ wanted).astype(np.float64) - prior * gram.sum(axis=1))
+    counts = prior + inverse @ ((rows @ total).astype(np.float64) - prior * gram.sum(axis=1))
     return counts, 1 - ridge * np.diag(inverse)
 
 
-def draw_estimates(federation: Federation, sent: Sent, canaries: int) -> dict[Kind, DrawEstimates]:
-    """Return what each kind of tensor of a round tells of the canaries, the last of the records."""
+def draw_estimates(
+    federation: Federation, seen: VictimRound, canaries: int
+) -> dict[Kind, DrawEstimates]:
+    """Return the estimated draws of the canaries by kind of tensor.
+
+    Args:
+        federation: the federation after the round.
+        seen: the victim's part in the round.
+        canaries: number of canaries, which are the last records.
+    """
     config, method = federation.config, federation.method
-    rows = _gradients(federation, sent)
-    q, found = federation.release.sampling_rate, {}
-    noise = noise_std_of(Reservation(federation.release), config.privacy.clip_norm) ** 2
-    rates = learning_rates(config.train, config.rule, sent.t)
+    rows, estimates = _gradients(federation, seen), {}
+    q = seen.reservation.sampling_rate
+    noise = noise_std_of(seen.reservation, config.privacy.clip_norm) ** 2
+    rates = learning_rates(config.train, config.rule, seen.t)
     for which in list(rows):
-        steps = len(sent.steps[which])
-        counts, shows = solved(
+        steps = len(seen.steps[which])
+        counts, shown = posterior_counts(
             rows.pop(which),
-            -_flat(sent.change, which) * (config.train.batch_size / rates[which]),
+            -_flat(seen.change, which) * (config.train.batch_size / rates[which]),
             prior=steps * q,
-            noise=steps * noise * _noise_left(method, sent.start, which),
+            noise=steps * noise * _noise_left(method, seen.received, which),
         )
-        x, spread = standardised(counts[-canaries:], shows[-canaries:], steps * q)
-        found[which] = DrawEstimates(x, spread, 1 - (1 - q) ** steps)
-    return found
+        x, spread = standardised(counts[-canaries:], shown[-canaries:], steps * q)
+        estimates[which] = DrawEstimates(x, spread, 1 - (1 - q) ** steps)
+    return estimates
 
 
-def _underway(sent: Sent) -> Adapter:
-    """Return the adapter a part of the way to what the client sent; what did not travel rests."""
+def _intermediate(seen: VictimRound) -> Adapter:
+    """Return the adapter between start and end for the kinds that travelled, others as received."""
     return {
-        name: start + _POINT * sent.change[name] if kind(name) in sent.kinds else start
-        for name, start in sent.start.items()
+        name: start + _POINT * seen.change[name] if kind(name) in seen.sent else start
+        for name, start in seen.received.items()
     }
 
 
 def standardised(
-    counts: np.ndarray, shows: np.ndarray, prior: float
+    counts: np.ndarray, shown: np.ndarray, prior: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return what is 1 for a canary drawn once and 0 for most others, and its deviation for these.
+    """Return two (canaries,): draws relative to most canaries' own, and their deviation.
 
-    The deviation is the posterior's own, or the one that is seen, whichever is larger.
+    The first is 1 for a canary that was drawn once and 0 for most others. The second, of canaries
+    that were not drawn, is the larger one of the posterior's and the measured deviation.
     """
-    clear = np.maximum(shows, _FEWEST)
-    x = (counts - prior) / clear
+    share = np.maximum(shown, _LEAST_SHOWN)
+    x = (counts - prior) / share
     x -= np.median(x)
-    seen = 1.4826 * np.median(np.abs(x))
-    return x, np.maximum(np.sqrt(prior * (1 - clear) / clear), max(seen, _LEAST_SPREAD))
+    measured = 1.4826 * np.median(np.abs(x))
+    return x, np.maximum(np.sqrt(prior * (1 - share) / share), max(measured, _LEAST_SPREAD))

@@ -1,7 +1,7 @@
-"""From an attack's hits and misses to a lower bound on ε, at a stated confidence.
+"""Lower bounds on ε from an attack's hits and misses, at a stated confidence.
 
-Two of the bounds hold for every (ε, δ)-DP mechanism; two more assume the shape of its trade-off
-curve, reach further, and are named after what they assume.
+Two of the bounds hold for every (ε, δ)-DP mechanism (``one_run``, ``two_sided``). Two more are
+larger but assume the shape of its trade-off curve (``gaussian``, ``subsampled``).
 """
 
 import math
@@ -14,16 +14,16 @@ from scipy.optimize import brentq
 
 from lalora_app.privacy.accounting import Release, epsilon, total_variation
 
-_LARGEST = 64.0  # no number of canaries shows an ε beyond it
-_STEP = 1e-4  # of a bound on ε, downwards
-_MOST_NOISE = 2.0**10  # a noise multiplier whose ε is 0 to every digit that is printed
+_LARGEST = 64.0  # largest bound on ε; no number of canaries shows more
+_TOLERANCE = 1e-4  # largest distance of a bound below the ε that is searched
+_MOST_NOISE = 2.0**10  # noise multiplier with ε = 0 in every printed digit
 _LEAST_NOISE = 2.0**-3
-_POINTS = 60  # of a ROC: as many as a figure shows
+_POINTS = 60  # largest number of points of a ROC in a figure
 
 
 @dataclass(frozen=True)
 class Guesses:
-    """A membership game: ``correct`` of ``made`` guesses, about some of ``canaries`` coins."""
+    """A membership game: ``correct`` of ``made`` guesses, about some of ``canaries`` canaries."""
 
     correct: int
     made: int
@@ -32,7 +32,14 @@ class Guesses:
 
 @dataclass(frozen=True)
 class AttackErrors:
-    """A test of "in" against "out": false alarms of ``outs`` trials, misses of ``ins`` trials."""
+    """Errors of a test of "in" against "out".
+
+    Attributes:
+        false_alarms: number of guesses "in" about canaries that were out.
+        outs: number of canaries that were out.
+        misses: number of guesses "out" about canaries that were in.
+        ins: number of canaries that were in.
+    """
 
     false_alarms: int
     outs: int
@@ -73,7 +80,7 @@ def _largest_rejected(p_value: Callable[[float], float], level: float) -> float:
     if p_value(_LARGEST) < level:
         return _LARGEST
     low, high = 0.0, _LARGEST
-    while high - low > _STEP:
+    while high - low > _TOLERANCE:
         middle = (low + high) / 2
         low, high = (middle, high) if p_value(middle) < level else (low, middle)
     return low
@@ -83,20 +90,25 @@ def one_run(guesses: Guesses, delta: float, confidence: float) -> float:
     """Return ε's lower bound from many canaries in one run (Steinke et al., arXiv:2305.08846).
 
     It assumes nothing but (ε, δ)-DP and fair, independent coins: the canaries may influence each
-    other. Limit: no better than chance gives 0.
+    other. Limit: guesses no better than chance give 0.
+
+    Args:
+        guesses: the attack's guesses.
+        delta: δ of the promise.
+        confidence: confidence of the bound.
     """
     return _largest_rejected(lambda e: _one_run_p_value(guesses, e, delta), 1 - confidence)
 
 
 def at_most(events: int, trials: int, confidence: float) -> float:
-    """Return Clopper and Pearson's upper bound on a chance; one-sided."""
+    """Return Clopper and Pearson's one-sided upper bound on the chance of an event."""
     if events == trials:
         return 1.0
     return float(stats.beta.ppf(confidence, events + 1, trials - events))
 
 
 def _rates(errors: AttackErrors, confidence: float) -> tuple[float, float]:
-    """Return upper bounds on both error rates that hold together."""
+    """Return upper bounds on both error rates; both hold together at ``confidence``."""
     each = (1 + confidence) / 2
     return (
         at_most(errors.false_alarms, errors.outs, each),
@@ -107,7 +119,7 @@ def _rates(errors: AttackErrors, confidence: float) -> tuple[float, float]:
 def two_sided(errors: AttackErrors, delta: float, confidence: float) -> float:
     """Return ε's lower bound from the error rates of a test on independent trials.
 
-    (ε, δ)-DP asks ``1 - β <= e^ε α + δ`` and ``1 - α <= e^ε β + δ`` of every test (Kairouz et
+    Under (ε, δ)-DP every test has ``1 - β <= e^ε α + δ`` and ``1 - α <= e^ε β + δ`` (Kairouz et
     al., arXiv:1311.0776). The trials must be independent of each other.
     """
     alarm, miss = _rates(errors, confidence)
@@ -138,7 +150,7 @@ def gaussian(errors: AttackErrors, delta: float, confidence: float) -> float:
 
 
 def counted_p_value(errors: AttackErrors, releases: Sequence[Release]) -> float:
-    """Return the chance of so few errors, at most, if the mechanism is what was counted.
+    """Return the largest chance of so few errors if the mechanism is the counted one.
 
     Under the composition of ``releases`` a guess about a fair coin is right with a chance of at
     most ``(1 + TV)/2``. Assumes independent trials.
@@ -161,14 +173,14 @@ def _noise_behind(advantage: float, sampling_rate: float, steps: int) -> float:
         low, high = high, 2 * high
     if high >= _MOST_NOISE or low <= _LEAST_NOISE:
         return min(high, _MOST_NOISE)
-    # Above the root: the tolerance is the mechanism's, not the bound's.
+    # Rounded up: more noise gives a smaller, still valid bound on ε.
     return float(brentq(excess, low, high, xtol=1e-4)) + 2e-4
 
 
 def subsampled(
     errors: AttackErrors, delta: float, confidence: float, *, sampling_rate: float, steps: int
 ) -> float:
-    """Return ε's lower bound if the mechanism is the accountant's with an unknown noise.
+    """Return ε's lower bound if the mechanism is the counted one with an unknown noise.
 
     Assumes ``steps`` Poisson-subsampled Gaussians at the known rate, fair coins and independent
     trials. A guess is then right with a chance of at most ``(1 + TV)/2``, TV the total variation

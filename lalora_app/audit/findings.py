@@ -1,4 +1,4 @@
-"""What an audit found, as text and as JSON."""
+"""The report of an audit, as text, as JSON and as a line of a model card."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -7,42 +7,43 @@ from typing import Any
 
 from lalora_app.results.model_card import CARD_ROW
 
-SURE = 1e-4  # p-value below which the verdict is "broken": one false alarm in 10,000 audits
+SURE = 1e-4  # p-value below which the verdict is "broken": one false alarm in 10,000 parts
 
 
 @dataclass(frozen=True)
 class AuditRow:
-    """One attack's outcome.
+    """The outcome of one attack.
 
     Attributes:
-        name: of the part of the audit.
+        name: name of this part of the audit.
         epsilon: lower bound that assumes (ε, δ)-DP alone.
-        curve: lower bound if the mechanism is the accountant's with an unknown noise; None: none.
-        said: what the bound comes from.
-        p_value: of so few errors under what the ledger has counted; None: not tested.
-        roc: (false alarm rate, hit rate) by threshold; empty: one threshold alone.
+        curve: lower bound if the mechanism is the counted one with an unknown noise; None: not
+            computed.
+        evidence: the guesses or errors behind the bound, in a few words.
+        p_value: chance of so few errors under the counted mechanism; None: not tested.
+        roc: (false alarm rate, hit rate) by threshold; empty for an attack with one threshold.
     """
 
     name: str
     epsilon: float
     curve: float | None
-    said: str
+    evidence: str
     p_value: float | None = None
     roc: Sequence[tuple[float, float]] = ()
 
 
 @dataclass(frozen=True)
 class AuditReport:
-    """An audit of one seed.
+    """The outcome of an audit with one seed.
 
     Attributes:
-        mechanism: what was attacked.
-        epsilon_upper: what the ledger counts, or what is claimed.
-        confidence: of ``epsilon_lower``; the rows share it, so all of them hold together.
-        delta: of both.
-        seed: of the audit.
-        rows: one a part of the audit.
-        facts: more numbers, for the JSON.
+        mechanism: name of the attacked mechanism.
+        epsilon_upper: ε by the ledger, or the claimed ε of a published mechanism.
+        confidence: confidence of ``epsilon_lower``; the bounds of all rows hold together.
+        delta: δ of both bounds.
+        seed: seed of the audit.
+        rows: one outcome per part of the audit.
+        facts: further numbers for the JSON.
     """
 
     mechanism: str
@@ -55,27 +56,27 @@ class AuditReport:
 
     @property
     def epsilon_lower(self) -> float:
-        """The largest bound that assumes nothing but (ε, δ)-DP."""
+        """The largest lower bound that assumes nothing but (ε, δ)-DP."""
         return max(row.epsilon for row in self.rows)
 
     @property
-    def unlikely(self) -> bool:
-        """Whether an attack errs less often than it would under what was counted."""
+    def rejects_counted(self) -> bool:
+        """Whether an attack makes too few errors for the counted mechanism."""
         return any(row.p_value is not None and row.p_value < SURE for row in self.rows)
 
     @property
     def broken(self) -> bool:
-        """Whether more is proved than promised, or the mechanism is not what was counted."""
-        return self.unlikely or self.epsilon_lower > self.epsilon_upper
+        """Whether the bound is above the promise, or the mechanism is not the counted one."""
+        return self.rejects_counted or self.epsilon_lower > self.epsilon_upper
 
     @property
     def verdict(self) -> str:
-        """What follows, in a few words."""
+        """The verdict in a few words."""
         if self.epsilon_lower > self.epsilon_upper:
             return "BROKEN: more is proved than promised"
-        return (
-            "BROKEN: this is not the mechanism that was counted" if self.unlikely else "consistent"
-        )
+        if self.rejects_counted:
+            return "BROKEN: this is not the mechanism that was counted"
+        return "consistent"
 
     def text(self) -> str:
         """Return the report as lines."""
@@ -83,7 +84,7 @@ class AuditReport:
         for row in self.rows:
             more = "" if row.curve is None else f", {row.curve:.2f} by the accountant's curve"
             more += "" if row.p_value is None else f", p-value {row.p_value:.2g}"
-            lines.append(f"  {row.name}: at least {row.epsilon:.2f}{more}  ({row.said})")
+            lines.append(f"  {row.name}: at least {row.epsilon:.2f}{more}  ({row.evidence})")
         lines.append(
             f"  epsilon_upper {self.epsilon_upper:.3f}  epsilon_lower {self.epsilon_lower:.3f}  "
             f"confidence {self.confidence:g}  {self.verdict}"
@@ -91,7 +92,7 @@ class AuditReport:
         return "\n".join(lines)
 
     def card_row(self) -> str:
-        """Return the line of a model card that tells the lower bound."""
+        """Return the line of a model card with the lower bound."""
         verdict = f"; **{self.verdict}**" if self.broken else ""
         return (
             f"{CARD_ROW} {self.epsilon_lower:.2f} at {self.confidence:.0%} confidence "

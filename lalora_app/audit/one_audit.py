@@ -1,4 +1,4 @@
-"""One audit of one seed: which attacks a mechanism is put through, and how large they are."""
+"""One audit of one seed: the attacks on a mechanism, their sizes, and the report of both."""
 
 import math
 from collections.abc import Callable
@@ -17,11 +17,13 @@ from lalora_app.audit.step_attack import (
     counted_releases,
     observe,
     observe_single_canary,
+    real_step,
     side_by_side,
 )
 from lalora_app.data.partition import partition
 from lalora_app.privacy.budget import Limit
 from lalora_app.privacy.randomness import seed_of
+from lalora_app.server.cohorts import planned_cohorts
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import Config
 
@@ -39,37 +41,41 @@ _BLANKS = 256  # directions that show the noise alone
 
 
 @dataclass(frozen=True)
-class Size:
-    """How much is spent on an audit.
+class AuditSize:
+    """The number of trials of each attack.
 
     Attributes:
-        canaries: of a run of the step audit.
-        runs: of it, side by side.
-        alone: runs whose only record is the canary.
-        planted: mislabelled examples of the end-to-end audit; 0: it is left out.
-        trials: of the published mechanism.
+        canaries: canaries per run of the step audit.
+        runs: runs of the step audit, side by side.
+        single_canary_runs: runs with the canary as the only record.
+        mislabelled: canaries of the end-to-end audit; 0 leaves it out.
+        published_steps: steps of the published mechanism, per attack and side.
     """
 
     canaries: int
     runs: int
-    alone: int
-    planted: int
-    trials: int
+    single_canary_runs: int
+    mislabelled: int
+    published_steps: int
 
 
-FULL = Size(canaries=24_320, runs=4, alone=400, planted=400, trials=200_000)
-FAST = Size(canaries=12_160, runs=1, alone=100, planted=0, trials=20_000)
+FULL = AuditSize(
+    canaries=24_320, runs=4, single_canary_runs=400, mislabelled=400, published_steps=200_000
+)
+FAST = AuditSize(
+    canaries=12_160, runs=1, single_canary_runs=100, mislabelled=0, published_steps=20_000
+)
 
 
 @dataclass(frozen=True)
-class Request:
-    """What is asked of an audit.
+class AuditRequest:
+    """The settings of an audit.
 
     Attributes:
-        config: of the run; its ε and δ are the promise.
+        config: the run's config; its ε and δ are the promise to test.
         mechanism: one of MECHANISMS.
-        clients: of the simulated deal; the first is attacked.
-        confidence: of the whole report.
+        clients: number of simulated clients; the first one is attacked.
+        confidence: confidence of the whole report.
         size: FULL or FAST.
 
     Raises:
@@ -80,10 +86,10 @@ class Request:
     mechanism: str
     clients: int
     confidence: float
-    size: Size
+    size: AuditSize
 
     def __post_init__(self) -> None:
-        """Check what no attack could use."""
+        """Check the mechanism and the promise."""
         if self.mechanism not in MECHANISMS:
             raise ConfigError(
                 f'mechanism="{self.mechanism}" must be one of ' + ", ".join(MECHANISMS)
@@ -92,20 +98,21 @@ class Request:
             raise ConfigError("epsilon=inf must be finite: an audit tests a promise")
 
 
-Say = Callable[[str], None]
+LogLine = Callable[[str], None]
 
 
-def plan_of(request: Request) -> CountedReleases:
-    """Return the releases that the client's ledger counts; the control is one full batch."""
+def victim_releases(request: AuditRequest) -> CountedReleases:
+    """Return the attacked client's releases in the ledger; the control has one full batch."""
     privacy, train = request.config.privacy, request.config.train
     limit = Limit(privacy.epsilon, privacy.delta)
     if request.mechanism == CONTROL:
         return counted_releases(limit, rate=1.0, rounds=1, steps=1, clip_norm=privacy.clip_norm)
     data = partition(request.config.data, request.config.seed, request.clients)[0]
+    cohorts = planned_cohorts(request.config, request.clients)
     return counted_releases(
         limit,
         rate=train.batch_size / len(data),
-        rounds=request.config.num_server_rounds,
+        rounds=sum(0 in cohort for cohort in cohorts),
         steps=train.local_steps,
         clip_norm=privacy.clip_norm,
     )
@@ -113,17 +120,17 @@ def plan_of(request: Request) -> CountedReleases:
 
 def _row(name: str, bound: Bound, plan: CountedReleases, curve: float | None = None) -> AuditRow:
     guesses = bound.guesses
-    said = f"{guesses.correct} of {guesses.made} guesses right by {bound.attack}"
+    evidence = f"{guesses.correct} of {guesses.made} guesses right by {bound.attack}"
     p_value = counted_p_value(bound.errors, [plan.release])
-    return AuditRow(name, bound.epsilon, curve, said, p_value, bound.roc)
+    return AuditRow(name, bound.epsilon, curve, evidence, p_value, bound.roc)
 
 
 def _many_canaries(
-    request: Request, plan: CountedReleases, seed: int, confidence: float
+    request: AuditRequest, plan: CountedReleases, seed: int, confidence: float
 ) -> AuditRow:
-    """Attack whole runs in which half of many canaries are."""
+    """Attack whole runs on many canaries, half of them in the data."""
     size, broken = request.size, BROKEN.get(request.mechanism)
-    runs = 1 if broken else size.runs  # a broken step may know the order of one run's records
+    runs = 1 if broken else size.runs  # an attack on a fixed order scores the canaries of one run
     seen = [
         observe(
             plan,
@@ -131,7 +138,7 @@ def _many_canaries(
             size.canaries,
             seed_of(seed, "audit run", i),
             blanks=_BLANKS,
-            **({"step": broken.make()} if broken else {}),
+            step=broken.make() if broken else real_step,
         )
         for i in range(runs)
     ]
@@ -141,74 +148,82 @@ def _many_canaries(
 
 
 def _single_canary(
-    request: Request, plan: CountedReleases, seed: int, confidence: float
+    request: AuditRequest, plan: CountedReleases, seed: int, confidence: float
 ) -> AuditRow:
-    """Attack runs in which the canary is the only record."""
+    """Attack runs with the canary as the only record."""
     broken = BROKEN.get(request.mechanism)
-    more = {"step": broken.make()} if broken else {}
-    seen = observe_single_canary(plan, request.size.alone, seed, **more)
+    step = broken.make() if broken else real_step
+    seen = observe_single_canary(plan, request.size.single_canary_runs, seed, step=step)
     return _row("step, alone", bounded(seen, plan, confidence), plan)
 
 
 def _end_to_end(
-    request: Request, seed: int, confidence: float
+    request: AuditRequest, seed: int, confidence: float
 ) -> tuple[AuditRow, dict[str, object]]:
-    """Attack a whole federation; imports the models only where it is asked for."""
-    from lalora_app.audit.run_attack import audit_run
+    """Attack a whole federation."""
+    from lalora_app.audit.run_attack import audit_run  # imports the models, seconds
 
     bound = audit_run(
         request.config,
-        canaries=request.size.planted,
+        canaries=request.size.mislabelled,
         clients=request.clients,
         seed=seed,
         confidence=confidence,
     )
     guesses = bound.guesses
-    said = f"{guesses.correct} of {guesses.made} guesses right, AUC {bound.aucs['sent']:.3f}"
+    evidence = f"{guesses.correct} of {guesses.made} guesses right, AUC {bound.aucs['sent']:.3f}"
     by_round = [[p.t, p.kind, p.sent, p.spread, p.auc, p.auc_drawn] for p in bound.parts]
     facts: dict[str, object] = {"auc": bound.aucs, "by_round": by_round}
-    return AuditRow("run", bound.epsilon, None, said, roc=bound.roc), facts
+    return AuditRow("run", bound.epsilon, None, evidence, roc=bound.roc), facts
 
 
-def _published(request: Request, seed: int) -> AuditReport:
-    """Attack one step of the published mechanism, with a typical and with a loud example."""
-    privacy, trials = request.config.privacy, request.size.trials
+def _published(request: AuditRequest, seed: int) -> AuditReport:
+    """Attack one step of the published mechanism, with a typical and with a large gradient."""
+    privacy, trials = request.config.privacy, request.size.published_steps
     confidence = (1 + request.confidence) / 2
     rows = []
-    for name, loudness in (("one step, typical example", 1.0), ("one step, loud example", 100.0)):
-        setting = replace(published_mechanism.Setting(), loudness=loudness)
+    for name, norm in (("one step, typical example", 1.0), ("one step, loud example", 100.0)):
+        setting = replace(published_mechanism.Setting(), relative_norm=norm)
         seen = published_mechanism.attacked(setting, trials, seed)
-        said = f"{seen.errors.false_alarms + seen.errors.misses} errors in {2 * trials} trials"
-        said += f", {seen.distance:.0f} deviations of the noise apart"
-        rows.append(AuditRow(name, seen.bound(privacy.delta, confidence), None, said))
+        errors = seen.errors.false_alarms + seen.errors.misses
+        evidence = f"{errors} errors in {2 * trials} trials, "
+        evidence += f"{seen.distance:.0f} deviations of the noise apart"
+        rows.append(AuditRow(name, seen.bound(privacy.delta, confidence), None, evidence))
     return AuditReport(PUBLISHED, privacy.epsilon, request.confidence, privacy.delta, seed, rows)
 
 
-def run_audit(request: Request, seed: int, say: Say) -> AuditReport:
-    """Run all attacks that the mechanism is put through, with progress lines to ``say``.
+def run_audit(request: AuditRequest, seed: int, log: LogLine) -> AuditReport:
+    """Run all attacks on the request's mechanism.
 
-    The real mechanism's rows share the confidence, so that all of them hold at once. In a broken
-    one the row is one.
+    With several attacks the error probability is divided among them, so that all bounds hold
+    together. A broken mechanism gets one attack and all of it.
+
+    Args:
+        request: the settings.
+        seed: seed of coins, batches and noise.
+        log: receives lines about the progress.
     """
     if request.mechanism == PUBLISHED:
         return _published(request, seed)
-    plan, broken = plan_of(request), BROKEN.get(request.mechanism)
+    plan, broken = victim_releases(request), BROKEN.get(request.mechanism)
     release = plan.release
-    say(
+    if broken:
+        log(f"mechanism {request.mechanism}: {broken.defect}")
+    log(
         f"{release.count} releases at q {release.sampling_rate:.4f} with noise multiplier "
         f"{release.noise_multiplier:.3f}: epsilon {plan.epsilon:.3f} by the ledger"
     )
     real = request.mechanism == REAL
-    whole = real and request.size.planted > 0
+    whole = real and request.size.mislabelled > 0
     each = 1 - (1 - request.confidence) / (1 + real + whole)
     rows: list[AuditRow] = []
     facts: dict[str, object] = {}
     if not (broken and broken.single_canary):
         rows.append(_many_canaries(request, plan, seed, each))
-        say(f"step: at least {rows[-1].epsilon:.2f}")
+        log(f"step: at least {rows[-1].epsilon:.2f}")
     if real or (broken and broken.single_canary):
         rows.append(_single_canary(request, plan, seed, each))
-        say(f"step, alone: at least {rows[-1].epsilon:.2f}")
+        log(f"step, alone: at least {rows[-1].epsilon:.2f}")
     if whole:
         row, facts = _end_to_end(request, seed, each)
         rows.append(row)

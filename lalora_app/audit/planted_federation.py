@@ -1,7 +1,8 @@
-"""A whole federation in this process, with mislabelled examples planted at one client.
+"""A federation in one process, with mislabelled examples planted in the data of one client.
 
-The trainer, the server rule and the files of resident factors are the app's own; only the network
-is left out.
+Client and server are the app's own: admission, reservation in a ledger, local steps, resident
+factors, server rule. Only messages are left out, and with them secure aggregation: the attacker
+sees each client's upload.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -10,37 +11,41 @@ from pathlib import Path
 
 import numpy as np
 
-from lalora_app.adapter.factors import Adapter, Factors, Kind, active_names, kind, select
-from lalora_app.adapter.low_rank import add_to_drift
-from lalora_app.aggregation.rule import RoundInfo
+from lalora_app.adapter.factors import Adapter, Kind, active_names, kind, select
 from lalora_app.aggregation.server_state import ServerState
-from lalora_app.client import local_round, resident_factors
+from lalora_app.client import requests
+from lalora_app.client.received_round import Received, Round
+from lalora_app.client.site import Site, admit
 from lalora_app.data.encoding import Batch, Encoded, Indices
 from lalora_app.data.examples import Examples, split
-from lalora_app.data.partition import partition
 from lalora_app.methods.compatibility import method_of
-from lalora_app.models.backbone import build
-from lalora_app.privacy.accounting import Release, calibrate, epsilon
+from lalora_app.models.backbone import Backbone, build
+from lalora_app.privacy.accounting import epsilon
 from lalora_app.privacy.ledger import Reservation
-from lalora_app.privacy.randomness import seed_of, seeded
-from lalora_app.private_step import step
+from lalora_app.privacy.randomness import seeded
+from lalora_app.private_step.step import RandomStreams
+from lalora_app.server.cohorts import Clients, planned_cohorts
+from lalora_app.server.initial_state import initial_state
+from lalora_app.server.strategy import FederatedLora
 from lalora_app.settings.run_config import Config
+from lalora_app.wire.messages import TrainReply
 
-_VICTIM = 0
+VICTIM = 0  # index of the client with the canaries
+_RUN = "audit"
 
 
 @dataclass(frozen=True)
-class Planted(Encoded):
-    """A client's examples and the canaries; those that are out are records without content.
+class PlantedData(Encoded):
+    """A client's examples and canaries, in which absent canaries are empty records.
 
     Attributes:
-        inner: all of them.
-        absent: those that are out.
-        drawn: of every batch so far, who was in it, for a check of the attack.
+        inner: all examples and canaries.
+        absent: indices of the absent canaries.
+        drawn: the indices in every batch so far, for a check of the attack.
     """
 
     inner: Encoded
-    absent: frozenset[int]
+    absent: frozenset[int] = frozenset()
     drawn: list[frozenset[int]] = field(default_factory=list)
 
     def __len__(self) -> int:
@@ -48,11 +53,11 @@ class Planted(Encoded):
         return len(self.inner)
 
     def length(self, index: int) -> int:
-        """Return what batches are sorted by."""
+        """Return the length by which batches are sorted."""
         return self.inner.length(index)
 
     def width(self, index: int) -> int:
-        """Return what an example has in common with all of its micro-batch."""
+        """Return the width that an example shares with its whole micro-batch."""
         return self.inner.width(index)
 
     def batch(self, indices: Indices, width: int = 0) -> Batch:
@@ -60,36 +65,38 @@ class Planted(Encoded):
         return self.inner.batch(indices, width)
 
     def micro_batches(self, indices: Iterable[int], size: int) -> Iterator[Batch]:
-        """Yield the given examples but the absent ones, which add nothing to any sum."""
+        """Yield the given examples; an absent canary adds nothing to a sum."""
         present = [index for index in indices if index not in self.absent]
         self.drawn.append(frozenset(present))
         yield from self.inner.micro_batches(present, size)
 
 
 @dataclass(frozen=True)
-class Sent:
-    """What the victim computed in a round: the change of each of its tensors.
+class VictimRound:
+    """The victim's part in one round.
 
     Attributes:
-        t: the round.
-        start: the global adapter that it was sent.
-        drift: what had moved into the base by then.
-        change: of all its tensors against ``start``; those of the kinds in ``kinds`` travelled.
-        kinds: that travelled.
-        steps: by kind, the run's steps that its change is made of; what waited for its turn has
-            those of the rounds before too.
+        t: the round, from 1.
+        received: the global adapter, as the victim received it.
+        drift: the change of the frozen weights since the run began.
+        change: the victim's result minus ``received``, for all of its tensors.
+        sent: the kinds of tensor that travelled to the server.
+        steps: by kind, the victim's steps in ``change``, as indices of its batches; a factor that
+            waited has steps of earlier rounds too.
+        reservation: sampling rate and noise multiplier of the round's steps.
     """
 
     t: int
-    start: Adapter
+    received: Adapter
     drift: Adapter
     change: Adapter
-    kinds: frozenset[Kind]
+    sent: frozenset[Kind]
     steps: Mapping[Kind, list[int]]
+    reservation: Reservation
 
 
 def mislabelled(config: Config, count: int) -> Examples:
-    """Return public test examples with another label than their own, at most ``count``."""
+    """Return at most ``count`` public test examples, each with a wrong label."""
     test = split(config.data)[1]
     test = test.take(range(min(count, len(test))))
     wrong = tuple((label + 1) % config.data.num_labels for label in test.labels)
@@ -97,12 +104,12 @@ def mislabelled(config: Config, count: int) -> Examples:
 
 
 @dataclass(frozen=True)
-class PlantedSite:
-    """A simulated client."""
+class PlantedClient:
+    """A simulated client: its site, its model at the site's rank, and its data."""
 
-    data: Planted
-    release: Release
-    residents: Path
+    site: Site
+    model: Backbone
+    data: PlantedData
 
 
 def _joined(own: Examples, more: Examples) -> Examples:
@@ -110,15 +117,15 @@ def _joined(own: Examples, more: Examples) -> Examples:
 
 
 class Federation:
-    """The rounds of a run in which every client takes part.
+    """The rounds of a run on simulated clients, one of them with canaries.
 
     Args:
-        config: of the run.
-        canaries: examples for the victim, behind its own.
-        members: (canaries,), which of them are in its data.
-        clients: their number.
-        seed: of batches and noise; the canaries are public, and the result is thrown away.
-        folder: of the resident factors.
+        config: the run's config.
+        canaries: examples that are appended to the victim's own.
+        members: (canaries,) bool, whether each canary is in the victim's data.
+        clients: number of clients.
+        seed: seed of batches and noise; it may be known, because the result is thrown away.
+        folder: folder of the ledger and of the resident factors.
     """
 
     def __init__(
@@ -132,103 +139,109 @@ class Federation:
     ):
         self.config, self.method, self.seed = config, method_of(config), seed
         self.backbone, start = build(config)
-        self.state = ServerState(start)
-        self._folder = folder
-        parts = partition(config.data, config.seed, clients)
-        own = [parts[i] if i != _VICTIM else _joined(parts[i], canaries) for i in range(clients)]
-        absent = len(parts[_VICTIM]) + np.flatnonzero(~members)
-        self.records = self.backbone.encode(own[_VICTIM])
-        self.sites = [
-            self._site(i, data, frozenset(absent.tolist()) if i == _VICTIM else frozenset())
-            for i, data in enumerate(own)
-        ]
+        public = self.backbone.encode(split(config.data)[1])
+        node = {"num-partitions": clients, "state-path": str(folder)}
+        sites = [admit(config, node | {"partition-id": i}, i) for i in range(clients)]
+        self.clients = [self._client(i, site, canaries, members) for i, site in enumerate(sites)]
+        ranks = [site.rank for site in sites]
+        plan = Clients(range(clients), planned_cohorts(config, clients), ranks=ranks)
+        state = initial_state(config, self.backbone, public, start)
+        self._server = FederatedLora(config, self.method, _RUN, plan, state)
+        self._steps: dict[Kind, list[int]] = {}
 
-    def _site(self, index: int, data: Examples, absent: frozenset[int]) -> PlantedSite:
-        privacy, train = self.config.privacy, self.config.train
-        rate = train.batch_size / len(data)
-        steps = self.config.num_server_rounds * train.local_steps
-        noise = calibrate(privacy.epsilon, privacy.delta, sampling_rate=rate, steps=steps)
-        planted = Planted(self.backbone.encode(data), absent)
-        folder = self._folder / str(index) / "waiting.safetensors"
-        return PlantedSite(planted, Release(rate, noise, train.local_steps), folder)
+    def _client(
+        self, index: int, site: Site, canaries: Examples, members: np.ndarray
+    ) -> PlantedClient:
+        model, own = build(site.config_at_rank(self.config))[0], site.examples(self.config)
+        if index != VICTIM:
+            return PlantedClient(site, model, PlantedData(model.encode(own)))
+        absent = frozenset((len(own) + np.flatnonzero(~members)).tolist())
+        return PlantedClient(site, model, PlantedData(model.encode(_joined(own, canaries)), absent))
 
     @property
-    def release(self) -> Release:
-        """What the victim releases in each round."""
-        return self.sites[_VICTIM].release
+    def state(self) -> ServerState:
+        """The server's state."""
+        return self._server.state
+
+    @property
+    def victim(self) -> PlantedClient:
+        """The client with the canaries."""
+        return self.clients[VICTIM]
 
     @property
     def epsilon(self) -> float:
-        """The victim's ε over the whole run, by the accountant."""
-        releases = [self.release] * self.config.num_server_rounds
-        return epsilon(releases, self.config.privacy.delta)
+        """The victim's ε of the rounds so far, by its ledger."""
+        site = self.victim.site
+        return epsilon(site.ledger.releases(site.dataset, _RUN), self.config.privacy.delta)
 
     def drawn(self, steps: Iterable[int]) -> frozenset[int]:
-        """Return which of the victim's records were in the batches of the given steps."""
-        batches = self.sites[_VICTIM].data.drawn
+        """Return the victim's records in the batches of the given steps."""
+        batches = self.victim.data.drawn
         return frozenset().union(*(batches[step] for step in steps))
 
-    def _trained(self, index: int) -> Adapter:
-        """Return a client's result of the round under way."""
-        site, config, t = self.sites[index], self.config, self.state.round + 1
-        versions = self.state.versions
-        start = resident_factors.with_residents(site.residents, self.state.adapter, versions, t)
-        local = local_round.Local(
+    def streams(self, index: int, attempt: int) -> RandomStreams:
+        """Return the random streams of one client's round."""
+        return RandomStreams(
+            seeded(self.seed, "audit sampling", index, attempt),
+            seeded(self.seed, "audit noise", index, attempt),
+        )
+
+    def rounds(self) -> Iterator[VictimRound]:
+        """Run all rounds; yield the victim's part of each round in which it takes part."""
+        for cohort in self._server.clients.cohorts:
+            victim: list[VictimRound] = []
+            replies = {index: self._reply(index, victim) for index in cohort}
+            self._server.aggregate_uploads(replies)
+            yield from victim
+
+    def _reply(self, index: int, victim: list[VictimRound]) -> TrainReply:
+        """Train one client; append the victim's part to ``victim``."""
+        client, server = self.clients[index], self._server
+        current = Round(
+            self.config,
             self.method,
+            client.site,
+            server.train_request(index),
+            client.model,
+            client.data,
+            Received(server.download(index), self.state.drift, digest=""),
+        )
+        start, before = current.start(), len(client.data.drawn)
+        reservation = requests.reserve(current)
+        streams = self.streams(index, current.request.attempt)
+        result = requests.run_local_steps(current, start, reservation, streams)
+        current.save_residents(result)
+        if index == VICTIM:
+            victim.append(self._observed(current, start, result, before, reservation))
+        upload = select(result, current.sent)
+        return TrainReply(upload, current.request.round, 0.0, len(client.data))
+
+    def _observed(
+        self, current: Round, start: Adapter, result: Adapter, before: int, reservation: Reservation
+    ) -> VictimRound:
+        """Return the victim's part in a round whose first batch has the index ``before``."""
+        received, t = current.received.adapter, current.request.round
+        changed = {kind(n) for n in received if start[n].tobytes() != received[n].tobytes()}
+        waited = {which: self._steps.get(which, []) for which in changed}
+        self._steps = {
+            which: waited.get(which, []) + self._trained_in(t, which, before)
+            for which in dict.fromkeys(kind(name) for name in result)
+        }
+        return VictimRound(
             t,
-            config.num_server_rounds,
-            config.train,
-            config.rule,
-            config.privacy.clip_norm,
-            seed_of(self.seed, index, t),
+            received,
+            current.received.drift,
+            {name: result[name] - received[name] for name in result},
+            frozenset(kind(name) for name in select(result, current.sent)),
+            self._steps,
+            reservation,
         )
-        streams = step.RandomStreams(
-            seeded(self.seed, "audit sampling", index, t),
-            seeded(self.seed, "audit noise", index, t),
-        )
-        result = local_round.run_round(
-            self.backbone,
-            site.data,
-            start,
-            self.state.drift,
-            local=local,
-            reservation=Reservation(site.release),
-            streams=streams,
-        )
-        waiting = self.method.resident(t, config.train.local_steps)
-        resident_factors.save_residents(site.residents, result, waiting, versions, t)
-        return result
 
-    def rounds(self) -> Iterator[Sent]:
-        """Run all rounds; yield what the victim computed in each."""
-        for t in range(1, self.config.num_server_rounds + 1):
-            before, drift = self.state.adapter, self.state.drift
-            results = [self._trained(i) for i in range(len(self.sites))]
-            synced = self.method.sent(t, last=self.config.is_last(t))
-            self._aggregate(t, [select(result, synced) for result in results], synced)
-            result = results[_VICTIM]
-            change = {name: result[name] - before[name] for name in result}
-            kinds = frozenset(kind(name) for name in select(result, synced))
-            steps = {which: self._steps(t, which) for which in {kind(name) for name in result}}
-            yield Sent(t, before, drift, change, kinds, steps)
-
-    def _steps(self, t: int, which: Kind) -> list[int]:
-        """Return the steps since the start that the server has of a kind of tensor."""
-        count, trains = self.config.train.local_steps, self.method.trains
-        own = [
-            (t - 1) * count + k
-            for k in range(count)
-            if which in {kind(n) for n in active_names(self.state.adapter, trains(t, k))}
+    def _trained_in(self, t: int, which: Kind, before: int) -> list[int]:
+        """Return the steps of round ``t`` that train a kind of tensor."""
+        trains, names = self.method.trains, self.state.adapter
+        return [
+            before + k
+            for k in range(self.config.train.local_steps)
+            if which in {kind(name) for name in active_names(names, trains(t, k))}
         ]
-        waited = t > 1 and which in self.method.resident(t - 1, count)
-        return (self._steps(t - 1, which) if waited else []) + own
-
-    def _aggregate(self, t: int, uploads: list[Adapter], synced: Factors) -> None:
-        config, state = self.config, self.state
-        info = RoundInfo(
-            t=t, rounds=config.num_server_rounds, seed=config.seed, numbers=config.rule
-        )
-        new = self.method.aggregate(state.adapter, [1.0] * len(uploads), uploads, info)
-        scale = config.lora.alpha / config.lora.rank
-        drift = add_to_drift(state.drift, new.fold, scale) if new.fold else None
-        self.state = state.advanced(new.adapter, synced, drift)

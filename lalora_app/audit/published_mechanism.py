@@ -1,8 +1,9 @@
-"""The published LA-LoRA mechanism, as its authors' code has it: it lives here, and is no method.
+"""One step of the published LA-LoRA mechanism (arXiv:2602.19926), restated from its authors' code.
 
 The gradient of the whole batch is clipped, tensor by tensor, to the smaller of a constant and the
 median of this batch's own tensor norms; the noise is a fraction of that threshold over the batch
-size. No example is clipped, and the threshold follows from the private batch.
+size. No example is clipped, and the threshold follows from the private batch. It exists for the
+audit only and is not a method of the app. The bound on ε is :func:`estimators.two_sided`.
 """
 
 from dataclasses import dataclass
@@ -17,15 +18,15 @@ _CHUNK = 2000  # trials at a time
 
 @dataclass(frozen=True)
 class Setting:
-    """The authors' vision setting, and one gradient in it.
+    """The authors' vision setting, and the canary's gradient.
 
     Attributes:
-        batch: examples a step.
-        tensors: that train in a step: Swin-T's 24 adapted layers.
-        entries: of each tensor here; the attack needs no more.
-        noise: ``dp_sigma``.
-        cap: the constant that the median is cut at.
-        loudness: norm of the canary's gradient over that of the other examples.
+        batch: number of examples per step.
+        tensors: number of tensors that a step trains; 24 adapted layers in Swin-T.
+        entries: number of entries per tensor; the attack needs no more.
+        noise: the authors' ``dp_sigma``.
+        cap: upper limit of the clip threshold.
+        relative_norm: norm of the canary's gradient relative to the other examples' norms.
     """
 
     batch: int = 16
@@ -33,15 +34,15 @@ class Setting:
     entries: int = 8
     noise: float = 0.2
     cap: float = 0.4
-    loudness: float = 1.0
+    relative_norm: float = 1.0
 
 
 def clipped_mean(gradients: np.ndarray, setting: Setting) -> tuple[np.ndarray, float]:
-    """Return what is released before noise, (tensors, entries), and the noise's deviation.
+    """Return the release before noise, (tensors, entries), and the noise's standard deviation.
 
     Args:
-        gradients: (examples, tensors, entries).
-        setting: of the run.
+        gradients: (examples, tensors, entries), one gradient per example.
+        setting: the setting of the step.
     """
     mean = gradients.sum(axis=0) / setting.batch
     norms = np.linalg.norm(mean, axis=1, keepdims=True)
@@ -50,22 +51,22 @@ def clipped_mean(gradients: np.ndarray, setting: Setting) -> tuple[np.ndarray, f
 
 
 def _batches(setting: Setting, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Return a batch without and with the canary; an example's joint gradient norm is about 1."""
+    """Return a batch without and with the canary; other examples' joint norms are about 1."""
     shape = (setting.batch, setting.tensors, setting.entries)
     gradients = rng.standard_normal(shape) / np.sqrt(setting.tensors * setting.entries)
-    without, loud = gradients.copy(), gradients.copy()
+    without, including = gradients.copy(), gradients.copy()
     without[0] = 0.0
-    loud[0] *= setting.loudness
-    return without, loud
+    including[0] *= setting.relative_norm
+    return without, including
 
 
 @dataclass(frozen=True)
-class Attacked:
-    """What one step of the published mechanism gives away.
+class StepErrors:
+    """The success of a membership attack on one step of the published mechanism.
 
     Attributes:
-        errors: of the likelihood ratio test over independent repetitions of one step.
-        distance: between the two releases before noise, in deviations of the noise.
+        errors: errors of the likelihood ratio test over independent repetitions of the step.
+        distance: distance of the two releases before noise, in standard deviations of the noise.
     """
 
     errors: AttackErrors
@@ -82,8 +83,8 @@ def _log_density(x: np.ndarray, centre: np.ndarray, deviation: float) -> np.ndar
     return density
 
 
-def attacked(setting: Setting, trials: int, seed: int) -> Attacked:
-    """Tell steps with one example from steps without it, ``trials`` times each."""
+def attacked(setting: Setting, trials: int, seed: int) -> StepErrors:
+    """Test steps with the canary against steps without it, ``trials`` times each."""
     rng = seeded(seed, "published")
     sides = [clipped_mean(batch, setting) for batch in _batches(setting, rng)]
     wrong = []
@@ -96,6 +97,6 @@ def attacked(setting: Setting, trials: int, seed: int) -> Attacked:
             count += int(((inside > out) != bool(truth)).sum())
         wrong.append(count)
     gap = float(np.linalg.norm(sides[1][0] - sides[0][0]))
-    return Attacked(
+    return StepErrors(
         AttackErrors(wrong[0], trials, wrong[1], trials), gap / max(s for _, s in sides)
     )

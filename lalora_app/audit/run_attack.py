@@ -1,10 +1,12 @@
-"""The end-to-end audit: who was in one client's data, by what that client sent?
+"""The end-to-end audit: a membership attack on one client of a whole federation.
 
-Half of the mislabelled canaries, by a coin each, are in the data of one client. The attacker is
-the server: it sees what that client sends in each round, and the final adapter.
+Half of the mislabelled canaries, by a coin each, are in the client's data. The attacker is the
+server: it sees the client's uploads of all rounds, and the final model. Its correct guesses give a
+lower bound on ε (Steinke et al., arXiv:2305.08846).
 """
 
 import tempfile
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,12 +19,12 @@ from lalora_app.aggregation.server_state import ServerState
 from lalora_app.audit.draw_estimates import (
     BATCH,
     DrawEstimates,
-    check,
+    check_linear,
     draw_estimates,
     in_own_order,
 )
 from lalora_app.audit.estimators import Guesses, one_run, roc
-from lalora_app.audit.planted_federation import Federation, Sent, mislabelled
+from lalora_app.audit.planted_federation import Federation, VictimRound, mislabelled
 from lalora_app.audit.step_attack import Observed, guessed, likelihood
 from lalora_app.data.encoding import Encoded
 from lalora_app.methods.compatibility import method_of
@@ -30,20 +32,20 @@ from lalora_app.models.backbone import Backbone
 from lalora_app.privacy.randomness import seeded
 from lalora_app.settings.run_config import Config
 
-_SHARE = 0.25  # of the canaries guessed on either side, fixed before anything is seen
+_GUESSED = 0.25  # share of the canaries to guess "in", and "out"; fixed before any score is seen
 
 
 @dataclass(frozen=True)
-class Part:
-    """What one kind of tensor gave away in one round.
+class TensorAuc:
+    """The attack's success on one kind of tensor in one round.
 
     Attributes:
-        t: the round.
-        kind: A, B or head.
-        sent: whether it travelled.
-        spread: of the attack's estimate of how often a canary was drawn.
-        auc: of members against the others; 0.5: nothing is learnt.
-        auc_drawn: of the canaries that were in one of its batches against the others.
+        t: the round, from 1.
+        kind: A, B, head or gate.
+        sent: whether the kind travelled to the server.
+        spread: median deviation of the attack's estimated number of draws of a canary.
+        auc: area under the ROC of members against the others; 0.5 for a guess.
+        auc_drawn: area under the ROC of the canaries that were drawn against the others.
     """
 
     t: int
@@ -56,17 +58,18 @@ class Part:
 
 @dataclass(frozen=True)
 class RunBound:
-    """What a whole run gives away about its canaries.
+    """The attack's success on a whole run.
 
     Attributes:
-        epsilon: lower bound that assumes (ε, δ)-DP alone, from all that travelled.
-        ledger: the victim's ε by the accountant.
-        guesses: behind the bound.
-        roc: of the scores from all that travelled.
-        aucs: of members against the others: by kind of what travelled, of all that travelled
-            ("sent"), of what did not ("not sent"), of both ("everything"), by the canaries'
-            losses under the final adapter ("final"), and if every draw were known ("ceiling").
-        parts: by round and kind.
+        epsilon: lower bound that assumes (ε, δ)-DP alone, from all sent tensors.
+        ledger: the victim's ε by its ledger.
+        guesses: the guesses of the bound.
+        roc: (false alarm rate, hit rate) by threshold, of the scores from all sent tensors.
+        aucs: areas under the ROC of members against the others, from the sent tensors of one kind
+            ("sent A" and so on), all sent tensors ("sent"), the others ("not sent"), both
+            ("everything"), the canaries' losses before and after the run ("final"), and the true
+            draws ("ceiling").
+        parts: the success by round and kind of tensor.
     """
 
     epsilon: float
@@ -74,11 +77,11 @@ class RunBound:
     guesses: Guesses
     roc: list[tuple[float, float]]
     aucs: dict[str, float]
-    parts: tuple[Part, ...]
+    parts: tuple[TensorAuc, ...]
 
 
 def auc(scores: np.ndarray, members: np.ndarray) -> float:
-    """Return the chance that a member scores higher than another; 0.5: nothing is learnt."""
+    """Return the chance that a member scores higher than another canary; 0.5 for a guess."""
     ranks = stats.rankdata(scores)
     ins, outs = int(members.sum()), int((~members).sum())
     if not ins or not outs:
@@ -97,12 +100,12 @@ def _losses(backbone: Backbone, canaries: Encoded, state: ServerState) -> np.nda
     return in_own_order(canaries, [part.cpu().numpy() for part in parts])
 
 
-def scored(found: list[DrawEstimates], members: np.ndarray) -> np.ndarray:
-    """Return (canaries,): the likelihood ratio of "in" over several releases; none: zeros."""
-    if not found:
+def membership_scores(estimates: list[DrawEstimates], members: np.ndarray) -> np.ndarray:
+    """Return (canaries,): log P(estimates | in) / P(estimates | out); zeros without estimates."""
+    if not estimates:
         return np.zeros(len(members))
-    x = np.stack([part.x for part in found])
-    noise, rates = np.stack([part.spread for part in found]), [[part.rate] for part in found]
+    x = np.stack([own.x for own in estimates])
+    noise, rates = np.stack([own.spread for own in estimates]), [[own.rate] for own in estimates]
     return likelihood(Observed(x, noise, members), np.array(rates))
 
 
@@ -112,46 +115,59 @@ def audit_run(
     """Train a whole federation on planted canaries and attack it.
 
     Args:
-        config: of the run.
+        config: the run's config.
         canaries: number of public test examples that get a wrong label.
         clients: number of simulated clients.
-        seed: of coins, batches and noise.
-        confidence: of the lower bound.
+        seed: seed of coins, batches and noise.
+        confidence: confidence of the lower bound.
 
     Raises:
         ConfigError: if the client's optimiser is not plain SGD.
     """
-    check(config, method_of(config))
-    planted = mislabelled(config, canaries)
-    members = seeded(seed, "audit coins").random(len(planted)) < 0.5
+    check_linear(config, method_of(config))
+    examples = mislabelled(config, canaries)
+    members = seeded(seed, "audit coins").random(len(examples)) < 0.5
     with tempfile.TemporaryDirectory() as folder:
-        federation = Federation(config, planted, members, clients, seed, Path(folder))
-        return _attacked(federation, federation.backbone.encode(planted), members, confidence)
+        federation = Federation(config, examples, members, clients, seed, Path(folder))
+        return _attacked(federation, federation.backbone.encode(examples), members, confidence)
 
 
-def _drawn(federation: Federation, steps: list[int], canaries: int) -> np.ndarray:
-    first = len(federation.records) - canaries
+def _drawn(federation: Federation, steps: Iterable[int], canaries: int) -> np.ndarray:
+    """Return (canaries,) bool: whether each was in a batch of the given steps."""
+    first = len(federation.victim.data) - canaries
     drawn = federation.drawn(steps)
     return np.array([first + i in drawn for i in range(canaries)])
 
 
-def _part(
-    federation: Federation, sent: Sent, which: Kind, found: DrawEstimates, members: np.ndarray
-) -> Part:
-    scores = scored([found], members)
-    drawn = _drawn(federation, sent.steps[which], len(members))
-    own = auc(scores, members), auc(scores, drawn)
-    return Part(sent.t, which, which in sent.kinds, float(np.median(found.spread)), *own)
+def _tensor_auc(
+    federation: Federation,
+    seen: VictimRound,
+    which: Kind,
+    own: DrawEstimates,
+    members: np.ndarray,
+) -> TensorAuc:
+    scores = membership_scores([own], members)
+    drawn = _drawn(federation, seen.steps[which], len(members))
+    return TensorAuc(
+        seen.t,
+        which,
+        which in seen.sent,
+        float(np.median(own.spread)),
+        auc(scores, members),
+        auc(scores, drawn),
+    )
 
 
-def _groups(parts: list[Part], found: list[DrawEstimates]) -> dict[str, list[DrawEstimates]]:
-    """Return what attackers who see more or less of the run have."""
-    pairs = list(zip(parts, found, strict=True))
+def _by_access(
+    parts: list[TensorAuc], estimates: list[DrawEstimates]
+) -> dict[str, list[DrawEstimates]]:
+    """Return the estimates of attackers that see different parts of the victim's changes."""
+    pairs = list(zip(parts, estimates, strict=True))
     kinds = dict.fromkeys(part.kind for part in parts)
     return {
         "sent": [own for part, own in pairs if part.sent],
         "not sent": [own for part, own in pairs if not part.sent],
-        "everything": found,
+        "everything": estimates,
         **{f"sent {w}": [own for p, own in pairs if p.sent and p.kind == w] for w in kinds},
     }
 
@@ -159,22 +175,23 @@ def _groups(parts: list[Part], found: list[DrawEstimates]) -> dict[str, list[Dra
 def _attacked(
     federation: Federation, encoded: Encoded, members: np.ndarray, confidence: float
 ) -> RunBound:
-    """Run the federation to its end and score every canary."""
+    """Run the federation to its end, and score and guess every canary."""
     config, backbone = federation.config, federation.backbone
     before = _losses(backbone, encoded, federation.state)
-    parts: list[Part] = []
-    found: list[DrawEstimates] = []
-    for sent in federation.rounds():
-        for which, own in draw_estimates(federation, sent, len(members)).items():
-            found.append(own)
-            parts.append(_part(federation, sent, which, own, members))
+    parts: list[TensorAuc] = []
+    estimates: list[DrawEstimates] = []
+    for seen in federation.rounds():
+        for which, own in draw_estimates(federation, seen, len(members)).items():
+            estimates.append(own)
+            parts.append(_tensor_auc(federation, seen, which, own, members))
     after = _losses(backbone, encoded, federation.state)
-    scores = {name: scored(own, members) for name, own in _groups(parts, found).items()}
+    groups = _by_access(parts, estimates)
+    scores = {name: membership_scores(own, members) for name, own in groups.items()}
     aucs = {name: auc(own, members) for name, own in scores.items()}
-    every = range(config.num_server_rounds * config.train.local_steps)
+    steps = range(len(federation.victim.data.drawn))
     aucs["final"] = auc(before - after, members)
-    aucs["ceiling"] = auc(_drawn(federation, list(every), len(members)).astype(float), members)
-    guesses = guessed(scores["sent"], members, _SHARE)
+    aucs["ceiling"] = auc(_drawn(federation, steps, len(members)).astype(float), members)
+    guesses = guessed(scores["sent"], members, _GUESSED)
     return RunBound(
         one_run(guesses, config.privacy.delta, confidence),
         federation.epsilon,

@@ -1,4 +1,4 @@
-"""An audit told where the run is: audit.json, report.html and the model card of its folder."""
+"""Write an audit into its run's folder: audit.json, report.html and the model card."""
 
 from pathlib import Path
 
@@ -10,10 +10,10 @@ from lalora_app.settings.errors import ConfigError
 
 
 def check_finished(folder: Path) -> None:
-    """Check that there is a finished run to tell of, before anything is attacked.
+    """Check that a folder holds a finished run, before any attack.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if it does not.
     """
     read_record(folder)
     if not _card(folder).is_file():
@@ -25,16 +25,16 @@ def _card(folder: Path) -> Path:
 
 
 def add_to_run(found: AuditReport, folder: Path) -> None:
-    """Write audit.json, and tell both ε in the run's report and model card.
+    """Write audit.json, and both ε into the run's report and model card.
 
     Args:
-        found: of the run's own config.
-        folder: of a finished run; an audit that it had before is replaced.
+        found: the audit of the run's own config.
+        folder: the folder of a finished run; an earlier audit in it is replaced.
     """
     from lalora_app.reports.page import write_report
 
     RunFolder(folder).write_json("audit.json", found.fields())
     write_report([read_record(folder)], folder / "report.html", folder.resolve().name)
     lines = _card(folder).read_text("utf-8").splitlines()
-    told = [found.card_row() if line.startswith(CARD_ROW) else line for line in lines]
-    _card(folder).write_text("\n".join(told) + "\n", "utf-8")
+    updated = [found.card_row() if line.startswith(CARD_ROW) else line for line in lines]
+    _card(folder).write_text("\n".join(updated) + "\n", "utf-8")

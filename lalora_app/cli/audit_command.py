@@ -11,11 +11,12 @@ from lalora_app.settings.run_config import Config, parse
 
 
 def _audit(args: argparse.Namespace) -> int:
-    from lalora_app.audit.one_audit import FAST, FULL, Request, run_audit
+    from lalora_app.audit.one_audit import FAST, FULL, AuditRequest, run_audit
     from lalora_app.audit.write_to_run import add_to_run
 
     config, clients = _audited_config(args)
-    request = Request(config, args.mechanism, clients, args.confidence, FAST if args.fast else FULL)
+    size = FAST if args.fast else FULL
+    request = AuditRequest(config, args.mechanism, clients, args.confidence, size)
     broken = False
     for seed in args.seeds:
         found = run_audit(request, seed, lambda line: print(f"lalora: {line}", file=sys.stderr))

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lalora_app.privacy.randomness import seeded
+from lalora_app.settings.run_config import Config
 
 
 def plan_cohorts(clients: int, per_round: int, rounds: int, seed: int) -> list[tuple[int, ...]]:
@@ -34,6 +35,12 @@ def plan_cohorts(clients: int, per_round: int, rounds: int, seed: int) -> list[t
 def clients_per_round(fraction: float, clients: int) -> int:
     """Return the size of a cohort: ``fraction`` of the clients, at least one."""
     return max(1, round(fraction * clients))
+
+
+def planned_cohorts(config: Config, clients: int) -> list[tuple[int, ...]]:
+    """Return the cohort of every attempt of a run with the given number of clients."""
+    per_round = clients_per_round(config.fraction_train, clients)
+    return plan_cohorts(clients, per_round, config.num_server_rounds, config.seed)
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ def find_clients(grid: Grid, config: Config, settle: float, model: Mapping[str, 
         raise ConfigError(
             f"min-replies={config.min_replies} must be at most the {per_round} clients of a round"
         )
-    plan = cohorts.plan_cohorts(len(names), per_round, config.num_server_rounds, config.seed)
+    plan = cohorts.planned_cohorts(config, len(names))
     order = sorted(names)
     ranks = [said[name][1] for name in order]
     return Clients([names[name] for name in order], plan, _simulated(names), ranks, model)

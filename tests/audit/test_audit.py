@@ -169,8 +169,8 @@ def test_canaries_are_orthogonal_and_clipped_to_the_clip_norm():
     assert np.abs(gram - np.diag(np.diag(gram))).max() < 1e-3 * gram.max()
     spread = rows[:, : SPREAD * 512].reshape(100, SPREAD, 512).norm(dim=2)
     assert torch.allclose(spread, spread[0, 0].expand_as(spread))  # an equal part in each tensor
-    alone_ = canaries.gradients(torch.tensor([7]))
-    along = canaries.projected(clipped_sum(alone_, 0.5))
+    single = canaries.gradients(torch.tensor([7]))
+    along = canaries.projected(clipped_sum(single, 0.5))
     expected = np.zeros(128)
     expected[7] = CLIP_MARGIN
     np.testing.assert_allclose(along, expected, atol=1e-5)
@@ -247,7 +247,7 @@ def test_the_real_step_errs_as_much_as_what_was_counted():
 
 
 @pytest.mark.slow
-def test_skipped_empty_batches_show_where_the_canary_is_alone():
+def test_skipped_empty_batches_show_where_the_canary_is_the_only_record():
     plan, broken = plan_at(1.0), BROKEN["empty-batches-skipped"]
     found = bounded(observe_single_canary(plan, 200, 0, step=broken.make()), plan, 0.95)
     assert found.epsilon > plan.epsilon
@@ -255,9 +255,9 @@ def test_skipped_empty_batches_show_where_the_canary_is_alone():
     assert honest.epsilon <= plan.epsilon
 
 
-@pytest.mark.parametrize("loudness", [1.0, 100.0])
-def test_one_step_of_the_published_mechanism_gives_its_example_away(loudness):
-    setting = published_mechanism.Setting(loudness=loudness)
+@pytest.mark.parametrize("relative_norm", [1.0, 100.0])
+def test_one_step_of_the_published_mechanism_gives_its_example_away(relative_norm):
+    setting = published_mechanism.Setting(relative_norm=relative_norm)
     found = published_mechanism.attacked(setting, 2000, 0)
     assert found.errors.false_alarms + found.errors.misses == 0
     assert found.bound(DELTA, 0.95) > 6
@@ -277,7 +277,7 @@ def test_the_published_clip_is_that_of_the_batch_and_its_median():
 
 
 def report(lower: float, p_value: float = 0.3) -> AuditReport:
-    rows = [AuditRow("step", lower, 2.9, "said", p_value), AuditRow("run", 0.0, None, "said")]
+    rows = [AuditRow("step", lower, 2.9, "guesses", p_value), AuditRow("run", 0.0, None, "guesses")]
     return AuditReport("lalora", 3.0, 0.95, DELTA, 4, rows)
 
 
@@ -350,7 +350,9 @@ def finished_run(folder, config):
     return folder
 
 
-SMALL = one_audit.Size(canaries=2000, runs=1, alone=3, planted=0, trials=100)
+SMALL = one_audit.AuditSize(
+    canaries=2000, runs=1, single_canary_runs=3, mislabelled=0, published_steps=100
+)
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from conftest import WORDS, save_tokenizer
-from lalora_app.audit.draw_estimates import solved, standardised
+from lalora_app.audit.draw_estimates import posterior_counts, standardised
 from lalora_app.audit.planted_federation import Federation, mislabelled
 from lalora_app.audit.run_attack import auc, audit_run
 from lalora_app.settings.errors import ConfigError
@@ -77,16 +77,16 @@ def test_with_noise_the_same_attack_is_near_a_guess_and_proves_less_than_the_led
 
 def test_a_change_is_made_of_the_steps_since_the_server_has_seen_it(tiny, tmp_path):
     config = tiny(**{"privacy.epsilon": math.inf, "num-server-rounds": 3})
-    planted = mislabelled(config, 10)
+    examples = mislabelled(config, 10)
     members = np.arange(10) % 2 == 0
-    federation = Federation(config, planted, members, 2, 0, tmp_path)
+    federation = Federation(config, examples, members, 2, 0, tmp_path)
     rounds = list(federation.rounds())
-    assert [sent.steps for sent in rounds] == [
+    assert [seen.steps for seen in rounds] == [
         {"A": [1], "B": [0], "head": [0, 1]},
         {"A": [1, 3], "B": [2], "head": [2, 3]},
         {"A": [5], "B": [2, 4], "head": [4, 5]},
     ]
-    own = len(federation.records) - 10
+    own = len(federation.victim.data) - 10
     drawn = federation.drawn(range(6))
     assert drawn
     assert not drawn & {own + i for i in range(1, 10, 2)}
@@ -101,7 +101,7 @@ def records(seed=0):
 
 def test_counts_are_had_back_from_a_plain_sum_and_are_lost_in_noise():
     rows, counts, rng = records()
-    found, shows = solved(rows, counts @ rows, prior=0.2, noise=0.0)
+    found, shows = posterior_counts(rows, counts @ rows, prior=0.2, noise=0.0)
     np.testing.assert_allclose(found, counts, atol=0.1)
     assert shows.min() > 0.8
     x, spread = standardised(found, shows, 0.2)
@@ -110,7 +110,7 @@ def test_counts_are_had_back_from_a_plain_sum_and_are_lost_in_noise():
     scores = []
     for _ in range(20):
         noised = counts @ rows + rng.normal(0, 100, 400).astype(np.float32)
-        found, shows = solved(rows, noised, prior=0.2, noise=100.0**2)
+        found, shows = posterior_counts(rows, noised, prior=0.2, noise=100.0**2)
         x, spread = standardised(found, shows, 0.2)
         scores.append(auc(x, counts > 0))
         assert spread.min() > 3
@@ -122,7 +122,7 @@ def test_the_spread_is_that_of_an_estimate_under_its_own_model():
     for seed in range(30):
         rows, counts, rng = records(seed)
         noised = counts @ rows + rng.normal(0, 3, 400).astype(np.float32)
-        found, shows = solved(rows, noised, prior=0.2, noise=3.0**2)
+        found, shows = posterior_counts(rows, noised, prior=0.2, noise=3.0**2)
         x = (found - 0.2) / shows
         errors.append(x[counts == 0] - np.median(x))
         spreads.append(standardised(found, shows, 0.2)[1][counts == 0])
@@ -130,7 +130,7 @@ def test_the_spread_is_that_of_an_estimate_under_its_own_model():
 
 
 def test_gradients_of_zero_show_nothing():
-    found, shows = solved(np.zeros((6, 9), np.float32), np.zeros(9), prior=0.2, noise=0.0)
+    found, shows = posterior_counts(np.zeros((6, 9), np.float32), np.zeros(9), prior=0.2, noise=0.0)
     assert not shows.any()
     x, spread = standardised(found, shows, 0.2)
     assert not x.any()

@@ -12,9 +12,9 @@ from conftest import ROOT
 PACKAGE = ROOT / "lalora_app"
 # A folder or top module may import only those on a lower line, or its own modules.
 LINES = {
-    "cli": 9,
-    "server_app": 9,
-    "audit": 8,
+    "cli": 10,
+    "server_app": 10,
+    "audit": 9,
     "comparison": 8,
     "server": 8,
     "reports": 7,
