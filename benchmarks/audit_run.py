@@ -3,7 +3,7 @@
     python benchmarks/audit_run.py inf
     python benchmarks/audit_run.py 3 --method la-lora-full
 
-prints one JSON object with the areas under the ROC, in all and by round and kind of tensor.
+It prints one JSON object with the areas under the ROC, in all and by round and kind of tensor.
 """
 
 import argparse

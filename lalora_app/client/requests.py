@@ -125,7 +125,7 @@ def _streams(config: Config, client: str, attempt: int) -> step.RandomStreams:
 
 
 def run_local_steps(
-    current: Round, start: Adapter, reservation: Reservation, streams: step.Streams
+    current: Round, start: Adapter, reservation: Reservation, streams: step.RandomStreams
 ) -> Adapter:
     """Return the site's adapter after the round's private steps."""
     config, request, client = current.config, current.request, current.site.client
