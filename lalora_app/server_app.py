@@ -1,4 +1,4 @@
-"""The ServerApp: config -> global adapter -> Strategy -> results. Every check before any client."""
+"""The ServerApp: check the config, find the clients, run the rounds, write the results."""
 
 import logging
 import secrets
@@ -42,7 +42,7 @@ STRATEGIES = {"none": FederatedLora, "secagg+": SecureFederatedLora}
 
 
 def _partition(config: Config, clients: int) -> dict[str, Any]:
-    """Return how many examples of each label the simulated clients have."""
+    """Return the number of examples per label and simulated client."""
     labels = [str(label) for label in range(config.data.num_labels)]
     return {"labels": labels, "clients": label_counts(config.data, config.seed, clients)}
 
@@ -53,6 +53,11 @@ def _run_name(config: Config) -> str:
 
 
 def _resumed(config: Config) -> tuple[RunFolder, ResumePoint]:
+    """Return the folder and the last state of the run in ``resume-from``.
+
+    Raises:
+        ConfigError: if the folder holds no run, or a run with another config.
+    """
     saved = full_path(config.resume_from) / "config.toml"
     if not saved.is_file():
         raise ConfigError(f'resume-from="{config.resume_from}" must be the folder of a run')
@@ -60,25 +65,25 @@ def _resumed(config: Config) -> tuple[RunFolder, ResumePoint]:
     return folder, folder.resume_point()
 
 
-def _tell_what_is_cut(test: Encoded, config: Config) -> None:
-    """Tell of long texts, by the public ones: nobody sees the others."""
+def _warn_of_truncated_texts(test: Encoded, config: Config) -> None:
+    """Warn of truncated test texts; training texts are private, so only public ones count."""
     if full := test.full():
         _log.warning(
-            "%d of %d test texts fill model.max-length=%d tokens: what is beyond is cut",
+            "LaLoRA %d of %d test texts fill model.max-length=%d tokens: longer ones are truncated",
             *(full, len(test), config.model.max_length),
         )
 
 
 def _warn_if_not_private(config: Config) -> None:
     if config.privacy.noise == "seeded":
-        _log.warning('privacy.noise="seeded": this run is repeatable and NOT private')
+        _log.warning('LaLoRA privacy.noise="seeded": this run is repeatable and NOT private')
     elif not config.privacy.private:
-        _log.warning("privacy.epsilon=inf: this run is NOT private")
+        _log.warning("LaLoRA privacy.epsilon=inf: this run is NOT private")
 
 
 def _warn_of_unread_keys(config: Config) -> None:
     if unread := unread_keys(config):
-        _log.warning('method="%s" has no use of %s', config.method, ", ".join(unread))
+        _log.warning('LaLoRA method="%s" has no use of %s', config.method, ", ".join(unread))
 
 
 def _train(grid: Grid, strategy: FederatedLora, progress: Progress) -> None:
@@ -97,25 +102,25 @@ def run(grid: Grid, config: Config, settle: float = 0.0) -> None:
     """Run one federation from start (or checkpoint) to results.
 
     Args:
-        grid: to the clients.
-        config: of the run.
-        settle: seconds that the list of nodes must stay the same before it is taken for whole.
+        grid: connection to the clients.
+        config: checked config of the run.
+        settle: seconds for which the list of nodes must stay the same before the run starts.
 
     Raises:
-        ConfigError: before any client trains, if the run cannot be what its config says.
+        ConfigError: before any client trains, if the run is not possible with this config.
     """
     began = time.monotonic()
     method = method_of(config)
     _warn_if_not_private(config)
     _warn_of_unread_keys(config)
     check_writable(config.output)
-    _log.info("LaLoRA loading    model %s, data %s", config.model.name, config.data.name)
+    _log.info("LaLoRA loading model %s and data %s", config.model.name, config.data.name)
     model, start = backbones.build(config)
     test = model.encode(split(config.data)[1])
-    _tell_what_is_cut(test, config)
+    _warn_of_truncated_texts(test, config)
     resumed = None if config.resume_from == "none" else _resumed(config)
     sizes = sum(array.size for array in start.values())
-    _log.info("LaLoRA model: %d target layers, %d trainable parameters", model.targets, sizes)
+    _log.info("LaLoRA model with %d target layers, %d trainable parameters", model.targets, sizes)
     clients = find_clients(grid, config, settle, model.fingerprint)
 
     if resumed and resumed[0].num_clients() != len(clients.nodes):
@@ -149,7 +154,7 @@ def main(grid: Grid, context: Context) -> None:
             run(grid, config, SETTLE_SECONDS)
         else:
             run_plan(grid, config.compare, context.run_config, run, SETTLE_SECONDS)
-    except (ConfigError, LayoutError) as error:  # said in full: a traceback would bury it
+    except (ConfigError, LayoutError) as error:  # no traceback: the message says everything
         _log.error("LaLoRA: %s", error)
         raise ConfigError(str(error)) from None
     except Exception as error:

@@ -1,4 +1,4 @@
-"""Balanced participation: which clients a round asks, for a whole run at once."""
+"""Balanced participation: the clients selected for each round, planned for the whole run."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,24 +10,26 @@ from lalora_app.settings.run_config import Config
 
 
 def plan_cohorts(clients: int, per_round: int, rounds: int, seed: int) -> list[tuple[int, ...]]:
-    """Return the cohort of every attempt: always those who have taken part least, ties at random.
+    """Return the cohort of every attempt: the clients selected least often so far, ties at random.
 
-    Each client takes part in ⌊rounds·per_round/clients⌋ or one more rounds, so the releases that
-    its noise was calibrated for are never exceeded. The whole plan follows from the seed.
+    Each client is selected for ⌊rounds·per_round/clients⌋ rounds or one more, so a client can
+    calibrate its noise for the exact number of its own releases. The seed determines the plan.
 
     Args:
-        clients: N; cohorts hold indices 0..N-1, sorted.
-        per_round: 1..N; N asks everyone, always.
-        rounds: attempts, failed ones included.
-        seed: public; no privacy amplification is claimed from it.
+        clients: number N of clients; cohorts hold sorted indices from 0 to N-1.
+        per_round: size of a cohort, from 1 to N; with N every client takes part in every round.
+        rounds: number of attempts, failed ones included.
+        seed: public seed of the run.
+
+    Privacy: no amplification by client sampling is claimed.
     """
     rng = seeded(seed, "cohorts")
-    taken = np.zeros(clients, dtype=int)
+    selections = np.zeros(clients, dtype=int)
     cohorts = []
     for _ in range(rounds):
-        order = np.lexsort((rng.random(clients), taken))  # fewest first, then at random
+        order = np.lexsort((rng.random(clients), selections))  # fewest first, then at random
         cohort = np.sort(order[:per_round])
-        taken[cohort] += 1
+        selections[cohort] += 1
         cohorts.append(tuple(int(i) for i in cohort))
     return cohorts
 
@@ -48,11 +50,11 @@ class Clients:
     """The clients of a run and the cohorts planned for them.
 
     Attributes:
-        nodes: node id by index; the order is by the clients' own names.
-        cohorts: indices into ``nodes``, one tuple an attempt.
-        simulated: whether they are the parts of one dataset that the server has too.
-        ranks: of the clients, in the same order; none: all have the run's.
-        model: the SHA-256 of each part of the base model that they share with the server.
+        nodes: Flower's node ids, in the order of the clients' names.
+        cohorts: selected clients as indices into ``nodes``, one tuple per attempt.
+        simulated: whether the clients are partitions of a dataset that the server has too.
+        ranks: LoRA ranks of the clients, in the same order; empty if all have ``lora.rank``.
+        model: SHA-256 of each part of the base model, equal on the server and all clients.
     """
 
     nodes: Sequence[int]
@@ -62,5 +64,5 @@ class Clients:
     model: Mapping[str, str] = field(default_factory=dict)
 
     def rounds_left(self, client: int, attempt: int) -> int:
-        """Return how many of the attempts from ``attempt`` (from 1) on ask this client."""
+        """Return the number of attempts from ``attempt`` (1, 2, ...) on that select this client."""
         return sum(client in cohort for cohort in self.cohorts[attempt - 1 :])

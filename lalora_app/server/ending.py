@@ -1,4 +1,4 @@
-"""Write the results of a finished run: adapter, summary, privacy report, HTML report."""
+"""Write the results of a finished run: adapter, privacy report, summary, HTML report."""
 
 import logging
 from typing import Any
@@ -7,7 +7,9 @@ from lalora_app.models.scores import format_scores, scores_in_row
 from lalora_app.results.model_card import ACCOUNTANT, ADJACENCY
 from lalora_app.results.peft_export import export
 from lalora_app.results.run_folder import RunFolder
+from lalora_app.server.log_lines import result_text
 from lalora_app.server.progress import Progress
+from lalora_app.settings.errors import first_line
 from lalora_app.settings.run_config import Config
 
 _log = logging.getLogger("flwr")
@@ -54,7 +56,7 @@ def _privacy_report(config: Config, rows: list[dict[str, Any]]) -> dict[str, Any
 
 
 def _write_report(folder: RunFolder) -> None:
-    """Draw the run; the budget is spent, so what cannot be drawn must not cost its result."""
+    """Write report.html; an error here is logged only, for the run's results are already saved."""
     # Seconds to import matplotlib: only at the end of a run.
     from lalora_app.reports.page import write_report
     from lalora_app.results.finished_run import read_record
@@ -62,11 +64,12 @@ def _write_report(folder: RunFolder) -> None:
     try:
         write_report([read_record(folder.path)], folder.path / "report.html", folder.name)
     except Exception as error:
-        _log.error("report.html cannot be drawn, all else is there: %s", error, exc_info=True)
+        said = first_line(error)
+        _log.error("LaLoRA report.html cannot be drawn, all else is there: %s", said, exc_info=True)
 
 
 def finish(progress: Progress) -> None:
-    """Write adapter, privacy report and summary, and print the result lines last.
+    """Write adapter, privacy report, summary and HTML report, then log the results.
 
     Raises:
         RuntimeError: if no round was aggregated.
@@ -80,15 +83,18 @@ def finish(progress: Progress) -> None:
     folder.write_json("privacy.json", _privacy_report(config, rows))
     folder.write_json("summary.json", summary)
     _write_report(folder)
-    _log.info("")
-    _log.info("LaLoRA results    %s", folder.path)
-    _log.info("LaLoRA quality    %s", format_scores(scores_in_row(summary)))
-    _log.info(
-        "LaLoRA privacy    largest client epsilon %.2f at delta %g%s",
-        *(summary["epsilon_max"], summary["delta"]),
-        "" if config.privacy.private else "  (NOT private, see privacy.json)",
-    )
-    _log.info(
-        "LaLoRA bytes      %s up, %s down, a client and round",
-        *(f"{summary[f'{way}_bytes_per_round']:,.0f}" for way in ("upload", "download")),
-    )
+    for label, value in _results(folder, summary, private=config.privacy.private).items():
+        _log.info("LaLoRA %s", result_text(label, value))
+
+
+def _results(folder: RunFolder, summary: dict[str, Any], *, private: bool) -> dict[str, str]:
+    """Return the last lines of a run by their labels."""
+    up, down = (summary[f"{way}_bytes_per_round"] for way in ("upload", "download"))
+    open_run = "" if private else "  (NOT private, see privacy.json)"
+    return {
+        "folder": str(folder.path),
+        "quality": format_scores(scores_in_row(summary)),
+        "privacy": f"largest client epsilon {summary['epsilon_max']:.2f} "
+        f"at delta {summary['delta']:g}{open_run}",
+        "bytes": f"{up:,.0f} up, {down:,.0f} down, per client and round",
+    }

@@ -1,4 +1,4 @@
-"""Find the clients of a run: wait for nodes, ask names and ranks, plan the cohorts."""
+"""Find the clients of a run: wait for nodes, ask for names and ranks, plan the cohorts."""
 
 import logging
 import time
@@ -9,8 +9,7 @@ from flwr.serverapp import Grid
 
 from lalora_app.data.partition import CLIENT_NAME
 from lalora_app.methods.compatibility import checked_rank
-from lalora_app.server import cohorts
-from lalora_app.server.cohorts import Clients
+from lalora_app.server.cohorts import Clients, clients_per_round, planned_cohorts
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import Config, flatten
 from lalora_app.wire import messages, refusals, tensors
@@ -18,17 +17,15 @@ from lalora_app.wire.same_model import check_same_model
 
 _log = logging.getLogger("flwr")
 
-POLL_SECONDS = 1.0  # seconds between looks at the list of nodes
-
-
-SETTLE_SECONDS = 3.0  # seconds that the list must stay the same
+POLL_SECONDS = 1.0  # between two requests for the list of nodes
+SETTLE_SECONDS = 3.0  # for which the list of nodes must stay the same
 
 
 def _wait_for_nodes(grid: Grid, config: Config, settle: float) -> list[int]:
-    """Return the connected nodes once there are ``min-clients`` and no more come.
+    """Return the connected nodes, once at least ``min-clients`` are there and no new one comes.
 
     Raises:
-        ConfigError: if there are too few after ``node-timeout`` seconds.
+        ConfigError: if fewer are connected after ``node-timeout`` seconds.
     """
     deadline = time.monotonic() + config.node_timeout
     seen: set[int] = set()
@@ -48,7 +45,7 @@ def _wait_for_nodes(grid: Grid, config: Config, settle: float) -> list[int]:
 
 
 def _refusal(error: refusals.RefusedError, config: Config) -> str:
-    """Add the run's own value to a client's refusal, which names no value."""
+    """Return a client's refusal with the run's value; the client names the key only."""
     values = flatten(config)
     return f"{error.key}={values[error.key]!r} {error.law}" if error.key in values else str(error)
 
@@ -61,9 +58,12 @@ def _require_new(name: str, names: Iterable[str]) -> None:
 def _ask_names(
     grid: Grid, config: Config, nodes: list[int], model: Mapping[str, str]
 ) -> dict[str, tuple[int, int]]:
-    """Query every node; return (node, rank) by its stable name.
+    """Query every node; return (node id, rank) by the client's name.
 
-    No budget is spent, and every refusal is told.
+    Every refusal is logged. A query spends no privacy budget.
+
+    Raises:
+        ConfigError: if a client refuses, or fewer than ``min-clients`` answer.
     """
     run = messages.run_config(flatten(config))
     content = RecordDict({messages.CONFIG: ConfigRecord(), messages.RUN_CONFIG: run})
@@ -81,10 +81,10 @@ def _ask_names(
         except (tensors.WireError, ConfigError) as error:
             reasons.append(str(error))
     for reason in sorted(set(reasons)):
-        _log.error("%d of %d clients: %s", reasons.count(reason), len(nodes), reason)
+        _log.error("LaLoRA %d of %d clients: %s", reasons.count(reason), len(nodes), reason)
     if reasons or len(names) < config.min_clients:
         raise ConfigError(
-            f"{len(names)} of {len(nodes)} clients can take part; min-clients="
+            f"{len(names)} of {len(nodes)} clients can take part; at least min-clients="
             f"{config.min_clients} must, and none may refuse: "
             + ("; ".join(sorted(set(reasons))) or "the others did not answer")
         )
@@ -92,31 +92,28 @@ def _ask_names(
 
 
 def find_clients(grid: Grid, config: Config, settle: float, model: Mapping[str, str]) -> Clients:
-    """Return the clients of a run, and the cohort of each round.
+    """Return the clients of a run and the cohort of each round.
 
     Args:
-        grid: the connection to the clients.
-        config: the run's config.
-        settle: seconds that the list of nodes must stay the same.
+        grid: connection to the clients.
+        config: checked config of the run.
+        settle: seconds for which the list of nodes must stay the same.
         model: the SHA-256 of each part of the server's base model, which every site must have.
 
     Raises:
         ConfigError: if too few clients can take part, or one refuses.
     """
-    said = _ask_names(grid, config, _wait_for_nodes(grid, config, settle), model)
-    names = {name: node for name, (node, _) in said.items()}
-    per_round = cohorts.clients_per_round(config.fraction_train, len(names))
+    clients = _ask_names(grid, config, _wait_for_nodes(grid, config, settle), model)
+    names = sorted(clients)
+    per_round = clients_per_round(config.fraction_train, len(names))
     if config.min_replies > per_round:
         raise ConfigError(
             f"min-replies={config.min_replies} must be at most the {per_round} clients of a round"
         )
-    plan = cohorts.planned_cohorts(config, len(names))
-    order = sorted(names)
-    ranks = [said[name][1] for name in order]
-    return Clients([names[name] for name in order], plan, _simulated(names), ranks, model)
-
-
-def _simulated(names: Iterable[str]) -> bool:
-    """Tell whether the clients are all the parts of a simulated deal."""
-    found = sorted(names)
-    return found == [CLIENT_NAME.format(i) for i in range(len(found))]
+    return Clients(
+        nodes=[clients[name][0] for name in names],
+        cohorts=planned_cohorts(config, len(names)),
+        simulated=names == [CLIENT_NAME.format(i) for i in range(len(names))],
+        ranks=[clients[name][1] for name in names],
+        model=model,
+    )

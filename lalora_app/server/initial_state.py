@@ -5,7 +5,7 @@ from lalora_app.aggregation.server_state import ServerState
 from lalora_app.data.encoding import Encoded
 from lalora_app.methods.compatibility import method_of
 from lalora_app.models.backbone import Backbone
-from lalora_app.server.losa_masks import losa_start
+from lalora_app.server.losa_masks import losa_adapter_and_drift
 from lalora_app.settings.run_config import Config
 
 
@@ -22,5 +22,5 @@ def initial_state(config: Config, model: Backbone, public: Encoded, start: Adapt
     """
     if not method_of(config).calibrates:
         return ServerState(start)
-    adapter, drift = losa_start(model, public, start, config.rule)
+    adapter, drift = losa_adapter_and_drift(model, public, start, config.rule)
     return ServerState(adapter, drift=drift)

@@ -1,8 +1,9 @@
-"""LoSA's masks and ranks: what a server learns of public inputs, and hands to everyone.
+"""LoSA's masks and ranks: computed by the server from public inputs, and sent to all clients.
 
 arXiv:2502.14816 prunes single weights, after which ΔW ⊙ M has no factors. Here whole input features
-are pruned, for which (W0 + s·B·A) ⊙ M = W0 ⊙ M + s·B·(A ⊙ v): the adapter stays one, and merges
-into the sparse weight. Scores are Wanda's, |W|·‖x‖; ranks follow the layers' reconstruction errors.
+are pruned, since then (W0 + s·B·A) ⊙ M = W0 ⊙ M + s·B·(A ⊙ v): the result is still an adapter, and
+merges into the sparse weight. Scores are Wanda's, |W|·‖x‖; ranks follow the layers' reconstruction
+errors.
 """
 
 from collections.abc import Mapping
@@ -25,8 +26,8 @@ def input_norms(model: Backbone, public: Encoded) -> dict[str, Array]:
     """Return (n,) for every adapted layer: the root mean square of its inputs, by the name of B.
 
     Args:
-        model: as the run starts.
-        public: inputs that are nobody's secret; their labels play no part.
+        model: backbone with the adapter of the run's start.
+        public: encoded inputs of the public split; labels are not used.
     """
     sums: dict[str, Tensor] = {}
     counts: dict[str, int] = {}
@@ -43,9 +44,9 @@ def input_norms(model: Backbone, public: Encoded) -> dict[str, Array]:
 
 
 def pruned(weight: Array, norms: Array, share: float) -> Array:
-    """Return (n,) of ones, and zeros where an input feature matters least to W (m, n).
+    """Return (n,): 0 for the input features of W (m, n) with the lowest scores, 1 for the others.
 
-    Limit: a share of 0 prunes nothing.
+    The score of feature j is ‖W[:, j]‖·norms[j]. Limit: a share of 0 prunes nothing.
     """
     kept = np.ones(len(norms), np.float32)
     scores = np.linalg.norm(weight, axis=0) * norms
@@ -54,25 +55,26 @@ def pruned(weight: Array, norms: Array, share: float) -> Array:
 
 
 def ranks_of(errors: Mapping[str, float], largest: int) -> dict[str, int]:
-    """Return each layer's rank: half of ``largest`` in the mean, in proportion to its error."""
+    """Return each layer's rank, proportional to its error, with mean ``largest / 2``."""
     mean = sum(errors.values()) / len(errors)
     ideal = {b: (largest / 2) * (error / mean if mean > 0 else 1.0) for b, error in errors.items()}
     return {b: int(np.clip(round(wanted), 1, largest)) for b, wanted in ideal.items()}
 
 
-def losa_start(
+def losa_adapter_and_drift(
     model: Backbone, public: Encoded, start: Adapter, rule: MethodNumbers
 ) -> tuple[Adapter, Adapter]:
-    """Return the start with masks of features and ranks, and what pruning takes from the base.
+    """Return the adapter of the start with LoSA's masks and ranks, and the pruned weights.
 
     Args:
-        model: as the run starts.
-        public: inputs of the public split.
-        start: with masks of ones.
-        rule: ``sparsity`` is the share of input features that is pruned.
+        model: backbone with the adapter of the run's start.
+        public: encoded inputs of the public split.
+        start: adapter whose masks are all ones.
+        rule: numbers of the method; ``sparsity`` is the share of pruned input features.
 
     Returns:
-        (adapter, drift). The drift is −W0 on the pruned features: a product of their number's rank.
+        (adapter, drift). The drift holds −W0 on the pruned features as a product of two factors;
+        its rank is the number of pruned features.
 
     Privacy: public inputs only.
     """

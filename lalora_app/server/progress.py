@@ -1,4 +1,4 @@
-"""The run's log on the server: evaluation, progress lines, history, summary, privacy report."""
+"""After each round: evaluation on the test split, history, checkpoint and a line of progress."""
 
 import logging
 import time
@@ -11,6 +11,7 @@ from lalora_app.data.encoding import Encoded
 from lalora_app.models.backbone import Backbone
 from lalora_app.models.scores import Metrics, format_scores, scores_in_row
 from lalora_app.results.run_folder import RunFolder
+from lalora_app.server.log_lines import AGGREGATED, START, TOO_FEW, RoundLine
 from lalora_app.server.strategy import FederatedLora
 from lalora_app.settings.run_config import Config
 
@@ -20,11 +21,18 @@ _EVAL_BATCH = 64
 
 @dataclass
 class Progress:
-    """After every round: evaluates if it is due, tells in a line, writes history and checkpoint.
+    """Evaluates after a round if it is due, logs one line, writes history and checkpoint.
+
+    A session is one process of the run; each resume begins another one.
 
     Attributes:
-        rows: of the history; those of a resumed run are there from the start.
-        started: when this session of the run began.
+        config: checked config of the run.
+        folder: folder of the results.
+        strategy: strategy whose state and attempts are recorded.
+        model: backbone that evaluates the adapter.
+        test: encoded public test split.
+        rows: history so far, one row per attempt; includes the sessions before a resume.
+        started: start of this session on the monotonic clock, in seconds.
     """
 
     config: Config
@@ -35,24 +43,29 @@ class Progress:
     rows: list[dict[str, Any]]
     started: float
     _earlier: float = field(init=False)  # seconds of the sessions before a resume
+    _first_round: float = field(init=False)  # start of this session's first round
 
     def __post_init__(self) -> None:
         self._earlier = self.rows[-1]["elapsed"] if self.rows else 0.0
+        self._first_round = self.started
 
     def elapsed(self) -> float:
-        """Return the seconds of the whole run, without those between its sessions."""
+        """Return the seconds of all sessions of the run, without the breaks between them."""
         return self._earlier + time.monotonic() - self.started
 
     def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
-        """Flower's ``evaluate_fn``: round 0 is the start."""
+        """Evaluate and record; Flower's ``evaluate_fn``, called with round 0 before the first."""
         scores = self._scores()
         if server_round > 0:
             last = self.strategy.attempts[-1]
             self._record({"attempt": self.strategy.state.attempts, **asdict(last)}, scores)
+        else:
+            self._first_round = time.monotonic()
+            self._log_line(START, scores, self.strategy.epsilon_before)
         return MetricRecord(dict(scores))
 
     def _scores(self) -> Metrics:
-        """Return how good the adapter is; nothing where it is not the round to look."""
+        """Return the scores of the current adapter; empty if no evaluation is due."""
         attempts, state = self.strategy.attempts, self.strategy.state
         if not self.config.is_evaluated(state.attempts):
             return {}
@@ -63,16 +76,30 @@ class Progress:
         return self.model.evaluate(self.test.batches(_EVAL_BATCH))
 
     def _record(self, attempt: dict[str, Any], scores: Metrics) -> None:
-        elapsed = self.elapsed()
-        self.rows.append({**attempt, **scores, "elapsed": elapsed})
+        """Add the attempt to the history, save the checkpoint and log the round."""
+        self.rows.append({**attempt, **scores, "elapsed": self.elapsed()})
         self.folder.write_history(self.rows)
         self.folder.checkpoint(self.strategy.state)
-        total, done = self.config.num_server_rounds, attempt["attempt"]
-        left = (elapsed - self._earlier) / len(self.strategy.attempts) * (total - done)
-        _log.info(
-            "LaLoRA round %d/%d  phase %s  %s  %s  epsilon <= %.2f  %.1f s  ETA %d:%02d",
-            *(done, total, attempt["phase"]),
-            "aggregated" if attempt["aggregated"] else "FAILED: too few valid replies",
-            *(format_scores(scores) or "not evaluated", attempt["epsilon_max"]),
-            *(attempt["seconds"], int(left) // 60, int(left) % 60),
+        success = AGGREGATED if attempt["aggregated"] else TOO_FEW
+        outcome = f"phase {attempt['phase']}  {success}"
+        self._log_line(outcome, scores, attempt["epsilon_max"], attempt["seconds"])
+
+    def _log_line(
+        self, outcome: str, scores: Metrics, epsilon: float, seconds: float = 0.0
+    ) -> None:
+        done, total = self.strategy.state.attempts, self.config.num_server_rounds
+        line = RoundLine(
+            done=done,
+            total=total,
+            outcome=outcome,
+            scores=format_scores(scores) or "not evaluated",
+            epsilon=epsilon,
+            seconds=seconds,
+            seconds_left=self._seconds_left(total - done),
         )
+        _log.info("LaLoRA %s", line.text())
+
+    def _seconds_left(self, rounds: int) -> int:
+        """Return the mean duration of this session's rounds times the rounds left."""
+        session = time.monotonic() - self._first_round
+        return round(session / max(1, len(self.strategy.attempts)) * rounds)

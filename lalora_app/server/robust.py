@@ -1,7 +1,7 @@
-"""Means that a few bad clients cannot move, by Flower's own implementations.
+"""Robust means, which a few bad uploads change little, by Flower's implementations.
 
-They take the place of the mean in every method whose server rule is one: the clients' uploads
-become one upload, and the method's rule averages that.
+A robust mean replaces the uploads of a round by one upload, which the method's rule then averages.
+It suits every method whose server rule is a mean.
 """
 
 from collections.abc import Callable, Sequence
@@ -35,7 +35,7 @@ def trimmed_mean(uploads: Sequence[Adapter], suspects: int) -> Adapter:
 
 
 def krum(uploads: Sequence[Adapter], suspects: int) -> Adapter:
-    """Return the upload that lies nearest to its nearest others (arXiv:1703.02757)."""
+    """Return the upload with the smallest distances to its nearest others (arXiv:1703.02757)."""
     contents = [
         RecordDict({"arrays": ArrayRecord({n: Array(x.astype(np.float64)) for n, x in up.items()})})
         for up in uploads
@@ -53,10 +53,10 @@ def robust(
     """Return the weights and uploads that the method's rule averages.
 
     Args:
-        kind: ``none`` leaves them as they are; else a key of :data:`COMBINE`, without weights.
-        suspects: how many uploads may be anything.
-        weights: of the clients.
-        uploads: of equal shapes.
+        kind: ``none`` for no change, or a key of :data:`COMBINE`, which ignores the weights.
+        suspects: number of uploads that may be arbitrary.
+        weights: weights of the clients.
+        uploads: uploads with equal names and shapes.
 
     Privacy: post-processing of noised uploads; no extra cost.
     """

@@ -1,4 +1,4 @@
-"""The Strategy under secure aggregation: what arrives of a round is one sum."""
+"""The Strategy under secure aggregation: the server learns only the sum of the uploads."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,10 +18,10 @@ from lalora_app.wire.tensors import WireError
 
 @dataclass
 class SecureFederatedLora(FederatedLora):
-    """The same rounds on sums: keys before the requests, and unmasking after the replies.
+    """Runs a method's rounds on sums: key exchange before the requests, unmasking afterwards.
 
-    What needs a single client's tensors is gone: their finiteness is the client's own law, and
-    the aggregation error and the cosine of updates are not known.
+    The server cannot check single uploads, so the client checks that its tensors are finite. The
+    aggregation error and the cosine of updates are not known.
     """
 
     _session: Session = field(init=False)
@@ -31,7 +31,10 @@ class SecureFederatedLora(FederatedLora):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Have keys agreed on, then ask those to train who share them; nobody, if too few do."""
+        """Exchange keys with the cohort, and return requests to the clients that shared theirs.
+
+        Returns no requests if fewer than ``min-replies`` clients shared their keys.
+        """
         requests = list(super().configure_train(server_round, arrays, config, grid))
         cohort = super()._asked()
         self._session = Session(
@@ -63,7 +66,7 @@ class SecureFederatedLora(FederatedLora):
         return accepted, self._session.drop_reasons
 
     def _enough(self, accepted: dict[int, TrainReply], dropped: list[str]) -> bool:
-        """Unmask the sum where there are replies enough; else nobody is asked to."""
+        """Unmask the sum if there are enough replies; otherwise leave all masks on."""
         if not super()._enough(accepted, dropped):
             return False
         try:
@@ -74,7 +77,7 @@ class SecureFederatedLora(FederatedLora):
         return True
 
     def _unmasked(self, accepted: dict[int, TrainReply]) -> Adapter:
-        """Return the mean of what the clients would have sent."""
+        """Return the mean of the clients' tensors."""
         vectors = {self._training[node]: r.upload[MASKED] for node, r in accepted.items()}
         total = self._session.unmasked_sum(vectors)
         mean = fixed_point.dequantised_mean(total, len(self._session.mask_keys), len(vectors))

@@ -1,4 +1,4 @@
-"""The one Strategy: asks the cohort, judges each reply on its own, aggregates, moves the phase."""
+"""The Flower Strategy of every method: request the cohort, check each reply, aggregate."""
 
 import logging
 import time
@@ -37,25 +37,25 @@ _log = logging.getLogger("flwr")
 
 @dataclass(frozen=True)
 class Attempt:
-    """What came of one round that was asked for.
+    """The outcome of one attempt at a round.
 
     Attributes:
-        round: t that was asked for.
-        phase: the factors that travelled, such as "B".
-        aggregated: whether the arrays and the phase moved on.
-        replies: valid replies.
-        dropped: one reason a reply that was not used; no values of a client.
-        upload_bytes: tensors of one client's reply, mean over the replies.
-        download_bytes: tensors of one client's request, mean over those asked.
-        epsilon_max: the largest ε that any client can have spent so far in this run.
-        aggregation_error: of averaging the factors apart, relative to the mean of the clients'
-            products; None where only one factor travelled, or only a sum of them.
-        aggregation_spectrum: the largest singular values of that error.
-        remaining_error: of what the method's own rule made of them, on the same scale; None where
-            the clients' products are not known.
-        remaining_spectrum: the largest singular values of that.
-        update_cosine: mean cosine between two clients' updates; None where only a sum travelled.
-        seconds: from the request to the aggregate.
+        round: number t of the round; a failed round is attempted again under the same number.
+        phase: factors that the clients sent, such as "B" or "A+B".
+        aggregated: whether there were enough valid replies, so that adapter and phase advanced.
+        replies: number of valid replies.
+        dropped: one reason per reply that was not used; without values of a client.
+        upload_bytes: bytes of the tensors in one client's reply, mean over the valid replies.
+        download_bytes: bytes of the tensors in one client's request, mean over the cohort.
+        epsilon_max: largest ε that any client can have spent so far in this run.
+        aggregation_error: error of averaging A and B separately, relative to the mean of the
+            clients' products; None if only one factor was sent, or only a sum is known.
+        aggregation_spectrum: largest singular values of the aggregation error.
+        remaining_error: error that remains after the method's own server rule, on the same scale;
+            None if the clients' products are not known.
+        remaining_spectrum: largest singular values of the remaining error.
+        update_cosine: mean cosine between two clients' updates; None if only a sum is known.
+        seconds: time from the requests to the aggregate.
     """
 
     round: int
@@ -74,22 +74,22 @@ class Attempt:
     seconds: float
 
 
-def _require_asked(node: int, asked: Container[int]) -> None:
-    if node not in asked:
+def _require_in_cohort(node: int, cohort: Container[int]) -> None:
+    if node not in cohort:
         raise WireError("the reply of a node that was not asked")
 
 
 @dataclass
 class FederatedLora(Strategy):
-    """Runs any method of METHODS: no branch here depends on which.
+    """Runs any method of METHODS; no branch here depends on the method.
 
     Args:
-        config: the run.
-        method: its entry of METHODS.
-        run: its name in the clients' ledgers.
-        clients: nodes and cohorts.
-        state: where to start: a fresh adapter, or a checkpoint's.
-        epsilon_before: the largest ε spent in this run before a resume.
+        config: checked config of the run.
+        method: the method's entry of METHODS.
+        run: name of the run in the clients' ledgers.
+        clients: nodes, ranks and planned cohorts.
+        state: state to start from: a fresh adapter, or the last checkpoint.
+        epsilon_before: largest ε spent in this run before a resume.
     """
 
     config: Config
@@ -105,7 +105,7 @@ class FederatedLora(Strategy):
     _downlink: Downlink = field(default_factory=Downlink)
 
     def summary(self) -> None:
-        """Log what the run is."""
+        """Log the run's name, method, clients, steps and privacy target."""
         train, privacy = self.config.train, self.config.privacy
         _log.info(
             "LaLoRA %s: %s, %d clients, %d steps of %d expected examples, epsilon %s, delta %s",
@@ -121,7 +121,10 @@ class FederatedLora(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask the attempt's cohort for round t; Flower's own round number plays no part."""
+        """Return the requests to this attempt's cohort.
+
+        Flower's round number is not used: it counts from 1 again after a resume.
+        """
         self._asked_at = time.monotonic()
         # A list: Flower's grid goes through it twice, and a generator is empty the second time.
         return [self._request(client) for client in self.clients.cohorts[self.state.attempts]]
@@ -160,20 +163,20 @@ class FederatedLora(Strategy):
         return truncate_to_rank(self.state.adapter, self._rank(client), self.config.lora.rank)
 
     def _synced(self) -> Factors:
-        """Return the factors that the attempt under way sends up."""
+        """Return the factors that clients send in the current attempt."""
         last = self.config.is_last(self.state.attempts + 1)
         return self.method.sent(self.state.round + 1, last=last)
 
     def _asked(self) -> dict[int, int]:
-        """Return client by node of those asked to train, in the order of the clients' names."""
+        """Return the clients selected for the round, client index by node, in order of names."""
         return {self.clients.nodes[i]: i for i in self.clients.cohorts[self.state.attempts]}
 
     def _expected(self, client: int) -> Mapping[str, np.ndarray]:
-        """Return the tensors that a client's reply must hold, for names, shapes and type."""
+        """Return tensors with the names, shapes and types that a client's reply must have."""
         return select(self.download(client), self._synced())
 
     def _judge(self, replies: Iterable[Message]) -> tuple[dict[int, TrainReply], list[str]]:
-        """Return the valid replies by node, in the clients' order, and why others are not."""
+        """Return the valid replies by node, in the cohort's order, and a reason per other one."""
         t, asked = self.state.round + 1, self._asked()
         expected = {node: self._expected(client) for node, client in asked.items()}
         some = next(iter(expected.values()), {})
@@ -184,15 +187,15 @@ class FederatedLora(Strategy):
             node = message.metadata.src_node_id
             answered.add(message.metadata.reply_to_message_id)
             try:
-                # The network's own errors come from no node that was asked.
+                # Parse first: Flower's own error messages have the server as their source node.
                 reply = messages.parse_reply(message, expected.get(node, some), t)
-                _require_asked(node, expected)
+                _require_in_cohort(node, expected)
                 accepted[node] = reply
             except WireError as error:
                 dropped.append(str(error))
         if (missing := len(asked) - len(answered)) > 0:
             dropped.append(f"{missing} did not answer in time")
-        # In one order, whatever the order of arrival: sums round alike.
+        # A fixed order, so that float sums do not depend on the order of arrival.
         return {node: accepted[node] for node in asked if node in accepted}, dropped
 
     def _weights(self, replies: Sequence[TrainReply]) -> list[float]:
@@ -200,15 +203,18 @@ class FederatedLora(Strategy):
             return [1.0] * len(replies)
         return [float(reply.num_examples or 0) for reply in replies]
 
-    def _without_size(self, accepted: dict[int, TrainReply], dropped: list[str]) -> None:
-        """Under weighting by public size, drop replies whose client keeps its size."""
+    def _drop_without_size(self, accepted: dict[int, TrainReply], dropped: list[str]) -> None:
+        """Drop the replies without a size if the weighting needs sizes."""
         if self.config.weighting == "public-size":
             for node in [n for n, reply in accepted.items() if reply.num_examples is None]:
                 del accepted[node]
                 dropped.append('weighting="public-size", and the client keeps its size')
 
     def _account(self, accepted: dict[int, TrainReply]) -> None:
-        """Note what each client has spent; one whose reply is lost may have spent its promise."""
+        """Update the ε of each selected client.
+
+        A client without a valid reply may have spent its whole ``privacy.epsilon``.
+        """
         promise = self.config.privacy.epsilon
         for node, reply in accepted.items():
             self._reported[node] = max(reply.epsilon, self._reported.get(node, 0.0))
@@ -216,11 +222,11 @@ class FederatedLora(Strategy):
             self.epsilons[node] = self._reported[node] if node in accepted else promise
 
     def _enough(self, accepted: dict[int, TrainReply], dropped: list[str]) -> bool:
-        """Tell whether the valid replies make a round."""
+        """Tell whether there are enough valid replies for a round."""
         return len(accepted) >= self.config.min_replies
 
     def _uploads(self, accepted: dict[int, TrainReply]) -> tuple[list[float], list[Adapter]]:
-        """Return the weights and tensors to average, in units of the global scale."""
+        """Return the clients' weights and tensors, scaled from each client's rank to lora.rank."""
         asked, full = self._asked(), self.config.lora.rank
         ranks = {node: self._rank(asked[node]) for node in accepted}
         uploads = [
@@ -253,22 +259,22 @@ class FederatedLora(Strategy):
         )
 
     def _complete(self, t: int, synced: Factors) -> bool:
-        """Tell whether a client computed with nothing but what the server knows."""
+        """Tell whether the server knows every tensor that the clients computed with."""
         kept = self.method.resident(t, self.config.train.local_steps) - synced
         return not kept and self.method.effective is None and not self.method.keeps_client_state
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Aggregate the valid replies if there are ``min-replies``; else nothing moves.
+        """Aggregate the valid replies if there are at least ``min-replies``.
 
-        A bad reply is dropped and reported; it never ends the run. The phase advances by
-        successful aggregations only.
+        Otherwise the adapter and the phase stay, and the round is attempted again. A bad reply is
+        dropped and logged; it never ends the run.
         """
         accepted, dropped = self._judge(replies)
         self._downlink.answered(accepted)
         self._account(accepted)
-        self._without_size(accepted, dropped)
+        self._drop_without_size(accepted, dropped)
         t, synced = self.state.round + 1, self._synced()
         good = list(accepted.values())
         enough = self._enough(accepted, dropped)
@@ -298,17 +304,17 @@ class FederatedLora(Strategy):
         )
         self.attempts.append(attempt)
         for reason in dropped:
-            _log.warning("round %d: a reply was dropped: %s", t, reason)
+            _log.warning("LaLoRA round %d: a reply was dropped: %s", t, reason)
         return (tensors.to_record(self.state.adapter), None) if enough else (None, None)
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask nobody: a client's own accuracy would be a release of its own."""
+        """Return no requests: a client's accuracy would be one more release of private data."""
         return []
 
     def aggregate_evaluate(
         self, server_round: int, replies: Iterable[Message]
     ) -> MetricRecord | None:
-        """Nothing was asked."""
+        """Return nothing, as no client was asked to evaluate."""
         return None
