@@ -36,11 +36,11 @@ def tuning(plan: Plan, folder: Path) -> str:
     scores: dict[tuple[MethodAtEpsilon, float], list[float]] = defaultdict(list)
     for cell in plan.tuning_cells():
         if run := find_completed(folder, cell):
-            scores[cell.line, cell.scale].append(100 * accuracy_of(run))
+            scores[cell.method_at_epsilon, cell.scale].append(100 * accuracy_of(run))
     chosen, grid = tuned_scales(plan, folder), sorted({scale for _, scale in scores})
     table = ["| method | ε | " + " | ".join(f"rates × {scale:g}" for scale in grid) + " |"]
     table.append("|---" * (len(grid) + 2) + "|")
-    lines = dict.fromkeys(cell.line for cell in plan.tuning_cells())
+    lines = dict.fromkeys(cell.method_at_epsilon for cell in plan.tuning_cells())
     for line in sorted(lines, key=lambda line: line[1]):
         means = [statistics.fmean(scores[line, scale]) for scale in grid]
         marks = ["**" if chosen[line] == scale else "" for scale in grid]

@@ -1,4 +1,4 @@
-"""Finished runs of a comparison: found again, and never taken for others."""
+"""Find the finished runs of a comparison, and check that they ran with the plan's settings."""
 
 import tomllib
 from pathlib import Path
@@ -9,15 +9,19 @@ from lalora_app.results import strict_json
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import from_tables
 
-_FREE = {"output", "resume-from", "compare"}  # may differ between two tries of a run
+_FREE = {"output", "resume-from", "compare"}  # may differ between two attempts of a cell
 
 
 def _summary(run: Path) -> dict[str, Any]:
-    return dict(strict_json.loads((run / "summary.json").read_text("utf-8")))
+    file = run / "summary.json"
+    try:
+        return dict(strict_json.loads(file.read_text("utf-8")))
+    except ValueError as error:
+        raise ConfigError(f"{file} must be JSON, as a run writes it: {error}") from error
 
 
 def find_finished(folder: Path, cell: PlanCell) -> Path | None:
-    """Return the folder of a cell's finished run, if there is one, whatever its settings."""
+    """Return the folder of a cell's finished run, with any settings; None if there is none."""
     for path in sorted((folder / cell.folder).glob("*/summary.json")):
         if _summary(path.parent)["status"].startswith("completed"):
             return path.parent
@@ -25,10 +29,10 @@ def find_finished(folder: Path, cell: PlanCell) -> Path | None:
 
 
 def find_completed(folder: Path, cell: PlanCell) -> Path | None:
-    """Return the folder of a cell's finished run, if there is one.
+    """Return the folder of a cell's finished run; None if there is none.
 
     Raises:
-        ConfigError: if it was run with other settings: its result must not be taken for this one.
+        ConfigError: if the run had other settings than the cell.
     """
     run = find_finished(folder, cell)
     if run:
@@ -52,6 +56,6 @@ def accuracy_of(run: Path) -> float:
 
 
 def tuned_scales(plan: Plan, folder: Path) -> dict[MethodAtEpsilon, float]:
-    """Return the scale of each line's learning rates, by the tuning runs that are finished."""
+    """Return the best scale of the learning rates per method and ε, by the finished tuning runs."""
     runs = [(cell, find_completed(folder, cell)) for cell in plan.tuning_cells()]
     return plan.best([(cell, accuracy_of(run)) for cell, run in runs if run])

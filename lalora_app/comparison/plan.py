@@ -1,4 +1,4 @@
-"""A comparison as data: which runs it is made of, and how each differs from the others."""
+"""The plan of a comparison: its entries, and the cells (single runs) that follow from them."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,14 +10,20 @@ from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import Config, Scalar, as_float, parse
 
 Flat = dict[str, Scalar]
-MethodAtEpsilon = tuple[str, float]  # label and ε
-Scales = Mapping[MethodAtEpsilon, float]  # factors of the learning rates
+MethodAtEpsilon = tuple[str, float]  # label of a plan entry, and ε
+Scales = Mapping[MethodAtEpsilon, float]  # factor of all learning rates
 RATES = ("train.lr-a", "train.lr-b", "train.lr-head")
 
 
 @dataclass(frozen=True)
 class PlanEntry:
-    """One line of the comparison: a method with what is particular to it, at some budgets."""
+    """One method of the comparison.
+
+    Attributes:
+        label: name of the entry in tables; different for each entry.
+        epsilons: privacy budgets at which the method runs.
+        config: keys and values of the run in which the entry differs from the plan's.
+    """
 
     label: str
     epsilons: tuple[float, ...]
@@ -26,12 +32,12 @@ class PlanEntry:
 
 @dataclass(frozen=True)
 class Tuning:
-    """The grid that every line's learning rates are tuned on, with data that no test touches.
+    """The tuning of the learning rates, on training examples held out from the test.
 
     Attributes:
         grid: factors that multiply all learning rates.
-        seeds: of the tuning runs, and of nothing else.
-        test_fraction: of the training data, on which the factors are judged.
+        seeds: seeds of the tuning runs only.
+        test_fraction: share of the training split on which the factors are evaluated.
     """
 
     grid: tuple[float, ...]
@@ -44,11 +50,11 @@ class PlanCell:
     """One run of a comparison.
 
     Attributes:
-        label: of its line.
-        epsilon: promised.
-        folder: where its run goes, below the comparison's own folder.
+        label: label of the plan entry.
+        epsilon: privacy budget of the run.
+        folder: folder of the run, relative to the comparison's folder.
         config: all keys and values of the run.
-        scale: of its learning rates.
+        scale: factor of the learning rates, already applied in ``config``.
     """
 
     label: str
@@ -58,14 +64,23 @@ class PlanCell:
     scale: float = 1.0
 
     @property
-    def line(self) -> MethodAtEpsilon:
-        """What the run is one seed of."""
+    def method_at_epsilon(self) -> MethodAtEpsilon:
+        """Label and ε, shared by the runs that differ in seed only."""
         return self.label, self.epsilon
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A whole comparison: entries × their ε × seeds, after a tuning of each entry at each ε."""
+    """A comparison: entries × their ε × seeds, after the tuning of each entry at each ε.
+
+    Attributes:
+        name: folder name of the comparison.
+        nodes: number of simulated clients of every run.
+        entries: methods to compare.
+        seeds: seeds of the compared runs.
+        tuning: tuning of the learning rates; None for no tuning.
+        config: keys and values that all runs share.
+    """
 
     name: str
     nodes: int
@@ -82,17 +97,17 @@ class Plan:
         rates = {key: _scaled(own[key], scale) for key in RATES}
         return PlanCell(entry.label, epsilon, folder, own | rates, scale)
 
-    def _lines(self) -> Iterable[tuple[PlanEntry, float]]:
+    def _entries_at_epsilons(self) -> Iterable[tuple[PlanEntry, float]]:
         return ((entry, epsilon) for entry in self.entries for epsilon in entry.epsilons)
 
     def tuning_cells(self) -> list[PlanCell]:
-        """Return the runs that learning rates are chosen by; none without a grid."""
+        """Return the runs of the tuning; none if there is no tuning."""
         tuning = self.tuning
         if tuning is None:
             return []
         return [
             self._tuning_cell(tuning, entry, epsilon, scale, seed)
-            for entry, epsilon in self._lines()
+            for entry, epsilon in self._entries_at_epsilons()
             for scale in tuning.grid
             for seed in tuning.seeds
         ]
@@ -104,17 +119,17 @@ class Plan:
         rounds = {**self.config, **entry.config}["num-server-rounds"]
         keys = {
             "seed": seed,
-            "data.test-split": "none",  # the test set plays no part
+            "data.test-split": "none",  # the test split must not influence the choice
             "data.test-fraction": tuning.test_fraction,
-            "evaluate-every": rounds,  # nobody looks at the curve
+            "evaluate-every": rounds,  # only the final accuracy is used
         }
         return self._cell(entry, epsilon, folder, scale, **keys)
 
     def cells(self, scales: Scales) -> list[PlanCell]:
-        """Return the runs that are compared, seed by seed: cut short, it is a smaller comparison.
+        """Return the compared runs, ordered by seed: an interrupted comparison has fewer seeds.
 
         Args:
-            scales: of each line; 1 where there is none.
+            scales: factors of the learning rates; 1 for an entry and ε without one.
         """
         return [
             self._cell(
@@ -125,43 +140,43 @@ class Plan:
                 seed=seed,
             )
             for seed in self.seeds
-            for entry, e in self._lines()
+            for entry, e in self._entries_at_epsilons()
         ]
 
     def best(self, results: Sequence[tuple[PlanCell, float]]) -> dict[MethodAtEpsilon, float]:
-        """Return the scale of each line whose tuning runs are the most accurate on average.
+        """Return the scale with the highest mean accuracy for each entry and ε.
 
         Args:
-            results: tuning cells with their accuracy; of equals, the smaller scale wins.
+            results: tuning cells with their accuracy; of equal means, the smaller scale wins.
         """
         scores: dict[tuple[MethodAtEpsilon, float], list[float]] = {}
         for cell, accuracy in results:
-            scores.setdefault((cell.line, cell.scale), []).append(accuracy)
+            scores.setdefault((cell.method_at_epsilon, cell.scale), []).append(accuracy)
         ranked = sorted(scores, key=lambda choice: (fmean(scores[choice]), -choice[1]))
         return dict(ranked)
 
 
 def _scaled(rate: Any, scale: float) -> Any:
-    """Return a rate times its scale; what is no number stays, and :func:`parse_cell` tells it."""
+    """Return the scaled rate; other types are unchanged, for :func:`parse_cell` to report."""
     return as_float(rate) * scale if type(rate) in (int, float) else rate
 
 
 def slug(label: str) -> str:
-    """Return a label as a folder's name."""
+    """Return a label as a folder name."""
     return "".join(c if c.isalnum() or c in ".-" else "-" for c in label)
 
 
 def short(value: float) -> str:
-    """Return a number as a part of a folder's name: short, and never another number's."""
+    """Return a number as part of a folder name: short, but different for different numbers."""
     text = f"{value:g}"
     return text if float(text) == value else repr(value)
 
 
 def parse_cell(cell: PlanCell) -> Config:
-    """Return a run's config, checked.
+    """Return the checked config of a cell.
 
     Raises:
-        ConfigError: naming the run and what is wrong with it.
+        ConfigError: naming the cell's folder, the key, its value and the law that it breaks.
     """
     try:
         config = parse(cell.config)

@@ -1,4 +1,4 @@
-"""A comparison's tables as its file says them: every check of them, every message."""
+"""Read and check the tables of a plan file."""
 
 import json
 import math
@@ -11,7 +11,7 @@ from lalora_app.settings.run_config import as_float, from_tables
 
 _METHODS = ("dp-lora", "ffa-lora", "rolora", "la-lora", "la-lora-full")
 _TUNE = {"grid", "seeds", "test-fraction"}
-# Keys of a run that the plan sets, by its own key: what else says them would be ignored.
+# Keys of a run that the plan sets through keys of its own; set directly, they are refused.
 _AXES = {
     "method": "compare.methods",
     "seed": "compare.seeds",
@@ -45,10 +45,10 @@ def _text(key: str, value: object) -> str:
 
 
 def table_of(key: str, value: object) -> dict[str, Any]:
-    """Return a table.
+    """Return the value as a dict.
 
     Raises:
-        ConfigError: if it is none.
+        ConfigError: if the value is no table.
     """
     if not isinstance(value, Mapping):
         raise ConfigError(f"{key}={value!r} must be a table")
@@ -57,13 +57,13 @@ def table_of(key: str, value: object) -> dict[str, Any]:
 
 def _require_free(place: str, keys: Mapping[str, Any], taken: Mapping[str, str]) -> None:
     for key in taken.keys() & keys.keys():
-        raise ConfigError(f"{place}{key}={keys[key]!r} must not be there: {taken[key]} sets it")
+        raise ConfigError(f"{place}{key}={keys[key]!r} must be left out: {taken[key]} sets it")
 
 
 def check_file(tables: Mapping[str, Any]) -> None:
-    """Refuse what a file with a ``compare`` table says and the table overrules.
+    """Refuse keys of a run that the ``compare`` table of the same file sets.
 
-    A preset of a run, which has no such table, may be compared as it is.
+    A preset of a run has no such table and passes.
 
     Raises:
         ConfigError: naming the first such key.
@@ -73,10 +73,10 @@ def check_file(tables: Mapping[str, Any]) -> None:
 
 
 def controls_of(value: object) -> list[dict[str, Any]]:
-    """Return the tables of ``compare.controls``, with the keys of their runs flat in ``config``.
+    """Return the tables of ``compare.controls``, each with flat keys in its ``config``.
 
     Raises:
-        ConfigError: if one is no control.
+        ConfigError: if a table has no method, or has unknown keys.
     """
     if not isinstance(value, list):
         raise ConfigError(f"compare.controls={value!r} must be tables, each a [[compare.controls]]")
@@ -96,12 +96,12 @@ def _flat_control(control: dict[str, Any]) -> dict[str, Any]:
 
 
 def narrowed(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a ``compare`` table cut to what a command line asks for.
+    """Return a ``compare`` table restricted to the options of the command line.
 
     Args:
-        own: of the plan, its controls as :func:`controls_of` returns them.
-        given: keys that replace its own. ``methods`` may name controls by their labels, and drops
-            those that it does not name; ``epsilons`` cuts a control's own to those given.
+        own: table of the plan file, with controls as :func:`controls_of` returns them.
+        given: keys that replace the plan's. ``methods`` may name controls by their labels, and
+            drops the controls that it does not name; ``epsilons`` also restricts the controls.
     """
     controls = list(own.get("controls", []))
     new = {**own, **given}
@@ -120,7 +120,7 @@ def _label(control: Mapping[str, Any]) -> Any:
 
 
 def _at(control: Mapping[str, Any], epsilons: list[float]) -> dict[str, Any]:
-    """Return a control at those of its own budgets, if it has any, that are asked for."""
+    """Return a control restricted to the given ε, if it has its own list of them."""
     own = control.get("epsilons")
     cut = {"epsilons": [e for e in own if e in epsilons]} if isinstance(own, list) else {}
     return {**control, **cut}
@@ -161,7 +161,7 @@ def _tuning(value: object) -> Tuning | None:
 
 
 def _name(value: object) -> str:
-    """Return the name as that of a folder below the output, and never of the output or above."""
+    """Return the name of the comparison's folder, which must lie below the output folder."""
     name = slug(_text("name", value))
     if name in ("", ".", ".."):
         raise ConfigError(f"compare.name={value!r} must be the name of a folder")
@@ -169,18 +169,17 @@ def _name(value: object) -> str:
 
 
 def read_plan(tables: Mapping[str, Any], defaults: Mapping[str, Any]) -> Plan:
-    """Return the plan of a comparison.
+    """Return the checked plan of a comparison.
 
     Args:
-        tables: keys of a run that all runs share, and the table ``compare``: ``name``, ``nodes``,
+        tables: keys that all runs share, and the table ``compare``: ``name``, ``nodes``,
             ``methods``, ``epsilons``, ``seeds``, ``controls`` (each a ``method`` with ``label``,
-            ``epsilons``, ``config``) and ``tune`` (``grid``, ``seeds``,
-            ``test-fraction``). What is not given is the five methods of the paper at ε = 1, 3, inf
-            with seeds 0, 1, 2.
-        defaults: the app's own run config, flat.
+            ``epsilons``, ``config``) and ``tune`` (``grid``, ``seeds``, ``test-fraction``). The
+            defaults are the five methods of the paper at ε = 1, 3, inf with seeds 0, 1, 2.
+        defaults: flat run config of the app.
 
     Raises:
-        ConfigError: if any of its runs could not start.
+        ConfigError: if the config of one of the runs is not valid.
     """
     own = table_of("compare", tables.get("compare", {}))
     if unknown := own.keys() - _DEFAULTS.keys():
@@ -214,5 +213,5 @@ def _check_tuning(plan: Plan) -> None:
 
 
 def to_json(tables: Mapping[str, Any]) -> str:
-    """Return a plan's tables as JSON, which :func:`read_plan` takes again."""
+    """Return a plan's tables as JSON; parsed, they are valid tables for :func:`read_plan`."""
     return json.dumps(tables, indent=2) + "\n"

@@ -1,4 +1,4 @@
-"""Many runs in one: the runs of a plan, one after another, over the same clients and processes."""
+"""Run all cells of a plan inside one Flower run, so that clients and processes start once."""
 
 import json
 import logging
@@ -17,20 +17,20 @@ from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.names import NONE, full_path
 from lalora_app.settings.run_config import Config
 
-Run = Callable[[Grid, Config, float], None]  # the last: seconds to wait for late nodes
+Run = Callable[[Grid, Config, float], None]  # the last argument: seconds to wait for late nodes
 _log = logging.getLogger("flwr")
 
 
 @dataclass
 class Comparison:
-    """Runs what is missing of a plan; what is done is left as it is.
+    """Runs the unfinished cells of a plan; skips finished ones.
 
     Args:
-        grid: to the clients.
-        plan: what to run.
-        folder: of the results.
-        run: runs one federation.
-        settle: seconds that the first run waits for late nodes; who comes late is there by then.
+        grid: connection to the clients.
+        plan: checked plan of the comparison.
+        folder: folder of the results.
+        run: function that runs one federation.
+        settle: seconds for which the first run waits for late nodes; later runs do not wait.
     """
 
     grid: Grid
@@ -43,13 +43,13 @@ class Comparison:
 
     def _run_cell(self, cell: PlanCell) -> None:
         output = str(self.folder / cell.folder)
-        # A run's config.toml repeats that run, and not the comparison that it was part of.
+        # The saved config.toml must repeat this one run, not the whole comparison.
         config = replace(parse_cell(cell), output=output, compare=NONE)
         first, self._first = self._first, False
         try:
             self.run(self.grid, config, self.settle if first else 0.0)
-        except Exception as error:  # one run that cannot be must not cost the others
-            # As no nodes: it would be so with all, unless others have been seen to work.
+        except Exception as error:  # the other cells may still succeed
+            # If the very first run cannot start (too few nodes, say), no other can: stop.
             if first and isinstance(error, ConfigError) and len(self._missing()) == len(self._all):
                 raise ConfigError(f"{cell.folder}: {error}") from error
             _log.error("LaLoRA compare: %s failed: %s", cell.folder, error)
@@ -63,10 +63,10 @@ class Comparison:
         return [cell for cell in self._all if find_finished(self.folder, cell) is None]
 
     def _check_data(self) -> None:
-        """Read what is missing a run: a misspelt test split must not be told after the tuning.
+        """Read the data of all unfinished cells, to report a bad test split before the tuning.
 
         Raises:
-            ConfigError: naming the first run whose data cannot be used.
+            ConfigError: naming the first cell whose data cannot be used.
         """
         firsts = {parse_cell(cell).data: cell.folder for cell in reversed(self._missing())}
         for data, folder in reversed(firsts.items()):
@@ -76,7 +76,12 @@ class Comparison:
                 raise ConfigError(f"{folder}: {error}") from error
 
     def _run_missing(self, cells: list[PlanCell], what: str, later: int = 0) -> None:
-        """Run the cells that are not done.
+        """Run the unfinished cells.
+
+        Args:
+            cells: cells of the tuning, or of the comparison.
+            what: name of the cells in the log.
+            later: number of cells to run afterwards; counted in the estimated time only.
 
         Raises:
             RuntimeError: at the end, if a run failed.
@@ -94,11 +99,11 @@ class Comparison:
             raise RuntimeError(f"{len(self.failed)} runs failed: " + "; ".join(self.failed))
 
     def finish(self) -> None:
-        """Tune, then run every cell; rates are never chosen by half a tuning.
+        """Run the tuning and then all cells; stop after an incomplete tuning.
 
         Raises:
-            ConfigError: if the data of a missing run cannot be used; or if the first run of all
-                cannot start: what is wrong is wrong with all.
+            ConfigError: if the data of an unfinished cell cannot be used, or the very first run
+                cannot start.
             RuntimeError: after the tuning, or at the end, if a run failed.
         """
         self._check_data()
@@ -117,10 +122,17 @@ def _eta(elapsed: float, done: int, left: int) -> str:
 def run_plan(
     grid: Grid, file: str, defaults: Mapping[str, object], run: Run, settle: float
 ) -> None:
-    """Run what is missing of the plan in ``file``, into the file's folder.
+    """Run the unfinished cells of the plan in ``file``; write the results into its folder.
+
+    Args:
+        grid: connection to the clients.
+        file: plan.json of the comparison.
+        defaults: flat run config of the app.
+        run: function that runs one federation.
+        settle: seconds for which the first run waits for late nodes.
 
     Raises:
-        ConfigError: before anything runs, if one of the runs could not start.
+        ConfigError: before anything runs, if the config of one of the cells is not valid.
     """
     path = full_path(file)
     plan = read_plan(json.loads(path.read_text("utf-8")), defaults)

@@ -1,4 +1,4 @@
-"""A comparison on disk: its plan, its finished runs, and the tables and pictures made of them."""
+"""Write a comparison's plan, and the tables and the report of its finished runs."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,10 +19,10 @@ PLAN = "plan.json"
 
 
 def read_file(file: Path) -> dict[str, Any]:
-    """Return a plan's tables: the ``compare`` table, and flat keys with paths made absolute.
+    """Return the tables of a plan file: ``compare``, and flat keys with absolute paths.
 
     Raises:
-        ConfigError: if the file cannot be read, or says what its ``compare`` table overrules.
+        ConfigError: if the file cannot be read, or sets a key that its ``compare`` table sets.
     """
     tables, folder = read_toml(file, str(file)), file.parent.resolve()
     own = table_of("compare", tables.get("compare", {}))
@@ -36,10 +36,10 @@ def read_file(file: Path) -> dict[str, Any]:
 
 
 def prepare(tables: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[Plan, Path]:
-    """Return the checked plan and the folder of its results, with the plan written there.
+    """Check the plan, write plan.json into the folder of the results, and return both.
 
     Raises:
-        ConfigError: if one of its runs could not start, or the results have nowhere to go.
+        ConfigError: if the config of one of the runs is not valid, or the folder not writable.
     """
     plan = read_plan(tables, defaults)
     folder = full_path(str(plan.config["output"])) / plan.name
@@ -49,14 +49,14 @@ def prepare(tables: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[Pla
 
 
 def records(plan: Plan, folder: Path) -> list[Record]:
-    """Return the finished runs of a comparison, in the order of the plan."""
+    """Return the records of the finished runs, in the order of the plan."""
     cells = plan.cells(tuned_scales(plan, folder))
     found = [(cell, find_completed(folder, cell)) for cell in cells]
     return [read_record(run, cell.label) for cell, run in found if run]
 
 
 def _counts(plan: Plan, folder: Path) -> str:
-    """Tell how much of the plan is finished."""
+    """Return the counts of finished and planned runs as text."""
     lines = {"runs": plan.cells(tuned_scales(plan, folder)), "tuning runs": plan.tuning_cells()}
     return " and ".join(
         f"{sum(find_completed(folder, cell) is not None for cell in cells)} of {len(cells)} {what}"
@@ -66,11 +66,16 @@ def _counts(plan: Plan, folder: Path) -> str:
 
 
 def summarise(plan: Plan, folder: Path, *, latex: bool = False) -> str:
-    """Write ``table.md``, ``table.tex``, ``runs.csv`` and ``report.html`` of what is finished.
+    """Write ``table.md``, ``table.tex``, ``runs.csv`` and ``report.html`` of the finished runs.
+
+    Args:
+        plan: checked plan of the comparison.
+        folder: folder of the results.
+        latex: whether the returned text contains the table in LaTeX as well.
 
     Returns:
-        The table, in LaTeX too if asked for, and a line on what is finished and where it is; that
-        line alone, and no files, before the first run is.
+        The table and a line with the number of finished runs and the folder. If no run is
+        finished, the line alone; no files are written then.
     """
     found = records(plan, folder)
     counts = _counts(plan, folder)

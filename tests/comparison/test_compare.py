@@ -282,7 +282,7 @@ def test_what_the_compare_table_overrules_is_refused(tmp_path, key, line):
     file.write_text(f"{line}\n", "utf-8")
     read_file(file)  # the preset of a run, compared as it is
     file.write_text(f"{line}\n[compare]\nnodes = 2\n", "utf-8")
-    told = rf"^{key}=.* must not be there: compare\.(methods|seeds|epsilons) sets it$"
+    told = rf"^{key}=.* must be left out: compare\.(methods|seeds|epsilons) sets it$"
     with pytest.raises(ConfigError, match=told):
         read_file(file)
 
