@@ -23,6 +23,7 @@ from lalora_app.aggregation.measured_error import AggregationErrors, aggregation
 from lalora_app.aggregation.rule import RoundInfo
 from lalora_app.aggregation.server_state import ServerState
 from lalora_app.methods.method import Method
+from lalora_app.server.attempt import Attempt
 from lalora_app.server.cohorts import Clients
 from lalora_app.server.robust import robust
 from lalora_app.settings.run_config import Config, flatten
@@ -33,45 +34,6 @@ from lalora_app.wire.same_model import MODEL, model_record
 from lalora_app.wire.tensors import WireError
 
 _log = logging.getLogger("flwr")
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """The outcome of one attempt at a round.
-
-    Attributes:
-        round: number t of the round; a failed round is attempted again under the same number.
-        phase: factors that the clients sent, such as "B" or "A+B".
-        aggregated: whether there were enough valid replies, so that adapter and phase advanced.
-        replies: number of valid replies.
-        dropped: one reason per reply that was not used; without values of a client.
-        upload_bytes: bytes of the tensors in one client's reply, mean over the valid replies.
-        download_bytes: bytes of the tensors in one client's request, mean over the cohort.
-        epsilon_max: largest ε that any client can have spent so far in this run.
-        aggregation_error: error of averaging A and B separately, relative to the mean of the
-            clients' products; None if only one factor was sent, or only a sum is known.
-        aggregation_spectrum: largest singular values of the aggregation error.
-        remaining_error: error that remains after the method's own server rule, on the same scale;
-            None if the clients' products are not known.
-        remaining_spectrum: largest singular values of the remaining error.
-        update_cosine: mean cosine between two clients' updates; None if only a sum is known.
-        seconds: time from the requests to the aggregate.
-    """
-
-    round: int
-    phase: str
-    aggregated: bool
-    replies: int
-    dropped: tuple[str, ...]
-    upload_bytes: int
-    download_bytes: int
-    epsilon_max: float
-    aggregation_error: float | None
-    aggregation_spectrum: tuple[float, ...]
-    remaining_error: float | None
-    remaining_spectrum: tuple[float, ...]
-    update_cosine: float | None
-    seconds: float
 
 
 def _require_in_cohort(node: int, cohort: Container[int]) -> None:
@@ -275,37 +237,38 @@ class FederatedLora(Strategy):
         self._downlink.answered(accepted)
         self._account(accepted)
         self._drop_without_size(accepted, dropped)
-        t, synced = self.state.round + 1, self._synced()
-        good = list(accepted.values())
-        enough = self._enough(accepted, dropped)
-        sizes = [num_bytes(reply.upload) for reply in good]
-        asked = self.clients.cohorts[self.state.attempts]
-        downloads = [self._downlink.bytes[self.clients.nodes[client]] for client in asked]
-        found = AggregationErrors()
+        t, synced, cohort = self.state.round + 1, self._synced(), self._cohort_nodes()
+        enough, errors = self._enough(accepted, dropped), AggregationErrors()
         if enough:
-            found = self.aggregate_uploads(accepted)
+            errors = self.aggregate_uploads(accepted)
         else:
             self.state = self.state.failed()
-        attempt = Attempt(
-            round=t,
-            phase="+".join(sorted(synced)),
-            aggregated=enough,
-            replies=len(good),
-            dropped=tuple(dropped),
-            upload_bytes=sum(sizes) // max(len(sizes), 1),
-            download_bytes=sum(downloads) // len(downloads),
-            epsilon_max=max([self.epsilon_before, *self.epsilons.values()]),
-            aggregation_error=found.averaging,
-            aggregation_spectrum=found.averaging_spectrum,
-            remaining_error=found.remaining,
-            remaining_spectrum=found.remaining_spectrum,
-            update_cosine=found.cosine,
-            seconds=time.monotonic() - self._asked_at,
+        sizes = [num_bytes(reply.upload) for reply in accepted.values()]
+        self.attempts.append(
+            Attempt(
+                round=t,
+                phase="+".join(sorted(synced)),
+                aggregated=enough,
+                replies=len(accepted),
+                dropped=tuple(dropped),
+                upload_bytes=sum(sizes) // max(len(sizes), 1),
+                download_bytes=sum(self._downlink.bytes[n] for n in cohort) // len(cohort),
+                epsilon_max=max([self.epsilon_before, *self.epsilons.values()]),
+                aggregation_error=errors.averaging,
+                aggregation_spectrum=errors.averaging_spectrum,
+                remaining_error=errors.remaining,
+                remaining_spectrum=errors.remaining_spectrum,
+                update_cosine=errors.cosine,
+                seconds=time.monotonic() - self._asked_at,
+            )
         )
-        self.attempts.append(attempt)
         for reason in dropped:
             _log.warning("LaLoRA round %d: a reply was dropped: %s", t, reason)
         return (tensors.to_record(self.state.adapter), None) if enough else (None, None)
+
+    def _cohort_nodes(self) -> list[int]:
+        """Return the nodes of the current attempt's cohort."""
+        return [self.clients.nodes[i] for i in self.clients.cohorts[self.state.attempts]]
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
