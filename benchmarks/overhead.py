@@ -41,6 +41,7 @@ def run(clients: int, rounds: int, folder: str) -> tuple[list[dict], str]:
         "lalora_app.cli.main",
         "run",
         str(APP),
+        "--verbose",
         "--nodes",
         str(clients),
     ]

@@ -1,30 +1,59 @@
-"""Types of command-line arguments: each turns a text into a checked value."""
+"""Types of command-line arguments: each turns a text into a checked value.
+
+Each error names the value and its law; argparse adds the option.
+"""
 
 import argparse
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+T = TypeVar("T", int, float)
+
+
+def _number(text: str, kind: Callable[[str], T], law: str, holds: Callable[[T], bool]) -> T:
+    """Return the number in a text that must obey a law.
+
+    Raises:
+        argparse.ArgumentTypeError: if the text is no number of this kind, or breaks the law.
+    """
+    try:
+        value = kind(text)
+    except ValueError:
+        value = None
+    if value is None or not holds(value):
+        raise argparse.ArgumentTypeError(f"{text!r} must be {law}")
+    return value
 
 
 def to_delta(text: str) -> float:
-    """Read a number in (0, 1) from the command line."""
-    if not 0 < (value := float(text)) < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be in (0, 1)")
-    return value
+    """Return a number in (0, 1)."""
+    return _number(text, float, "a number in (0, 1)", lambda value: 0 < value < 1)
 
 
 def to_limit(text: str) -> float:
-    """Read a number greater than 0 from the command line."""
-    if not (value := float(text)) > 0:
-        raise argparse.ArgumentTypeError(f"{text} must be greater than 0")
-    return value
+    """Return a number greater than 0; inf is allowed."""
+    return _number(text, float, "a number greater than 0", lambda value: value > 0)
 
 
 def at_least_one(text: str) -> int:
-    """Read an integer of at least 1 from the command line."""
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"{text} must be at least 1")
-    return number
+    """Return an integer of at least 1."""
+    return _number(text, int, "an integer of at least 1", lambda value: value >= 1)
+
+
+def to_seed(text: str) -> int:
+    """Return an integer of at least 0."""
+    return _number(text, int, "an integer of at least 0", lambda value: value >= 0)
+
+
+def to_seeds(text: str) -> Sequence[int]:
+    """Return the seeds in ``0,1,2``, or in ``0..19`` with both ends included."""
+    first, dots, last = text.partition("..")
+    if not dots:
+        return list_of(to_seed)(text)
+    seeds = range(to_seed(first), to_seed(last) + 1)
+    if not seeds:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a range with the smaller seed first")
+    return seeds
 
 
 def list_of(kind: Callable[[str], Any]) -> Callable[[str], list[Any]]:

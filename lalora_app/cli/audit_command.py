@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lalora_app.cli.argument_types import at_least_one, list_of, to_delta, to_limit
+from lalora_app.cli.argument_types import at_least_one, to_delta, to_limit, to_seeds
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import Config, parse
 
@@ -28,7 +28,7 @@ def _audit(args: argparse.Namespace) -> int:
 
 
 def _audited_config(args: argparse.Namespace) -> tuple[Config, int]:
-    """Return the config to attack and its number of clients: a run's own, or the app's."""
+    """Return config and number of clients of the audited run, or the app's defaults."""
     from lalora_app.audit.write_to_run import check_finished
     from lalora_app.cli.simulation import app_defaults
     from lalora_app.results.run_folder import RunFolder, read_config
@@ -47,23 +47,17 @@ def _audited_config(args: argparse.Namespace) -> tuple[Config, int]:
     return config, RunFolder(args.run).num_clients() or args.nodes
 
 
-def seeds_of(text: str) -> list[int]:
-    """Return the seeds of "0,1,2", or of "0..19", both ends included."""
-    first, dots, last = text.partition("..")
-    return list(range(int(first), int(last) + 1)) if dots else list_of(int)(text)
-
-
 def add_audit(commands: Any) -> None:
     """Add `lalora audit` to the parser."""
     audit = commands.add_parser("audit", help="attack the private step; fails when it is broken")
     audit.add_argument("--app", type=Path, default=Path(), help="folder of the app")
-    audit.add_argument("--epsilon", type=to_limit, help="promise to test (default: the run's)")
-    audit.add_argument("--delta", type=to_delta, help="of the promise (default: the run's)")
-    audit.add_argument("--seeds", "--seed", type=seeds_of, default=[0], metavar="S,S or S..S")
-    audit.add_argument("--run", type=Path, help="folder of a finished run, told of the result")
+    audit.add_argument("--epsilon", type=to_limit, help="epsilon to test (default: the run's)")
+    audit.add_argument("--delta", type=to_delta, help="delta to test (default: the run's)")
+    audit.add_argument("--seeds", "--seed", type=to_seeds, default=[0], metavar="S,S or S..S")
+    audit.add_argument("--run", type=Path, help="finished run; the result is added")
     audit.add_argument("--nodes", type=at_least_one, default=4, help="simulated clients")
     audit.add_argument("--confidence", type=to_delta, default=0.95, help="of the lower bound")
     audit.add_argument("--mechanism", default="lalora", help="or one that is known to be broken")
-    audit.add_argument("--fast", action="store_true", help="the step audit only, and smaller")
-    audit.add_argument("--json", action="store_true", help="one object a seed and line")
+    audit.add_argument("--fast", action="store_true", help="only the step audit, with fewer trials")
+    audit.add_argument("--json", action="store_true", help="print one JSON object per seed")
     audit.set_defaults(act=_audit)

@@ -1,16 +1,18 @@
-"""The command ``lalora``: run with an honest exit code, audit, list methods, verify ledgers."""
+"""The command ``lalora``: simulate runs and comparisons, audit, read ledgers and results."""
 
 import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from lalora_app.cli.argument_types import at_least_one, list_of
+from safetensors import SafetensorError
+
+from lalora_app.cli.argument_types import at_least_one, list_of, to_limit, to_seed
 from lalora_app.cli.audit_command import add_audit
 from lalora_app.cli.credentials_command import add_credentials
 from lalora_app.cli.ledger_command import add_ledger
 from lalora_app.privacy.policy import read_policy_file
-from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.errors import ConfigError, first_line
 
 
 def _policy(args: argparse.Namespace) -> int:
@@ -38,8 +40,13 @@ def _methods(args: argparse.Namespace) -> int:
 def _run(args: argparse.Namespace) -> int:
     from lalora_app.cli.simulation import launch
 
-    shared = args.clients_per_gpu
-    return launch(args.app, args.run_config, nodes=args.nodes, clients_per_gpu=shared)
+    return launch(
+        args.app,
+        args.run_config,
+        nodes=args.nodes,
+        clients_per_gpu=args.clients_per_gpu,
+        verbose=args.verbose,
+    )
 
 
 def _compare(args: argparse.Namespace) -> int:
@@ -55,10 +62,14 @@ def _compare(args: argparse.Namespace) -> int:
     code = 0
     try:
         if not args.table_only:
-            file = f'compare="{folder / "plan.json"}"'
-            shared = args.clients_per_gpu
-            code = launch(args.app, [file], nodes=plan.nodes, clients_per_gpu=shared)
-    finally:  # an interruption too leaves a table of what is done
+            code = launch(
+                args.app,
+                [f'compare="{folder / "plan.json"}"'],
+                nodes=plan.nodes,
+                clients_per_gpu=args.clients_per_gpu,
+                verbose=args.verbose,
+            )
+    finally:  # an interrupted comparison prints the table of its finished runs, too
         print(summarise(plan, folder, latex=args.latex))
     return code
 
@@ -78,17 +89,23 @@ def _merge(args: argparse.Namespace) -> int:
     return 0
 
 
+def _add_verbose(command: argparse.ArgumentParser) -> None:
+    text = "print every line of Flower and Ray as well"
+    command.add_argument("--verbose", action="store_true", help=text)
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lalora", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
-    run = commands.add_parser("run", help="flwr run in simulation; fails when the run fails")
+    run = commands.add_parser("run", help="run in simulation; fails when the run fails")
     run.add_argument("app", nargs="?", type=Path, default=Path(), help="folder of the app")
     run.add_argument("-c", "--run-config", action="append", default=[], metavar="KEY=VALUE")
     run.add_argument("--nodes", type=at_least_one, default=4, help="simulated clients (default 4)")
     run.add_argument(
         "--clients-per-gpu", type=at_least_one, default=4, help="at the same time (default 4)"
     )
+    _add_verbose(run)
     run.set_defaults(act=_run)
 
     compare = commands.add_parser("compare", help="methods × epsilons × seeds, resumable")
@@ -96,12 +113,15 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument("--app", type=Path, default=Path(), help="folder of the app")
     compare.add_argument("--name", help="folder of the results, below the run's output")
     compare.add_argument("--methods", type=list_of(str), metavar="M,M", help="or controls")
-    compare.add_argument("--epsilons", type=list_of(float), metavar="E,E", help="of controls too")
-    compare.add_argument("--seeds", type=list_of(int), metavar="S,S")
+    compare.add_argument(
+        "--epsilons", type=list_of(to_limit), metavar="E,E", help="of controls too"
+    )
+    compare.add_argument("--seeds", type=list_of(to_seed), metavar="S,S")
     compare.add_argument("--nodes", type=at_least_one, help="simulated clients")
     compare.add_argument("--clients-per-gpu", type=at_least_one, default=4)
-    compare.add_argument("--table-only", action="store_true", help="of what is done; run nothing")
+    compare.add_argument("--table-only", action="store_true", help="of finished runs; run nothing")
     compare.add_argument("--latex", action="store_true", help="print the table in LaTeX as well")
+    _add_verbose(compare)
     compare.set_defaults(act=_compare)
 
     add_audit(commands)
@@ -127,17 +147,40 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _exit_codes() -> dict[type[Exception], int]:
+    """Return the exit codes of the errors that are reported in one line.
+
+    Modules that take seconds to import are looked up only if the command has imported them.
+    """
+    codes: dict[type[Exception], int] = {ConfigError: 2, OSError: 2, SafetensorError: 2}
+    optional = {
+        ("lalora_app.private_step.attach", "LayoutError"): 2,
+        ("lalora_app.cli.flower_commands", "FlowerError"): 1,
+    }
+    for (module, name), code in optional.items():
+        if module in sys.modules:
+            codes[getattr(sys.modules[module], name)] = code
+    return codes
+
+
+def _message(error: Exception) -> str:
+    """Return an error as one line; of an operating system's error, the file and the reason."""
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
+    return first_line(error)
+
+
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the command line; returns its exit code."""
+    """Run the command line and return its exit code: 0, 1 for a failed run, 2 for bad input."""
     args = _parser().parse_args(argv)
     try:
         return int(args.act(args))
-    except ConfigError as error:
-        print(f"lalora: {error}", file=sys.stderr)
-        return 2
     except KeyboardInterrupt:
-        print("lalora: interrupted, and all that was started is stopped", file=sys.stderr)
+        print("lalora: interrupted, and all started processes are stopped", file=sys.stderr)
         return 130
+    except tuple(_exit_codes()) as error:
+        print(f"lalora: {_message(error)}", file=sys.stderr)
+        return next(code for kind, code in _exit_codes().items() if isinstance(error, kind))
 
 
 if __name__ == "__main__":

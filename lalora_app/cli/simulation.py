@@ -1,12 +1,12 @@
-"""``flwr run`` in simulation as it should be: neutral folder, own SuperLink, true exit code.
+"""Run the app in Flower's simulation: own SuperLink, neutral folder, honest exit code.
 
-``flwr run`` returns 0 for failed runs, leaves a SuperLink behind whose first working directory
-shadows the app's code, and installs the app's dependencies anew for every run. This module sets
-what has to be set, asks for the run's real status, and stops the SuperLink that it started.
+``flwr run`` returns 0 for failed runs. It also leaves a SuperLink running, in whose first working
+directory Python finds the app's code before the installed one, and it installs the app's
+dependencies for every run. This module sets Flower's environment, asks for the run's real status,
+and stops the processes that it started.
 """
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -14,24 +14,22 @@ import socket
 import subprocess
 import sys
 import tempfile
-import time
-import tomllib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import psutil
 
+from lalora_app.cli.flower_commands import COMPLETED, follow, start_run
+from lalora_app.cli.run_display import RunDisplay, standard_display
 from lalora_app.methods.compatibility import method_of
 from lalora_app.results.run_folder import as_toml
 from lalora_app.settings.errors import ConfigError
-from lalora_app.settings.overrides import merged
+from lalora_app.settings.overrides import merged, read_toml
 from lalora_app.settings.run_config import Scalar, flatten, from_tables, parse
 
-_FLWR = str(Path(sys.executable).parent / "flwr")
-_GRACE = 10.0  # seconds to end by itself
-_FINISHED = "finished:"
-_REASON = "LaLoRA: "  # before the ServerApp's last word on a run that failed
+_GRACE = 10.0  # seconds for a process to end by itself
+_CONFIG_TABLE = ("tool", "flwr", "app", "config")
 
 
 def _free_port() -> int:
@@ -48,28 +46,34 @@ def _environment(home: Path) -> dict[str, str]:
         "FLWR_TELEMETRY_ENABLED": "0",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+        "PYTHONIOENCODING": "utf-8",
         "RAY_DEDUP_LOGS": "0",
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     }
 
 
 def app_defaults(app: Path) -> dict[str, Any]:
-    """Return the app's own run config, flat.
+    """Return the flat run config of an app's pyproject.toml.
 
     Raises:
-        ConfigError: if the folder is no app.
+        ConfigError: if the folder holds no Flower app with a run config.
     """
     project = app / "pyproject.toml"
     if not project.is_file():
         raise ConfigError(f"app={app} must be a folder with the app's pyproject.toml")
-    return from_tables(tomllib.loads(project.read_text("utf-8"))["tool"]["flwr"]["app"]["config"])
+    table: Any = read_toml(project, f"app={app}: {project}")
+    for name in _CONFIG_TABLE:
+        table = table.get(name) if isinstance(table, dict) else None
+    if not isinstance(table, dict):
+        raise ConfigError(f"app={app} must have a [{'.'.join(_CONFIG_TABLE)}] table in {project}")
+    return from_tables(table)
 
 
 def _checked(app: Path, overrides: Iterable[str]) -> dict[str, Scalar]:
-    """Parse the run config here, so that a bad key costs a line and not a started simulation.
+    """Return the checked values of the overridden keys.
 
-    Returns:
-        The keys that are overridden, with the values that were checked.
+    Raises:
+        ConfigError: for a bad key or value, before the simulation is started.
     """
     own = merged(overrides)
     config = parse(app_defaults(app) | own)
@@ -77,32 +81,8 @@ def _checked(app: Path, overrides: Iterable[str]) -> dict[str, Scalar]:
     return {key: value for key, value in flatten(config).items() if key in own}
 
 
-def _flwr(arguments: Sequence[str], env: dict[str, str], cwd: Path) -> str:
-    """Run a flwr command that prints JSON and return its output."""
-    done = subprocess.run(
-        [_FLWR, *arguments], env=env, cwd=cwd, capture_output=True, text=True, check=False
-    )
-    if done.returncode != 0:
-        raise ConfigError("flwr: " + (done.stdout + done.stderr).strip())
-    return done.stdout
-
-
-def _run_id(answer: str) -> str:
-    reply = json.loads(answer[answer.index("{") :])
-    if not reply.get("success"):
-        lines = [line for line in str(reply.get("error-message")).splitlines() if line.strip()]
-        raise ConfigError(f"flwr run: {lines[-1]}")
-    return str(reply["run-id"])
-
-
-def _status(run_id: str, env: dict[str, str], cwd: Path) -> tuple[str, str]:
-    answer = _flwr(["list", "--run-id", run_id, "--format", "json"], env, cwd)
-    entry = json.loads(answer[answer.index("{") :])["runs"][0]
-    return str(entry["status"]), str(entry.get("details", ""))
-
-
 def _started_here(home: Path) -> list[psutil.Process]:
-    """Return the processes that this launch left behind: those with its FLWR_HOME."""
+    """Return the running processes that this launch started, found by their FLWR_HOME."""
     return [
         process
         for process in psutil.process_iter(["environ"])
@@ -111,7 +91,7 @@ def _started_here(home: Path) -> list[psutil.Process]:
 
 
 def _stop(home: Path) -> None:
-    """End what this launch started, politely at first, and wait until it is gone."""
+    """Terminate the processes of this launch, kill those that remain, and wait for their end."""
     for end in (psutil.Process.terminate, psutil.Process.kill):
         processes = _started_here(home)
         for process in processes:
@@ -126,7 +106,7 @@ def _send(end: Callable[[psutil.Process], None], process: psutil.Process) -> Non
 
 @contextlib.contextmanager
 def _interruptible() -> Iterator[None]:
-    """Let SIGTERM end the block as Ctrl-C does, and Ctrl-C also where the shell had ignored it."""
+    """Raise KeyboardInterrupt in the block for SIGINT and SIGTERM, even if they were ignored."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -139,29 +119,8 @@ def _interruptible() -> Iterator[None]:
             signal.signal(end, handler)
 
 
-def _show(lines: Iterable[str]) -> str:
-    """Print a run's log as it comes; return why the app says that the run failed, if it does."""
-    reason = ""
-    for line in lines:
-        print(line, end="", flush=True)
-        reason = line.partition(_REASON)[2].strip() or reason
-    return reason
-
-
-def _follow(run_id: str, env: dict[str, str], cwd: Path) -> tuple[str, str]:
-    """Show the run's log until it ends; return its status and why it failed."""
-    command, live = [_FLWR, "log", run_id, "--stream"], env | {"PYTHONUNBUFFERED": "1"}
-    with subprocess.Popen(command, env=live, cwd=cwd, stdout=subprocess.PIPE, text=True) as log:
-        reason = _show(log.stdout or ())
-    status, details = _status(run_id, env, cwd)
-    while not status.startswith(_FINISHED):
-        time.sleep(1)
-        status, details = _status(run_id, env, cwd)
-    return status.removeprefix(_FINISHED), reason or details
-
-
 def _gpus() -> int:
-    """Count the GPUs by their driver's own tool: torch takes seconds to import."""
+    """Return the number of GPUs by nvidia-smi, as torch takes seconds to import."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return 0
@@ -170,43 +129,59 @@ def _gpus() -> int:
 
 
 def resources(nodes: int, gpus: int, clients_per_gpu: int) -> str:
-    """Return the simulation's federation config: a core a client, and its share of a GPU.
+    """Return Flower's federation config: one core per client, and its share of a GPU.
 
-    Ray hides every GPU from a client that has no share of one.
+    Without a share, Ray hides all GPUs from a client.
     """
     share = f" client-resources-num-gpus={1 / clients_per_gpu:.4g}" if gpus else ""
     return f"num-supernodes={nodes} client-resources-num-cpus=1{share}"
 
 
-def launch(app: Path, overrides: Sequence[str], *, nodes: int, clients_per_gpu: int = 4) -> int:
+def launch(
+    app: Path,
+    overrides: Sequence[str],
+    *,
+    nodes: int,
+    clients_per_gpu: int = 4,
+    verbose: bool = False,
+) -> int:
     """Run the app in simulation and return 0 only if the run completed.
 
     Args:
         app: folder with the app's pyproject.toml.
-        overrides: as of ``flwr run -c``: key=value pairs and TOML files; a later one wins.
-        nodes: simulated clients.
-        clients_per_gpu: clients that train on one GPU at the same time, where there is one.
+        overrides: ``-c`` options of ``flwr run``: key=value pairs and TOML files; the last wins.
+        nodes: number of simulated clients.
+        clients_per_gpu: number of clients that train on one GPU at the same time.
+        verbose: whether the lines of Flower and Ray are printed as well.
 
     Raises:
         ConfigError: for a bad config, before anything is started.
+        FlowerError: if Flower cannot start the run, or does not tell its end.
     """
     values = _checked(app, overrides)
     home = Path(tempfile.mkdtemp(prefix="lalora-"))
-    env = _environment(home)
     # One file: Flower drops pairs with spaces around "=", and takes no pairs beside a file.
     config = home / "overrides.toml"
     config.write_text(as_toml(values), "utf-8")
-    federation = resources(nodes, _gpus(), clients_per_gpu)
-    arguments = ["run", str(app.resolve()), "--format", "json", "--federation-config", federation]
-    arguments += ["-c", str(config)]
+    arguments = [str(app.resolve()), "-c", str(config)]
+    arguments += ["--federation-config", resources(nodes, _gpus(), clients_per_gpu)]
+    display = standard_display(verbose=verbose)
     try:
-        with _interruptible():
-            answer = _flwr(arguments, env, home)
-            status, details = _follow(_run_id(answer), env, home)
+        with _interruptible(), display:
+            display.print(f"starting Flower's simulation with {nodes} clients, 10 to 20 seconds")
+            env = _environment(home)
+            run_id = start_run(arguments, env, home)
+            status, details = follow(run_id, env, home, display.show)
     finally:
         _stop(home)
         shutil.rmtree(home, ignore_errors=True)
-    if status != "completed":
-        print(f"lalora: the run {status}: {details}", file=sys.stderr)
-        return 1
-    return 0
+    return 0 if status == COMPLETED else _failed(status, details, display)
+
+
+def _failed(status: str, details: str, display: RunDisplay) -> int:
+    """Print the reason of a failed run in one line, after Flower's lines if the app gave none."""
+    if not display.reason:
+        print("\n".join(display.other_lines()), file=sys.stderr)
+    reason = display.reason or details or "Flower gives no reason; try --verbose"
+    print(f"lalora: the run {status}: {reason}", file=sys.stderr)
+    return 1

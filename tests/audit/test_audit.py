@@ -39,7 +39,7 @@ from lalora_app.audit.step_attack import (
     observe_single_canary,
     side_by_side,
 )
-from lalora_app.cli import audit_command, main
+from lalora_app.cli import argument_types, main
 from lalora_app.privacy.accounting import Release, epsilon
 from lalora_app.privacy.budget import Limit
 from lalora_app.private_step.mechanism import CLIP_MARGIN, clipped_sum
@@ -385,6 +385,6 @@ def test_a_run_is_audited_as_it_was_and_once(tmp_path, options, capsys):
 
 
 def test_seeds_are_a_list_or_a_range():
-    assert audit_command.seeds_of("0..19") == list(range(20))
-    assert audit_command.seeds_of("3,5") == [3, 5]
-    assert audit_command.seeds_of("7") == [7]
+    assert list(argument_types.to_seeds("0..19")) == list(range(20))
+    assert argument_types.to_seeds("3,5") == [3, 5]
+    assert argument_types.to_seeds("7") == [7]

@@ -309,10 +309,10 @@ def flower(monkeypatch):
     def run(arguments, env, cwd):
         given = [value for flag, value in pairwise(arguments) if flag == "-c"]
         read.update(parse_config_args(given))
-        return '{"success": true, "run-id": 1}'
+        return "1"
 
-    monkeypatch.setattr(simulation, "_flwr", run)
-    monkeypatch.setattr(simulation, "_follow", lambda *args: ("completed", ""))
+    monkeypatch.setattr(simulation, "start_run", run)
+    monkeypatch.setattr(simulation, "follow", lambda *args: ("completed", ""))
     return read
 
 
@@ -438,18 +438,6 @@ def test_a_launch_is_ended_by_either_signal_and_leaves_the_handlers_as_they_were
         assert signal.getsignal(end) is signal.SIG_IGN
     finally:
         signal.signal(end, before)
-
-
-def test_a_runs_log_is_shown_whole_and_its_last_reason_kept(capsys):
-    lines = [
-        "LaLoRA round 1/2\n",
-        "ERROR :  LaLoRA: a first\n",
-        "ERROR :  LaLoRA: x=1: bad\n",
-        "end\n",
-    ]
-    assert simulation._show(lines) == "x=1: bad"
-    assert capsys.readouterr().out == "".join(lines)
-    assert simulation._show(["LaLoRA round 1/2\n"]) == ""
 
 
 def test_an_interrupted_command_has_the_exit_code_of_an_interruption(monkeypatch, capsys):
