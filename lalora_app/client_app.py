@@ -1,4 +1,4 @@
-"""The ClientApp: one message in, one reply out. It owns the refusal and sanitises every error."""
+"""The ClientApp: one message in, one reply out; every error becomes a fixed sentence."""
 
 import logging
 import traceback
@@ -21,7 +21,7 @@ app = ClientApp()
 _log = logging.getLogger("flwr")
 
 
-# Which refusal tells of an error; the first that fits.
+# The refusal of each kind of error; the first match counts.
 _REFUSAL_KEYS: tuple[tuple[type[Exception], str], ...] = (
     (BudgetError, "budget"),
     (PolicyError, "policy"),
@@ -34,7 +34,7 @@ _REFUSAL_KEYS: tuple[tuple[type[Exception], str], ...] = (
 )
 
 
-# Refusals that would tell a server which kind of value a site's own rows hold.
+# Keys of errors that would reveal the kind of values in a site's own rows.
 _OF_ROWS = ("data.input-column", "data.label-column", "data.num-labels")
 
 
@@ -47,10 +47,13 @@ def _refusal_key(error: Exception, node: Mapping[str, object]) -> str:
 def _answer(
     message: Message, context: Context, handle: Callable[[Message, Context], RecordDict]
 ) -> Message:
-    """Reply with what ``handle`` returns, or with a fixed sentence: exception texts stay here."""
+    """Reply with the content from ``handle``, or with a fixed sentence if it fails.
+
+    Privacy: the text of an exception goes to the client's own log and never to the server.
+    """
     try:
         content = handle(message, context)
-    except Exception as error:  # whatever it is, its text may hold private data
+    except Exception as error:  # of any kind: its text may hold private data
         _log.error("LaLoRA client: %s: %s", type(error).__name__, error)
         _log.debug("%s", traceback.format_exc())
         content = messages.refusal(_refusal_key(error, context.node_config))
@@ -59,7 +62,7 @@ def _answer(
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Say this client's name, after checking that its data can take part. Spends nothing."""
+    """Answer with this client's name after checking that its data can take part; spends nothing."""
     return _answer(message, context, requests.hello)
 
 
@@ -83,5 +86,5 @@ def share(message: Message, context: Context) -> Message:
 
 @app.train("unmask")
 def unmask(message: Message, context: Context) -> Message:
-    """Help to take the masks off the sum, if enough of it is there. Spends nothing."""
+    """Give shares that remove the masks from the sum of enough uploads; spends nothing."""
     return _answer(message, context, secagg.unmask)

@@ -1,8 +1,8 @@
-"""Encoded examples kept on the client's disk: in deployment every message is a new process.
+"""Encoded examples in a file on the client's disk: in deployment every message is a new process.
 
-A file is used while its fingerprint fits: names, sizes and times of change of the files of data and
-model, the keys of the run that encoding depends on, and the code. It holds private data, so it is
-kept only where a site names a folder for it.
+The file is used while its fingerprint is unchanged: names, sizes and times of change of the data's
+and the model's files, the keys of the run that decide on the encoding, and the code. Privacy: it
+holds private data, so it is written only into a folder that the site names.
 """
 
 import contextlib
@@ -27,18 +27,18 @@ from lalora_app.models.pretrained import revision
 from lalora_app.settings.run_config import Config, flatten
 from lalora_app.wire.code_version import code_hash
 
-# What decides on how an example is encoded; the device, or how it is trained on, does not.
+# Prefixes of the keys that decide on the encoding of an example.
 _KEYS = ("data.", "model.name", "model.task", "model.max-length", "model.image-", "model.weights")
-_STACK = "pixels."  # before the number of an image's size
+_STACK = "pixels."  # prefix of the tensors of images of one size
 _LIBRARIES = ("transformers", "tokenizers", "pillow")
 
 
 def fingerprint(config: Config, data_path: str) -> str:
-    """Return a SHA-256 of all that encoding a client's own data depends on.
+    """Return a SHA-256 of everything that decides on the encoding of a client's own data.
 
     Args:
-        config: of the run.
-        data_path: the client's file or folder.
+        config: the run's config.
+        data_path: the path of the client's file or folder.
     """
     keys = {key: value for key, value in flatten(config).items() if key.startswith(_KEYS)}
     libraries = [version(library) for library in _LIBRARIES]
@@ -60,62 +60,62 @@ def _rows(tensors: dict[str, Tensor]) -> tuple[tuple[int, ...], ...]:
 def _packed(encoded: Encoded) -> tuple[dict[str, Tensor], dict[str, str]]:
     match encoded:
         case EncodedTexts(tokens, labels, pad, longest):
-            kept = _flat(tokens) | {"labels": torch.tensor(labels)}
-            return kept, {"kind": "texts", "pad": str(pad), "longest": str(longest)}
+            saved = _flat(tokens) | {"labels": torch.tensor(labels)}
+            return saved, {"kind": "texts", "pad": str(pad), "longest": str(longest)}
         case EncodedSequences(tokens, longest):
             return _flat(tokens), {"kind": "sequences", "longest": str(longest)}
         case EncodedImages(stacks, labels, places):
-            kept = {f"{_STACK}{i}": stack for i, stack in enumerate(stacks)}
+            saved = {f"{_STACK}{i}": stack for i, stack in enumerate(stacks)}
             where = torch.tensor(places).reshape(-1, 2)
-            return kept | {"labels": torch.tensor(labels), "places": where}, {"kind": "images"}
+            return saved | {"labels": torch.tensor(labels), "places": where}, {"kind": "images"}
     raise TypeError(f"{type(encoded).__name__} must be texts, sequences or images")
 
 
-def _unpacked(tensors: dict[str, Tensor], said: dict[str, str]) -> Encoded:
-    if said["kind"] == "sequences":
-        return EncodedSequences(_rows(tensors), int(said["longest"]))
+def _unpacked(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Encoded:
+    if metadata["kind"] == "sequences":
+        return EncodedSequences(_rows(tensors), int(metadata["longest"]))
     labels = tuple(tensors["labels"].tolist())
-    if said["kind"] == "images":  # mapped: a batch reads its own rows
+    if metadata["kind"] == "images":  # memory-mapped: a batch reads its own rows
         stacks = sum(name.startswith(_STACK) for name in tensors)
         places = tuple((stack, row) for stack, row in tensors["places"].tolist())
         return EncodedImages(tuple(tensors[f"{_STACK}{i}"] for i in range(stacks)), labels, places)
-    return EncodedTexts(_rows(tensors), labels, int(said["pad"]), int(said["longest"]))
+    return EncodedTexts(_rows(tensors), labels, int(metadata["pad"]), int(metadata["longest"]))
 
 
 @dataclass(frozen=True)
 class CacheFile:
-    """One client's file.
+    """One client's cache file.
 
     Attributes:
-        path: of the file; the one before is replaced.
-        fingerprint: that it must have.
+        path: the path of the file; an older file is replaced.
+        fingerprint: the fingerprint that a readable file must have.
     """
 
     path: Path
     fingerprint: str
 
     def read(self) -> Encoded | None:
-        """Return the examples as they were encoded; None: they were not, or something changed."""
+        """Return the encoded examples; None: there is no file with this fingerprint."""
         with (
             contextlib.suppress(SafetensorError, OSError, KeyError, ValueError),
             safe_open(self.path, framework="pt") as file,
         ):
-            said = file.metadata() or {}
-            if said.get("fingerprint") == self.fingerprint:
+            metadata = file.metadata() or {}
+            if metadata.get("fingerprint") == self.fingerprint:
                 names = file.keys()
-                return _unpacked({name: file.get_tensor(name) for name in names}, said)
+                return _unpacked({name: file.get_tensor(name) for name in names}, metadata)
         return None
 
     def write(self, encoded: Encoded) -> None:
-        """Keep the examples, for this user only, in place of those kept before; atomically."""
-        tensors, said = _packed(encoded)
+        """Save the examples atomically, readable by this user only."""
+        tensors, metadata = _packed(encoded)
         with replace_atomically(self.path, mode=0o700) as new:
             new.touch(mode=0o600)
-            save_file(tensors, new, metadata=said | {"fingerprint": self.fingerprint})
+            save_file(tensors, new, metadata=metadata | {"fingerprint": self.fingerprint})
 
 
 def cache_file(site: Site, config: Config) -> CacheFile | None:
-    """Return a client's file in the folder that its site names; None: it names none."""
+    """Return a client's file in the folder that its site names; None: the site names no folder."""
     if site.cache is None:
         return None
     folder, data_path = site.cache

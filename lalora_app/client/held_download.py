@@ -1,4 +1,4 @@
-"""The server's tensors that a client keeps, so that the next request can leave them out."""
+"""The server's tensors on the client's disk, so that the next request can leave them out."""
 
 import contextlib
 from pathlib import Path
@@ -15,24 +15,24 @@ from lalora_app.wire.tensors import WireError, to_record
 
 
 class HeldError(WireError):
-    """The client does not hold what the server left out."""
+    """The client does not hold the tensors that the server left out."""
 
 
 def download_file(folder: Path, dataset: str, client: str, run: str) -> Path:
-    """Return the file of what a client was last sent in a run."""
+    """Return the file of a client's last download in a run."""
     return folder / "downloads" / file_name(dataset, client, run)
 
 
 def save_download(path: Path, adapter: Adapter, drift: Adapter) -> None:
-    """Keep what the client was sent in place of what it was sent before, atomically."""
+    """Save the client's last download in place of the one before, atomically."""
     named = {f"{ARRAYS}/{name}": array for name, array in adapter.items()}
     named |= {f"{DRIFT}/{name}": array for name, array in drift.items()}
     with replace_atomically(path) as new:
         save_file(named, new)
 
 
-def _held(path: Path) -> Parts:
-    """Return what the client holds; nothing, where the file is missing or damaged."""
+def _saved_parts(path: Path) -> Parts:
+    """Return the saved tensors; none if the file is missing or damaged."""
     with contextlib.suppress(SafetensorError, OSError, ValueError):
         named = [(*name.split("/", 1), array) for name, array in load_file(path).items()]
         adapter, drift = (
@@ -44,21 +44,23 @@ def _held(path: Path) -> Parts:
 
 
 def completed(content: RecordDict, path: Path) -> RecordDict:
-    """Return a request with what it left out; one that leaves nothing out as it is.
+    """Return a request together with the tensors that it left out.
+
+    Limit: a request that leaves nothing out is returned unchanged.
 
     Args:
-        content: of the request; nothing of it is trusted.
-        path: from :func:`download_file`.
+        content: the request's records, which are not trusted.
+        path: the file from :func:`download_file`.
 
     Raises:
-        HeldError: if the client does not hold it, bit for bit.
+        HeldError: if the client does not hold these tensors bit for bit.
     """
     left_out = content.config_records.get(LEFT_OUT, ConfigRecord())
     if not left_out:
         return content
-    held, whole = _held(path), RecordDict(dict(content.items()))
+    saved, whole = _saved_parts(path), RecordDict(dict(content.items()))
     for part, wanted in left_out.items():
-        tensors = held.get(part, {})
+        tensors = saved.get(part, {})
         if not tensors or content_hash(tensors) != wanted:
             raise HeldError(f"{part} was left out, and is not held")
         record = DRIFT if part == DRIFT else ARRAYS

@@ -1,7 +1,7 @@
-"""A client's last reply, kept: the same request is answered with the same tensors.
+"""A client's last reply on disk: a repeated request is answered with the same tensors.
 
-What has left the client may leave it again. That is no new look at the data, so it costs nothing;
-a round that a restarted server asks for once more would else be paid for twice.
+A restarted server may repeat a round. Sending the same tensors again uses no data, so it costs no
+privacy budget; training again would cost it twice.
 """
 
 import contextlib
@@ -15,16 +15,16 @@ from lalora_app.adapter.factors import Adapter
 
 
 def reply_file(folder: Path, dataset: str, client: str) -> Path:
-    """Return the file of a client's last reply: one a dataset and client."""
+    """Return the file of a client's last reply: one per dataset and client."""
     return folder / "replies" / file_name(dataset, client)
 
 
 def save_reply(path: Path, request: str, upload: Adapter) -> None:
-    """Keep a reply in place of the one before, atomically.
+    """Save a reply in place of the one before, atomically.
 
     Args:
-        path: from :func:`reply_file`.
-        request: digest of all that was asked for.
+        path: the file from :func:`reply_file`.
+        request: the digest of the request.
         upload: the tensors of the reply.
     """
     with replace_atomically(path) as new:
@@ -32,7 +32,7 @@ def save_reply(path: Path, request: str, upload: Adapter) -> None:
 
 
 def load_if_same_request(path: Path, request: str) -> Adapter | None:
-    """Return what the same request was answered with; None: it is new, or the file is damaged."""
+    """Return the saved reply to the same request; None: it is new, or the file is damaged."""
     with (
         contextlib.suppress(SafetensorError, OSError, ValueError),
         safe_open(path, framework="numpy") as file,

@@ -19,16 +19,16 @@ from lalora_app.settings.run_config import MethodNumbers, Train
 
 @dataclass(frozen=True)
 class Local:
-    """What a round's local steps follow besides the data.
+    """Settings of a round's local steps.
 
     Attributes:
-        method: of the run.
+        method: the run's method.
         t: the round, from 1.
-        rounds: of the whole run.
+        rounds: the number of rounds of the whole run.
         train: the run config's table ``train``.
-        rule: its table ``rule``.
-        clip_norm: C, of each example's joint gradient.
-        seed: of what no data has a part in: the client's and the round's own.
+        rule: the run config's table ``rule``.
+        clip_norm: C, the largest joint gradient norm of one example.
+        seed: the seed of this client and round, for draws that no data takes part in.
     """
 
     method: Method
@@ -40,7 +40,7 @@ class Local:
     seed: int = 0
 
     def progress(self, k: int) -> float:
-        """Return which share of the run's steps lies before step ``k``."""
+        """Return the share of the run's steps before step ``k``, from 0 to 1."""
         steps = self.train.local_steps
         return ((self.t - 1) * steps + k) / (self.rounds * steps)
 
@@ -63,7 +63,7 @@ def learning_rates(train: Train, rule: MethodNumbers, t: int) -> dict[Kind, floa
 def make_optimizer(backbone: Backbone, local: Local, noise_std: float) -> torch.optim.Optimizer:
     """Return the round's optimiser: one group per kind of tensor, with the round's learning rate.
 
-    A tensor without a gradient is left bit-identical, its moments kept.
+    A tensor without a gradient keeps its value and its moments bit for bit.
     """
     named = backbone.engine.parameters.items()
     groups = [
@@ -74,14 +74,17 @@ def make_optimizer(backbone: Backbone, local: Local, noise_std: float) -> torch.
 
 
 def apply(backbone: Backbone, optimizer: torch.optim.Optimizer, gradients: NoisedGrads) -> None:
-    """Take one optimiser step on the tensors that have a gradient, and on no other."""
+    """Take one optimiser step on the tensors with a gradient, and on no other."""
     for name, parameter in backbone.engine.parameters.items():
         parameter.grad = gradients.get(name)
     optimizer.step()
 
 
 def _perturbation(backbone: Backbone, local: Local, k: int) -> Change | None:
-    """Return what the method adds to the frozen weights in step ``k``; drawn without the data."""
+    """Return the method's perturbation of the frozen weights in step ``k``, or None.
+
+    Privacy: it is drawn from a seed, without the data.
+    """
     perturb, rule = local.method.perturb, local.rule
     if perturb is None:
         return None
@@ -100,10 +103,19 @@ def run_round(
     reservation: Reservation,
     streams: RandomStreams,
 ) -> Adapter:
-    """Run a round's local steps from ``start`` and return the client's whole adapter.
+    """Run a round's local steps and return the client's whole adapter.
 
-    Privacy: every step is one release of the reservation; the result is made of ``start`` and
-    of noised gradients only, so all of it may leave the client.
+    Privacy: every step is one release of the reservation; the result is computed from ``start``
+    and noised gradients only, so all of it may leave the client.
+
+    Args:
+        backbone: the model; its adapter is overwritten.
+        data: the client's encoded examples.
+        start: the adapter at the start of the round.
+        drift: the change of the frozen weights since the run began.
+        local: the settings of the local steps.
+        reservation: the round's releases, already on the ledger.
+        streams: the random streams of sampling and noise.
     """
     method, train = local.method, local.train
     backbone.load(start, drift)

@@ -1,6 +1,6 @@
-"""Resident factors: trained in a round that did not send them, they wait on the client's disk.
+"""Resident factors: trained in a round that did not send them, and saved on the client's disk.
 
-They are made of noised gradients only, so keeping them costs no privacy.
+Privacy: they are made of noised gradients only, so saving them costs nothing.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from lalora_app.adapter.factors import Adapter, Factor, Factors, kind
 
 
 def resident_file(folder: Path, dataset: str, run: str) -> Path:
-    """Return the file of a client's resident factors: one a dataset and run."""
+    """Return the file of a client's resident factors: one per dataset and run."""
     return folder / "resident" / file_name(dataset, run)
 
 
@@ -30,22 +30,23 @@ def save_residents(
     versions: Mapping[Factor, int],
     attempt: int,
 ) -> None:
-    """Keep the resident factors of ``adapter``, atomically; none: remove the client's files.
+    """Save the resident factors of ``adapter`` atomically.
 
-    The ones before stay as well: a round that the server repeats starts where its first try did.
+    The file of the attempt before stays as well: a round that the server repeats must start from
+    the same factors. Limit: without resident factors, both files are removed.
 
     Args:
-        path: from :func:`resident_file`.
+        path: the file from :func:`resident_file`.
         adapter: the client's adapter at the end of a round.
-        factors: those that the round trained and did not send.
-        versions: the server's versions that the round started from.
+        factors: the factors that the round trained and did not send.
+        versions: the server's versions at the start of the round.
         attempt: the server's number of the attempt.
     """
     if not factors:
         path.unlink(missing_ok=True)
         _previous(path).unlink(missing_ok=True)
         return
-    # What this attempt sent stays too, as it started: if the attempt fails, its turn comes again.
+    # The sent factors stay too, as they were at the start: a failed attempt is repeated.
     tensors = _waiting(path, versions, attempt) | {
         name: array for name, array in adapter.items() if kind(name) in factors
     }
@@ -56,14 +57,14 @@ def save_residents(
 
 
 def _set_aside(path: Path, attempt: int) -> None:
-    """Keep the file of an earlier attempt as the previous one."""
+    """Rename the file of an earlier attempt to the previous file."""
     if _attempt_of(path) < attempt:
         with contextlib.suppress(FileNotFoundError):
             path.replace(_previous(path))
 
 
 def _attempt_of(path: Path) -> int:
-    """Return the attempt that a file was kept at; 0 if it cannot be read."""
+    """Return the attempt that saved a file; 0 if the file cannot be read."""
     with (
         contextlib.suppress(SafetensorError, OSError, ValueError),
         safe_open(path, framework="numpy") as file,
@@ -84,7 +85,7 @@ def _read(path: Path, versions: Mapping[Factor, int]) -> Adapter:
 
 
 def _waiting(path: Path, versions: Mapping[Factor, int], attempt: int) -> Adapter:
-    """Return the valid factors that were kept before ``attempt``, the newest of each."""
+    """Return the valid factors saved before ``attempt``, the newest of each."""
     before = _read(_previous(path), versions)
     return before | _read(path, versions) if _attempt_of(path) < attempt else before
 
@@ -92,10 +93,10 @@ def _waiting(path: Path, versions: Mapping[Factor, int], attempt: int) -> Adapte
 def with_residents(
     path: Path, start: Adapter, versions: Mapping[Factor, int], attempt: int
 ) -> Adapter:
-    """Return ``start`` with every resident factor that the server has not re-aggregated since.
+    """Return ``start`` with every resident factor that the server has not aggregated since.
 
-    A missing or damaged file, or another version or shape, means the server's copy. What was kept
-    by this attempt's own first try is passed over for what was there before it.
+    A missing or damaged file, or another version or shape, gives the server's copy. Factors saved
+    by an earlier try of this same attempt are ignored.
     """
-    kept = _waiting(path, versions, attempt)
-    return start | {n: a for n, a in kept.items() if n in start and a.shape == start[n].shape}
+    saved = _waiting(path, versions, attempt)
+    return start | {n: a for n, a in saved.items() if n in start and a.shape == start[n].shape}

@@ -1,4 +1,4 @@
-"""The client's side of the agreement, from its node config: its data, name, rank and policy."""
+"""One client as its node config describes it: data, name, rank and policy."""
 
 import json
 from collections.abc import Callable, Mapping
@@ -15,8 +15,8 @@ from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.names import full_path
 from lalora_app.settings.run_config import Config, flatten
 
-# What a site says of its own data, by default what the app does. A server that chose would learn
-# from a refusal, without noise and on no ledger, whether any column holds labels in its range.
+# A site's own columns, with the app's defaults. If the server chose them, a refusal would reveal,
+# without noise or ledger, whether a column holds labels in the server's range.
 _COLUMNS: dict[str, str | int] = {"input-column": "text", "label-column": "label", "num-labels": 2}
 
 
@@ -25,13 +25,13 @@ class Site:
     """One client.
 
     Attributes:
-        client: its name, the same in every round.
-        dataset: the name under which the ledger knows its data.
-        rank: of its adapter.
-        policy: what it allows.
-        state: folder of its ledger and of what waits between rounds.
-        load: reads its examples.
-        cache: folder where they may stay encoded, and their own file or folder; None: nowhere.
+        client: the client's name, the same in every round.
+        dataset: the name of its data in the ledger.
+        rank: the rank of its adapter.
+        policy: the limits that the site sets for runs.
+        state: the folder of its ledger and of its files between rounds.
+        load: a function that reads its examples.
+        cache: the folder for encoded examples, and the path of the data; None: no cache.
     """
 
     client: str
@@ -52,17 +52,17 @@ class Site:
         return replace(config, lora=replace(config.lora, rank=self.rank))
 
     def examples(self, config: Config) -> Examples:
-        """Return the client's examples, if they can take part in the run.
+        """Return the client's examples.
 
         Raises:
-            DataError: if they cannot.
+            DataError: if they cannot take part in the run.
         """
         examples = self.load()
         self.require_size(len(examples), config)
         return examples
 
     def require_size(self, size: int, config: Config) -> None:
-        """Check that a client of ``size`` examples can be promised what the run asks for.
+        """Check that a client of ``size`` examples can keep to the run's batch size and δ.
 
         Raises:
             DataError: if it cannot.
@@ -72,7 +72,7 @@ class Site:
 
 
 def _rank(config: Config, node: Mapping[str, object]) -> int:
-    """Return this client's rank: its node's own, or its turn in ``lora.ranks``."""
+    """Return the rank in the node config, or the client's turn in ``lora.ranks``."""
     turn = [config.lora.rank]
     if config.lora.ranks != "none":
         turn = [int(rank) for rank in config.lora.ranks.split(",")]
@@ -98,7 +98,7 @@ def _simulated(config: Config, node: Mapping[str, object]) -> SiteData:
 
 
 def _data(config: Config, node: Mapping[str, object], node_id: int) -> SiteData:
-    """Find this node's data: its own file, or its part of a simulated deal (Flower Hub's rule)."""
+    """Return this node's own file, or its part of the simulated split as on Flower Hub."""
     if "data-path" in node:
         return _own(config, node, node_id)
     if "partition-id" in node and "num-partitions" in node:
@@ -106,7 +106,7 @@ def _data(config: Config, node: Mapping[str, object], node_id: int) -> SiteData:
     raise ConfigError("node config must have data-path, or partition-id and num-partitions")
 
 
-def _own_word(node: Mapping[str, object], key: str, default: str | int) -> str | int:
+def _own_value(node: Mapping[str, object], key: str, default: str | int) -> str | int:
     value = node.get(key, default)
     if type(value) is str and isinstance(default, str):
         return value
@@ -117,18 +117,18 @@ def _own_word(node: Mapping[str, object], key: str, default: str | int) -> str |
 
 
 def _check_columns(config: Config, node: Mapping[str, object]) -> None:
-    """Check that a run means by the columns of a node's own data what the node does."""
+    """Check that a run names the same columns of a node's own data as the node config."""
     if "data-path" not in node:
         for key in _COLUMNS.keys() & node.keys():
             raise ConfigError(f"node config {key} must be beside data-path")
         return
     asked = flatten(config)
     for key, default in _COLUMNS.items():
-        wanted, own = asked[f"data.{key}"], _own_word(node, key, default)
+        wanted, own = asked[f"data.{key}"], _own_value(node, key, default)
         if wanted != own:
             raise PolicyError(
                 f"data.{key}={json.dumps(wanted)} must be {json.dumps(own)}, "
-                "as the node config says of its data"
+                "the value in the node config"
             )
 
 
@@ -141,16 +141,16 @@ def _cache(node: Mapping[str, object]) -> tuple[Path, str] | None:
 
 
 def admit(config: Config, node: Mapping[str, object], node_id: int) -> Site:
-    """Return this client, if its policy allows the run. Neither data nor model is loaded yet.
+    """Return this client after checking its policy; neither data nor model is loaded yet.
 
     Args:
-        config: of the run.
+        config: the run's config.
         node: the node config.
-        node_id: names a client that has no name of its own.
+        node_id: the number that names a client without a name of its own.
 
     Raises:
         ConfigError: if the node config breaks a law.
-        PolicyError: if the run is outside the policy, or wants other columns of own data.
+        PolicyError: if the run is outside the policy, or names other columns of own data.
     """
     client, dataset, load = _data(config, node, node_id)
     policy = read_policy(node, config.privacy.delta, config.data.public_size, dataset)

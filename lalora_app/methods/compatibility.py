@@ -1,4 +1,4 @@
-"""Look up a method, and refuse settings that a method or secure aggregation cannot work with."""
+"""Look up a method, and refuse settings that do not go with it or with secure aggregation."""
 
 import difflib
 import json
@@ -9,7 +9,7 @@ from lalora_app.methods.table import METHODS
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import Config
 
-# What papers publish and no example-level noise covers: refused by name, with the rule it breaks.
+# Published methods without an example-level guarantee: refused by name, with the broken rule.
 REFUSED = {
     "deer-published": "rule F: its noise is shaped by the other factor, but ΔB is clipped in "
     'another geometry; method="deer" clips where the noise is',
@@ -26,11 +26,11 @@ REFUSED = {
 
 
 def check_secure_aggregation(config: Config, *, linear: bool) -> None:
-    """Check that a sum of the uploads is all that the run's server needs.
+    """Check that the run's server needs only the sum of the uploads.
 
     Args:
-        config: of the run.
-        linear: whether that holds of its method.
+        config: the run's config.
+        linear: whether the server rule of the method needs only sums.
 
     Raises:
         ConfigError: naming the key, its value and the reason.
@@ -73,11 +73,15 @@ def _require_known(name: str) -> None:
 
 
 def lookup(name: str, local_steps: int) -> Method:
-    """Return the method called ``name``, after checking that its rounds train what they send.
+    """Return the method called ``name`` after checking that every sent factor is trained.
+
+    Args:
+        name: the value of the key ``method``.
+        local_steps: the number of local steps per round.
 
     Raises:
-        ConfigError: if there is no such method, it is one that gives no guarantee, or
-            ``local_steps`` is too few for its schedule.
+        ConfigError: if the method is unknown or gives no guarantee, or if its schedule needs more
+            local steps.
     """
     _require_known(name)
     method = METHODS[name]
@@ -91,7 +95,7 @@ def lookup(name: str, local_steps: int) -> Method:
 
 
 def method_of(config: Config) -> Method:
-    """Return a run's method, after checking that the rest of the config goes with it.
+    """Return a run's method after checking that the rest of the config goes with it.
 
     Raises:
         ConfigError: naming the rule that the combination breaks.
@@ -113,10 +117,14 @@ def method_of(config: Config) -> Method:
 
 
 def checked_rank(rank: object, config: Config) -> int:
-    """Return a client's rank, which both sides check: neither trusts the other's word.
+    """Return a client's rank after checking it; server and client both do so.
+
+    Args:
+        rank: the rank that a node config or a client's answer names.
+        config: the run's config.
 
     Raises:
-        ConfigError: if the run has no room for it, or its method wants one rank for all.
+        ConfigError: if the rank is above ``lora.rank``, or the method needs one rank for all.
     """
     largest = config.lora.rank
     if type(rank) is not int or not 1 <= rank <= largest:

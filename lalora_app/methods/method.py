@@ -1,4 +1,4 @@
-"""What a federated-LoRA method is: a value made of plain functions."""
+"""The type of a federated LoRA method: a value made of plain functions."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from lalora_app.private_step.gradients import NoisedGrads
 from lalora_app.settings.run_config import MethodNumbers
 
 
-def _as_it_is(start: Adapter, rule: MethodNumbers) -> Adapter:
+def _unchanged(start: Adapter, rule: MethodNumbers) -> Adapter:
     return start
 
 
@@ -29,32 +29,32 @@ class Method:
     """A federated-LoRA method: plain functions, looked up by name on both sides of the wire.
 
     Attributes:
-        paper: where it comes from.
+        paper: the source of the method.
         trains: (round t, step k) -> the factors that take this local step; never empty.
         syncs: round t -> the factors that travel up and are aggregated.
-        finally_syncs: factors that travel in the last round as well.
-        start: initial adapter -> what the run starts from: seeds and shapes, never data.
+        finally_syncs: the factors that also travel in the last round.
+        start: initial adapter -> the adapter before the first round; no data takes part.
         width: rank of the run -> rank of the model.
-        effective: all trained tensors -> the model's own factors and head; None: they are these.
-        calibrates: the server sets masks and the base by public inputs before the first round.
-        perturb: of the frozen weights while a gradient is taken; drawn without the batch.
+        effective: all trained tensors -> the model's own factors and head; None: they are equal.
+        calibrates: whether the server sets masks and base from public inputs before round 1.
+        perturb: the perturbation of the frozen weights during a gradient, drawn without the batch.
         postprocess: noised gradients -> gradients for the optimiser.
-        optimizer: of the local steps.
-        align: (what the client started from, its result) -> what it keeps and sends.
+        optimizer: the optimiser of the local steps.
+        align: (adapter at the start, adapter after the steps) -> the client's result.
         aggregate: (global adapter, weights, uploads, round) -> global adapter and base drift.
-        exact: the new product equals the mean of the clients' products.
-        linear: the server needs only sums of what travels, so it may run under secure
-            aggregation, and a robust mean can take the mean's place.
-        moves_base: part of what is learnt moves into the frozen weights.
-        heterogeneous: clients' ranks may differ.
-        keeps_client_state: a client's result depends on what it kept; made of noised gradients.
+        exact: whether the new product equals the mean of the clients' products.
+        linear: whether the server needs only the sum of the uploads, so that secure aggregation
+            and a robust mean are possible.
+        moves_base: whether part of the learnt product moves into the frozen weights.
+        heterogeneous: whether clients' ranks may differ.
+        keeps_client_state: whether a client's result depends on factors that it saved before.
     """
 
     paper: str
     trains: TrainSchedule
     syncs: SyncSchedule
     finally_syncs: Factors = frozenset()
-    start: Callable[[Adapter, MethodNumbers], Adapter] = _as_it_is
+    start: Callable[[Adapter, MethodNumbers], Adapter] = _unchanged
     width: Callable[[int, MethodNumbers], int] = _own_rank
     effective: Callable[[dict[str, Tensor], MethodNumbers], dict[str, Tensor]] | None = None
     calibrates: bool = False

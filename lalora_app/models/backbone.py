@@ -1,4 +1,4 @@
-"""The frozen backbone with its LoRA layers: built once a process, checked, evaluated."""
+"""The frozen backbone with its LoRA layers: built once per process, checked, evaluated."""
 
 import copy
 import warnings
@@ -32,9 +32,21 @@ from lalora_app.settings.run_config import Config, Lora, Model
 
 @dataclass
 class Backbone:
-    """A PEFT model, its trainable tensors by wire name, and what its task needs.
+    """A PEFT model with its engine, task and encoder.
 
     The same instance serves every client of a process; only the adapter is loaded anew.
+
+    Attributes:
+        model: the PEFT model.
+        task: the losses and metrics of its logits.
+        forward: (model, inputs, mask) -> logits.
+        encode: examples -> encoded examples.
+        engine: the gradients of single examples, and the trainable tensors by wire name.
+        device: the device of the model.
+        dtype: the type of its matrix products.
+        targets: the number of adapted layers.
+        frozen_weights: the frozen weights of the adapted layers.
+        fingerprint: the SHA-256 of each part of the base model, the same for all ranks.
     """
 
     model: nn.Module
@@ -49,7 +61,7 @@ class Backbone:
     fingerprint: Mapping[str, str]
 
     def __post_init__(self) -> None:
-        """Let the engine prepare the forward that trains; an evaluation takes it as it is."""
+        """Let the engine prepare the forward pass of training; evaluation uses it unchanged."""
         self._train_forward = self.engine.prepare_forward(self._logits)
 
     def adapter(self) -> Adapter:
@@ -59,9 +71,11 @@ class Backbone:
 
     @torch.no_grad()
     def load(self, adapter: Adapter, drift: Adapter | None = None) -> None:
-        """Overwrite all that trains, and make the base ``W0 + B·A`` of the drift, if there is any.
+        """Overwrite all trainable tensors, and set the base to ``W0 + B·A`` of the drift.
 
-        Names must be the backbone's own, shapes must fit.
+        Args:
+            adapter: tensors with the backbone's own names and shapes.
+            drift: the change of the frozen weights; None: no change.
         """
         for name, parameter in self.engine.parameters.items():
             parameter.copy_(torch.from_numpy(adapter[name]))
@@ -69,7 +83,7 @@ class Backbone:
         self.frozen_weights.set_drift(drift or {})
 
     def reparametrised(self, theta: Adapter, effective: Reparametrisation) -> "Backbone":
-        """Return the same model, trained by ``theta``, of which its factors are a function."""
+        """Return the same model, trained by ``theta``: its factors are ``effective(theta)``."""
         view = copy.copy(self)
         tensors = {name: torch.from_numpy(array).to(self.device) for name, array in theta.items()}
         view.engine = ReparametrisedEngine(self.engine, tensors, effective)
@@ -80,7 +94,7 @@ class Backbone:
             return self.forward(self.model, inputs, mask)
 
     def logits(self, batch: Batch) -> Tensor:
-        """Return what the task's forward gives for a batch, in float32."""
+        """Return the logits of a batch, in float32."""
         return self._logits(*self._inputs(batch))
 
     def _inputs(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
@@ -175,7 +189,7 @@ def _engine(model: nn.Module, parameters: dict[str, nn.Parameter], kernel: str) 
 
 def _build(model: Model, lora: Lora, num_labels: int, seed: int) -> tuple[Backbone, Batch]:
     device = pick_device(model.device)
-    # A (Kaiming) and the head are drawn here: from the run's seed, never from data.
+    # Privacy: A (Kaiming) and the head are drawn here from the run's seed, without data.
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         base = _load(model, num_labels)
@@ -208,7 +222,7 @@ def _build(model: Model, lora: Lora, num_labels: int, seed: int) -> tuple[Backbo
 
 
 def _check(backbone: Backbone, probe: Batch) -> None:
-    """Prove the layout on random inputs: data has no part in it."""
+    """Check the layout on random inputs, without data."""
 
     def losses(rows: list[int]) -> Tensor:
         mask = None if probe.mask is None else probe.mask[rows]
@@ -224,7 +238,7 @@ Built = tuple[Backbone, Adapter]
 def _by_rank(
     model: Model, lora: Lora, num_labels: int, seed: int
 ) -> dict[tuple[int, float], Built]:
-    """Return what this process has built of one model, by rank; only the present model is kept."""
+    """Return this process's cache of one model by rank; another model replaces it."""
     return {}
 
 
@@ -240,13 +254,13 @@ def _checked(model: Model, lora: Lora, num_labels: int, seed: int) -> Built:
 
 
 def build(config: Config) -> Built:
-    """Return the process's backbone and the initial adapter, as the run's method starts.
+    """Return the process's backbone and the initial adapter of the run's method.
 
-    A is Kaiming, B zero, the head random, from the run's seed.
+    A is Kaiming, B zero, the head random, all drawn from the run's seed.
 
     Raises:
         ConfigError: if the model, its targets, the rank, the device or the method do not fit.
-        LayoutError: if per-example gradients cannot be had from this model.
+        LayoutError: if this model gives no per-example gradients.
     """
     method, rule, lora = method_of(config), config.rule, config.lora
     width = method.width(lora.rank, rule)

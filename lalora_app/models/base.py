@@ -1,4 +1,4 @@
-"""A base model and what belongs to it, whichever library it comes from."""
+"""A base model with its task, forward pass and preprocessing, for every model library."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,16 +18,16 @@ _PROBE_EXAMPLES, _PROBE_TOKENS = 3, 6
 
 @dataclass(frozen=True)
 class Base:
-    """A base model and what belongs to it.
+    """A base model with its task, forward pass and preprocessing.
 
     Attributes:
-        model: with a fresh head, in float32.
-        task: how its logits are judged.
+        model: the model with a fresh head, in float32.
+        task: the losses and metrics of its logits.
         forward: (model, inputs, mask) -> logits.
-        encode: examples -> what batches are made of.
-        probe: a few random inputs, to check the layout with.
-        targets: the layers that LoRA adapts where ``lora.targets`` is ``auto``, PEFT's way.
-        trained: modules that train whole: the head, and what the checkpoint does not have.
+        encode: examples -> encoded examples.
+        probe: a few random inputs for the check of the layout.
+        targets: the names of the layers that LoRA adapts for ``lora.targets="auto"``.
+        trained: the names of the modules that train whole: the head and missing weights.
         task_type: PEFT's name of the task, or None.
         preprocessing: the state of the tokenizer or of the images' normalisation, by name.
     """
@@ -44,7 +44,7 @@ class Base:
 
 
 def token_probe(vocabulary: int, task: str) -> Batch:
-    """Return a few random texts, for a check that needs no data."""
+    """Return a few random texts for a check without data."""
     generator = torch.Generator().manual_seed(0)
     shape = (_PROBE_EXAMPLES, _PROBE_TOKENS)
     ids = torch.randint(vocabulary, shape, generator=generator)
@@ -54,7 +54,7 @@ def token_probe(vocabulary: int, task: str) -> Batch:
 
 
 def pixel_probe(size: int) -> Batch:
-    """Return a few random images, for a check that needs no data."""
+    """Return a few random images for a check without data."""
     generator = torch.Generator().manual_seed(0)
     shape = (_PROBE_EXAMPLES, 3, size, size)
     pixels = torch.randint(256, shape, generator=generator, dtype=torch.uint8)
@@ -62,15 +62,19 @@ def pixel_probe(size: int) -> Batch:
 
 
 def require_size(model: Model, own: int | list[int] | None) -> None:
-    """Check that images will have the size that the model takes; None: it takes any.
+    """Check that the images' size in the config is the model's own.
+
+    Args:
+        model: the run config's table ``model``.
+        own: the size that the model takes in pixels; None: any size.
 
     Raises:
-        ConfigError: if they will not.
+        ConfigError: if the sizes differ.
     """
     if own is not None and own not in (model.image_size, [model.image_size] * 2):
         raise ConfigError(f"model.image-size={model.image_size} must be {own}, the model's own")
 
 
 def cannot_load(model: Model, error: Exception) -> ConfigError:
-    """Return the one line that says why a model cannot be had."""
+    """Return the error of a model that cannot be loaded, in one line with its reason."""
     return ConfigError(f'model.name="{model.name}" cannot be loaded: {first_line(error)}')

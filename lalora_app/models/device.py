@@ -1,4 +1,4 @@
-"""Where the model runs and in which type: CUDA with bf16 autocast, or the CPU."""
+"""The device and number type of the model: CUDA with bf16 autocast, or the CPU."""
 
 from contextlib import AbstractContextManager, nullcontext
 
@@ -43,14 +43,14 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 def narrow_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Store frozen Linear layers in ``dtype``, which autocast would cast them to at every call."""
+    """Store frozen Linear layers in ``dtype``, so that autocast does not cast them every time."""
     for module in model.modules():
         if type(module) is nn.Linear and not any(p.requires_grad for p in module.parameters()):
             module.to(dtype)
 
 
 def to_device(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to the device; to a GPU from pinned memory, so that the host does not wait."""
+    """Copy a tensor to the device; to a GPU from pinned memory, so that the host does not wait."""
     if device.type == "cuda":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)

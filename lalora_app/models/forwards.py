@@ -1,4 +1,4 @@
-"""What a forward gives, what is lost by it and what is counted: one entry a kind of task."""
+"""Forward passes of each kind of task, from inputs to logits."""
 
 import json
 from collections.abc import Callable
@@ -15,20 +15,20 @@ Forward = Callable[[Any, Tensor, Tensor | None], Tensor]  # (model, inputs, mask
 
 
 def whole_mask(mask: Tensor) -> Tensor:
-    """Return (examples, 1, tokens, tokens), true where a token may be looked at."""
+    """Return (examples, 1, tokens, tokens): true if a token may attend to another."""
     return mask.bool()[:, None, None, :].expand(-1, 1, mask.shape[1], -1)
 
 
-# Every token looks at every other that is no padding. Of other models a ready mask would take away
-# that a token sees none after it, or only its neighbours.
+# Models whose tokens attend to all tokens but padding. A 4-D mask would override the causal or
+# local attention of other models.
 _SEE_ALL = {"bert", "roberta", "xlm-roberta", "camembert", "distilbert", "electra"}
 
 
 def attention(mask: Tensor | None, model: Any) -> Tensor | None:
-    """Return what the model takes as its attention mask, for (examples, tokens).
+    """Return the model's attention mask for a mask of (examples, tokens).
 
-    transformers reads a 2-D mask's values to find that nothing is padded, for which a GPU would
-    have to be waited for; a ready 4-D mask is taken as it is.
+    transformers reads the values of a 2-D mask to look for padding, so the host would wait for the
+    GPU; it uses a 4-D mask without reading it.
     """
     if mask is None or mask.device.type == "cpu":
         return mask
@@ -43,14 +43,14 @@ def text_logits(
     """Return (examples, labels) of a transformers model that classifies texts.
 
     Args:
-        model: of transformers.
+        model: a transformers model.
         inputs: (examples, tokens) ids.
         mask: (examples, tokens), 0 on padding.
-        segment: (examples, tokens), which of a pair's texts a token is of; None: not told.
+        segment: (examples, tokens), 0 or 1 for the first or second text; None: not given.
     """
-    told_apart = {} if segment is None else {"token_type_ids": segment}
-    seen = attention(mask, model)
-    out: Tensor = model(input_ids=inputs, attention_mask=seen, **told_apart).logits.float()
+    segments_given = {} if segment is None else {"token_type_ids": segment}
+    visible = attention(mask, model)
+    out: Tensor = model(input_ids=inputs, attention_mask=visible, **segments_given).logits.float()
     return out
 
 
@@ -62,19 +62,19 @@ def mean_logits(
 
 
 def segments(inputs: Tensor, separator: int) -> Tensor:
-    """Return (examples, tokens): 0 up to the first separator, 1 behind it, where padding is too."""
+    """Return (examples, tokens): 0 up to the first separator, 1 after it and on padding."""
     ends = (inputs == separator).long()
     return (ends.cumsum(1) - ends).clamp(max=1)
 
 
 @dataclass(frozen=True)
 class Segmented:
-    """A forward of texts that tells the second text of a pair from the first, as BERT does.
+    """A forward of texts that gives the model the segments of a pair, as BERT needs.
 
-    Limit: a separator that is written out in a text ends it.
+    Limit: a separator token inside a text ends the text.
 
     Attributes:
-        forward: takes the segments last.
+        forward: the forward pass, with the segments as its last argument.
         separator: the id of the token that ends a text.
     """
 
@@ -100,7 +100,7 @@ def masked_mean(token_logits: Tensor, mask: Tensor | None) -> Tensor:
 def causal_logits(model: Any, inputs: Tensor, mask: Tensor | None) -> Tensor:
     """Return (examples, tokens, vocabulary) of a language model; padding is on the right.
 
-    No mask: a token looks at itself and those before it, and padding comes after all of them.
+    No mask is needed: tokens attend only to earlier ones, and padding comes last.
     """
     out: Tensor = model(input_ids=inputs, use_cache=False).logits.float()
     return out
@@ -108,13 +108,13 @@ def causal_logits(model: Any, inputs: Tensor, mask: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class Pixels:
-    """What stored pixels become before a model sees them.
+    """Preparation of stored pixels for a model: resize, cut, normalise.
 
     Attributes:
-        resize: pixels of the shorter side, before a square is cut out of the middle.
-        size: pixels of the square's side.
-        mean: of each colour, on the scale from 0 to 1, that the model was trained with.
-        std: of each colour.
+        resize: the pixels of the shorter side, before a square is cut out of the middle.
+        size: the pixels of the square's side.
+        mean: the mean of each colour, from 0 to 1, in the model's own training.
+        std: the standard deviation of each colour.
     """
 
     resize: int
@@ -133,7 +133,7 @@ class Pixels:
         if images.shape[2:] != (self.size, self.size):
             scaled = self._cut(scaled)
         colours = zip(scaled.unbind(1), self.mean, self.std, strict=True)
-        # Numbers and no tensor: nothing has to be copied to a GPU.
+        # Python numbers, so that no tensor has to be copied to a GPU.
         return torch.stack([(colour - mean) / std for colour, mean, std in colours], dim=1)
 
     def _cut(self, images: Tensor) -> Tensor:

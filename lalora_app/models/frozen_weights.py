@@ -1,4 +1,4 @@
-"""The frozen weights below the adapters: moved by a run's drift, shaken for a step, restored."""
+"""Change the frozen base weights: add the drift or a temporary perturbation, restore exactly."""
 
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from lalora_app.adapter.factors import Adapter, factor_pairs
 
-Change = Callable[[Tensor], Tensor]  # (a layer's weight W0 + s·B·A (m, n)) -> what is added to it
+Change = Callable[[Tensor], Tensor]  # (a layer's weight W0 + s·B·A (m, n)) -> its change
 
 
 def base_layers(model: nn.Module) -> dict[str, Any]:
@@ -24,7 +24,7 @@ def base_layers(model: nn.Module) -> dict[str, Any]:
 
 
 class FrozenWeights:
-    """The frozen weights of the adapted layers, and what has been done to them.
+    """The frozen weights of the adapted layers, and their originals.
 
     Args:
         layers: PEFT's LoRA layers by the wire name of their B.
@@ -32,7 +32,7 @@ class FrozenWeights:
 
     def __init__(self, layers: Mapping[str, Any]):
         self._layers = dict(layers)
-        self._pristine: dict[str, Tensor] = {}  # copies of what has ever been moved
+        self._pristine: dict[str, Tensor] = {}  # copies of changed weights
 
     @property
     def names(self) -> list[str]:
@@ -46,9 +46,9 @@ class FrozenWeights:
 
     @torch.no_grad()
     def set_drift(self, drift: Adapter) -> None:
-        """Make every weight ``W0 + B·A`` of the drift, or W0 where it has none.
+        """Set every weight to ``W0 + B·A`` of the drift, or to W0 if it has no drift.
 
-        Always from W0, in float32: nothing is lost by moving often.
+        Always computed from W0 in float32, so that rounding does not accumulate.
         """
         for b, a in factor_pairs(drift):
             weight = self.weight(b)
@@ -67,7 +67,7 @@ class FrozenWeights:
 
     @contextlib.contextmanager
     def with_input_hook(self, watch: Callable[[str, Tensor], None]) -> Iterator[None]:
-        """Show ``watch`` the inputs of every layer within the block, with the name of its B."""
+        """Call ``watch`` with the name of B and the inputs of every layer, within the block."""
 
         def hook(name: str) -> Any:
             return lambda layer, inputs: watch(name, inputs[0])
@@ -81,17 +81,17 @@ class FrozenWeights:
 
     @contextlib.contextmanager
     def perturbed(self, change: Change | None) -> Iterator[None]:
-        """Add ``change`` to every weight within the block, and restore them bit for bit."""
+        """Add ``change`` to every weight within the block, then restore all bit for bit."""
         if change is None:
             yield
             return
-        kept = {name: self.weight(name).detach().clone() for name in self._layers}
+        originals = {name: self.weight(name).detach().clone() for name in self._layers}
         try:
             with torch.no_grad():
-                self._write({n: w.float() + change(self.computed(n)) for n, w in kept.items()})
+                self._write({n: w.float() + change(self.computed(n)) for n, w in originals.items()})
             yield
         finally:
-            self._write(kept)
+            self._write(originals)
 
     @torch.no_grad()
     def _write(self, weights: Mapping[str, Tensor]) -> None:

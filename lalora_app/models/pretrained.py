@@ -1,4 +1,4 @@
-"""Where pretrained weights come from: the bundled demo, a local folder, or the hub."""
+"""The source of pretrained weights: the bundled demo, a local folder, or the hub."""
 
 import hashlib
 import importlib.util
@@ -36,7 +36,7 @@ def _require_demo_hash(weights: Path) -> None:
 
 
 def source(name: str) -> str:
-    """Return what transformers can load for ``model.name``: a folder or a Hugging Face id.
+    """Return the folder or Hugging Face id that transformers loads for ``model.name``.
 
     Raises:
         ConfigError: if the folder is missing, or the demo weights are not the published ones.
@@ -52,9 +52,9 @@ def source(name: str) -> str:
 
 
 def revision(name: str) -> str:
-    """Return what tells one state of a model's files from another, without loading any.
+    """Return a text that changes with a model's files, without loading them.
 
-    Limit: a hub id that is not in the local cache yet has none.
+    Limit: for a hub id that is not in the local cache yet it is "None".
     """
     plain = name.removeprefix(TIMM)
     if name == DEMO:
@@ -63,7 +63,7 @@ def revision(name: str) -> str:
         return stamp(plain)
     from huggingface_hub import try_to_load_from_cache
 
-    return str(try_to_load_from_cache(plain, "config.json"))  # its path names the commit
+    return str(try_to_load_from_cache(plain, "config.json"))  # the path names the commit
 
 
 def public_name(name: str) -> str:

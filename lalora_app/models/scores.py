@@ -13,27 +13,27 @@ from lalora_app.data.encoding import IGNORED
 Metrics = dict[str, float]
 
 
-METRICS = ("accuracy", "balanced_accuracy", "perplexity")  # every name that a task reports
+METRICS = ("accuracy", "balanced_accuracy", "perplexity")  # of all tasks
 
 
 def scores_in_row(row: Mapping[str, Any]) -> Metrics:
-    """Return what a row of the history holds of a task's metrics."""
+    """Return the metrics in a row of the history."""
     return {name: row[name] for name in METRICS if name in row}
 
 
 def format_scores(scores: Metrics, between: str = "  ") -> str:
-    """Return metrics in words."""
+    """Return metrics as text."""
     return between.join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in scores.items())
 
 
 @dataclass(frozen=True)
 class Task:
-    """How logits are judged.
+    """Losses and metrics of logits.
 
     Attributes:
         losses: (logits, labels) -> (examples,): the loss of each example on its own.
-        count: (logits, labels) -> counts that add up over batches.
-        metrics: the sum of the counts -> ``accuracy`` and one more.
+        count: (logits, labels) -> counts that can be summed over batches.
+        metrics: the sum of the counts -> ``accuracy`` and one more metric.
     """
 
     losses: Callable[[Tensor, Tensor], Tensor]
@@ -61,7 +61,7 @@ def accuracies(confusion: np.ndarray) -> Metrics:
 
 
 def _next_tokens(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (examples, vocabulary, tokens - 1) logits and the tokens that they should be."""
+    """Return (examples, vocabulary, tokens - 1) logits and the true next tokens."""
     return logits[:, :-1].transpose(1, 2), labels[:, 1:]
 
 

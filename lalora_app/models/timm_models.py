@@ -1,4 +1,4 @@
-"""timm's image classifiers: by the name of an architecture, or from a local folder."""
+"""Image classifiers of timm, by the name of an architecture or from a local folder."""
 
 import difflib
 import importlib
@@ -44,7 +44,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _from_class(folder: Path, settings: dict[str, Any], model: Model, num_labels: int) -> Any:
-    """Return a model of a class and its arguments, the weights without their head."""
+    """Return a model built from its class and arguments; its checkpoint has no head."""
     from safetensors.torch import load_file
 
     arguments = settings["kwargs"] | {"num_classes": num_labels}
@@ -97,11 +97,11 @@ def _head(base: Any, model: Model) -> str:
 
 @contextmanager
 def _attention(model: Model) -> Iterator[None]:
-    """Build with the config's attention; timm's own setting is the process's, and comes back."""
+    """Build with the config's attention, then restore timm's setting of the whole process."""
     from timm.layers import set_fused_attn, use_fused_attn
 
     before = use_fused_attn(), use_fused_attn(experimental=True)
-    # Swin's is among those that timm takes only where it is asked for.
+    # timm uses fused attention in Swin only if experimental kernels are enabled.
     set_fused_attn(enable=model.attention != "eager", experimental=model.attention == "sdpa")
     try:
         yield
@@ -116,7 +116,7 @@ def load_timm(model: Model, num_labels: int) -> Base:
         model: ``model.name`` is ``timm:`` and an architecture, whose weights come from the hub,
             or a folder with ``config.json`` (``architecture``; or ``class`` and ``kwargs``) and
             ``model.safetensors``.
-        num_labels: of the head.
+        num_labels: the number of labels of the head.
 
     Raises:
         ConfigError: if it cannot be found or loaded, or does not fit the config.

@@ -1,4 +1,4 @@
-"""Models of transformers: loaded by stock classes, with what their task needs."""
+"""Models of transformers, loaded by their stock classes, with tokenizer or image processor."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from lalora_app.models.scores import CLASSIFICATION, LANGUAGE_MODEL
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import Model
 
-_HEADS = ("classifier", "score")  # as PEFT's own task types call them
+_HEADS = ("classifier", "score")  # the names in PEFT's own task types
 
 
 @dataclass(frozen=True)
@@ -58,13 +58,13 @@ def auto_class(model: Model) -> str:
 
 
 def _with_weights(kind: Any, where: str, model: Model, **settings: Any) -> tuple[Any, set[str]]:
-    """Return the model, and the modules that its checkpoint does not have."""
+    """Return the model, and the names of the modules that its checkpoint lacks."""
     if model.attention != "auto":
         settings["attn_implementation"] = model.attention
     base, info = kind.from_pretrained(
         where,
         dtype=torch.float32,
-        ignore_mismatched_sizes=True,  # the checkpoint's own head is for other labels
+        ignore_mismatched_sizes=True,  # the checkpoint's head has other labels
         output_loading_info=True,
         **settings,
     )
@@ -134,11 +134,14 @@ def _tokenizer(where: str, model: Model, base: Any) -> Any:
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(where)
-    if len(tokenizer) <= len(tokenizer.all_special_ids):  # made up where there are no files
+    if len(tokenizer) <= len(
+        tokenizer.all_special_ids
+    ):  # transformers invents one if there are no files
         raise ConfigError(f'model.name="{model.name}" must come with a tokenizer')
     if model.task == "text-classification" and tokenizer.pad_token_id is None:
         raise ConfigError(f'model.name="{model.name}" must have a tokenizer with a padding token')
-    # Else a text with such a token would end a round that others would not: a refusal tells of it.
+    # A token outside the embedding table crashes the forward pass; the failed round would reveal
+    # that a text contains it.
     largest, rows = max(tokenizer.get_vocab().values()), base.get_input_embeddings().num_embeddings
     if largest >= rows:
         raise ConfigError(
@@ -152,7 +155,7 @@ def _tokenizer(where: str, model: Model, base: Any) -> Any:
             f"model.max-length={model.max_length} must be at most {longest}, the model's longest"
         )
     added = tokenizer.num_special_tokens_to_add(pair=True)
-    if model.max_length <= added:  # no text would be cut
+    if model.max_length <= added:  # the tokenizer would cut no text
         raise ConfigError(
             f"model.max-length={model.max_length} must be above {added}, the tokens that the "
             "tokenizer adds to a pair of texts"
@@ -161,9 +164,9 @@ def _tokenizer(where: str, model: Model, base: Any) -> Any:
 
 
 def _separator(tokenizer: Any, base: Any) -> int | None:
-    """Return the token behind which the tokenizer says that a pair's second text is.
+    """Return the token that ends the first text of a pair.
 
-    None: the model has no embedding of segments, or the tokenizer tells none, or by another rule.
+    None: the model has no segment embedding, or the tokenizer marks segments by another rule.
     """
     embedded = getattr(base.config, "type_vocab_size", 0) > 1
     pair = tokenizer("a", "b")
@@ -176,7 +179,7 @@ def _separator(tokenizer: Any, base: Any) -> int | None:
 
 @torch.no_grad()
 def _require_causal(base: Any, ids: Tensor, model: Model) -> None:
-    """Refuse a model whose tokens see later ones: padding would tell of the batch's other texts."""
+    """Refuse a model whose tokens attend to later ones: they would depend on the padding."""
     base.eval()
     whole, cut = (causal_logits(base, part, None) for part in (ids, ids[:, :-2]))
     if (whole[:, :-2] - cut).abs().max() > 1e-4 * whole.abs().max():
@@ -241,7 +244,7 @@ def load_transformers(model: Model, num_labels: int) -> Base:
     Args:
         model: ``model.name`` is a folder, a Hugging Face id or the demo's name; with
             ``model.weights="random"`` only its configuration and tokenizer are read.
-        num_labels: of the head; a language model has none.
+        num_labels: the number of labels of the head; a language model has none.
 
     Raises:
         ConfigError: if it cannot be found or loaded, or does not fit the config.
@@ -250,7 +253,7 @@ def load_transformers(model: Model, num_labels: int) -> Base:
 
     quiet_hub()
     where = source(model.name)
-    logging.set_verbosity_error()  # a fresh head is what we want, not worth a report
+    logging.set_verbosity_error()  # a fresh head is intended
     logging.disable_progress_bar()
     finish = _image_base if model.task == "image-classification" else _text_base
     try:

@@ -1,4 +1,4 @@
-"""A hash of this package's source, to refuse clients that run other code."""
+"""A hash of this package's source, for the refusal of clients with other code."""
 
 import hashlib
 from functools import lru_cache
@@ -7,7 +7,7 @@ from pathlib import Path
 
 @lru_cache(maxsize=1)
 def code_hash() -> str:
-    """Return a SHA-256 over this package's source: both sides must run the same code."""
+    """Return a SHA-256 over the source files of all folders of this package."""
     folder = Path(__file__).parents[1]
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*.py")):

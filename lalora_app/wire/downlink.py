@@ -1,9 +1,9 @@
-"""The way down: of the server's tensors a client is sent those that it does not hold.
+"""Downloads without the tensors that a client already holds.
 
-What a client holds is known by the hashes of its content, so that no counter can be wrong: after
-a valid reply the server takes the client to hold what that request said, and names by its hash
-what it leaves out of the next one. A client that does not hold it refuses, at no cost, and is
-sent everything the next time. Privacy: the server's tensors, kept as they came.
+After a valid reply the server assumes that the client holds the tensors of that request. The next
+request leaves out unchanged tensors and names them by the hash of their content. A client that
+does not hold them refuses at no privacy cost, and the next request holds all tensors.
+Privacy: these are the server's own tensors.
 """
 
 import hashlib
@@ -18,11 +18,11 @@ from lalora_app.wire.messages import ARRAYS, DRIFT
 from lalora_app.wire.tensors import to_record
 
 LEFT_OUT = "left-out"
-Parts = dict[str, Adapter]  # by kind; and the drift
+Parts = dict[str, Adapter]  # tensors by kind, and the drift
 
 
 def parts(adapter: Mapping[str, np.ndarray], drift: Mapping[str, np.ndarray]) -> Parts:
-    """Return what is sent or left out as one: all tensors of a kind, and the drift if any."""
+    """Return the units that are sent or left out whole: the tensors of each kind, and the drift."""
     found: Parts = {DRIFT: dict(drift)} if drift else {}
     for name, array in adapter.items():
         found.setdefault(kind(name), {})[name] = array
@@ -40,10 +40,10 @@ def content_hash(part: Mapping[str, np.ndarray]) -> str:
 
 @dataclass
 class Downlink:
-    """The server's side: what each node holds, as far as it has said.
+    """The server's record of the tensors that each node holds.
 
     Attributes:
-        bytes: of the tensors of each node's last request.
+        bytes: the size of the tensors in each node's last request.
     """
 
     bytes: dict[int, int] = field(default_factory=dict)
@@ -53,10 +53,10 @@ class Downlink:
     def records(
         self, node: int, adapter: Adapter, drift: Adapter
     ) -> dict[str, ArrayRecord | ConfigRecord]:
-        """Return the tensors of a request, and the hashes of those that it leaves out."""
+        """Return the tensors of a request, and the hashes of the tensors that it leaves out."""
         now = parts(adapter, drift)
         hashes = {part: content_hash(tensors) for part, tensors in now.items()}
-        held = self._held.pop(node, {})  # until it answers, nothing is known
+        held = self._held.pop(node, {})  # unknown until the node answers
         self._asked[node] = hashes
         left_out = {part: h for part, h in hashes.items() if held.get(part) == h}
         arrays: Adapter = {}
@@ -71,5 +71,5 @@ class Downlink:
         }
 
     def answered(self, nodes: Iterable[int]) -> None:
-        """Note whose valid replies have come: they hold what they were asked with."""
+        """Record that the nodes of valid replies hold the tensors of their requests."""
         self._held |= {node: self._asked[node] for node in nodes}

@@ -1,4 +1,4 @@
-"""What crosses the wire: record names, requests, replies, and the judgement of both."""
+"""Messages between server and clients: record names, requests, replies, and their checks."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from lalora_app.wire.same_model import MODEL, model_of, model_record
 from lalora_app.wire.tensors import WireError, from_record, to_record
 
 ARRAYS, CONFIG, METRICS, RUN_CONFIG = "arrays", "config", "metrics", "run"
-DRIFT = "drift"  # what has moved into the base since the run began
+DRIFT = "drift"  # the change of the frozen weights since the run began
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -31,7 +31,7 @@ def drift_of(content: RecordDict, like: Mapping[str, np.ndarray]) -> Adapter:
     """Unpack the drift of a request: nothing, or both factors of every layer, of any fitting rank.
 
     Args:
-        content: of the request.
+        content: the request's records.
         like: the client's own adapter, for names and widths.
 
     Raises:
@@ -56,11 +56,11 @@ class TrainRequest:
     """One round's order to one client.
 
     Attributes:
-        run: name of the run, stable over resumes; the ledger groups by it.
-        round: t, from 1, by successful aggregations; sets the phase.
-        attempt: rounds asked so far, this one included; sets the random streams of seeded runs.
-        steps_left: local steps planned for this client from now to the end of the run.
-        versions: how often each factor has been aggregated.
+        run: the run's name, the same after a resume; the ledger groups releases by it.
+        round: t, from 1, the number of successful aggregations plus one; it sets the phase.
+        attempt: the number of requested rounds, with this one; it seeds repeatable runs.
+        steps_left: the local steps planned for this client until the end of the run.
+        versions: the number of aggregations of each factor.
     """
 
     run: str
@@ -70,7 +70,7 @@ class TrainRequest:
     versions: Mapping[Factor, int]
 
     def record(self) -> ConfigRecord:
-        """Pack the order."""
+        """Return the order as a record."""
         numbers = {"round": self.round, "attempt": self.attempt, "steps-left": self.steps_left}
         versions = {f"version-{factor}": count for factor, count in self.versions.items()}
         return ConfigRecord({"run": self.run, **numbers, **versions})
@@ -80,7 +80,7 @@ def count_of(record: ConfigRecord, key: str, smallest: int, largest: float = mat
     """Read an integer.
 
     Raises:
-        WireError: if it is none, or not from ``smallest`` to ``largest``.
+        WireError: if it is no integer, or not from ``smallest`` to ``largest``.
     """
     value = record.get(key)
     if type(value) is not int or value < smallest:
@@ -91,7 +91,7 @@ def count_of(record: ConfigRecord, key: str, smallest: int, largest: float = mat
 
 
 def parse_request(content: RecordDict, config: Config) -> TrainRequest:
-    """Read a server's order; nothing of it is trusted, and it must keep to the run's own config.
+    """Read a server's order, checking every value against the run's own config.
 
     Raises:
         WireError: if a key is missing, mistyped or out of range.
@@ -111,11 +111,11 @@ def parse_request(content: RecordDict, config: Config) -> TrainRequest:
 
 
 def digest(content: RecordDict, config: Config) -> str:
-    """Return a SHA-256 of all that a request asks for; where the server keeps it plays no part.
+    """Return a SHA-256 of a whole request, without the server's output folders.
 
     Args:
-        content: of the request.
-        config: of its run.
+        content: the request's records.
+        config: the run's config.
     """
     config = replace(config, resume_from="none", output="", compare="none")
     records = (content.config_records.get(name, ConfigRecord()) for name in (CONFIG, MODEL))
@@ -128,33 +128,41 @@ def digest(content: RecordDict, config: Config) -> str:
 
 
 def refusal(key: str) -> RecordDict:
-    """Pack a refusal: a key of :data:`REFUSALS`, and nothing else."""
+    """Return a refusal, which holds one key of :data:`REFUSALS` and nothing else."""
     return RecordDict({CONFIG: ConfigRecord({"refusal": key if key in REFUSALS else "internal"})})
 
 
 @dataclass(frozen=True)
 class SiteHello:
-    """What a client says of itself before a run: a stable name, a rank, nothing of its data."""
+    """A client's answer to the query before a run.
+
+    Privacy: nothing of the client's data; the hashes are those of public weights.
+
+    Attributes:
+        client: the client's name, the same in every round.
+        rank: the rank of its adapter.
+        model: the SHA-256 of each part of its base model.
+    """
 
     client: str
     rank: int
     model: Mapping[str, str]
 
     def record(self) -> RecordDict:
-        """Pack the reply to a query."""
+        """Return the answer as records."""
         own = ConfigRecord({"client": self.client, "rank": self.rank, "code": code_hash()})
         return RecordDict({CONFIG: own, MODEL: model_record(self.model)})
 
 
 @dataclass(frozen=True)
 class TrainReply:
-    """What a round sends up: the synced tensors, and the accounting of this run.
+    """A client's upload of one round, with the accounting of this run.
 
     Attributes:
-        upload: synced factors and head; under secure aggregation one masked vector.
-        round: of the request.
-        epsilon: spent by this client in this run, rounded up to 0.01.
-        num_examples: only where the client has declared its size public.
+        upload: the synced factors and the head; under secure aggregation one masked vector.
+        round: the request's round.
+        epsilon: the ε that this client has spent in this run, rounded up to 0.01.
+        num_examples: the size of the client's data, if the client has declared it public.
     """
 
     upload: Mapping[str, np.ndarray]
@@ -163,7 +171,7 @@ class TrainReply:
     num_examples: int | None = None
 
     def record(self) -> RecordDict:
-        """Pack the reply."""
+        """Return the reply as records."""
         sizes = {} if self.num_examples is None else {"num-examples": self.num_examples}
         metrics = MetricRecord({"round": self.round, "epsilon": self.epsilon, **sizes})
         config = ConfigRecord({"code": code_hash()})
@@ -171,12 +179,15 @@ class TrainReply:
 
 
 def run_config(values: Mapping[str, Scalar]) -> ConfigRecord:
-    """Pack the keys and values of a run: many runs can share one Flower run, whose own are one."""
+    """Return the keys and values of a run as a record.
+
+    Each message carries them, because one Flower run may hold many runs of a comparison.
+    """
     return ConfigRecord({"run-config": json.dumps(dict(values))})
 
 
 def run_config_of(content: RecordDict) -> dict[str, object]:
-    """Read the run config of a message; nothing, where it carries none.
+    """Read the run config of a message; empty if the message has none.
 
     Raises:
         WireError: if it is not a JSON object.
@@ -195,7 +206,7 @@ def content_or_raise(reply: Message) -> RecordDict:
     """Return the content of a reply that carries neither an error nor a refusal.
 
     Raises:
-        WireError: saying which, or that the client runs other code.
+        WireError: with the error or refusal, or if the client runs other code.
     """
     if reply.has_error():
         raise WireError(f"error {reply.error.code} from the network or the client's process")
@@ -222,15 +233,15 @@ def parse_hello(reply: Message) -> SiteHello:
 
 
 def parse_reply(reply: Message, expected: Mapping[str, np.ndarray], t: int) -> TrainReply:
-    """Judge one client's reply on its own.
+    """Check one client's reply and read it.
 
     Args:
-        reply: as Flower delivers it.
+        reply: the message from Flower.
         expected: the tensors that round ``t`` syncs, for names, shapes and type.
-        t: the round that was asked for.
+        t: the requested round.
 
     Raises:
-        WireError: saying what is wrong with it; the caller drops it and goes on.
+        WireError: with the first fault; the caller drops the reply and goes on.
     """
     content = content_or_raise(reply)
     metrics = content.metric_records.get(METRICS, MetricRecord())

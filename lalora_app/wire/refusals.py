@@ -1,8 +1,8 @@
-"""The fixed sentences in which a client tells the server about a failure."""
+"""The fixed sentences with which a client reports a failure to the server."""
 
 from lalora_app.wire.tensors import WireError
 
-# All that a client ever says about a failure: fixed sentences, no values, no exception text.
+# Privacy: a refusal holds no value and no text of an exception.
 REFUSALS = {
     "budget": "a privacy limit of the client would be exceeded",
     "policy": "the client's policy does not allow this run; see the client's log",
@@ -30,7 +30,7 @@ REFUSALS = {
 
 
 class RefusedError(WireError):
-    """A client refuses; ``key`` is one of :data:`REFUSALS`."""
+    """A client's refusal; ``key`` is one of :data:`REFUSALS`."""
 
     def __init__(self, key: str):
         self.key = key if key in REFUSALS else "internal"

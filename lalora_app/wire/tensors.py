@@ -1,4 +1,4 @@
-"""Tensors on the wire: one array a tensor, and the judgement of every byte that comes in."""
+"""Tensors on the wire: one array per tensor, and the check of every received byte."""
 
 from collections.abc import Mapping
 
@@ -7,15 +7,15 @@ from flwr.app import Array, ArrayRecord
 
 from lalora_app.adapter.factors import Adapter
 
-_LARGEST = 1e6  # no factor that trains comes near it, and sums of such numbers stay finite
+_LARGEST = 1e6  # far above any trained factor; sums of such numbers stay finite
 
 
 class WireError(ValueError):
-    """A message that cannot be used; the text says why, and holds no private value."""
+    """A message that cannot be used; the text gives the reason and holds no private value."""
 
 
 def to_record(adapter: Mapping[str, np.ndarray]) -> ArrayRecord:
-    """Pack an adapter: one float32 array a tensor, under PEFT's names."""
+    """Return an adapter as a record: one float32 array per tensor, under PEFT's names."""
     return ArrayRecord({name: Array(np.ascontiguousarray(a)) for name, a in adapter.items()})
 
 
@@ -24,8 +24,8 @@ def _array(name: str, array: Array, like: np.ndarray) -> np.ndarray:
         raise WireError(
             f"{name} is {array.dtype}{tuple(array.shape)}, and must be {like.dtype}{like.shape}"
         )
-    # The bytes are judged, not parsed: exactly the header that this shape and type have, then
-    # the numbers. A parser could be made to raise almost anything, or to ask for gigabytes.
+    # The header must be exactly the one of this shape and type; it is compared and not parsed,
+    # because crafted bytes make a parser raise any error or allocate gigabytes.
     pattern = Array(np.zeros(like.shape, like.dtype))
     header = pattern.data[: len(pattern.data) - like.nbytes]
     fits = array.stype == pattern.stype and len(array.data) == len(pattern.data)
@@ -38,10 +38,10 @@ def _array(name: str, array: Array, like: np.ndarray) -> np.ndarray:
 
 
 def from_record(record: ArrayRecord, like: Mapping[str, np.ndarray]) -> Adapter:
-    """Unpack an adapter that must have the names, shapes and type of ``like``, and be finite.
+    """Return the adapter in a record, with the names, shapes and type of ``like``.
 
     Raises:
-        WireError: naming the first tensor that does not fit.
+        WireError: naming the first tensor that does not fit or is not finite.
     """
     for name in sorted(set(record) ^ set(like)):
         raise WireError(f"{name} is {'unexpected' if name in record else 'missing'}")
