@@ -4,7 +4,6 @@ import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
@@ -13,11 +12,14 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from lalora_app.data.encoded_cache import EncodedCache
 from lalora_app.data.examples import Examples
 from lalora_app.settings.errors import DataError
 
 IGNORED = -100  # the label of a position that has none, as in transformers
 UNLIMITED = sys.maxsize
+CACHE_BYTES = 1 << 30  # of each kind of encoded data, per process
+_TOKEN_BYTES, _ROW_BYTES = 36, 64  # a Python integer with its place in a tuple; an empty tuple
 Indices = Sequence[int] | np.ndarray
 
 
@@ -87,6 +89,10 @@ def padded_width(length: int, longest: int) -> int:
     return min(max(1 << (length - 1).bit_length(), 8), longest)
 
 
+def _bytes_of(rows: Sequence[Sequence[int]]) -> int:
+    return sum(_ROW_BYTES + _TOKEN_BYTES * len(row) for row in rows)
+
+
 def _padded(rows: Sequence[Sequence[int]], pad: int, width: int) -> tuple[Tensor, Tensor]:
     """Return (examples, tokens) ids, padded on the right, and their mask."""
     tensors = [torch.tensor(row) for row in rows]
@@ -115,6 +121,10 @@ class EncodedTexts(Encoded):
     def __len__(self) -> int:
         """Return the number of texts."""
         return len(self.labels)
+
+    def size_in_bytes(self) -> int:
+        """Return the approximate number of bytes of memory."""
+        return _bytes_of(self.tokens)
 
     def length(self, index: int) -> int:
         """Return a text's number of tokens."""
@@ -149,6 +159,10 @@ class EncodedSequences(Encoded):
     def __len__(self) -> int:
         """Return the number of texts."""
         return len(self.tokens)
+
+    def size_in_bytes(self) -> int:
+        """Return the approximate number of bytes of memory."""
+        return _bytes_of(self.tokens)
 
     def length(self, index: int) -> int:
         """Return a text's number of tokens."""
@@ -191,6 +205,10 @@ class EncodedImages(Encoded):
         """Return the number of images."""
         return len(self.labels)
 
+    def size_in_bytes(self) -> int:
+        """Return the approximate number of bytes of memory."""
+        return sum(stack.nbytes for stack in self.stacks) + 3 * _ROW_BYTES * len(self)
+
     def width(self, index: int) -> int:
         """Return the number of the stack of an image's size."""
         return self.places[index][0]
@@ -201,6 +219,10 @@ class EncodedImages(Encoded):
         rows = torch.tensor([self.places[i][1] for i in indices])
         labels = torch.tensor([self.labels[i] for i in indices])
         return Batch(self.stacks[stack][rows], None, labels)
+
+
+_TEXTS = EncodedCache[EncodedTexts](CACHE_BYTES)
+_SEQUENCES = EncodedCache[EncodedSequences](CACHE_BYTES)
 
 
 def _token_ids(examples: Examples, tokenizer: Any, max_length: int) -> tuple[tuple[int, ...], ...]:
@@ -220,22 +242,28 @@ def _token_ids(examples: Examples, tokenizer: Any, max_length: int) -> tuple[tup
     return tuple(map(tuple, ids))
 
 
-@lru_cache(maxsize=32)
 def encode_texts(examples: Examples, tokenizer: Any, max_length: int) -> EncodedTexts:
-    """Return texts to classify as token ids; kept for the process's next use.
+    """Return texts to classify as token ids; kept for the next call of this process.
 
     Raises:
-        DataError: if they are no texts, or a text has no token.
+        DataError: if the examples are images, or a text has no token.
     """
-    ids = _token_ids(examples, tokenizer, max_length)
-    return EncodedTexts(ids, examples.labels, tokenizer.pad_token_id, max_length)
+
+    def encode() -> EncodedTexts:
+        ids = _token_ids(examples, tokenizer, max_length)
+        return EncodedTexts(ids, examples.labels, tokenizer.pad_token_id, max_length)
+
+    return _TEXTS.get((examples.fingerprint, tokenizer, max_length), encode)
 
 
-@lru_cache(maxsize=32)
 def encode_sequences(examples: Examples, tokenizer: Any, max_length: int) -> EncodedSequences:
-    """Return texts to model as token ids; kept for the process's next use.
+    """Return texts for a language model as token ids; kept for the next call of this process.
 
     Raises:
-        DataError: if they are no texts, or a text has no token.
+        DataError: if the examples are images, or a text has no token.
     """
-    return EncodedSequences(_token_ids(examples, tokenizer, max_length), max_length)
+
+    def encode() -> EncodedSequences:
+        return EncodedSequences(_token_ids(examples, tokenizer, max_length), max_length)
+
+    return _SEQUENCES.get((examples.fingerprint, tokenizer, max_length), encode)

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,18 @@ class Examples:
         groups = tuple(self.groups[i] for i in rows if self.groups)
         return Examples(contents, labels, groups, tuple(map(self.row, rows)))
 
+    @cached_property
+    def fingerprint(self) -> str:
+        """A SHA-256 of contents and labels, computed once per object; a key for caches."""
+        found = hashlib.sha256(repr(self.labels).encode())
+        for content in self.contents:
+            raw = content if isinstance(content, bytes) else repr(content).encode()
+            found.update(f"{type(content).__name__} {len(raw)} ".encode())
+            found.update(raw)
+        return found.hexdigest()
+
     def row(self, index: int) -> int:
-        """Return where an example stands in the data that it was read from."""
+        """Return the position of an example in the data that it was read from."""
         return self.rows[index] if self.rows else index
 
 

@@ -2,14 +2,14 @@
 
 import io
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lalora_app.data.encoding import EncodedImages
+from lalora_app.data.encoded_cache import EncodedCache
+from lalora_app.data.encoding import CACHE_BYTES, EncodedImages
 from lalora_app.data.examples import Examples
 from lalora_app.settings.errors import DataError
 
@@ -60,12 +60,14 @@ def _stack(arrays: Sequence[np.ndarray]) -> Tensor:
     return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).contiguous()
 
 
-@lru_cache(maxsize=32)
-def encode_images(examples: Examples, resize: int, size: int) -> EncodedImages:
-    """Return decoded images; kept for the process's next use.
+_IMAGES = EncodedCache[EncodedImages](CACHE_BYTES)
 
-    Small squares stay as they are, for the model's device to resize. What becomes of an image
-    follows from that image alone, and from no other of the data.
+
+def encode_images(examples: Examples, resize: int, size: int) -> EncodedImages:
+    """Return decoded images; kept for the next call of this process.
+
+    Small squares stay as they are, for the model's device to resize. The pixels of an image depend
+    on that image alone, and on no other image of the data.
 
     Args:
         examples: the bytes of image files.
@@ -75,6 +77,11 @@ def encode_images(examples: Examples, resize: int, size: int) -> EncodedImages:
     Raises:
         DataError: if an image cannot be read.
     """
+    key = (examples.fingerprint, resize, size)
+    return _IMAGES.get(key, lambda: _encode(examples, resize, size))
+
+
+def _encode(examples: Examples, resize: int, size: int) -> EncodedImages:
     arrays = [
         _stored(_decoded(content, examples.row(i)), resize, size)
         for i, content in enumerate(examples.contents)
