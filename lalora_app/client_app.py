@@ -9,6 +9,7 @@ from flwr.clientapp import ClientApp
 
 from lalora_app.client import held_download, requests
 from lalora_app.privacy.budget import BudgetError
+from lalora_app.privacy.ledger import LedgerBusyError
 from lalora_app.privacy.policy import PolicyError
 from lalora_app.secagg import client as secagg
 from lalora_app.secagg.fixed_point import RangeError
@@ -24,6 +25,7 @@ _log = logging.getLogger("flwr")
 # The refusal of each kind of error; the first match counts.
 _REFUSAL_KEYS: tuple[tuple[type[Exception], str], ...] = (
     (BudgetError, "budget"),
+    (LedgerBusyError, "busy"),
     (PolicyError, "policy"),
     (ConfigError, "config"),
     (StageError, "stage"),

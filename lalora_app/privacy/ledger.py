@@ -4,38 +4,22 @@ import os
 import secrets
 import sqlite3
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.budget import BudgetError, Limit, check_limit
+from lalora_app.privacy.ledger_schema import create
 from lalora_app.settings.names import full_path
 
-_SCHEMA = """
-CREATE TABLE IF NOT EXISTS releases (
-    id INTEGER PRIMARY KEY,
-    time TEXT NOT NULL,
-    dataset TEXT NOT NULL,
-    run TEXT NOT NULL,
-    round INTEGER NOT NULL,
-    sampling_rate REAL NOT NULL,
-    noise_multiplier REAL NOT NULL,
-    count INTEGER NOT NULL CHECK (count > 0),
-    uid TEXT
-);
-CREATE INDEX IF NOT EXISTS releases_of ON releases (dataset, run);
-"""
-# Of ledgers from before lines had names: two copies that get them apart count twice when merged.
-_NAME_LINES = """
-BEGIN IMMEDIATE;
-UPDATE releases SET uid = lower(hex(randomblob(16))) WHERE uid IS NULL;
-CREATE UNIQUE INDEX IF NOT EXISTS release_names ON releases (uid);
-COMMIT;
-"""
 _COLUMNS = "time, dataset, run, round, sampling_rate, noise_multiplier, count, uid"
 _WAIT = 120.0  # seconds that a process waits for another one's transaction
+
+
+class LedgerBusyError(RuntimeError):
+    """Another process kept the ledger locked for too long; nothing was written."""
 
 
 class Reservation:
@@ -84,8 +68,7 @@ class Ledger:
         self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         with self._open() as db:
-            db.executescript(_SCHEMA)
-            _name_lines(db)
+            create(db)
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
@@ -95,6 +78,12 @@ class Ledger:
             # EXTRA also syncs the folder after a commit: FULL may lose it to a power cut.
             db.execute("PRAGMA synchronous = EXTRA")
             yield db
+        except sqlite3.OperationalError as error:
+            if _is_busy(error):
+                raise LedgerBusyError(
+                    f"{self.path} stayed locked by another process for {_WAIT:g} s"
+                ) from error
+            raise
         finally:
             db.close()
 
@@ -116,7 +105,7 @@ class Ledger:
 
     def releases(self, dataset: str, run: str | None = None) -> list[Release]:
         """Return what has been released about a dataset, in one run or in all."""
-        return [entry.release for entry in self.entries(dataset, run)]
+        return _releases(self.entries(dataset, run))
 
     def damage(self) -> str:
         """Return what SQLite finds wrong with the file; nothing if it is whole."""
@@ -124,6 +113,8 @@ class Ledger:
             try:
                 found = str(db.execute("PRAGMA integrity_check").fetchone()[0])
             except sqlite3.DatabaseError as error:  # too damaged to be checked
+                if _is_busy(error):
+                    raise
                 return str(error)
         return "" if found == "ok" else found
 
@@ -174,30 +165,47 @@ class Ledger:
         """
         count = max(planned, release.count)
         plan = Release(release.sampling_rate, release.noise_multiplier, count)
-        with self._exclusive() as db:
-            for limit, scope in ((run_limit, run), (node_limit, None)):
-                past = [entry.release for entry in _read(db, dataset, scope)]
-                check_limit(past, plan, limit, "run" if scope else "node")
-            if max_rounds is not None:
-                _check_run(_read(db, dataset, run), max_rounds)
+        while True:
+            # Accounting takes seconds: outside of the transaction, other processes may write.
+            seen = self.entries(dataset)
+            own = [entry for entry in seen if entry.run == run]
+            check_limit(_releases(own), plan, run_limit, "run")
+            check_limit(_releases(seen), plan, node_limit, "node")
             now = datetime.now(UTC)
+            if max_rounds is not None:
+                _check_run(own, max_rounds)
             if per_day is not None:
-                _check_day(_read(db, dataset, None), now, per_day)
+                _check_day(seen, now, per_day)
             uid = secrets.token_hex(16)
-            _write(db, LedgerEntry(_stamp(now), dataset, run, round_, release, uid))
-        return Reservation(release)
+            entry = LedgerEntry(_stamp(now), dataset, run, round_, release, uid)
+            if self._append_after(seen, entry):
+                return Reservation(release)
+
+    def _append_after(self, seen: list[LedgerEntry], entry: LedgerEntry) -> bool:
+        """Write an entry, unless its dataset has other entries than ``seen``.
+
+        Returns:
+            Whether it was written. If not, checks that were made with ``seen`` do not hold.
+        """
+        with self._exclusive() as db:
+            unchanged = _read(db, entry.dataset, None) == seen
+            if unchanged:
+                _write(db, entry)
+        return unchanged
+
+
+def _is_busy(error: sqlite3.Error) -> bool:
+    """Tell whether another process's lock is the reason; extended codes add a high byte."""
+    code = getattr(error, "sqlite_errorcode", 0)  # the sqlite3 module itself sets none
+    return code & 0xFF == sqlite3.SQLITE_BUSY
+
+
+def _releases(entries: list[LedgerEntry]) -> list[Release]:
+    return [entry.release for entry in entries]
 
 
 def _stamp(moment: datetime) -> str:
     return moment.isoformat(timespec="seconds")
-
-
-def _name_lines(db: sqlite3.Connection) -> None:
-    if "uid" not in {column[1] for column in db.execute("PRAGMA table_info(releases)")}:
-        with suppress(sqlite3.OperationalError):  # another process was faster
-            db.execute("ALTER TABLE releases ADD COLUMN uid TEXT")
-    if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'release_names'").fetchone():
-        db.executescript(_NAME_LINES)
 
 
 def _write(db: sqlite3.Connection, entry: LedgerEntry) -> None:

@@ -5,6 +5,7 @@ from lalora_app.wire.tensors import WireError
 # Privacy: a refusal holds no value and no text of an exception.
 REFUSALS = {
     "budget": "a privacy limit of the client would be exceeded",
+    "busy": "the client's ledger is in use by another process; try again later",
     "policy": "the client's policy does not allow this run; see the client's log",
     "config": "the run config or the node config breaks a law; see the client's log",
     "data": "a client must have at least one example",

@@ -21,6 +21,7 @@ from lalora_app.privacy import ledger as book_file
 from lalora_app.privacy.accounting import Release, calibrate, epsilon
 from lalora_app.privacy.budget import BudgetError, Limit, noise_for
 from lalora_app.privacy.ledger import Ledger, Reservation
+from lalora_app.privacy.ledger_schema import SCHEMA
 
 DELTA = 1e-5
 
@@ -238,7 +239,7 @@ def test_merging_adds_what_is_missing_and_counts_nothing_twice(ledger, tmp_path)
 def test_a_ledger_from_before_lines_had_names_keeps_every_line(tmp_path):
     path = tmp_path / "old.sqlite"
     db = sqlite3.connect(path)
-    db.executescript(book_file._SCHEMA.replace(",\n    uid TEXT", ""))
+    db.executescript(SCHEMA.replace(",\n    uid TEXT", ""))
     row = ("2026-01-01T00:00:00+00:00", "data", "run", 1, 0.1, 1.5, 4)
     db.executemany(
         "INSERT INTO releases (time, dataset, run, round, sampling_rate, noise_multiplier, count) "
