@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import tomllib
 from collections.abc import Callable
 from contextlib import contextmanager
@@ -9,12 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from lalora_app.settings.errors import DataError
 from lalora_app.settings.run_config import Config, Data, from_tables, parse
 
-torch.set_num_threads(1)  # the models are tiny, and threads that wait for each other are slow
+# The models are tiny, and threads that wait for each other are slow. torch reads this when a test
+# module imports it: the controller of xdist runs no test, and must not wait for that import.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -52,6 +54,7 @@ def make_config(**changes) -> Config:
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> str:
     """Folder of a 2-layer BERT of width 16 with a word tokenizer."""
+    import torch
     from transformers import BertConfig, BertForSequenceClassification, BertTokenizerFast
 
     folder = tmp_path_factory.mktemp("tiny-bert")
@@ -84,26 +87,30 @@ def tiny_data(tmp_path_factory) -> str:
     return str(path)
 
 
+@pytest.fixture(scope="session")
+def tiny_keys(tiny_model, tiny_data) -> dict[str, object]:
+    """Config keys of a short run on the tiny model and data."""
+    return {
+        "model.name": tiny_model,
+        "model.pooling": "model",
+        "model.max-length": 12,
+        "data.name": tiny_data,
+        "data.dirichlet-alpha": 1e9,
+        "lora.rank": 2,
+        "lora.alpha": 2.0,
+        "num-server-rounds": 2,
+        "train.local-steps": 2,
+        "train.batch-size": 8,
+    }
+
+
 @pytest.fixture
-def tiny(tiny_model, tiny_data, tmp_path, monkeypatch):
+def tiny(tiny_keys, tmp_path, monkeypatch):
     """Config factory on the tiny model and data; output and ledger in the test's own folder."""
     monkeypatch.setenv("LALORA_HOME", str(tmp_path / "home"))
 
     def build(**changes) -> Config:
-        base = {
-            "model.name": tiny_model,
-            "model.pooling": "model",
-            "model.max-length": 12,
-            "data.name": tiny_data,
-            "data.dirichlet-alpha": 1e9,
-            "lora.rank": 2,
-            "lora.alpha": 2.0,
-            "num-server-rounds": 2,
-            "train.local-steps": 2,
-            "train.batch-size": 8,
-            "output": str(tmp_path / "out"),
-        }
-        return make_config(**(base | changes))
+        return make_config(**(tiny_keys | {"output": str(tmp_path / "out")} | changes))
 
     return build
 
@@ -119,6 +126,7 @@ def save_tokenizer(folder: Path, **options) -> None:
 @pytest.fixture(scope="session")
 def tiny_llama(tmp_path_factory) -> str:
     """Folder of a 2-layer Llama of width 16 with the word tokenizer."""
+    import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     folder = tmp_path_factory.mktemp("tiny-llama")
@@ -140,6 +148,7 @@ def tiny_llama(tmp_path_factory) -> str:
 @pytest.fixture(scope="session")
 def tiny_gpt2(tmp_path_factory) -> str:
     """Folder of a 2-layer GPT-2 of width 16 with the word tokenizer."""
+    import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
     folder = tmp_path_factory.mktemp("tiny-gpt2")
@@ -184,6 +193,7 @@ def timm_class(kind: str, **changes):
 @pytest.fixture(scope="session")
 def tiny_timm(tmp_path_factory) -> dict[str, str]:
     """Folders of a tiny Swin and a tiny ViT of timm, weights without their head."""
+    import torch
     from safetensors.torch import save_file
 
     folders = {}
@@ -201,6 +211,7 @@ def tiny_timm(tmp_path_factory) -> dict[str, str]:
 @pytest.fixture(scope="session")
 def tiny_vit(tmp_path_factory) -> str:
     """Folder of a 2-layer ViT of transformers with a head of five labels."""
+    import torch
     from transformers import ViTConfig, ViTForImageClassification, ViTImageProcessor
 
     folder = tmp_path_factory.mktemp("tiny-hf-vit")
@@ -328,7 +339,7 @@ def rounds(monkeypatch):
 
 @pytest.fixture
 def no_report(monkeypatch):
-    """Leave out the page of a run: drawing it takes longer than a tiny run."""
-    from lalora_app.server import ending
+    """Runs over FakeGrid draw no page."""
+    from helpers.app_runs import do_not_draw_the_report
 
-    monkeypatch.setattr(ending, "_write_report", lambda folder: None)
+    do_not_draw_the_report(monkeypatch)

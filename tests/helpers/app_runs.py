@@ -22,7 +22,7 @@ from lalora_app.data.examples import split
 from lalora_app.methods.table import METHODS
 from lalora_app.privacy.ledger import Ledger, state_folder
 from lalora_app.results.run_folder import RunFolder
-from lalora_app.server import enrolment
+from lalora_app.server import ending, enrolment
 from lalora_app.settings.run_config import Config, flatten, parse
 from lalora_app.wire import messages
 
@@ -34,6 +34,11 @@ def do_not_wait_for_nodes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let a run begin at once: the nodes of a FakeGrid are all there from the start."""
     monkeypatch.setattr(enrolment, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(server_app, "SETTLE_SECONDS", 0.0)
+
+
+def do_not_draw_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out the page of a run: drawing it takes longer than a tiny run."""
+    monkeypatch.setattr(ending, "_write_report", lambda folder: None)
 
 
 def sized(clients: int = 2, **changes):

@@ -22,6 +22,7 @@ from flwr.common.serde import (
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
+import helpers.shared_accounting  # noqa: F401
 from lalora_app import client_app
 from lalora_app.settings.run_config import Config, flatten
 

@@ -156,7 +156,7 @@ def test_a_refused_run_leaves_no_folder(refused, tmp_path):
 
 
 def test_a_run_tells_how_many_test_texts_are_cut(tiny, caplog):
-    config = tiny(**{"model.max-length": 5, "num-server-rounds": 1})
+    config = tiny(**open_run(**{"model.max-length": 5, "num-server-rounds": 1}))
     with caplog.at_level("WARNING", "flwr"):
         server_app.run(FakeGrid(config, 2), config)
     found = re.search(r"(\d+) of (\d+) test texts fill model\.max-length=5 tokens", caplog.text)

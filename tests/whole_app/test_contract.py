@@ -54,22 +54,11 @@ WIDE = [name if name in QUICK else pytest.param(name, marks=pytest.mark.wide) fo
 
 
 @pytest.fixture(scope="module", params=WIDE)
-def finished(request, tmp_path_factory, tiny_model, tiny_data):
+def finished(request, tmp_path_factory, tiny_keys):
     """Every method, three rounds of two steps, two clients."""
     folder = tmp_path_factory.mktemp("contract")
-    config = make_config(
-        **{
-            "model.name": tiny_model,
-            "model.pooling": "model",
-            "model.max-length": 12,
-            "data.name": tiny_data,
-            "lora.rank": 2,
-            "lora.alpha": 2.0,
-            "train.local-steps": 2,
-            "output": str(folder / "out"),
-        }
-        | sized(method=request.param),
-    )
+    output = {"output": str(folder / "out")}
+    config = make_config(**(tiny_keys | sized(method=request.param) | output))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LALORA_HOME", str(folder / "home"))
         do_not_wait_for_nodes(patch)

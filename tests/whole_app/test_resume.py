@@ -1,12 +1,14 @@
 """Test crashes of the server, resumed runs, and repeated requests."""
 
 import re
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, RecordDict
 
+from conftest import make_config
 from helpers.app_runs import (
     DELTA,
     EPSILON,
@@ -16,6 +18,8 @@ from helpers.app_runs import (
     cohorts,
     crash_after_training,
     crash_before,
+    do_not_draw_the_report,
+    do_not_wait_for_nodes,
     fresh,
     interrupted,
     ledger_entries,
@@ -41,6 +45,32 @@ CRASHES = {
 }
 
 
+RESUMED = {
+    "privacy.noise": "seeded",
+    "num-server-rounds": 4,
+    "fraction-train": 0.5,  # of 4 clients: everyone takes part twice, with 3 steps
+    "train.local-steps": 3,
+    "train.batch-size": 6,
+}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory, tiny_keys):
+    """Return the run of a method that nothing interrupts, made once."""
+
+    @cache
+    def whole(method):
+        folder = tmp_path_factory.mktemp(method)
+        own = {"method": method, "output": str(folder / "out")}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("LALORA_HOME", str(folder / "home"))
+            do_not_wait_for_nodes(patch)
+            do_not_draw_the_report(patch)
+            return run(make_config(**(tiny_keys | sized() | RESUMED | own)), 4)
+
+    return whole
+
+
 @pytest.mark.parametrize(
     ("method", "moment"),
     [
@@ -49,19 +79,9 @@ CRASHES = {
         ("sd-lora", "before a round"),
     ],
 )
-def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
-    tiny, tmp_path, monkeypatch, method, moment
-):
-    changes = {
-        "method": method,
-        "privacy.noise": "seeded",
-        "num-server-rounds": 4,
-        "fraction-train": 0.5,  # of 4 clients: everyone takes part twice, with 3 steps
-        "train.local-steps": 3,
-        "train.batch-size": 6,
-    }
-    whole = run(fresh(tiny, tmp_path, monkeypatch, "whole", **changes), 4)
-    config = fresh(tiny, tmp_path, monkeypatch, "halves", **changes)
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tiny, uninterrupted, method, moment):
+    whole = uninterrupted(method)
+    config = tiny(**sized(method=method) | RESUMED)
     first, later = interrupted(config, 4, **CRASHES[moment])
     assert cohorts(first.grid).keys() >= {1, 2}
     assert (first.folder.latest().round, first.folder.latest().attempts) == (2, 2)
@@ -94,7 +114,7 @@ def test_a_round_that_was_answered_is_answered_again_and_costs_nothing(tiny, rou
 
 
 def test_another_request_is_never_answered_with_an_old_reply(tiny, rounds):
-    done = run(tiny(**sized() | {"num-server-rounds": 1}))
+    done = run(tiny(**open_run() | {"num-server-rounds": 1}))
     exchange = done.grid.trained(1)[0]
     node = exchange.request.metadata.dst_node_id
     content = dict(exchange.request.content)
@@ -111,9 +131,8 @@ def test_another_request_is_never_answered_with_an_old_reply(tiny, rounds):
         before = len(rounds)
         message = Message(RecordDict(content | change), dst_node_id=node, message_type="train")
         reply = client_app.app(message, done.grid.contexts[node])
-        told = reply.content["config"].get("refusal")  # a budget that is spent is an answer too
-        assert (len(rounds), told) in ((before + 1, None), (before, "budget"))
-    assert len(rounds) > 2
+        assert messages.ARRAYS in reply.content
+        assert len(rounds) == before + 1
 
 
 def test_a_repeated_round_costs_more_noise_and_not_more_epsilon(tiny, tmp_path, monkeypatch):
