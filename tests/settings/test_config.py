@@ -1,4 +1,4 @@
-"""The run config: defaults, presets, and one honest line for every value that cannot be."""
+"""The run config: defaults, presets, and a one-line error for every value that is not allowed."""
 
 import math
 import tomllib

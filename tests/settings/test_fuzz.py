@@ -1,4 +1,4 @@
-"""Whatever bytes or values come in, a parser answers or raises its own error, and nothing else.
+"""For arbitrary bytes and values, every parser returns a result or raises its own error.
 
 LALORA_FUZZ=15000 pytest tests/settings/test_fuzz.py    # 105,000 inputs in all
 """
