@@ -240,7 +240,7 @@ def to_html(records: Sequence[Record], title: str) -> str:
         legend=_LEGEND,
         notes=_notes(records),
         bands=any(row.seeds > 1 for row in rows),
-        all_charts=all_charts(records),
+        charts=all_charts(records),
         **_differences(records),
     )
 
