@@ -33,7 +33,7 @@ def clip_scales(norms: Tensor, clip_norm: float) -> Tensor:
         norms: (examples,), the norm of each example over all active tensors together.
         clip_norm: C. Limit: inf gives 1 for every finite norm.
 
-    A norm that is not finite gets the factor 0.
+    C is reduced by ``CLIP_MARGIN``. A norm that is not finite gets the factor 0.
     """
     scales = (clip_norm * CLIP_MARGIN / norms).clamp(max=1.0)  # norm 0: inf, clamped to 1
     return scales.nan_to_num_(nan=0.0)  # norm nan: nan; norm inf: C/inf = 0, or inf/inf = nan

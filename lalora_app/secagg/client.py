@@ -2,7 +2,7 @@
 
 * :func:`advertise_keys`: create two key pairs and send their public keys.
 * :func:`share_secrets`: split the mask key and the mask seed into shares, encrypted for the others.
-* :func:`send_masked`: train, and send the update plus masks.
+* :func:`send_masked`: after training, send the update plus masks.
 * :func:`unmask`: send one share per client, with which the server removes the masks of the sum.
 
 A stage out of order raises `StageError`. So no attempt trains twice, no mask is used for two

@@ -26,7 +26,7 @@ class RangeError(ValueError):
 
 
 def max_level(clients: int) -> int:
-    """Return the largest integer such that a sum of ``clients`` of them fits a signed 32 bits."""
+    """Return the largest integer n with ``clients``·n < 2^31."""
     return (2**31 - 1) // clients
 
 
