@@ -39,7 +39,7 @@ def clip_scales(norms: Tensor, clip_norm: float) -> Tensor:
     return scales.nan_to_num_(nan=0.0)  # norm nan: nan; norm inf: C/inf = 0, or inf/inf = nan
 
 
-def _may_be_any(chosen: Tensor) -> bool:
+def _may_contain_true(chosen: Tensor) -> bool:
     """Return False only if no entry is true; on a GPU always True, to avoid a synchronisation."""
     return chosen.device.type != "cpu" or torch.compiler.is_compiling() or bool(chosen.any())
 
@@ -60,7 +60,7 @@ def clipped_sum(grads: PerExampleGrads, clip_norm: float) -> dict[str, Tensor]:
     """
     scales = clip_scales(grads.norms(), clip_norm)
     dropped = scales == 0
-    if _may_be_any(dropped):
+    if _may_contain_true(dropped):
         grads = grads.zero_examples(dropped)
     return grads.weighted_sum(scales)
 
