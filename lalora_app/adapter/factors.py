@@ -43,7 +43,7 @@ def factor_pairs(adapter: Iterable[str]) -> Iterator[tuple[str, str]]:
             yield name, sibling(name, "A")
 
 
-def truncate_to_rank(adapter: Mapping[str, Array], rank: int, full: int) -> Adapter:
+def to_rank(adapter: Mapping[str, Array], rank: int, full: int) -> Adapter:
     """Return the first ``rank`` columns of B and rows of A, rescaled for a client of that rank.
 
     A model of rank r multiplies B·A by the LoRA scale α/r. B is multiplied by rank/full here, so
@@ -65,10 +65,10 @@ def truncate_to_rank(adapter: Mapping[str, Array], rank: int, full: int) -> Adap
     return cut
 
 
-def rescale_to_full_rank(upload: Mapping[str, Array], rank: int, full: int) -> Adapter:
+def from_rank(upload: Mapping[str, Array], rank: int, full: int) -> Adapter:
     """Return a client's factors for the LoRA scale of the ``full`` rank: B times full/rank.
 
-    Inverse of the rescaling in :func:`truncate_to_rank`; shapes stay the client's.
+    Inverse of the rescaling in :func:`to_rank`; shapes stay the client's.
     """
     if rank == full:
         return dict(upload)

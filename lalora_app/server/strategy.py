@@ -10,14 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from lalora_app.adapter.factors import (
-    Adapter,
-    Factors,
-    num_bytes,
-    rescale_to_full_rank,
-    select,
-    truncate_to_rank,
-)
+from lalora_app.adapter.factors import Adapter, Factors, from_rank, num_bytes, select, to_rank
 from lalora_app.adapter.low_rank import add_to_drift
 from lalora_app.aggregation.measured_error import AggregationErrors, aggregation_errors
 from lalora_app.aggregation.rule import RoundInfo
@@ -122,7 +115,7 @@ class FederatedLora(Strategy):
 
     def download(self, client: int) -> Adapter:
         """Return the global adapter at a client's rank."""
-        return truncate_to_rank(self.state.adapter, self._rank(client), self.config.lora.rank)
+        return to_rank(self.state.adapter, self._rank(client), self.config.lora.rank)
 
     def _synced(self) -> Factors:
         """Return the factors that clients send in the current attempt."""
@@ -191,9 +184,7 @@ class FederatedLora(Strategy):
         """Return the clients' weights and tensors, scaled from each client's rank to lora.rank."""
         asked, full = self._asked(), self.config.lora.rank
         ranks = {node: self._rank(asked[node]) for node in accepted}
-        uploads = [
-            rescale_to_full_rank(r.upload, ranks[node], full) for node, r in accepted.items()
-        ]
+        uploads = [from_rank(r.upload, ranks[node], full) for node, r in accepted.items()]
         return self._weights(list(accepted.values())), uploads
 
     def aggregate_uploads(self, accepted: dict[int, TrainReply]) -> AggregationErrors:
