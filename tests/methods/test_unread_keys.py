@@ -2,6 +2,7 @@
 
 import logging
 
+import numpy as np
 import pytest
 
 from conftest import defaults
@@ -105,7 +106,7 @@ def result(tiny):
 def one_round(config, model, data, state, t):
     """The state after round ``t``, as the strategy computes it from two uploads.
 
-    The second upload is half of the first: a correction of the mean then has an effect.
+    The second upload is the first with its rows rotated: a correction then has an effect.
     """
     method, rank = METHODS[config.method], config.lora.rank
     whole = local_round.run_round(
@@ -120,7 +121,7 @@ def one_round(config, model, data, state, t):
     sent = method.sent(t, last=False)
     info = RoundInfo(t=t, rounds=4, seed=0, numbers=config.rule)
     upload = select(whole, sent)
-    uploads = [upload, {name: array / 2 for name, array in upload.items()}]
+    uploads = [upload, {name: np.roll(array, 1, axis=0) for name, array in upload.items()}]
     new = method.aggregate(state.adapter, [1.0, 1.0], uploads, info)
     scale = config.lora.alpha / rank
     drift = add_to_drift(state.drift, new.fold, scale) if new.fold else None
