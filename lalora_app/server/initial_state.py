@@ -14,7 +14,7 @@ def initial_state(config: Config, model: Backbone, public: Encoded, start: Adapt
 
     Args:
         config: the run's config.
-        model: the backbone as the run starts.
+        model: the backbone; the start is loaded into it.
         public: the encoded examples of the public test split.
         start: the initial adapter of :func:`~lalora_app.models.backbone.build`.
 
@@ -22,5 +22,6 @@ def initial_state(config: Config, model: Backbone, public: Encoded, start: Adapt
     """
     if not method_of(config).calibrates:
         return ServerState(start)
+    model.load(start)  # an earlier run in this process may have moved the base
     adapter, drift = losa_adapter_and_drift(model, public, start, config.rule)
     return ServerState(adapter, drift=drift)
