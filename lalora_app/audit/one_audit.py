@@ -6,15 +6,14 @@ from dataclasses import dataclass, replace
 
 from lalora_app.audit import published_mechanism
 from lalora_app.audit.broken_mechanisms import BROKEN
+from lalora_app.audit.counted_releases import CountedReleases, counted_releases
 from lalora_app.audit.estimators import counted_p_value
 from lalora_app.audit.findings import AuditReport, AuditRow
 from lalora_app.audit.step_attack import (
     ATTACKS,
     Bound,
-    CountedReleases,
     bounded,
     by_curve,
-    counted_releases,
     observe,
     observe_single_canary,
     real_step,

@@ -4,18 +4,15 @@ Each canary is in the data or not, by a coin. The attack guesses the coins from 
 the correct guesses give a lower bound on ε (Steinke et al., arXiv:2305.08846).
 """
 
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from lalora_app.audit.canaries import SPREAD, Canaries, CanaryBackbone, CanaryBatch, CanaryData
+from lalora_app.audit.counted_releases import CountedReleases
 from lalora_app.audit.estimators import AttackErrors, Guesses, one_run, roc, subsampled
-from lalora_app.privacy.accounting import Release, epsilon
-from lalora_app.privacy.budget import Limit, noise_for
-from lalora_app.privacy.ledger import Ledger, Reservation
+from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.randomness import seed_of, seeded
 from lalora_app.private_step.gradients import NoisedGrads
 from lalora_app.private_step.step import PrivateData, PrivateModel, RandomStreams, private_gradient
@@ -63,52 +60,6 @@ def real_step(inputs: StepInputs) -> NoisedGrads:
         micro_batch=_MICRO_BATCH,
         streams=inputs.streams,
     )
-
-
-@dataclass(frozen=True)
-class CountedReleases:
-    """The releases of a run in the ledger, and their promise.
-
-    Attributes:
-        release: sampling rate, noise multiplier, and the number of all releases.
-        delta: δ of the promise.
-        epsilon: ε of all releases by the ledger: the upper bound.
-        clip_norm: C.
-    """
-
-    release: Release
-    delta: float
-    epsilon: float
-    clip_norm: float
-
-
-def counted_releases(
-    limit: Limit, *, rate: float, rounds: int, steps: int, clip_norm: float
-) -> CountedReleases:
-    """Return a run's releases, counted in a temporary ledger as a client counts them.
-
-    Args:
-        limit: ε and δ of the run.
-        rate: the client's sampling rate q.
-        rounds: number of rounds in which the client takes part.
-        steps: local steps per round.
-        clip_norm: C.
-    """
-    total = rounds * steps
-    unlimited = Limit(float("inf"), limit.delta)
-    with tempfile.TemporaryDirectory() as folder:
-        ledger = Ledger(Path(folder) / "ledger.sqlite")
-        for t in range(1, rounds + 1):
-            past, left = ledger.releases("audit", "audit"), total - steps * (t - 1)
-            noise = noise_for(past, limit, sampling_rate=rate, steps=left)
-            ledger.reserve(
-                *("audit", "audit", t, Release(rate, noise, steps)),
-                planned=left,
-                run_limit=limit,
-                node_limit=unlimited,
-            )
-        spent = epsilon(ledger.releases("audit", "audit"), limit.delta)
-    return CountedReleases(Release(rate, noise, total), limit.delta, spent, clip_norm)
 
 
 @dataclass(frozen=True)

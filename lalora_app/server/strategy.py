@@ -188,11 +188,7 @@ class FederatedLora(Strategy):
         return self._weights(list(accepted.values())), uploads
 
     def aggregate_uploads(self, accepted: dict[int, TrainReply]) -> AggregationErrors:
-        """Move the state on by one round, and measure the error of the aggregation.
-
-        Args:
-            accepted: the valid replies by node, in the order of the clients' names.
-        """
+        """Move the state on by one round's replies, by node; measure the aggregation's error."""
         full, config, synced = self.config.lora.rank, self.config, self._synced()
         weights, uploads = self._uploads(accepted)
         before = self.state.adapter

@@ -13,6 +13,7 @@ from conftest import make_config
 from lalora_app.audit import one_audit, published_mechanism
 from lalora_app.audit.broken_mechanisms import BROKEN
 from lalora_app.audit.canaries import SPREAD, Canaries
+from lalora_app.audit.counted_releases import CountedReleases, counted_releases
 from lalora_app.audit.estimators import (
     AttackErrors,
     Guesses,
@@ -28,11 +29,9 @@ from lalora_app.audit.estimators import (
 from lalora_app.audit.findings import SURE, AuditReport, AuditRow
 from lalora_app.audit.step_attack import (
     ATTACKS,
-    CountedReleases,
     Observed,
     attack_errors,
     bounded,
-    counted_releases,
     guessed,
     likelihood,
     observe,
