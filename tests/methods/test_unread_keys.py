@@ -7,7 +7,6 @@ import pytest
 
 from conftest import defaults
 from helpers.app_runs import local_steps, open_run, run, same_bits
-from lalora_app import server_app
 from lalora_app.adapter.factors import select
 from lalora_app.adapter.low_rank import add_to_drift
 from lalora_app.aggregation.rule import RoundInfo
@@ -20,7 +19,8 @@ from lalora_app.models.backbone import build
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.randomness import seeded
-from lalora_app.private_step.step import Streams
+from lalora_app.private_step.step import RandomStreams
+from lalora_app.server.initial_state import initial_state
 
 OTHER = {
     "train.optimizer": "adamw",
@@ -95,7 +95,7 @@ def result(tiny):
         model, start = build(config)
         encoded = model.encode(split(config.data)[1])
         data = EncodedTexts(encoded.tokens[:EXAMPLES], encoded.labels[:EXAMPLES], encoded.pad)
-        state = server_app._begin(config, model, data, start)
+        state = initial_state(config, model, data, start)
         for t in range(1, 5):
             state = one_round(config, model, data, state, t)
         return state.adapter | {f"drift {name}": array for name, array in state.drift.items()}
@@ -116,7 +116,7 @@ def one_round(config, model, data, state, t):
         state.drift,
         local=local_steps(config, t),
         reservation=Reservation(Release(1.0, 0.0, config.train.local_steps)),
-        streams=Streams(seeded(0, "sampling"), seeded(0, "noise")),
+        streams=RandomStreams(seeded(0, "sampling"), seeded(0, "noise")),
     )
     sent = method.sent(t, last=False)
     info = RoundInfo(t=t, rounds=4, seed=0, numbers=config.rule)
