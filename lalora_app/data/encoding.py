@@ -16,7 +16,7 @@ from lalora_app.data.encoded_cache import EncodedCache
 from lalora_app.data.examples import Examples
 from lalora_app.settings.errors import DataError
 
-IGNORED = -100  # the label of a position that has none, as in transformers
+IGNORED = -100  # label of a position without a label, as in transformers
 UNLIMITED = sys.maxsize
 CACHE_BYTES = 1 << 30  # of each kind of encoded data, per process
 _TOKEN_BYTES, _ROW_BYTES = 36, 64  # a Python integer with its place in a tuple; an empty tuple
@@ -25,11 +25,11 @@ Indices = Sequence[int] | np.ndarray
 
 @dataclass(frozen=True)
 class Batch:
-    """What the model takes, and what it should say.
+    """The model's inputs and the expected outputs.
 
     Attributes:
         inputs: token ids (examples, tokens), or pixels (examples, 3, height, width) of 0 to 255.
-        mask: (examples, tokens), 1 on tokens and 0 on padding; None where nothing is masked.
+        mask: (examples, tokens), 1 on tokens and 0 on padding; None: nothing is masked.
         labels: (examples,), or (examples, tokens) for a language model.
     """
 
@@ -47,34 +47,35 @@ class Encoded(ABC):
 
     @abstractmethod
     def batch(self, indices: Indices, width: int = 0) -> Batch:
-        """Return the given examples, texts with padding up to ``width`` tokens at least."""
+        """Return the given examples; texts are padded to at least ``width`` tokens."""
 
     def length(self, index: int) -> int:
-        """Return what batches are sorted by, so that little is padded."""
+        """Return the number by which batches are sorted, so that little is padded."""
         return 0
 
     @abstractmethod
     def width(self, index: int) -> int:
-        """Return what an example has in common with all of its micro-batch.
+        """Return the width that all examples of one micro-batch must share.
 
-        Privacy: it follows from the example alone. Were a text padded to the longest of its batch,
-        weights with which padding is not harmless would let one example change the others.
+        Privacy: the width depends on the example alone. Some models react to padding; if a text
+        were padded to the longest of its batch, one example could change the gradients of others,
+        beyond the clip norm.
         """
 
     def full(self) -> int:
-        """Return how many texts are as long as a text may be, so that some of them were cut."""
+        """Return the number of texts at the maximal length, some of which were cut."""
         return 0
 
     def ordered(self, indices: Iterable[int]) -> list[int]:
-        """Return indices in the order in which batches take them."""
+        """Return the indices sorted by width, then by length."""
         return sorted(indices, key=lambda index: (self.width(index), self.length(index)))
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """Yield every example once, by length."""
+        """Yield every example once, sorted by length."""
         yield from self.micro_batches(range(len(self)), size)
 
     def micro_batches(self, indices: Iterable[int], size: int) -> Iterator[Batch]:
-        """Yield the given examples in parts of at most ``size``, by length; each of one width."""
+        """Yield the given examples in micro-batches of one width and at most ``size`` examples."""
         for width, alike in groupby(self.ordered(indices), key=self.width):
             part = list(alike)
             for start in range(0, len(part), size):
@@ -82,9 +83,10 @@ class Encoded(ABC):
 
 
 def padded_width(length: int, longest: int) -> int:
-    """Return the tokens that a text is padded to: 8, 16, 32 and so on.
+    """Return the padded length of a text in tokens: 8, 16, 32 and so on.
 
-    Few widths: each costs a micro-batch. Limit: never more than ``longest``, which no text exceeds.
+    Powers of two give few widths, and each width costs a micro-batch. Limit: ``longest``, which no
+    text exceeds.
     """
     return min(max(1 << (length - 1).bit_length(), 8), longest)
 
@@ -104,13 +106,13 @@ def _padded(rows: Sequence[Sequence[int]], pad: int, width: int) -> tuple[Tensor
 
 @dataclass(frozen=True)
 class EncodedTexts(Encoded):
-    """Texts to be classified, as token ids.
+    """Texts for classification, as token ids.
 
     Attributes:
-        tokens: ids of each text.
+        tokens: token ids per text.
         labels: (examples,).
-        pad: the id of padding.
-        longest: tokens that no text exceeds, whatever the data.
+        pad: the id of the padding token.
+        longest: the maximal number of tokens per text, set by the config and not by the data.
     """
 
     tokens: tuple[tuple[int, ...], ...]
@@ -135,22 +137,22 @@ class EncodedTexts(Encoded):
         return sum(len(row) >= self.longest for row in self.tokens)
 
     def width(self, index: int) -> int:
-        """Return the tokens that a text is padded to."""
+        """Return the padded length of a text in tokens."""
         return padded_width(len(self.tokens[index]), self.longest)
 
     def batch(self, indices: Indices, width: int = 0) -> Batch:
-        """Return the given texts, padded to the longest of them or to ``width``."""
+        """Return the given texts, padded to the longest of them and to at least ``width``."""
         ids, mask = _padded([self.tokens[i] for i in indices], self.pad, width)
         return Batch(ids, mask, torch.tensor([self.labels[i] for i in indices]))
 
 
 @dataclass(frozen=True)
 class EncodedSequences(Encoded):
-    """Texts whose every next token is to be predicted: one text is one example, never packed.
+    """Texts for a language model, which predicts each next token; one text is one example.
 
     Attributes:
-        tokens: ids of each text.
-        longest: tokens that no text exceeds, whatever the data.
+        tokens: token ids per text.
+        longest: the maximal number of tokens per text, set by the config and not by the data.
     """
 
     tokens: tuple[tuple[int, ...], ...]
@@ -173,23 +175,23 @@ class EncodedSequences(Encoded):
         return sum(len(row) >= self.longest for row in self.tokens)
 
     def width(self, index: int) -> int:
-        """Return the tokens that a text is padded to."""
+        """Return the padded length of a text in tokens."""
         return padded_width(len(self.tokens[index]), self.longest)
 
     def batch(self, indices: Indices, width: int = 0) -> Batch:
-        """Return the given texts, padded on the right, where no token of a text looks."""
+        """Return the given texts, padded on the right; causal attention ignores that side."""
         ids, mask = _padded([self.tokens[i] for i in indices], 0, width)
         return Batch(ids, None, ids.masked_fill(mask == 0, IGNORED))
 
 
 @dataclass(frozen=True)
 class EncodedImages(Encoded):
-    """Images as stored; the model's device brings them to its own size.
+    """Images in their stored sizes; the model's device resizes them.
 
     Attributes:
-        stacks: by stored size, (images, 3, height, width) uint8.
+        stacks: one tensor per stored size, (images, 3, height, width) uint8.
         labels: (examples,).
-        places: (examples,) the stack of each image, and its row there.
+        places: (examples,), pairs of the stack's number and the row in the stack.
     """
 
     stacks: tuple[Tensor, ...]
@@ -198,7 +200,7 @@ class EncodedImages(Encoded):
 
     @classmethod
     def of_one_size(cls, pixels: Tensor, labels: tuple[int, ...]) -> "EncodedImages":
-        """Return images of one stack, in its order."""
+        """Return images that all have one size, in their order."""
         return cls((pixels,), labels, tuple((0, row) for row in range(len(labels))))
 
     def __len__(self) -> int:
@@ -210,11 +212,11 @@ class EncodedImages(Encoded):
         return sum(stack.nbytes for stack in self.stacks) + 3 * _ROW_BYTES * len(self)
 
     def width(self, index: int) -> int:
-        """Return the number of the stack of an image's size."""
+        """Return the number of the image's stack, which stands for its stored size."""
         return self.places[index][0]
 
     def batch(self, indices: Indices, width: int = 0) -> Batch:
-        """Return the given images, which must be stored in one size."""
+        """Return the given images, which must all be in one stack."""
         (stack,) = {self.places[i][0] for i in indices}
         rows = torch.tensor([self.places[i][1] for i in indices])
         labels = torch.tensor([self.labels[i] for i in indices])

@@ -1,4 +1,4 @@
-"""Examples: read, checked, split by content or by the dataset's own test split."""
+"""Read and check examples, and split them by content or by the dataset's own test split."""
 
 import hashlib
 from collections.abc import Sequence
@@ -17,13 +17,13 @@ Content = str | tuple[str, ...] | bytes  # a text, a pair of texts, or an encode
 
 @dataclass(frozen=True)
 class Examples:
-    """Contents with their labels, and the names by which a natural deal groups them.
+    """Contents with their labels, and the group of each for the ``natural-id`` partitioner.
 
     Attributes:
         contents: texts, pairs of texts, or the bytes of image files.
         labels: (examples,); all 0 where the data has none.
-        groups: (examples,) values of ``data.client-column``, or empty.
-        rows: (examples,) where they stand in the data, for what is said of one; empty: in order.
+        groups: (examples,), values of ``data.client-column``; empty: no groups.
+        rows: (examples,), positions in the original data, for error messages; empty: 0, 1, 2, ...
     """
 
     contents: tuple[Content, ...]
@@ -61,7 +61,7 @@ def _inputs_of(data: Data) -> list[str]:
 
 
 def _wanted(data: Data, natural: bool) -> dict[str, str]:
-    """Return the columns that the run needs, each with the key that wants it."""
+    """Return the columns that the run needs, each with its config key."""
     wanted = {name: "data.input-column" for name in _inputs_of(data)}
     if data.label_column != NONE:
         wanted[data.label_column] = "data.label-column"
@@ -104,7 +104,7 @@ def _label(label: object, data: Data, row: int) -> int:
 def _examples(
     key: str, name: str, subset: str, split: str, data: Data, *, natural: bool = False
 ) -> Examples:
-    """Read one split and check every row of it; whose example each is, for a natural deal."""
+    """Read one split and check every row; with ``natural``, also read the client column."""
     columns = read(key, name, subset, split, _wanted(data, natural))
     rows = zip(*(columns[column] for column in _inputs_of(data)), strict=True)
     contents = tuple(_content(values, data, row) for row, values in enumerate(rows))
@@ -121,13 +121,13 @@ def _as_bytes(content: Content) -> bytes:
 
 
 def is_test(content: Content, fraction: float) -> bool:
-    """Tell from its content whether an example is in the test split: copies stay on one side."""
+    """Tell whether an example is in the test split: a hash of its content, equal for copies."""
     digest = hashlib.sha256(_as_bytes(content)).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 
 
 def _check_test_split(data: Data) -> None:
-    """Refuse a test split that would be the training split under another name."""
+    """Refuse a test split that has the same examples as the training split."""
     if data.test_split == NONE:
         return
     if has_one_split(data.name):
@@ -144,12 +144,12 @@ def _check_test_split(data: Data) -> None:
 def split(data: Data) -> tuple[Examples, Examples]:
     """Return (train, test) of the run's dataset.
 
-    The test examples are those of ``data.test-split``; where that is ``none``, a share of the
-    training split that follows from the contents alone.
+    The test examples are the split ``data.test-split``. If it is ``none``, they are a share of the
+    training split, chosen by a hash of each content.
 
     Raises:
-        DataError: if it is missing, lacks a column, or has a row that cannot be used; or if the
-            test split would be the training split.
+        DataError: if the dataset is missing, lacks a column or has an unusable row, or if the test
+            split would be the training split.
     """
     _check_test_split(data)
     natural = data.partitioner == "natural-id"
@@ -172,10 +172,11 @@ def private_file(path: str, data: Data) -> Examples:
 
 
 def check_client(size: int, *, batch_size: int, delta: float) -> None:
-    """Check that a client of ``size`` examples can be promised what the run asks for.
+    """Check that a client of ``size`` examples can take part in the run.
 
     Raises:
-        DataError: if it is empty, smaller than the expected batch, or δ is not below 1/size.
+        DataError: if the client has no examples or fewer than the expected batch, or δ is not below
+            1/size.
     """
     if size == 0:
         raise DataError("data", ": a client must have at least one example")

@@ -1,4 +1,4 @@
-"""Images of files as pixels, each by itself."""
+"""Decode image files to pixels; each image is handled without the others."""
 
 import io
 from collections.abc import Sequence
@@ -15,12 +15,12 @@ from lalora_app.settings.errors import DataError
 
 
 def resized_side(side: int, shorter: int, resize: int) -> int:
-    """Return a side's pixels once the shorter one has ``resize``, as torchvision rounds them."""
+    """Return a side, in pixels, after the shorter one is resized; rounded as torchvision."""
     return resize * side // shorter
 
 
 def middle(side: int, size: int) -> int:
-    """Return where the middle ``size`` pixels of a side begin, as torchvision rounds it."""
+    """Return the first of the ``size`` middle pixels of a side (torchvision's rounding)."""
     return round((side - size) / 2)
 
 
@@ -35,15 +35,15 @@ def _decoded(content: object, row: int) -> Any:
         if image.mode.startswith("I;16"):  # PIL would cut 16 bits off at 255
             image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
         return image.convert("RGB")
-    except Exception as error:  # the decoders raise many kinds; all mean the same here
+    except Exception as error:  # decoders raise many kinds of errors for damaged files
         raise DataError("data.input-column", f": row {row} is no readable image") from error
 
 
 def _stored(image: Any, resize: int, size: int) -> np.ndarray:
-    """Return the pixels that are kept of an image, (height, width, 3).
+    """Return the pixels of one image, (height, width, 3).
 
-    A square that would only be made larger stays as it is; of any other image the shorter side is
-    resized, and a square cut out of its middle.
+    A square that is not larger than ``resize`` is not changed. For any other image, the shorter
+    side is resized and the middle square is cut out.
     """
     from PIL import Image
 

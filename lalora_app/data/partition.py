@@ -1,4 +1,4 @@
-"""How simulated clients come by their data: flwr-datasets' partitioners by name."""
+"""Divide a dataset among simulated clients, by the partitioners of flwr-datasets."""
 
 import math
 from collections.abc import Callable
@@ -12,7 +12,7 @@ from lalora_app.settings.errors import DataError, first_line
 from lalora_app.settings.names import NONE
 from lalora_app.settings.run_config import BY_LABEL, Data
 
-CLIENT_NAME = "partition-{:06d}"  # of a simulated client, by its index
+CLIENT_NAME = "partition-{:06d}"  # name of a simulated client, by its index
 Maker = Callable[[Data, int, int], Any]  # (data, seed, clients) -> a partitioner
 
 
@@ -44,7 +44,7 @@ def _pathological(data: Data, seed: int, clients: int) -> Any:
         num_partitions=clients,
         partition_by="label",
         num_classes_per_partition=data.classes_per_client,
-        class_assignment_mode="first-deterministic",  # else a class may come to nobody
+        class_assignment_mode="first-deterministic",  # others may leave a class unused
         seed=seed,
     )
 
@@ -56,7 +56,9 @@ def _shard(data: Data, seed: int, clients: int) -> Any:
     return ShardPartitioner(
         num_partitions=clients,
         partition_by="label",
-        shard_size=math.ceil(len(split(data)[0]) / shards),  # given their number, it drops the rest
+        shard_size=math.ceil(
+            len(split(data)[0]) / shards
+        ),  # with num_shards it would drop the rest
         keep_incomplete_shard=True,
         seed=seed,
     )
@@ -87,14 +89,14 @@ MAKERS: dict[str, Maker] = {
 
 
 def _shuffled(data: Data) -> bool:
-    """Tell whether the deal takes the examples in their order, which must then be random."""
+    """Tell whether the partitioner keeps the order of examples, so that it must be shuffled."""
     if data.partitioner == "dirichlet":
         return math.isinf(data.dirichlet_alpha)
     return data.partitioner not in (*BY_LABEL, "natural-id")
 
 
 def _clients_of(groups: tuple[str, ...], data: Data, clients: int) -> list[str]:
-    """Return the client of each example: the values of its column, dealt in turn."""
+    """Return the client of each example; the column's values are given to clients in turn."""
     values = sorted(set(groups))
     if len(values) < clients:
         raise DataError(
@@ -118,19 +120,19 @@ def _table(train: Examples, data: Data, seed: int, clients: int) -> Any:
 
 @lru_cache(maxsize=8)
 def partition(data: Data, seed: int, clients: int) -> tuple[Examples, ...]:
-    """Deal the training examples to simulated clients by flwr-datasets.
+    """Divide the training examples among simulated clients.
 
     Args:
-        data: ``data.partitioner`` names the deal: ``dirichlet`` (label skew ``dirichlet-alpha``;
-            inf deals independently of labels), ``iid``, ``pathological`` (``classes-per-client``),
-            ``shard`` (``shards-per-client``), ``natural-id`` (by ``client-column``; where it has
-            more values than there are clients, several values share a client), ``linear``,
+        data: the dataset and its ``partitioner``: ``dirichlet`` (label skew ``dirichlet-alpha``;
+            inf ignores the labels), ``iid``, ``pathological`` (``classes-per-client``),
+            ``shard`` (``shards-per-client``), ``natural-id`` (by ``client-column``; with more
+            values than clients, several values share a client), ``linear``,
             ``square``, ``exponential`` (sizes grow with the client's number).
-        seed: of the deal.
-        clients: their number; a client may come out empty.
+        seed: seed of the random partitioners and of the shuffle.
+        clients: number of clients; a client may get no examples.
 
     Raises:
-        DataError: if the deal cannot be made with this data and number of clients.
+        DataError: if the partitioner cannot divide this data among this number of clients.
     """
     train, _ = split(data)
     dealer = MAKERS[data.partitioner](data, seed, clients)
@@ -150,7 +152,7 @@ def partition(data: Data, seed: int, clients: int) -> tuple[Examples, ...]:
 
 
 def deal_name(data: Data, seed: int) -> str:
-    """Return words that tell one deal of a dataset from another, for the ledger."""
+    """Return a name of this division of the dataset; different divisions have different names."""
     keys = {
         "dirichlet": f"alpha={data.dirichlet_alpha}",
         "pathological": f"classes={data.classes_per_client}",
@@ -165,6 +167,6 @@ def deal_name(data: Data, seed: int) -> str:
 
 
 def label_counts(data: Data, seed: int, clients: int) -> list[list[int]]:
-    """Return (clients, labels): how many examples of each label each simulated client has."""
+    """Return (clients, labels): the number of examples per client and label."""
     labels = [np.asarray(part.labels, dtype=int) for part in partition(data, seed, clients)]
     return [np.bincount(own, minlength=data.num_labels).tolist() for own in labels]

@@ -1,4 +1,4 @@
-"""Where data comes from: the bundled demo, local files and folders, the Hugging Face hub."""
+"""Read data from the bundled demo, from local files and folders, or from the Hugging Face hub."""
 
 import hashlib
 import json
@@ -18,12 +18,12 @@ Columns = dict[str, list[Any]]
 
 
 def quiet_hub() -> None:
-    """Keep the hub's client from telling every retry: what comes of it is told in one line."""
+    """Silence the hub client's line per retry; a failure is reported once, as a `DataError`."""
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
 def has_one_split(name: str) -> bool:
-    """Tell whether a name is all one split: the demo, or a single file that is there."""
+    """Tell whether a name has only one split: the demo, or an existing single file."""
     return name == DEMO or (is_local(name) and full_path(name).is_file())
 
 
@@ -34,19 +34,21 @@ def _demo() -> Columns:
 
 
 def _columns(table: Any, wanted: Iterable[str]) -> Columns:
-    """Return columns as lists; images stay encoded."""
+    """Return columns as lists; images stay encoded files."""
     from datasets import Image
 
     for name, feature in table.features.items():
         if isinstance(feature, Image):
             table = table.cast_column(name, Image(decode=False))
-    return {name: table[name][:] for name in wanted}  # at once: row by row takes ten times longer
+    return {
+        name: table[name][:] for name in wanted
+    }  # whole columns: row by row takes ten times longer
 
 
 def stamp(name: str) -> str:
-    """Return names, sizes and times of change of a file, or of all files of a folder, hashed.
+    """Return a hash of names, sizes and times of change of a file, or of a folder's files.
 
-    Limit: what does not exist has no files; reading it is what says so.
+    Limit: a missing path counts as an empty folder; reading it raises the error.
     """
     root = full_path(name)
     files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
@@ -74,7 +76,7 @@ def _load_local(key: str, path: Path, split: str) -> Any:
     kind = path.suffix or "a folder of data files or images"
     try:
         return load_in_memory(source, split)
-    except Exception as error:  # the readers raise many kinds; all mean the same here
+    except Exception as error:  # the readers raise many kinds of errors
         reason = f", with a split {split}" if path.is_dir() else ""
         raise DataError(key, f'="{path}" cannot be read as {kind}{reason}') from error
 
@@ -85,7 +87,7 @@ def _load_hub(key: str, name: str, subset: str, split: str) -> Any:
     quiet_hub()
     try:
         return load_dataset(name, None if subset == NONE else subset, split=split)
-    except Exception as error:  # the hub client raises many kinds; all mean the same here
+    except Exception as error:  # the hub client raises many kinds of errors
         raise DataError(
             key,
             f'="{name}" (split {split}) cannot be loaded from the hub and is not in the local '
@@ -107,8 +109,8 @@ def read(key: str, name: str, subset: str, split: str, wanted: Mapping[str, str]
         name: ``demo:sms-spam``, a path (absolute, or with ~) of a .jsonl, .json, .csv or .parquet
             file, of a folder of such files or of images by class, or an id of the hub.
         subset: of a hub dataset, such as ``sst2`` of GLUE, or ``none``.
-        split: such as ``train``; a single file is all of its split.
-        wanted: name of each column -> the config key that wants it.
+        split: name of the split, such as ``train``; a single file has any split.
+        wanted: name of each column -> the config key that names it.
 
     Raises:
         DataError: if the data is missing, damaged or empty, cannot be fetched, or lacks a column.

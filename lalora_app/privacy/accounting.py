@@ -1,7 +1,7 @@
 """(q, noise multiplier, count) <-> ε: composition of Poisson-subsampled Gaussian releases.
 
-The books are kept with Opacus' PRV accountant (Gopi et al., arXiv:2106.02848), an upper bound
-that is tight to ``EPSILON_ERROR``; Google's PLD accountant is the independent second opinion.
+The ledger uses Opacus' PRV accountant (Gopi et al., arXiv:2106.02848), an upper bound that is tight
+to ``EPSILON_ERROR``. Google's PLD accountant is an independent check.
 """
 
 import contextlib
@@ -17,16 +17,16 @@ import numpy as np
 from scipy.optimize import brentq
 
 EPSILON_ERROR = 0.003  # additive; both accountants then agree to 1 % from ε = 0.3 upwards
-# Above, PRV's floating-point numbers saturate, after seconds and gigabytes: it is not asked where
-# RDP, which is looser and safe, says more.
+# Above this ε, PRV's floating-point numbers saturate after seconds and gigabytes: use RDP, whose
+# bound is larger and still valid.
 PRV_TRUSTED = 500.0
-_COARSE = 1e-3  # ten times Google's own width: an audit's bound moves by less than 1e-4 of itself
-# PRV's grid grows with ε·√count: at 2,000 it takes about a gigabyte, and a request may ask for any
-# count. Beyond, RDP: a tenth looser, and safe.
+_COARSE = 1e-3  # ten times Google's default; changes an audit's bound by less than 1e-4 of it
+# Limit of ε·√count, the size of PRV's grid. Above it, PRV needs more than 1 GB of memory, and a
+# request may name any count: use RDP, which gives an ε about 10 % larger and still valid.
 PRV_GRID = 2_000.0
 SMALLEST_NOISE = 2.0**-6
-LARGEST_NOISE = 2.0**12  # a noise multiplier beyond it trains nothing
-RELATIVE_TOLERANCE = 1e-3  # of the calibrated noise multiplier, always on the private side
+LARGEST_NOISE = 2.0**12  # a run with more noise learns nothing
+RELATIVE_TOLERANCE = 1e-3  # of the calibrated noise multiplier, which is rounded up
 
 
 @dataclass(frozen=True)
@@ -53,20 +53,20 @@ def _grouped(releases: Sequence[Release]) -> tuple[tuple[float, float, int], ...
 
 @lru_cache(maxsize=4096)
 def _upper_bound(groups: tuple[tuple[float, float, int], ...], delta: float) -> tuple[float, bool]:
-    """Return ε, and whether it is PRV's."""
-    # 3 s to import: only where it is needed
+    """Return ε, and whether it is the tight bound of PRV."""
+    # takes 3 s to import
     from opacus.accountants import PRVAccountant, RDPAccountant
 
     history = [(z, q, n) for q, z, n in groups]
     tight, loose = PRVAccountant(), RDPAccountant()
     tight.history = loose.history = history
-    # Opacus warns of log(0) at q = 1, and of orders; both leave its bounds valid.
+    # Opacus warns of log(0) at q = 1 and of RDP orders; its bounds are valid in both cases.
     with warnings.catch_warnings(), np.errstate(divide="ignore"):
         warnings.simplefilter("ignore")
         safe, found = float(loose.get_epsilon(delta=delta)), math.inf
         if safe > PRV_TRUSTED or safe * math.sqrt(sum(n for _, _, n in groups)) > PRV_GRID:
             return safe, False
-        with contextlib.suppress(RuntimeError):  # PRV gives up where ε is absurd
+        with contextlib.suppress(RuntimeError):  # PRV fails at a very large ε
             found = float(tight.get_epsilon(delta=delta, eps_error=EPSILON_ERROR))
         return (found, True) if found < PRV_TRUSTED else (safe, False)
 
@@ -84,14 +84,14 @@ def epsilon(releases: Sequence[Release], delta: float) -> float:
 
 
 def is_tight(releases: Sequence[Release], delta: float) -> bool:
-    """Tell whether :func:`epsilon` is PRV's, and not RDP's, which is safe and looser."""
+    """Tell whether :func:`epsilon` uses PRV; otherwise it uses RDP, a larger valid bound."""
     groups = _grouped(releases)
     private = bool(groups) and all(z > 0 for _, z, _ in groups)
     return not private or _upper_bound(groups, delta)[1]
 
 
 def _composed(groups: tuple[tuple[float, float, int], ...], width: float = 1e-4) -> Any:
-    """Return Google's accountant with all releases in it, its privacy losses ``width`` apart."""
+    """Return Google's accountant after all releases; ``width`` is its grid of privacy losses."""
     import dp_accounting
     from dp_accounting.pld import PLDAccountant
 
@@ -103,7 +103,7 @@ def _composed(groups: tuple[tuple[float, float, int], ...], width: float = 1e-4)
 
 
 def second_epsilon(releases: Sequence[Release], delta: float) -> float:
-    """Return ε like :func:`epsilon`, by an accountant that shares no code with it (PLD)."""
+    """Return ε as :func:`epsilon` does, by an accountant without common code (PLD)."""
     groups = _grouped(releases)
     if any(z == 0 for _, z, _ in groups):
         return math.inf
@@ -111,9 +111,9 @@ def second_epsilon(releases: Sequence[Release], delta: float) -> float:
 
 
 def total_variation(releases: Sequence[Release]) -> float:
-    """Return the most by which any test's hits and false alarms can differ: δ at ε = 0 (PLD).
+    """Return the largest difference of any test's hit and false-alarm rates: δ at ε = 0 (PLD).
 
-    Limits: no releases give 0; a release without noise is refused.
+    Limit: no releases give 0.
 
     Raises:
         ValueError: for a noise multiplier of 0.
@@ -125,14 +125,14 @@ def total_variation(releases: Sequence[Release]) -> float:
 
 
 def _smallest(excess: Callable[[float], float], high: float) -> float:
-    """Return the smallest noise multiplier without excess, given one that has none."""
+    """Return the smallest noise multiplier with no excess of ε; ``high`` has none."""
     low = high / 2
     while excess(low) <= 0:
         if low < SMALLEST_NOISE:
             return low
         low, high = low / 2, low
     found = float(brentq(excess, low, high, xtol=RELATIVE_TOLERANCE * low))
-    while excess(found) > 0:  # the root is met to its tolerance, the promise is met exactly
+    while excess(found) > 0:  # the root is only approximate; the target is a strict limit
         found *= 1 + RELATIVE_TOLERANCE
     return found
 
@@ -143,14 +143,14 @@ def calibrate(
     """Return the smallest noise multiplier with which ``steps`` more releases keep ε ≤ target.
 
     Args:
-        target: ε of ``past`` and the new releases together; inf gives 0, no noise.
-        delta: δ of the same promise.
+        target: largest ε of ``past`` and the new releases together; inf gives 0, no noise.
+        delta: δ of the guarantee.
         sampling_rate: q of the new releases.
-        steps: how many of them.
-        past: what has been released already under this promise.
+        steps: number of new releases.
+        past: earlier releases under the same guarantee.
 
     Raises:
-        ValueError: if ``past`` leaves nothing to spend, or the target is too small to be met.
+        ValueError: if ``past`` has used all of the target, or no noise is enough for it.
     """
     if math.isinf(target):
         return 0.0

@@ -1,4 +1,4 @@
-"""Promises (ε, δ): what may still be released, and with how much noise."""
+"""Limits (ε, δ): check planned releases, and choose the noise of the next ones."""
 
 import math
 from dataclasses import dataclass
@@ -12,17 +12,17 @@ class BudgetError(RuntimeError):
 
 @dataclass(frozen=True)
 class Limit:
-    """A promise (ε, δ) that no sequence of releases may break."""
+    """Upper limit of ε at δ for all releases together."""
 
     epsilon: float
     delta: float
 
 
 def check_limit(past: list[Release], plan: Release, limit: Limit, whose: str) -> None:
-    """Check that a plan keeps to a limit; ε = inf is none.
+    """Check that past and planned releases stay within a limit; ε = inf is no limit.
 
     Raises:
-        BudgetError: if it does not.
+        BudgetError: if the limit would be exceeded.
     """
     if math.isinf(limit.epsilon):
         return
@@ -34,19 +34,19 @@ def check_limit(past: list[Release], plan: Release, limit: Limit, whose: str) ->
 
 
 def noise_for(past: list[Release], limit: Limit, *, sampling_rate: float, steps: int) -> float:
-    """Return the noise multiplier for the rest of a run: constant as long as all goes as planned.
+    """Return the noise multiplier for the rest of a run: constant if no release is repeated.
 
     Args:
         past: the run's releases so far.
-        limit: the run's promise; ε = inf gives 0.
+        limit: the run's limit; ε = inf gives 0.
         sampling_rate: q of the next releases.
-        steps: planned releases from now to the end of the run, this round's included.
+        steps: planned releases from this round to the end of the run.
 
-    If releases were lost on the way (a killed client, a repeated round), the rest gets more noise
-    instead of more ε.
+    If a round is repeated (for example after a kill), its releases count twice; the remaining
+    rounds then get more noise, and ε stays the same.
 
     Raises:
-        BudgetError: if the past leaves nothing to spend.
+        BudgetError: if the past releases have used the whole limit.
     """
     if past and past[-1].sampling_rate == sampling_rate:
         last = past[-1].noise_multiplier

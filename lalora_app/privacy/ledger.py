@@ -1,4 +1,4 @@
-"""The client's ledger: an SQLite file in which every release is committed before it is drawn."""
+"""The client's ledger: an SQLite file; every release is committed before its noise is drawn."""
 
 import os
 import secrets
@@ -15,7 +15,7 @@ from lalora_app.privacy.ledger_schema import create
 from lalora_app.settings.names import full_path
 
 _COLUMNS = "time, dataset, run, round, sampling_rate, noise_multiplier, count, uid"
-_WAIT = 120.0  # seconds that a process waits for another one's transaction
+_WAIT = 120.0  # seconds to wait for the transaction of another process
 
 
 class LedgerBusyError(RuntimeError):
@@ -23,10 +23,10 @@ class LedgerBusyError(RuntimeError):
 
 
 class Reservation:
-    """Releases that the ledger has counted: the private step draws them one by one.
+    """Releases that are on the ledger; the private step takes them one by one.
 
-    The mechanism takes its sampling rate and noise multiplier from here, so that it runs with
-    what was written down, and no more often.
+    The mechanism reads sampling rate and noise multiplier from here, so that it runs with the
+    values of the ledger and not more often than the ledger says.
     """
 
     def __init__(self, release: Release):
@@ -38,16 +38,16 @@ class Reservation:
         """Use one of the counted releases.
 
         Raises:
-            BudgetError: if all of them are used.
+            BudgetError: if all counted releases are used.
         """
         if self._left == 0:
-            raise BudgetError("every release that the ledger has counted is used")
+            raise BudgetError("all releases of this reservation are used")
         self._left -= 1
 
 
 @dataclass(frozen=True)
 class LedgerEntry:
-    """One line of the ledger; ``uid`` is its own, in whatever copy it stands."""
+    """One line of the ledger; ``uid`` is the same in every copy of the ledger."""
 
     time: str
     dataset: str
@@ -58,10 +58,10 @@ class LedgerEntry:
 
 
 class Ledger:
-    """Append-only book of releases, shared by processes and kept over restarts and runs.
+    """Append-only list of releases, shared by processes and kept over restarts and runs.
 
     Args:
-        path: the SQLite file; it and its folder are made if missing.
+        path: the SQLite file; made if missing, with its folder.
     """
 
     def __init__(self, path: Path):
@@ -72,10 +72,10 @@ class Ledger:
 
     @contextmanager
     def _open(self) -> Iterator[sqlite3.Connection]:
-        # isolation_level=None: transactions begin and end where this module says so.
+        # isolation_level=None: this module begins and ends transactions explicitly.
         db = sqlite3.connect(self.path, timeout=_WAIT, isolation_level=None)
         try:
-            # EXTRA also syncs the folder after a commit: FULL may lose it to a power cut.
+            # EXTRA also syncs the folder after a commit; with FULL a power cut may undo the commit.
             db.execute("PRAGMA synchronous = EXTRA")
             yield db
         except sqlite3.OperationalError as error:
@@ -99,16 +99,16 @@ class Ledger:
             db.execute("COMMIT")
 
     def entries(self, dataset: str | None = None, run: str | None = None) -> list[LedgerEntry]:
-        """Return the lines of a dataset and run; None means all of them."""
+        """Return the lines of a dataset and run; None: of all."""
         with self._open() as db:
             return _read(db, dataset, run)
 
     def releases(self, dataset: str, run: str | None = None) -> list[Release]:
-        """Return what has been released about a dataset, in one run or in all."""
+        """Return the releases of a dataset, in one run or in all (None)."""
         return _releases(self.entries(dataset, run))
 
     def damage(self) -> str:
-        """Return what SQLite finds wrong with the file; nothing if it is whole."""
+        """Return SQLite's description of the file's damage; an empty text: no damage."""
         with self._open() as db:
             try:
                 found = str(db.execute("PRAGMA integrity_check").fetchone()[0])
@@ -119,10 +119,10 @@ class Ledger:
         return "" if found == "ok" else found
 
     def merge(self, other: "Ledger") -> list[LedgerEntry]:
-        """Add the lines of another ledger that this one does not have; return them.
+        """Add the lines of another ledger that are missing here; return them.
 
-        Lines are told apart by their own names: what stands in both counts once, and two releases
-        that look alike count twice.
+        Lines are compared by ``uid``: a line in both ledgers counts once, and two releases with
+        equal values count twice.
         """
         with self._exclusive() as db:
             known = {entry.uid for entry in _read(db, None, None)}
@@ -144,24 +144,24 @@ class Ledger:
         max_rounds: int | None = None,
         per_day: int | None = None,
     ) -> Reservation:
-        """Commit ``release`` durably, then hand out the right to draw it.
+        """Commit ``release`` durably, then return the right to draw it.
 
         Args:
-            dataset: the client's name of its data; composition is over all of its lines.
-            run: stable over restarts and resumes.
-            round_: for the reader of the ledger.
-            release: what the round is about to draw.
-            planned: releases like it from now to the end of the run, this round's included; a
-                run that a limit cannot see to its end is refused at once.
-            run_limit: what all lines of this run may sum up to.
-            node_limit: what all lines of this dataset may sum up to.
-            max_rounds: lines of this run and dataset, whatever round each says it is; None: any
-                number.
-            per_day: rounds of this dataset in 24 hours; None: any number. A line from the future
-                counts: a clock that was set back makes a client wait, and nothing else.
+            dataset: the ledger's name of the client's data; its lines compose.
+            run: the run's name, stable over restarts and resumes.
+            round_: number of the round, for readers of the ledger only.
+            release: the releases of this round.
+            planned: number of such releases from this round to the end of the run; a run that
+                cannot end within the limits is refused at its first round.
+            run_limit: limit of all lines of this run and dataset.
+            node_limit: limit of all lines of this dataset.
+            max_rounds: largest number of lines of this run and dataset; None: any number.
+            per_day: largest number of rounds of this dataset in 24 hours; None: any number. A line
+                with a later time counts, so a clock that was set back only delays a client.
 
         Raises:
             BudgetError: if a limit would be exceeded; nothing is written then.
+            LedgerBusyError: if another process keeps the file locked; nothing is written then.
         """
         count = max(planned, release.count)
         plan = Release(release.sampling_rate, release.noise_multiplier, count)
@@ -240,6 +240,6 @@ def _check_day(entries: list[LedgerEntry], now: datetime, most: int) -> None:
 
 
 def state_folder(node_config: Mapping[str, object]) -> Path:
-    """Return where this client keeps its ledger: ``state-path``, else $LALORA_HOME, ~/.lalora."""
+    """Return the folder of this client's ledger: ``state-path``, $LALORA_HOME or ~/.lalora."""
     default = os.environ.get("LALORA_HOME", "~/.lalora")
     return full_path(str(node_config.get("state-path", default)))

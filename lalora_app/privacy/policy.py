@@ -1,4 +1,4 @@
-"""The client's own limits, of a TOML file or of its node config: they cap what any server asks."""
+"""The client's own limits, from a TOML file or its node config; no server can exceed them."""
 
 import math
 import tomllib
@@ -21,23 +21,23 @@ _KEYS = (
 
 
 class PolicyError(RuntimeError):
-    """A server asks for what the client's policy does not allow; nothing was spent."""
+    """The client's policy does not allow the server's request; nothing was spent."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What a client allows.
+    """The limits that a client sets for every run.
 
     Attributes:
-        limit: lifetime (ε, δ) of the client's dataset over all runs; ε = inf: only each run's.
+        limit: (ε, δ) of the client's dataset over all runs; ε = inf: only the limit of each run.
         public_size: whether the client's number of examples may be sent.
         min_noise_multiplier: the smallest noise of a release, in clip norms.
-        max_rounds: of one run, those that are repeated among them; None: any number.
-        max_rounds_per_day: in which the dataset may take part; None: any number.
-        max_local_steps: of one round; None: any number.
-        methods: that may be run; None: all.
-        models: values of ``model.name`` that may be loaded; None: all.
-        require_secure_aggregation: whether uploads may leave under masks only.
+        max_rounds: largest number of rounds per run, with repeated ones; None: any number.
+        max_rounds_per_day: largest number of rounds in 24 hours; None: any number.
+        max_local_steps: largest number of local steps per round; None: any number.
+        methods: allowed values of ``method``; None: all.
+        models: allowed values of ``model.name``; None: all.
+        require_secure_aggregation: whether every upload must be masked.
     """
 
     limit: Limit
@@ -51,10 +51,10 @@ class Policy:
     require_secure_aggregation: bool = False
 
     def check_run(self, config: Config) -> None:
-        """Check what a run asks for, before its model is loaded.
+        """Check the run's config before its model is loaded.
 
         Raises:
-            PolicyError: naming key and value, for the client's own log.
+            PolicyError: with key and value, for the client's own log.
         """
         _require_listed("method", config.method, self.methods)
         _require_listed("model.name", config.model.name, self.models)
@@ -70,7 +70,7 @@ class Policy:
             )
 
     def lines(self) -> list[str]:
-        """Return what it allows, a line a law."""
+        """Return the policy as text, one line per rule."""
         any_of = {"methods": self.methods, "models": self.models}
         masked = self.require_secure_aggregation
         most = {"of one run": self.max_rounds, "in 24 hours": self.max_rounds_per_day}
@@ -85,10 +85,10 @@ class Policy:
         ]
 
     def check_noise(self, noise_multiplier: float) -> None:
-        """Check the noise of a round, before anything of it is on the ledger.
+        """Check the noise of a round before its releases are on the ledger.
 
         Raises:
-            PolicyError: if it is too small.
+            PolicyError: if the noise is too small.
         """
         if noise_multiplier < self.min_noise_multiplier:
             raise PolicyError(
@@ -158,15 +158,15 @@ def _tables(path: Path, source: str) -> dict[str, Any]:
         return tomllib.loads(path.read_text("utf-8"))
     except OSError as error:
         raise ConfigError(f"{source} must be a readable file: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:  # of the encoding or of TOML
+    except (ValueError, RecursionError) as error:  # wrong encoding, or no TOML
         raise ConfigError(f"{source} must be TOML: {error}") from error
 
 
 def _of_dataset(tables: Mapping[str, Any], dataset: str, source: str) -> dict[str, Any]:
-    """Return the policy's keys for one dataset: its own limit, where it has one."""
+    """Return the policy's keys for one dataset, with the dataset's own limit if it has one."""
     datasets = tables.get("datasets", {})
     if not isinstance(datasets, dict) or not all(isinstance(t, dict) for t in datasets.values()):
-        raise ConfigError(f"{source} datasets must be tables, one a dataset-id")
+        raise ConfigError(f"{source} datasets must be tables, one per dataset-id")
     for table in datasets.values():
         _require_known(table, ("max-epsilon", "delta"), f"{source} datasets:")
         _limit({**tables, **table}, 0.5, source)
@@ -182,11 +182,11 @@ def read_policy_file(path: Path, dataset: str = "") -> Policy:
     """Read a site's policy.
 
     Args:
-        path: of the TOML file.
-        dataset: whose own table under ``datasets`` wins over the limit of all.
+        path: the TOML file.
+        dataset: the dataset's id; its table under ``datasets`` replaces the common limit.
 
     Raises:
-        ConfigError: naming file, key and value, if it cannot be read or breaks a law.
+        ConfigError: with file, key and value, if the file cannot be read or breaks a rule.
     """
     source = f"policy {path}:"
     tables = _tables(path, source)
@@ -214,18 +214,19 @@ def read_policy_file(path: Path, dataset: str = "") -> Policy:
 def read_policy(
     node_config: Mapping[str, object], run_delta: float, public: bool, dataset: str = ""
 ) -> Policy:
-    """Read the policy that a node config names, or the few keys that it can hold itself.
+    """Read the policy file that a node config names, or the limits in the node config itself.
 
     Args:
-        node_config: of the SuperNode: ``policy``, or ``max-epsilon``, ``delta``, ``public-size``.
-        run_delta: δ of the run, used where the node declares no limit of its own.
-        public: what the run config declares for simulated clients; a node's own word wins, and
-            of a node with data of its own it is the only one.
+        node_config: the SuperNode's config: ``policy``, or ``max-epsilon``, ``delta`` and
+            ``public-size``.
+        run_delta: δ of the run, for nodes without a limit of their own.
+        public: the run config's ``public-size``, for simulated clients without their own value; it
+            is not used for a node with its own data.
         dataset: the ledger's name of the client's data.
 
     Raises:
-        ConfigError: if a value breaks a law, or if a node with data of its own sets no limit:
-            any server could then ask for all of it without noise.
+        ConfigError: if a value breaks a rule, or if a node with its own data sets no limit: any
+            server could then request all of the data without noise.
     """
     inline = [key for key in _INLINE if key in node_config]
     if "policy" in node_config:
@@ -238,6 +239,6 @@ def read_policy(
             "max-epsilon=inf leaves the limit to each run"
         )
     limit = _limit(node_config, run_delta, "node config")
-    # A server must not declare the size of data that is not its own.
+    # A server must not decide on publishing the size of a site's own data.
     default = public and "data-path" not in node_config
     return Policy(limit, _flag(node_config, "public-size", default, "node config"))

@@ -17,10 +17,10 @@ def seed_of(seed: int, *purpose: str | int) -> int:
 
 
 def seeded(seed: int, *purpose: str | int) -> np.random.Generator:
-    """Return a repeatable stream. Privacy: whoever knows the seed can subtract the noise."""
+    """Return a repeatable stream. Privacy: anyone with the seed can subtract the noise."""
     return np.random.Generator(np.random.Philox(key=seed_of(seed, *purpose)))
 
 
 def secure() -> np.random.Generator:
-    """Return a stream whose 128-bit key comes from the operating system and is kept nowhere."""
+    """Return a stream with a 128-bit key of the operating system; the key is not stored."""
     return np.random.Generator(np.random.Philox(key=secrets.randbits(128)))

@@ -1,4 +1,4 @@
-"""How sharp the loss is at an adapter: the top eigenvalue of its Hessian, on public data."""
+"""Sharpness of the loss at an adapter: the top eigenvalue of its Hessian, on public data."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,9 +22,9 @@ Named = Mapping[str, nn.Parameter]
 
 
 def _own_tensors(backbone: Backbone) -> dict[str, nn.Parameter]:
-    """Return the factors and the head that the model computes with, by wire name.
+    """Return the factors and the head of the model's forward pass, by wire name.
 
-    A method may train other tensors, of which these are a function.
+    A method may train other tensors and compute these from them.
     """
     named = {wire_name(name): p for name, p in backbone.model.named_parameters()}
     trained = backbone.engine.parameters
@@ -33,7 +33,7 @@ def _own_tensors(backbone: Backbone) -> dict[str, nn.Parameter]:
 
 @contextmanager
 def _differentiable(tensors: Iterable[nn.Parameter]) -> Iterator[None]:
-    """Let autograd see all of the tensors, and then again those that it saw before."""
+    """Require gradients of all tensors inside the block; restore the flags afterwards."""
     before = [(tensor, tensor.requires_grad) for tensor in tensors]
     try:
         for tensor, _ in before:
@@ -46,9 +46,9 @@ def _differentiable(tensors: Iterable[nn.Parameter]) -> Iterator[None]:
 
 @contextmanager
 def _own_forwards(model: nn.Module) -> Iterator[None]:
-    """Let every layer compute as torch and PEFT wrote it, and not through the engine.
+    """Use the forward functions of torch and PEFT inside the block, without the engine.
 
-    The engine's autograd functions and the fast attention kernels differentiate only once.
+    The engine's autograd functions and the fast attention kernels have no second derivative.
     """
     modules = [m for m in model.modules() if isinstance(vars(m).get("forward"), MethodType)]
     attached = [(module, vars(module).pop("forward")) for module in modules]
@@ -62,16 +62,16 @@ def _own_forwards(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def _require_same_logits(backbone: Backbone, batch: Batch) -> None:
-    """Refuse an engine that trains another function than the layers' own: its Hessian is another.
+    """Check that engine and layers compute the same logits, and so have the same Hessian.
 
     Raises:
-        LayoutError: with the largest difference.
+        LayoutError: with the largest difference, if they do not.
     """
     expected = backbone.logits(batch)
     with _own_forwards(backbone.model):
         off = float((backbone.logits(batch) - expected).abs().max())
     bound = (5e-2 if backbone.dtype == torch.bfloat16 else 1e-4) * (1 + float(expected.abs().max()))
-    if not off <= bound:  # NaN is refused too
+    if not off <= bound:  # also refuses NaN
         raise LayoutError(
             f"the layers' own logits are {off:.3g} off the engine's, and must be within {bound:.3g}"
         )
@@ -94,7 +94,7 @@ def _batch_product(
         if grad is None:
             raise unused_parameter_error(name)
         slope = slope + (grad * part).sum(dtype=torch.float64)
-    # A loss that is linear in a tensor has no second derivative in it: zeros.
+    # A loss that is linear in a tensor has a zero second derivative there.
     products = torch.autograd.grad(slope, tensors, materialize_grads=True)
     return torch.cat([product.flatten() for product in products])
 
@@ -116,29 +116,29 @@ def top_hessian_eigenvalue(
 ) -> float:
     """Return the largest eigenvalue of the Hessian of the mean loss at the current adapter.
 
-    The Hessian is that in all factors A, B and the head of the model together, also in those that
-    do not train at the moment. Lanczos' iteration on exact Hessian-vector products: their error
-    is the rounding of the backbone's own type, about 1e-6 relative in float32 and 1e-2 under bf16
-    autocast. One product costs about three gradients of all batches and keeps one batch's graph.
-    Tensors, gradients, flags and the engine are afterwards as they were, bit for bit.
+    The Hessian covers all factors A, B and the head together, also tensors that do not train at
+    the moment. Lanczos' iteration uses exact Hessian-vector products; their relative rounding error
+    is about 1e-6 in float32 and 1e-2 under bf16 autocast. One product costs about three gradients
+    of all batches and keeps the graph of one batch. Tensors, gradients, flags and the engine are
+    restored bit for bit.
 
     Args:
-        backbone: with the adapter loaded.
-        batches: PUBLIC examples, at least one; every example counts the same.
-        steps: of Lanczos; the value grows with them to the eigenvalue.
-        seed: of Lanczos' start.
+        backbone: the model with the adapter loaded.
+        batches: PUBLIC examples, at least one; all examples have equal weight.
+        steps: number of Lanczos steps; the value grows with them towards the eigenvalue.
+        seed: seed of the start vector.
 
     Returns:
-        The eigenvalue, exact for ``steps`` of at least the number of entries; negative only where
-        the loss curves down in every direction.
+        The eigenvalue, exact if ``steps`` is at least the number of entries; negative only if the
+        loss curves down in every direction.
 
     Raises:
         ValueError: if there is no example, ``steps`` is below 1, or a derivative is not finite.
-        LayoutError: if the engine computes another function than the layers that it replaces, or
-            a tensor took no part.
+        LayoutError: if engine and layers compute different logits, or the loss does not depend on a
+            tensor.
 
-    Privacy: public data only. No noise is added and nothing is counted: never call it with a
-        client's own examples.
+    Privacy: public data only. No noise is added and the ledger is not used: never call it with
+        a client's own examples.
     """
     public = [batch for batch in batches if len(batch.labels)]
     if not public:

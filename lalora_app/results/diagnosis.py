@@ -1,4 +1,4 @@
-"""A finished run opened again: merged into plain weights, or diagnosed on public data."""
+"""Open a finished run: merge it into plain weights, or diagnose it on public data."""
 
 import copy
 from dataclasses import replace
@@ -15,14 +15,14 @@ from lalora_app.results.spectra import intruder_dimensions
 from lalora_app.settings.run_config import Config
 
 _EXAMPLES, _BATCH = 128, 32
-TOP = 10  # singular vectors a layer
+TOP = 10  # singular vectors per layer
 
 
 def open_run(folder: Path) -> tuple[Config, Backbone, ServerState]:
     """Return a run's config, its model on the CPU in float32, and its last state.
 
     Raises:
-        ConfigError: if the folder holds no run, or its model cannot be built.
+        ConfigError: if the folder is not a run's folder, or its model cannot be built.
     """
     saved = read_config(folder)
     config = replace(saved, model=replace(saved.model, device="cpu", dtype="float32"))
@@ -35,17 +35,17 @@ def open_run(folder: Path) -> tuple[Config, Backbone, ServerState]:
 def merge(folder: Path, out: Path) -> None:
     """Write the run's result as plain weights: base, drift and adapter in one.
 
-    A transformers model is saved as such; of a timm model, its state dict.
+    A transformers model is saved in its own format, a timm model as a state dict.
 
     Args:
-        folder: of the run.
-        out: made if missing.
+        folder: the run's folder.
+        out: the folder to write; made if missing.
     """
     from safetensors.torch import save_file
 
     model = copy.deepcopy(open_run(folder)[1].model)
     for module in model.modules():
-        vars(module).pop("forward", None)  # the engine's own; plain weights need none
+        vars(module).pop("forward", None)  # set by the engine; plain weights need none
     merged = model.merge_and_unload()  # type: ignore[operator]
     out.mkdir(parents=True, exist_ok=True)
     if hasattr(merged, "save_pretrained"):
@@ -56,9 +56,9 @@ def merge(folder: Path, out: Path) -> None:
 
 
 def intruders(model: Backbone, state: ServerState) -> dict[str, int]:
-    """Return each layer's intruder dimensions among its ten leading ones (arXiv:2410.21228).
+    """Return the intruder dimensions per layer, among its ten leading ones (arXiv:2410.21228).
 
-    The base is W0; the adapted weight is what the model computes with, drift included.
+    The base is W0; the adapted weight includes the drift.
     """
     adapted = {
         b: model.frozen_weights.computed(b).numpy(force=True) for b in model.frozen_weights.names

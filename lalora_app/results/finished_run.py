@@ -1,4 +1,4 @@
-"""Finished runs, read back from their folders: what tables, figures and reports are made of."""
+"""Read finished runs from their folders, for tables, figures and reports."""
 
 import math
 import tomllib
@@ -18,18 +18,18 @@ class Record:
     """One finished run.
 
     Attributes:
-        label: what the run is called in a comparison; runs of one label and ε are its seeds.
-        method: its entry of METHODS.
-        epsilon: promised to every client; inf: not private.
-        seed: of everything but the noise and the Poisson sampling.
+        label: name of the run's group in a comparison; runs of one label and ε differ by seed.
+        method: name of the method.
+        epsilon: limit of ε per client; inf: not private.
+        seed: seed of all random numbers but secure noise and secure sampling.
         config: flat keys and values of the run config.
-        summary: of summary.json.
-        history: one row an attempt, of history.jsonl; never empty.
-        partition: "labels" (names) and "clients" (a count per label, client by client); None
-            where the server does not know it.
-        privacy: of privacy.json.
-        clients: how many took part; None where it is not recorded.
-        audit: of audit.json, which ``lalora audit --run`` leaves; None: not audited.
+        summary: content of summary.json.
+        history: rows of history.jsonl, one per attempt; never empty.
+        partition: "labels" (names) and "clients" (counts per label, for each client); None: not
+            known to the server.
+        privacy: content of privacy.json.
+        clients: number of clients; None: not recorded.
+        audit: content of audit.json, written by ``lalora audit --run``; None: not audited.
     """
 
     label: str
@@ -46,12 +46,12 @@ class Record:
 
     @property
     def private(self) -> bool:
-        """Whether the guarantee is real; a run that does not say so is not private."""
+        """Whether the run has a guarantee; a run without a recorded kind of noise has none."""
         return self.config.get("privacy.noise") == "secure" and math.isfinite(self.epsilon)
 
     @property
     def failed(self) -> int:
-        """How many rounds were not aggregated."""
+        """Number of rounds that were not aggregated."""
         return sum(not row["aggregated"] for row in self.history)
 
 
@@ -87,11 +87,11 @@ def read_record(folder: Path, label: str | None = None) -> Record:
     """Read a finished run.
 
     Args:
-        folder: that the run left.
-        label: what to call it; None: by its method.
+        folder: the run's folder.
+        label: name of the run's group; None: the method's name.
 
     Raises:
-        ConfigError: if the folder holds no finished run.
+        ConfigError: if the folder is not that of a finished run.
     """
     try:
         return _read(folder, label)
@@ -102,7 +102,7 @@ def read_record(folder: Path, label: str | None = None) -> Record:
 
 
 def group(records: Sequence[Record]) -> dict[tuple[str, float], list[Record]]:
-    """Return the runs by (label, ε), smallest ε first, labels in the order they first appear."""
+    """Return the runs by (label, ε): smallest ε first, labels in order of first appearance."""
     labels = list(dict.fromkeys(record.label for record in records))
     groups: dict[tuple[str, float], list[Record]] = {}
     for record in sorted(records, key=lambda r: (r.epsilon, labels.index(r.label), r.seed)):

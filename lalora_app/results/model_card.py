@@ -1,5 +1,9 @@
 """The model card of an exported adapter: how to load it, and its privacy guarantee."""
 
+from collections.abc import Mapping
+from typing import Any
+
+from lalora_app.models.scores import format_scores, scores_in_row
 from lalora_app.models.transformers_models import auto_class
 from lalora_app.settings.names import TIMM, is_local
 from lalora_app.settings.run_config import Config
@@ -75,14 +79,12 @@ of hyper-parameters, and floating-point effects of the noise."""
 _NOT_PRIVATE = """
 **Not private**: {reason}."""
 
-CARD_ROW = "| ε, lower bound (audit) |"  # how the line of a model card begins
-
-
+CARD_ROW = "| ε, lower bound (audit) |"  # first cells of the audit's line in the card
 NOT_AUDITED = f"{CARD_ROW} not audited: `lalora audit --run` with the folder of the run |"
 
 
 def privacy_sentence(config: Config, epsilon: float) -> str:
-    """Return what the model card says about privacy."""
+    """Return the privacy section of the model card."""
     if config.privacy.private:
         return _PRIVATE.format(
             epsilon=epsilon,
@@ -114,3 +116,24 @@ def _logits_code(config: Config, base: str, segmented: bool) -> str:
     tokens = _TOKENS.format(base=base, texts=texts, longest=model.max_length, segmented=segmented)
     logits = _LOGITS[model.task, model.pooling]
     return tokens + logits if "tokens" in logits else logits
+
+
+def model_card(config: Config, base: str, row: Mapping[str, Any], segmented: bool) -> str:
+    """Return the whole model card as Markdown.
+
+    Args:
+        config: the run's config.
+        base: the public name of the base model.
+        row: the last row of the history.
+        segmented: whether the model takes the segment ids of a pair of texts.
+    """
+    return _CARD.format(
+        base=base,
+        load=_load_code(config, base),
+        logits=_logits_code(config, base, segmented),
+        method=config.method,
+        rounds=row["round"],
+        data=config.data.name,
+        privacy=privacy_sentence(config, row["epsilon_max"]),
+        quality=format_scores(scores_in_row(row), ", "),
+    )

@@ -13,20 +13,18 @@ from lalora_app.aggregation.server_state import ServerState
 from lalora_app.models.backbone import Backbone
 from lalora_app.models.forwards import Segmented
 from lalora_app.models.pretrained import public_name
-from lalora_app.models.scores import format_scores, scores_in_row
-from lalora_app.results.model_card import (
-    _CARD,
-    _load_code,
-    _logits_code,
-    privacy_sentence,
-)
+from lalora_app.results.model_card import model_card
 from lalora_app.settings.run_config import Config
 
 
 def _with_drift(folder: Path, drift: Adapter) -> None:
-    """Rewrite a saved adapter so that it has what moved into the base too, at scale 1.
+    """Add the drift of the frozen base to a saved adapter, at scale 1.
 
-    All layers get the rank that the largest of the sums needs.
+    All layers get the largest rank that any of the sums needs.
+
+    Args:
+        folder: the saved adapter.
+        drift: products B·A that training has added to the base.
     """
     file, settings = folder / "adapter_model.safetensors", LoraConfig.from_pretrained(str(folder))
     tensors = load_file(file)
@@ -48,14 +46,14 @@ def export(
 ) -> None:
     """Save the run's result so that ``PeftModel.from_pretrained(base, folder)`` loads it.
 
-    What has moved into the base is part of the adapter, whose rank is then larger.
+    The drift of the frozen base becomes part of the adapter, which then has a larger rank.
 
     Args:
-        backbone: of the run; its adapter is overwritten.
-        state: the final one, head included.
-        folder: made if missing.
-        config: of the run.
-        row: the last line of the history.
+        backbone: the run's model; its adapter is overwritten.
+        state: the final state of the server, head included.
+        folder: the folder to write; made if missing.
+        config: the run's config.
+        row: the last row of the history.
     """
     backbone.load(state.adapter, state.drift)
     model = cast(PeftModel, backbone.model)
@@ -65,14 +63,5 @@ def export(
     model.save_pretrained(str(folder), save_embedding_layers=False)
     if state.drift:
         _with_drift(folder, state.drift)
-    card = _CARD.format(
-        base=base,
-        load=_load_code(config, base),
-        logits=_logits_code(config, base, isinstance(backbone.forward, Segmented)),
-        method=config.method,
-        rounds=row["round"],
-        data=config.data.name,
-        privacy=privacy_sentence(config, row["epsilon_max"]),
-        quality=format_scores(scores_in_row(row), ", "),
-    )
+    card = model_card(config, base, row, isinstance(backbone.forward, Segmented))
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""What a run leaves: config, history, privacy report, checkpoints, summary. Written atomically."""
+"""The folder of a run: config, history, privacy report, checkpoints, summary, all durable."""
 
 import json
 import logging
@@ -25,7 +25,7 @@ def _toml_value(value: Scalar) -> str:
         return str(value).lower()
     if isinstance(value, str):
         return json.dumps(value, ensure_ascii=False)
-    return repr(value)  # of a float or an int: also TOML, inf included
+    return repr(value)  # of a float or an int this is TOML, also of inf
 
 
 def as_toml(values: Mapping[str, Scalar]) -> str:
@@ -177,10 +177,10 @@ class RunFolder:
 
 
 def read_config(folder: Path) -> Config:
-    """Return the config that a run left.
+    """Return the config of an existing run.
 
     Raises:
-        ConfigError: if the folder is no run's.
+        ConfigError: if the folder is not that of a run.
     """
     file = folder / "config.toml"
     if not file.is_file():
@@ -189,10 +189,10 @@ def read_config(folder: Path) -> Config:
 
 
 def check_writable(output: str) -> None:
-    """Make the folder ``output`` if missing, and check that it can be written to.
+    """Make the folder ``output`` if missing, and check that it is writable.
 
     Raises:
-        ConfigError: if they cannot.
+        ConfigError: if it cannot be made or written.
     """
     try:
         folder = full_path(output)
@@ -217,7 +217,7 @@ def old_folder(config: Config, raw: Mapping[str, object]) -> RunFolder:
     """Return the folder named by ``resume-from``, whose config must be the run's own.
 
     Args:
-        config: of the resuming run.
+        config: the config of the resuming run.
         raw: flat keys and values of the folder's config.toml.
 
     Raises:

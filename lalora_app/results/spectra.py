@@ -1,17 +1,17 @@
-"""What a server can tell from weights and uploads alone: intruders, agreement, curvature."""
+"""Spectra of matrices: intruder dimensions of an adapted weight, and a top eigenvalue."""
 
 from collections.abc import Callable
 
 import numpy as np
 
 EPS = float(np.finfo(np.float64).eps)
-CLOSED = 1e-12  # of the largest entry: what is left of a product inside of the Krylov space
+CLOSED = 1e-12  # relative rest of a product that lies inside the Krylov space
 
 
 def _left_singular_vectors(weight: np.ndarray) -> np.ndarray:
-    """Return (m, rank): the vectors of singular values above rounding, the largest first.
+    """Return (m, rank): the left vectors of the singular values above rounding, largest first.
 
-    A vector of a zero singular value is any one of its null space: LAPACK's choice says nothing.
+    Vectors of a zero singular value are left out: they are an arbitrary basis of the null space.
     """
     left, sizes, _ = np.linalg.svd(np.asarray(weight, dtype=np.float64), full_matrices=False)
     kept: np.ndarray = left[:, sizes > max(weight.shape) * EPS * sizes.max(initial=0.0)]
@@ -21,16 +21,16 @@ def _left_singular_vectors(weight: np.ndarray) -> np.ndarray:
 def intruder_dimensions(
     base: np.ndarray, adapted: np.ndarray, *, top: int = 10, threshold: float = 0.5
 ) -> int:
-    """Count the leading singular vectors that fine-tuning has put in (arXiv:2410.21228).
+    """Count the leading singular vectors that fine-tuning has added (arXiv:2410.21228).
 
     u_j of the adapted weight is an intruder if max_i |cos(u_j, u0_i)| < threshold over all left
-    singular vectors u0_i of the base. Vectors of zero singular values, which are not defined,
-    count on neither side.
+    singular vectors u0_i of the base. Vectors of zero singular values are not defined and
+    are left out on both sides.
 
     Args:
         base: (m, n), the weight before fine-tuning.
-        adapted: (m, n), the weight after it: base + s·B A.
-        top: how many vectors of the adapted weight are looked at; at most its rank.
+        adapted: (m, n), the weight after fine-tuning: base + s·B A.
+        top: number of leading vectors of the adapted weight; limited by its rank.
         threshold: in (0, 1]; the paper's is 0.5.
 
     Returns:
@@ -54,8 +54,8 @@ def intruder_dimensions(
 
 
 def _orthogonal(vector: np.ndarray, basis: np.ndarray) -> np.ndarray:
-    """Return (size,) less its part in the span of the orthonormal rows of ``basis``."""
-    for _ in range(2):  # the first pass leaves rounding of the part that it takes away
+    """Return (size,) without its part in the span of the orthonormal rows of ``basis``."""
+    for _ in range(2):  # the second pass removes the rounding of the first
         vector = vector - basis.T @ (basis @ vector)
     return vector
 
@@ -72,13 +72,13 @@ def lanczos_top(
     """Return the largest (algebraic) eigenvalue of a symmetric matrix, by Lanczos' iteration.
 
     Full re-orthogonalisation: Golub and Van Loan, Matrix Computations, 4th ed., section 10.3.
-    The start is Gaussian, so no eigenspace is missed but with probability 0.
+    The start vector is Gaussian, so it misses an eigenspace only with probability 0.
 
     Args:
         matvec: (size,) -> (size,) in float64: the matrix times a vector.
-        size: of the matrix.
-        steps: products at most; fewer are made if the Krylov space closes before.
-        rng: draws the start.
+        size: number of rows of the matrix.
+        steps: largest number of products; fewer if the Krylov space closes earlier.
+        rng: random generator of the start vector.
 
     Returns:
         A value that never exceeds the eigenvalue by more than rounding, grows with ``steps``, and
@@ -87,7 +87,7 @@ def lanczos_top(
     Raises:
         ValueError: if ``size`` or ``steps`` is below 1, or a product is not finite.
 
-    Privacy: as private as ``matvec`` is; nothing is added here.
+    Privacy: that of ``matvec``; no noise is added here.
     """
     if size < 1 or steps < 1:
         raise ValueError(f"size={size} and steps={steps} must be at least 1")
