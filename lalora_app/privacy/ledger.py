@@ -109,13 +109,11 @@ class Ledger:
 
     def damage(self) -> str:
         """Return SQLite's description of the file's damage; an empty text: no damage."""
-        with self._open() as db:
-            try:
+        try:
+            with self._open() as db:
                 found = str(db.execute("PRAGMA integrity_check").fetchone()[0])
-            except sqlite3.DatabaseError as error:  # too damaged to be checked
-                if _is_busy(error):
-                    raise
-                return str(error)
+        except sqlite3.DatabaseError as error:  # too damaged to be checked
+            return str(error)
         return "" if found == "ok" else found
 
     def merge(self, other: "Ledger") -> list[LedgerEntry]:
