@@ -15,6 +15,7 @@ from lalora_app.data.examples import split
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import flatten
 
+pytestmark = pytest.mark.usefixtures("no_report")  # of single runs; the summary has its own
 INF = float("inf")
 
 

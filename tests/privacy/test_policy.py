@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from flwr.app import Message, RecordDict
 
+from conftest import make_config
+from helpers.app_runs import do_not_draw_the_report, do_not_wait_for_nodes
 from helpers.fake_grid import FakeGrid
 from lalora_app import client_app, server_app
 from lalora_app.privacy.budget import Limit
@@ -15,6 +17,7 @@ from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import flatten
 from lalora_app.wire import messages
 
+pytestmark = pytest.mark.usefixtures("no_report")
 DELTA = 1e-5
 GOOD = """
 max-epsilon = 8.0
@@ -219,16 +222,24 @@ def sender(honest, path):
     return send
 
 
-@pytest.fixture
-def guarded(tiny, policy):
+@pytest.fixture(scope="module")
+def guarded(tmp_path_factory, tiny_keys):
     """A client with a policy, after a run that it allows, and a way to send it any message."""
-    honest = tiny(**{"num-server-rounds": 1, "min-replies": 1, "method": "la-lora"})
-    path = policy(
+    folder = tmp_path_factory.mktemp("guarded")
+    own = {"num-server-rounds": 1, "min-replies": 1, "output": str(folder / "out")}
+    honest = make_config(**(tiny_keys | own))
+    path = folder / "policy.toml"
+    path.write_text(
         f"max-epsilon = 8.0\ndelta = {DELTA}\nmin-noise-multiplier = 0.3\nmax-rounds = 5\n"
         "max-local-steps = 9\n"
-        f"methods = ['la-lora']\nmodels = ['{honest.model.name}']\n"
+        f"methods = ['la-lora']\nmodels = ['{honest.model.name}']\n",
+        "utf-8",
     )
-    return sender(honest, path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LALORA_HOME", str(folder / "home"))
+        do_not_wait_for_nodes(patch)
+        do_not_draw_the_report(patch)
+        yield sender(honest, path)
 
 
 def kept_files() -> set[Path]:
@@ -273,7 +284,7 @@ def test_a_server_that_asks_for_too_much_is_refused_and_nothing_is_spent(guarded
 def test_the_same_client_takes_part_in_what_it_allows(guarded):
     ledger = Ledger(state_folder({}) / "ledger.sqlite")
     before = len(ledger.entries())
-    reply = guarded({}, NEW_RUN, "train")
+    reply = guarded({}, {"run": "la-lora-20260101-000000-fedcba"}, "train")
     assert messages.ARRAYS in reply.content
     assert len(ledger.entries()) == before + 1
 

@@ -18,6 +18,8 @@ import pytest
 from flwr.app import ConfigRecord, Message, RecordDict
 from safetensors.numpy import load_file
 
+from conftest import make_config
+from helpers.app_runs import EPSILON, do_not_draw_the_report, do_not_wait_for_nodes, sized
 from helpers.fake_grid import FakeGrid
 from lalora_app import client_app, server_app
 from lalora_app.cli import main
@@ -29,6 +31,7 @@ from lalora_app.settings.run_config import flatten, parse
 from lalora_app.wire import messages
 
 pytestmark = pytest.mark.usefixtures("no_waiting")
+without_report = pytest.mark.usefixtures("no_report")
 REPEATABLE = {
     "privacy.noise": "seeded",
     "privacy.epsilon": math.inf,
@@ -103,8 +106,9 @@ def ask_again(grid, exchange, **order) -> Message:
 # --- a full disk ------------------------------------------------------------------------------
 
 
+@without_report
 def test_a_ledger_that_cannot_be_written_is_a_refusal_and_nothing_is_drawn(tiny, monkeypatch):
-    config = tiny(**{"num-server-rounds": 1, "min-replies": 1})
+    config = tiny(**sized(**{"num-server-rounds": 1, "min-replies": 1}))
     grid = FakeGrid(config, 2)
     server_app.run(grid, config)
     before = books().entries()
@@ -119,9 +123,10 @@ def test_a_ledger_that_cannot_be_written_is_a_refusal_and_nothing_is_drawn(tiny,
     assert books().damage() == ""
 
 
+@without_report
 def test_a_client_that_cannot_keep_its_files_still_answers(tiny, monkeypatch):
     """The round is paid for: its reply must not be lost with the file for the next one."""
-    config = tiny(**{"num-server-rounds": 2, "method": "la-lora"})
+    config = tiny(**sized(**{"num-server-rounds": 2}))
     keep = {"full": 0}
 
     def no_space(*args, **kwargs):
@@ -138,8 +143,9 @@ def test_a_client_that_cannot_keep_its_files_still_answers(tiny, monkeypatch):
     assert not list(state_folder({}).rglob("*.tmp"))
 
 
+@without_report
 def test_a_client_that_cannot_keep_what_it_was_sent_still_answers(tiny, monkeypatch):
-    config = tiny(**{"num-server-rounds": 2, "method": "la-lora"})
+    config = tiny(**sized(**{"num-server-rounds": 2}))
 
     def no_space(*args, **kwargs):
         raise OSError(28, "No space left on device")
@@ -154,12 +160,24 @@ def test_a_client_that_cannot_keep_what_it_was_sent_still_answers(tiny, monkeypa
     assert not list(state_folder({}).rglob("*.tmp"))
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tiny_keys):
+    """The result of a repeatable run that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    config = make_config(**{**tiny_keys, **REPEATABLE, "output": str(folder / "out")})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LALORA_HOME", str(folder / "home"))
+        do_not_wait_for_nodes(patch)
+        do_not_draw_the_report(patch)
+        server_app.run(FakeGrid(config, 2), config)
+    return result(config)
+
+
+@without_report
 @pytest.mark.parametrize("attempt", [1, 2, 3])
 def test_a_server_without_space_fails_and_its_resumed_run_ends_the_same(
-    tiny, tmp_path, monkeypatch, attempt
+    tiny, tmp_path, monkeypatch, whole, attempt
 ):
-    whole = apart(tiny, tmp_path, monkeypatch, "whole")
-    server_app.run(FakeGrid(whole, 2), whole)
     config = apart(tiny, tmp_path, monkeypatch, "full")
     disk = Disk(attempt, 1)
     with pytest.raises(OSError, match="File too large"):
@@ -167,15 +185,16 @@ def test_a_server_without_space_fails_and_its_resumed_run_ends_the_same(
     if attempt == 1:  # no checkpoint yet: the run begins anew
         again = apart(tiny, tmp_path, monkeypatch, "anew")
         server_app.run(FakeGrid(again, 2), again)
-        assert result(again) == result(whole)
+        assert result(again) == whole
         return
     later = resumed(config)
     server_app.run(FakeGrid(later, 2), later)
-    assert result(config) == result(whole)
+    assert result(config) == whole
 
 
+@without_report
 def test_a_damaged_ledger_is_a_refusal_and_nothing_is_drawn(tiny, monkeypatch):
-    config = tiny(**{"num-server-rounds": 1})
+    config = tiny(**sized(**{"num-server-rounds": 1}))
     grid = FakeGrid(config, 2)
     server_app.run(grid, config)
     drawn = []
@@ -190,11 +209,12 @@ def test_a_damaged_ledger_is_a_refusal_and_nothing_is_drawn(tiny, monkeypatch):
 # --- too few, for long ------------------------------------------------------------------------
 
 
+@without_report
 def test_ten_rounds_with_too_few_replies_move_nothing_and_the_run_goes_on(tiny):
     def lost(attempt, partition, reply):
         return None if 1 <= attempt <= 10 and partition == 0 else reply
 
-    config = tiny(**{"num-server-rounds": 12, "min-replies": 2, "method": "la-lora"})
+    config = tiny(**sized(**{"num-server-rounds": 12}))
     server_app.run(FakeGrid(config, 2, fault=lost), config)
     rows = folder_of(config).history()
     assert [row["aggregated"] for row in rows] == [False] * 10 + [True] * 2
@@ -210,13 +230,14 @@ def test_ten_rounds_with_too_few_replies_move_nothing_and_the_run_goes_on(tiny):
 # --- two nodes, one dataset -------------------------------------------------------------------
 
 
+@without_report
 def test_two_nodes_on_one_dataset_share_its_book(tiny, tmp_path):
     path = tmp_path / "shared.jsonl"
     rows = [{"text": f"hello {i}", "label": i % 2} for i in range(80)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
     limit = {"max-epsilon": 8.0, "delta": 1e-5}
     nodes = [{"data-path": str(path), "name": name, **limit} for name in ("a", "b")]
-    config = tiny(**{"num-server-rounds": 1})
+    config = tiny(**{"num-server-rounds": 1, "privacy.epsilon": EPSILON})
     server_app.run(FakeGrid(config, nodes), config)
     (dataset,) = {entry.dataset for entry in books().entries()}
     first, second = books().releases(dataset)  # of both nodes
