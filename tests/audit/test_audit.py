@@ -9,6 +9,7 @@ import pytest
 from scipy import stats
 from scipy.optimize import brentq
 
+import helpers.shared_accounting  # noqa: F401
 from conftest import make_config
 from lalora_app.audit import one_audit, published_mechanism
 from lalora_app.audit.broken_mechanisms import BROKEN

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import helpers.shared_accounting  # noqa: F401
 from conftest import WORDS, save_tokenizer
 from lalora_app.audit.draw_estimates import posterior_counts, standardised
 from lalora_app.audit.planted_federation import Federation, mislabelled

@@ -14,6 +14,7 @@ from itertools import pairwise
 import pytest
 from flwr.common.config import parse_config_args
 
+import helpers.shared_accounting  # noqa: F401
 from conftest import ROOT
 from lalora_app.cli import ledger_command, main, simulation
 from lalora_app.methods.table import METHODS

@@ -9,6 +9,7 @@ from opacus.accountants import RDPAccountant
 from scipy.optimize import brentq
 from scipy.stats import norm
 
+import helpers.shared_accounting  # noqa: F401
 from lalora_app.privacy.accounting import (
     EPSILON_ERROR,
     Release,
