@@ -85,6 +85,7 @@ def _calibrate_once(config):
 
 
 @pytest.mark.slow
+@pytest.mark.quiet
 def test_the_ledger_never_under_reports_when_the_client_is_killed(tiny, tmp_path):
     identify()
     config = tiny(**{"num-server-rounds": ROUNDS, "train.local-steps": 2, "min-replies": 1})

@@ -39,6 +39,7 @@ def wait_for(folder: Path, runs: int, process: subprocess.Popen) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.quiet
 def test_a_comparison_that_is_ended_and_called_again_runs_the_rest_only(tiny, tmp_path):
     config = tiny(**{"privacy.epsilon": float("inf"), "num-server-rounds": 4})
     plan = tmp_path / "plan.toml"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 
+import helpers.shared_accounting  # noqa: F401
 from conftest import ROOT
 from lalora_app.privacy import accounting
 from lalora_app.privacy import budget as book
@@ -384,6 +385,7 @@ for round_ in range(10**9):
 
 
 @pytest.mark.slow
+@pytest.mark.quiet
 def test_a_client_killed_at_any_moment_has_drawn_nothing_that_is_not_written(tmp_path):
     path, drawn = tmp_path / "ledger.sqlite", tmp_path / "drawn"
     drawn.touch()

