@@ -1,16 +1,16 @@
-"""Each mutant breaks the privacy in one line of a copy of the package; its tests must turn red."""
+"""Each mutant breaks the privacy in one line of a copy of the package; its test must turn red."""
 
-import os
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 
+from helpers.pytest_server import PytestServer
+
 ROOT = Path(__file__).resolve().parents[2]
-FAILED = 1  # pytest's exit code when tests ran and failed; others mean that it did not run
+# pytest's exit codes; all others mean that no test ran.
+PASSED, FAILED = 0, 1
 
 
 @dataclass(frozen=True)
@@ -18,7 +18,7 @@ class Mutant:
     file: str
     old: str
     new: str
-    tests: str
+    test: str
 
 
 MUTANTS = {
@@ -28,101 +28,101 @@ MUTANTS = {
         "    means = [grad.mean(0).norm() for grad in grads.dense().values()]\n"
         "    norms = torch.full_like(grads.norms(), float(torch.stack(means).norm()))\n"
         "    scales = clip_scales(norms, clip_norm)\n",
-        "tests/private_step/test_mechanism.py",
+        "tests/private_step/test_mechanism.py::test_clipping_is_flat_over_all_tensors_of_an_example",
     ),
     "per-tensor clip": Mutant(
         "private_step/gradients.py",
         "        return _norms(torch.column_stack([block.norms() for block in self.blocks]))\n",
         "        return torch.column_stack([block.norms() for block in self.blocks]).amax(1)\n",
-        "tests/private_step/test_mechanism.py",
+        "tests/private_step/test_mechanism.py::test_the_flat_clip_is_neither_per_tensor_nor_of_the_batch",
     ),
     "one-position heads left out of the norm": Mutant(
         "private_step/gradients.py",
         "        return _norms(self.g, torch.float64) * _norms(self.x, torch.float64)\n",
         "        return torch.zeros_like(_norms(self.g))\n",
-        "tests/private_step/test_kernels.py",
+        "tests/private_step/test_kernels.py::test_no_example_moves_the_float32_sum_by_more_than_the_clip_norm",
     ),
     "gradient of an example counted twice": Mutant(
         "private_step/tape.py",
         "beta=0.0 if first else 1.0, alpha=scale)",
         "beta=0.0 if first else 1.0, alpha=2 * scale)",
-        "tests/private_step/test_kernels.py",
+        "tests/private_step/test_kernels.py::test_a_lora_layer_of_any_leading_shape_and_number_of_calls",
     ),
     "per-window clip": Mutant(
         "private_step/tape.py",
         "        return x.reshape(self._examples, -1, x.shape[-1])\n",
         "        return x.reshape(x.shape[0], -1, x.shape[-1])\n",
-        "tests/private_step/test_per_example.py",
+        "tests/private_step/test_per_example.py::test_an_image_is_clipped_as_one_and_not_by_its_windows",
     ),
     "noise skipped": Mutant(
         "private_step/mechanism.py",
         "alpha=noise_std)",
         "alpha=0.0)",
-        "tests/private_step/test_mechanism.py",
+        "tests/private_step/test_mechanism.py::test_add_noise_has_the_given_deviation_and_divides_by_the_expected_batch",
     ),
     "noise scaled by 2/3": Mutant(
         "private_step/mechanism.py",
         "alpha=noise_std)",
         "alpha=2 / 3 * noise_std)",
-        "tests/private_step/test_mechanism.py",
+        "tests/private_step/test_mechanism.py::test_add_noise_has_the_given_deviation_and_divides_by_the_expected_batch",
     ),
     "noise halved": Mutant(
         "private_step/mechanism.py",
         "alpha=noise_std)",
         "alpha=noise_std / 2)",
-        "tests/private_step/test_mechanism.py",
+        "tests/private_step/test_mechanism.py::test_add_noise_has_the_given_deviation_and_divides_by_the_expected_batch",
     ),
     "the same noise in every step": Mutant(
         "private_step/mechanism.py",
         "        return torch.from_numpy(rng.standard_normal(size)).to(like)\n",
         "        rng = np.random.default_rng(0)\n"
         "        return torch.from_numpy(rng.standard_normal(size)).to(like)\n",
-        "tests/private_step/test_mechanism.py",
+        "tests/private_step/test_mechanism.py::test_every_entry_of_every_tensor_has_noise_of_its_own",
     ),
     "no noise on one factor": Mutant(
         "private_step/mechanism.py",
         "    noised = torch._foreach_add(totals, shaped, alpha=noise_std)\n",
         '    shaped = [s * (".lora_A." not in n) for n, s in zip(sums, shaped, strict=True)]\n'
         "    noised = torch._foreach_add(totals, shaped, alpha=noise_std)\n",
-        "tests/private_step/test_mechanism.py",
+        "tests/private_step/test_mechanism.py::test_an_empty_batch_is_pure_noise_and_uses_up_a_reservation",
     ),
     "noise without the clip norm": Mutant(
         "private_step/step.py",
         "return z * clip_norm if z > 0 else 0.0",
         "return z",
-        "tests/private_step/test_mechanism.py",
+        "tests/private_step/test_mechanism.py::test_an_empty_batch_is_pure_noise_and_uses_up_a_reservation",
     ),
     "gates differentiated in the batch's mean": Mutant(
         "private_step/reparametrised_engine.py",
         "        (pulled,) = torch.vmap(pullback)(grads)\n",
         "        grads = {n: g.mean(0, keepdim=True).expand_as(g) for n, g in grads.items()}\n"
         "        (pulled,) = torch.vmap(pullback)(grads)\n",
-        "tests/adapter/test_parametrisations.py",
+        "tests/adapter/test_parametrisations.py::test_every_example_has_the_gradient_of_its_own_loss_through_the_parametrisation",
     ),
     "realised batch size": Mutant(
         "private_step/step.py",
         "    expected = q * len(data)\n",
         "    expected = max(len(indices), 1)\n",
-        "tests/private_step/test_mechanism.py",
+        "tests/private_step/test_mechanism.py::test_the_sum_is_divided_by_the_expected_and_not_by_the_realised_batch",
     ),
     "a step not counted": Mutant(
         "client/requests.py",
         "        Release(q, noise_multiplier, steps),\n",
         "        Release(q, noise_multiplier, steps - 1),\n",
-        "tests/whole_app/test_contract.py",
+        "tests/whole_app/test_contract.py::test_the_ledger_counts_every_step_of_every_client[la-lora]",
     ),
     "a step not counted, and the guard gone": Mutant(
         "privacy/ledger.py",
         "    numbers = (release.sampling_rate, release.noise_multiplier, release.count)\n",
         "    count = max(release.count - 1, 1)\n"
         "    numbers = (release.sampling_rate, release.noise_multiplier, count)\n",
-        "tests/whole_app/test_contract.py",
+        "tests/whole_app/test_contract.py::test_the_ledger_counts_every_step_of_every_client[la-lora]",
     ),
     "more steps than reserved": Mutant(
         "privacy/ledger.py",
         "        if self._left == 0:\n",
         "        if False:\n",
-        "tests/private_step/test_mechanism.py",
+        "tests/private_step/test_mechanism.py::test_a_used_up_reservation_refuses_before_anything_is_drawn",
     ),
     "ledger written after training": Mutant(
         "client/requests.py",
@@ -137,19 +137,19 @@ MUTANTS = {
         "    streams = _streams(current.config, current.site.client, current.request.attempt)\n"
         "    result = run_local_steps(current, start, reservation, streams)\n"
         "    reserve(current)\n",
-        "tests/client/test_kill.py",
+        "tests/client/test_kill.py::test_the_ledger_never_under_reports_when_the_client_is_killed",
     ),
     "ledger not committed": Mutant(
         "privacy/ledger.py",
         '            db.execute("COMMIT")\n',
         "            _OPEN.append(db)  # committed when the process ends, if it ends well\n",
-        "tests/privacy/test_ledger.py",
+        "tests/privacy/test_ledger.py::test_a_row_is_committed_when_reserve_returns",
     ),
     "shuffled batches": Mutant(
         "private_step/mechanism.py",
         "    return np.flatnonzero(rng.random(size) < rate)\n",
         "    return np.sort(rng.permutation(size)[: round(rate * size)])\n",
-        "tests/private_step/test_mechanism.py",
+        "tests/private_step/test_mechanism.py::test_batch_sizes_are_binomial_and_not_fixed",
     ),
     "empty batches skipped": Mutant(
         "private_step/step.py",
@@ -157,49 +157,49 @@ MUTANTS = {
         "    sums = _clipped_batch_sum(model, data, indices, clip_norm, micro_batch)\n"
         "    if not len(indices):\n"
         "        return NoisedGrads(sums)\n",
-        "tests/private_step/test_mechanism.py",
+        "tests/private_step/test_mechanism.py::test_an_empty_batch_is_pure_noise_and_uses_up_a_reservation",
     ),
     "non-finite examples scaled": Mutant(
         "private_step/mechanism.py",
         "        grads = grads.zero_examples(dropped)\n",
         "        pass\n",
-        "tests/private_step/test_mechanism.py",
+        "tests/private_step/test_mechanism.py::test_a_non_finite_example_adds_exactly_nothing_and_leaves_the_others",
     ),
     "train loss in the reply": Mutant(
         "wire/messages.py",
         '        metrics = MetricRecord({"round": self.round, "epsilon": self.epsilon, **sizes})\n',
         '        metrics = MetricRecord({"round": self.round, "epsilon": self.epsilon, "loss": 0.5})\n',
-        "tests/whole_app/test_reply_contents.py",
+        "tests/whole_app/test_reply_contents.py::test_nothing_but_the_allowed_keys_leaves_a_client[False]",
     ),
     "exception text in the reply": Mutant(
         "client_app.py",
         "        content = messages.refusal(_refusal_key(error, context.node_config))\n",
         "        content = RecordDict({messages.CONFIG: messages.ConfigRecord({'refusal': str(error)})})\n",
-        "tests/whole_app/test_reply_contents.py",
+        "tests/whole_app/test_reply_contents.py::test_every_exception_becomes_a_fixed_refusal",
     ),
     "padded to the longest of the batch": Mutant(
         "data/encoding.py",
         "yield self.batch(part[start : start + size], width)",
         "yield self.batch(part[start : start + size])",
-        "tests/data/test_encoding.py",
+        "tests/data/test_encoding.py::test_how_far_a_text_is_padded_follows_from_it_alone",
     ),
     "a head's norm in float32": Mutant(
         "private_step/gradients.py",
         "        return _norms(self.g, torch.float64) * _norms(self.x, torch.float64)\n",
         "        return _norms(self.g) * _norms(self.x)\n",
-        "tests/private_step/test_mechanism.py",
+        "tests/private_step/test_mechanism.py::test_no_head_of_any_size_exceeds_the_clip_norm",
     ),
     "columns of the server's choice": Mutant(
         "client/site.py",
         "    _check_columns(config, node)\n    rank",
         "    rank",
-        "tests/client/test_site.py",
+        "tests/client/test_site.py::test_a_run_with_other_columns_is_refused_before_any_data_is_read",
     ),
     "resting factor steps": Mutant(
         "client/local_round.py",
         "        parameter.grad = gradients.get(name)\n",
         "        parameter.grad = gradients.get(name, torch.zeros_like(parameter))\n",
-        "tests/whole_app/test_local_steps.py",
+        "tests/whole_app/test_local_steps.py::test_a_resting_factor_and_its_moments_stay_bit_identical",
     ),
 }
 HELPERS = {
@@ -207,26 +207,42 @@ HELPERS = {
 }
 
 
-QUIETLY = ("-p", "no:cacheprovider")
+def copied(folder: Path) -> Path:
+    """Copy all that a test needs, with the compiled modules."""
+    for name in ("lalora_app", "tests", "configs"):
+        shutil.copytree(ROOT / name, folder / name)
+    shutil.copy(ROOT / "pyproject.toml", folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = PytestServer()
+    yield server
+    server.close()
+
+
+def run(server: PytestServer, folder: Path, test: str) -> tuple[int, str]:
+    return server.run(folder, "-x", "-p", "no:cacheprovider", test)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", MUTANTS)
-def test_a_mutant_turns_its_tests_red(name, tmp_path):
+def test_a_mutant_turns_its_test_red(name, server, tmp_path):
     mutant = MUTANTS[name]
-    for folder in ("lalora_app", "tests", "configs"):
-        shutil.copytree(ROOT / folder, tmp_path / folder)
-    shutil.copy(ROOT / "pyproject.toml", tmp_path)
-    path = tmp_path / "lalora_app" / mutant.file
+    path = copied(tmp_path) / "lalora_app" / mutant.file
     source = path.read_text("utf-8")
     assert source.count(mutant.old) == 1
     path.write_text(source.replace(mutant.old, mutant.new) + HELPERS.get(mutant.file, ""), "utf-8")
-    done = subprocess.run(
-        [*(sys.executable, "-m", "pytest", "-x", "-m", "not wide"), *QUIETLY, mutant.tests],
-        cwd=tmp_path,
-        env=os.environ | {"PYTHONPATH": str(tmp_path)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == FAILED, done.stdout + done.stderr
+    code, output = run(server, tmp_path, mutant.test)
+    assert code == FAILED, output
+    # pytest has the same code for a crash of its own: its summary must name the test.
+    summary = (f"FAILED {mutant.test}", f"ERROR {mutant.test}")
+    assert any(line.startswith(summary) for line in output.splitlines()), output
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("test", sorted({mutant.test for mutant in MUTANTS.values()}))
+def test_without_a_mutant_the_same_test_is_green(test, server, tmp_path):
+    code, output = run(server, copied(tmp_path), test)
+    assert code == PASSED, output
