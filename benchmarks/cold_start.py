@@ -128,8 +128,7 @@ def serve(tree: Path, folder: Path, rows: int) -> list[dict[str, Any]]:
     config = _config(tree)
     node: dict[str, Any] = {"data-path": str(_data(folder, rows)), "name": "site"}
     node |= {"max-epsilon": float("inf"), "state-path": str(folder / "state")}
-    if (tree / "lalora_app" / "encoded_files.py").exists():
-        node["data-cache"] = str(folder / "cache")
+    node["data-cache"] = str(folder / "cache")
     content = RecordDict({messages.RUN_CONFIG: messages.run_config(flatten(config))})
     query = Message(content, dst_node_id=_NODE, message_type="query")
     said, spent = _deliver(query, folder, node)
