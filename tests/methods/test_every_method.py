@@ -25,7 +25,7 @@ from lalora_app.private_step import step
 from lalora_app.settings.errors import ConfigError
 from lalora_app.wire import messages, tensors
 
-pytestmark = [pytest.mark.wide, pytest.mark.usefixtures("no_waiting")]
+pytestmark = [pytest.mark.wide, pytest.mark.usefixtures("no_waiting", "no_report")]
 
 EXAMPLES, CLIP = 8, 0.05
 

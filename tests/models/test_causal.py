@@ -15,7 +15,7 @@ from safetensors.numpy import load_file
 from torch import nn
 
 from conftest import WORDS, save_tokenizer
-from helpers.app_runs import do_not_wait_for_nodes
+from helpers.app_runs import do_not_draw_the_report, do_not_wait_for_nodes
 from helpers.fake_grid import FakeGrid
 from helpers.oracle import (
     assert_engine_is_right,
@@ -288,6 +288,7 @@ def test_a_run_ends_with_its_perplexity_and_an_adapter_for_the_stock_model(
     from peft import PeftModel
 
     do_not_wait_for_nodes(monkeypatch)
+    do_not_draw_the_report(monkeypatch)
     rates = {"train.optimizer": "adamw", "train.lr-a": 0.1, "train.lr-b": 0.1}
     sizes = {"num-server-rounds": 2, "train.batch-size": 24, "train.local-steps": 6}
     repeatable = {"privacy.epsilon": INF, "privacy.noise": "seeded"}

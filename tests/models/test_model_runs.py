@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from conftest import make_config, save_tokenizer
-from helpers.app_runs import do_not_wait_for_nodes
+from helpers.app_runs import do_not_draw_the_report, do_not_wait_for_nodes
 from helpers.fake_grid import FakeGrid
 from helpers.model_checks import IMAGES, normalised, pixels, stock
 from lalora_app import server_app
@@ -31,6 +31,7 @@ INF = float("inf")
 def finished(config: Config, monkeypatch) -> tuple[Path, dict]:
     """Run a federation of two clients; return its adapter's folder and its summary."""
     do_not_wait_for_nodes(monkeypatch)
+    do_not_draw_the_report(monkeypatch)
     server_app.run(FakeGrid(config, 2), config)
     (folder,) = Path(config.output).iterdir()
     return folder / "adapter", json.loads((folder / "summary.json").read_text("utf-8"))

@@ -12,7 +12,7 @@ from lalora_app.data.examples import split
 from lalora_app.results.diagnosis import intruders, merge, open_run, sharpness
 from lalora_app.results.spectra import intruder_dimensions
 
-pytestmark = [pytest.mark.wide, pytest.mark.usefixtures("no_waiting")]
+pytestmark = [pytest.mark.wide, pytest.mark.usefixtures("no_waiting", "no_report")]
 
 RATES = {"train.lr-a": 0.05, "train.lr-b": 0.05, "train.batch-size": 60}
 

@@ -13,7 +13,7 @@ from lalora_app.privacy.ledger import state_folder
 from lalora_app.wire import messages, tensors
 from lalora_app.wire.downlink import DRIFT, LEFT_OUT, Downlink
 
-pytestmark = pytest.mark.usefixtures("no_waiting")
+pytestmark = pytest.mark.usefixtures("no_waiting", "no_report")
 A, B, HEAD = "layer.lora_A.weight", "layer.lora_B.weight", "classifier.weight"
 NODE = 7
 
