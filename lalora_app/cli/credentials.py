@@ -24,14 +24,14 @@ from lalora_app.settings.errors import ConfigError
 
 _CURVE = ec.SECP384R1()  # Flower takes ECDSA keys only
 _CA_DAYS = 3650
-_CLOCK_SKEW = timedelta(hours=1)  # of a site whose clock is behind
+_CLOCK_SKEW = timedelta(hours=1)  # a site's clock may be behind by this much
 _HOST = re.compile(r"[A-Za-z0-9]([A-Za-z0-9.-]{0,251}[A-Za-z0-9])?")
 
 Key = ec.EllipticCurvePrivateKey
 
 
 def _write(path: Path, content: bytes, mode: int, *, replace: bool = False) -> None:
-    """Write a file that is never, not for a moment, open to others than its mode says."""
+    """Write a file that has the given mode from its creation on."""
     if replace:
         path.unlink(missing_ok=True)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,7 +76,7 @@ def _usage(*, signs_certificates: bool) -> x509.KeyUsage:
 def _certificate(
     subject: str, issuer: str, key: Key, signer: Key, days: int, *, authority: bool
 ) -> x509.CertificateBuilder:
-    """Return a certificate with what RFC 5280 asks of both kinds, yet to be signed."""
+    """Return an unsigned certificate with the extensions that RFC 5280 requires."""
     now = datetime.now(UTC)
     signed_by = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key())
     own = x509.SubjectKeyIdentifier.from_public_key(key.public_key())
@@ -100,10 +100,13 @@ _CA_NAME = "LaLoRA deployment CA"
 
 
 def make_ca(folder: Path) -> None:
-    """Write ``ca.key``, which stays with whoever runs the server, and ``ca.crt`` for everyone.
+    """Write a certificate authority: ``ca.key``, secret at the server, and ``ca.crt`` for all.
+
+    Args:
+        folder: folder of the credentials; created if missing.
 
     Raises:
-        ConfigError: if the folder holds one of them; a CA is never replaced.
+        ConfigError: if the folder already holds one of the files; a CA is never replaced.
     """
     key = ec.generate_private_key(_CURVE)
     built = _certificate(_CA_NAME, _CA_NAME, key, key, _CA_DAYS, authority=True)
@@ -127,12 +130,12 @@ def make_server(folder: Path, hosts: Sequence[str], days: int) -> None:
     """Write ``server.key`` and ``server.pem``, signed by the folder's CA; replaces older ones.
 
     Args:
-        folder: where :func:`make_ca` wrote.
-        hosts: DNS names and IP addresses under which SuperNodes and users reach the SuperLink.
-        days: that it is valid.
+        folder: folder with the files of :func:`make_ca`.
+        hosts: DNS names and IP addresses of the SuperLink, as SuperNodes and users write them.
+        days: number of days for which the certificate is valid.
 
     Raises:
-        ConfigError: if there is no CA, or a host is neither a name nor an address.
+        ConfigError: if there is no CA, or a host is neither a DNS name nor an IP address.
     """
     names = [_alternative(host) for host in hosts]
     signer, key = _authority(folder), ec.generate_private_key(_CURVE)
@@ -147,10 +150,14 @@ def make_server(folder: Path, hosts: Sequence[str], days: int) -> None:
 
 
 def make_node(folder: Path, name: str) -> None:
-    """Write a SuperNode's key pair: ``name``, which never leaves the site, and ``name.pub``.
+    """Write a SuperNode's key pair: ``name``, secret at the site, and ``name.pub`` for the server.
+
+    Args:
+        folder: folder of the credentials; created if missing.
+        name: file name of the private key.
 
     Raises:
-        ConfigError: if a key of that name is there; a key is never replaced.
+        ConfigError: if a key of this name exists; a key is never replaced.
     """
     if Path(name).name != name:
         raise ConfigError(f"name={name!r} must be a plain file name")

@@ -32,7 +32,7 @@ def _node(args: argparse.Namespace) -> int:
 
 
 def add_credentials(commands: Any) -> None:
-    """Add ``lalora credentials``: what a deployment needs, see docs/deployment.md."""
+    """Add ``lalora credentials`` for deployments, see docs/deployment.md."""
     credentials = commands.add_parser("credentials", help="keys and certificates of a deployment")
     actions = credentials.add_subparsers(required=True, metavar="ACTION")
     ca = actions.add_parser("ca", help="a certificate authority; once, at the server")
@@ -44,5 +44,7 @@ def add_credentials(commands: Any) -> None:
     server.add_argument(
         "--host", action="append", required=True, dest="hosts", help="name or address; repeatable"
     )
-    server.add_argument("--days", type=at_least_one, default=365, help="(default 365)")
-    node.add_argument("name", help="of the key's file")
+    server.add_argument(
+        "--days", type=at_least_one, default=365, help="days of validity (default 365)"
+    )
+    node.add_argument("name", help="file name of the key")

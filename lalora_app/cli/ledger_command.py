@@ -14,8 +14,8 @@ from lalora_app.privacy.accounting import PRV_TRUSTED, epsilon, is_tight, second
 from lalora_app.privacy.ledger import Ledger, LedgerEntry, state_folder
 from lalora_app.settings.errors import ConfigError
 
-_AGREEMENT = 0.01  # relative; both accountants bound the same number from above
-_SLACK = 0.004  # absolute: the first accountant's own additive error
+_AGREEMENT = 0.01  # relative tolerance; both accountants give upper bounds of the same epsilon
+_SLACK = 0.004  # absolute tolerance: the additive error of the first accountant
 
 
 def _open_ledger(path: Path | None) -> Ledger:
@@ -56,9 +56,9 @@ def _verify(args: argparse.Namespace) -> int:
         releases = [entry.release for entry in group]
         first, second = epsilon(releases, args.delta), second_epsilon(releases, args.delta)
         tolerance = _AGREEMENT * second + _SLACK
-        absurd = min(first, second) > PRV_TRUSTED  # beyond any promise; not compared
-        tight = is_tight(releases, args.delta)  # else the ledger's is RDP, which may only be larger
-        agree = absurd or -tolerance <= first - second <= (tolerance if tight else math.inf)
+        untrusted = min(first, second) > PRV_TRUSTED  # far above any useful epsilon: not compared
+        tight = is_tight(releases, args.delta)  # otherwise RDP, whose epsilon may only be larger
+        agree = untrusted or -tolerance <= first - second <= (tolerance if tight else math.inf)
         wrong += not agree
         verdict = "agree" if agree else "DISAGREE"
         name = "PRV" if tight else "RDP"
@@ -95,8 +95,8 @@ def _merge(args: argparse.Namespace) -> int:
 
 
 def add_ledger(commands: Any) -> None:
-    """Add ``ledger`` and its actions to the command line's parser."""
-    ledger = commands.add_parser("ledger", help="what has been released about each dataset")
+    """Add ``lalora ledger`` and its actions to the parser."""
+    ledger = commands.add_parser("ledger", help="privacy spent on each dataset")
     actions = ledger.add_subparsers(required=True, metavar="ACTION")
     for name, act in (("show", _show), ("verify", _verify)):
         action = actions.add_parser(name)
@@ -109,7 +109,7 @@ def add_ledger(commands: Any) -> None:
     export.add_argument("--path", type=Path, help="the SQLite file (default: this machine's)")
     export.add_argument("--dataset", help="only this dataset")
     export.set_defaults(act=_export)
-    merge = actions.add_parser("merge", help="add another ledger's lines, and say which")
-    merge.add_argument("other", type=Path, help="a ledger; it stays as it is")
-    merge.add_argument("--path", type=Path, help="the ledger that grows (default: this machine's)")
+    merge = actions.add_parser("merge", help="add the lines of another ledger")
+    merge.add_argument("other", type=Path, help="the other ledger; not changed")
+    merge.add_argument("--path", type=Path, help="the ledger to extend (default: this machine's)")
     merge.set_defaults(act=_merge)
