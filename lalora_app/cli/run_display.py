@@ -38,7 +38,7 @@ class _RoundsBar:
             TextColumn("{task.fields[scores]}", markup=False),
             _TimeLeft(),
         )
-        self._progress = Progress(*columns, console=console)
+        self._progress = Progress(*columns, console=console, refresh_per_second=4)
         self._task = self._progress.add_task("starting", total=None, scores="", end=None)
 
     def start(self) -> None:
