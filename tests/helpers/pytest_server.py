@@ -45,6 +45,7 @@ class PytestServer:
     def close(self) -> None:
         self._process.stdin.close()
         self._process.wait()
+        self._process.stdout.close()
 
 
 def _run_here(folder: str, log: str, arguments: Sequence[str]) -> int:
