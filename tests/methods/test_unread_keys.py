@@ -151,4 +151,4 @@ def test_a_run_warns_once_of_all_values_without_effect(tiny, caplog):
     with caplog.at_level(logging.WARNING, "flwr"):
         run(config)
     (line,) = [r.getMessage() for r in caplog.records if "has no use of" in r.getMessage()]
-    assert line == 'method="ffa-lora" has no use of train.lr-a=0.001, rule.period=3'
+    assert line == 'LaLoRA method="ffa-lora" has no use of train.lr-a=0.001, rule.period=3'

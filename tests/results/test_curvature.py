@@ -18,6 +18,7 @@ from lalora_app.models.backbone import Backbone, build, wire_name
 from lalora_app.private_step.attach import LayoutError
 from lalora_app.private_step.compiled_engine import CompiledEngine
 from lalora_app.private_step.engine import KernelEngine
+from lalora_app.private_step.reparametrised_engine import ReparametrisedEngine
 from lalora_app.results.curvature import top_hessian_eigenvalue
 from lalora_app.settings.run_config import Config
 
@@ -155,7 +156,8 @@ def test_it_is_in_the_models_own_tensors_where_a_method_trains_others(tiny_backb
     backbone = tiny_backbone()
     expected = top_hessian_eigenvalue(backbone, [WHOLE], steps=3)
     names = [name for name in backbone.engine.parameters if "lora_B" not in name]
-    backbone.engine.parameters = {n: nn.Parameter(torch.zeros(3)) for n in [*names, "lora_gate"]}
+    theta = {name: torch.zeros(3) for name in [*names, "lora_gate"]}
+    backbone.engine = ReparametrisedEngine(backbone.engine, theta, lambda own: own)
     assert top_hessian_eigenvalue(backbone, [WHOLE], steps=3) == expected
 
 
