@@ -83,6 +83,7 @@ def test_every_script_and_every_target_of_make_exists(path):
         assert {word for word in argv[1:] if "=" not in word} <= set(targets), argv
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("program", ["flower-superlink", "flower-supernode"])
 def test_every_option_of_flowers_programs_exists(program):
     found = [argv for path in DOCUMENTS for argv in commands(path, program)]
