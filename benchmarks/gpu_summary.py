@@ -1,0 +1,133 @@
+"""Print the tables of docs/performance.md and docs/results.md about the measurements on a GPU.
+
+python benchmarks/gpu_summary.py
+"""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+RESULTS = Path(__file__).parent / "results" / "gpu"
+NAMES = {
+    "roberta-base-whole": "RoBERTa-base",
+    "swin-tiny-whole": "Swin-tiny",
+    "swin-base-whole": "Swin-base",
+}
+RATES = {"adam 3e-3": "AdamW", "sgd x2, slow decay": "SGD"}
+TARGETS = {"query,value": "query, value", "query,key,value,dense": "all Linear layers"}
+METHODS = ("la-lora", "rolora", "dp-lora")
+Rows = list[dict[str, Any]]
+
+
+def _read(name: str) -> Rows:
+    rows: Rows = json.loads((RESULTS / name).read_text("utf-8"))
+    return rows
+
+
+def _table(head: list[str], lines: Iterable[list[str]]) -> str:
+    ruler = "|" + "---|" * len(head)
+    return "\n".join([_line(head), ruler, *map(_line, lines)])
+
+
+def _line(cells: list[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def _cells(rows: Rows) -> dict[tuple[str, str], dict[str, Any]]:
+    """Return the rows per (model, phase), by variant."""
+    found: dict[tuple[str, str], dict[str, Any]] = {}
+    for model in NAMES:
+        for phase in ("B", "A"):
+            own = [row for row in rows if (row["model"], row["phase"]) == (model, phase)]
+            if own:
+                found[model, phase] = {row["variant"]: row for row in own}
+    return found
+
+
+def _ratio(row: dict[str, Any] | None) -> str:
+    if row is None:
+        return "fails"
+    return f"{row['wall_ratio']:.2f} [{row['wall_least']:.2f}-{row['wall_most']:.2f}]"
+
+
+def eager_table() -> str:
+    """Return the table of eager steps: wall-clock, host and memory ratios to stock PEFT."""
+    head = ["model", "phase", "PEFT, ms", "`fused`", "`fused-nonprivate`", "`merged`"]
+    head += ["Opacus ghost", "host time of `fused`", "peak memory of `fused`"]
+
+    def lines() -> Iterable[list[str]]:
+        for (model, phase), by in _cells(_read("eager.json")).items():
+            timed = [_ratio(by[name]) for name in ("fused", "fused-nonprivate", "merged")]
+            host, peak = by["fused"]["cpu_ratio"], by["fused"]["peak_ratio"]
+            milliseconds = f"{1000 * by['peft']['wall_seconds']:.0f}"
+            ghost = _ratio(by.get("opacus-ghost"))
+            yield [NAMES[model], phase, milliseconds, *timed, ghost, f"{host:.2f}", f"{peak:.3f}"]
+
+    return _table(head, lines())
+
+
+def compiled_table() -> str:
+    """Return the table of compiled steps: wall-clock and memory ratios to eager PEFT."""
+    head = ["model", "phase", "compiled PEFT", "`compiled`", "`compiled` / compiled PEFT"]
+    head += ["peak memory of compiled PEFT", "peak memory of `compiled`"]
+
+    def lines() -> Iterable[list[str]]:
+        for (model, phase), by in _cells(_read("compiled.json")).items():
+            stock, own = by["peft-compiled"], by["compiled"]
+            quotient = f"{own['wall_ratio'] / stock['wall_ratio']:.2f}"
+            peaks = [f"{row['peak_ratio']:.2f}" for row in (stock, own)]
+            yield [NAMES[model], phase, _ratio(stock), _ratio(own), quotient, *peaks]
+
+    return _table(head, lines())
+
+
+def busy_table() -> str:
+    """Return the table of the GPU's own time at batch 64, and of whole steps at batch 256."""
+    rows = _read("quiet.json")
+    head = ["model", "GPU time of PEFT, ms", "`fused`", "`merged`", "`plain`"]
+    head += ["batch 256: PEFT, ms", "`fused`", "`merged`"]
+
+    def ratios(part: str, model: str) -> dict[str, dict[str, Any]]:
+        own = [row for row in rows if row["part"] == part and row["model"] == model]
+        return {row["variant"]: row for row in own}
+
+    def lines() -> Iterable[list[str]]:
+        for model in ("roberta-base-whole", "swin-tiny-whole"):
+            busy, large = ratios("busy", model), ratios("large", model)
+            gpu = [f"{busy[name]['ratio']:.2f}" for name in ("fused", "merged", "plain")]
+            wall = [
+                f"{large[name]['wall_ratio']:.2f} "
+                f"[{large[name]['least']:.2f}-{large[name]['most']:.2f}]"
+                for name in ("fused", "merged")
+            ]
+            peft = [f"{busy['peft']['ms']:.1f}", f"{large['peft']['ms']:.0f}"]
+            yield [NAMES[model], peft[0], *gpu, peft[1], *wall]
+
+    return _table(head, lines())
+
+
+def study_table() -> str:
+    """Return the table of the comparison on SST-2: accuracy in percent, one run per number."""
+    text = (RESULTS / "study.jsonl").read_text("utf-8")
+    runs: dict[tuple[str, str, str, int], dict[str, float]] = {}
+    for run in map(json.loads, text.splitlines()):
+        epsilon = run["epsilon"].removesuffix(".0")
+        line = (epsilon, TARGETS[run["targets"]], RATES[run["rates"]], run["seed"])
+        runs.setdefault(line, {})[run["method"]] = run["accuracy"]
+    order = sorted(runs, key=lambda line: (line[0], line[1] != TARGETS["query,value"], *line[2:]))
+    lines = (
+        [*map(str, line), *(f"{100 * runs[line][method]:.1f}" for method in METHODS)]
+        for line in order
+    )
+    return _table(["ε", "LoRA on", "optimiser", "seed", *METHODS], lines)
+
+
+def main() -> None:
+    """Print the tables."""
+    for table in (eager_table, busy_table, compiled_table, study_table):
+        print(f"{table.__name__}\n{table()}\n")
+
+
+if __name__ == "__main__":
+    main()
