@@ -1,7 +1,7 @@
 """Measure the overhead of the simulation: wall time of a round and training time of clients.
 
 python benchmarks/overhead.py                       # 4, 20 and 100 clients, the default model
-python benchmarks/overhead.py --clients 4 20 --rounds 8
+python benchmarks/overhead.py --clients 4,20 --rounds 8
 
 Clients write their times to their own log (LALORA_TIMING) and never send them. It writes
 benchmarks/results/overhead.json and prints medians over all rounds except the first, which builds

@@ -76,7 +76,7 @@ class Loopback(Grid):
 
     def _trained(self, message: Message, context: Context) -> RecordDict:
         """Reply like a client, with noise in place of the result of training."""
-        request = messages.parse_request(message.content)
+        request = messages.parse_request(message.content, self.config)
         start = select(messages.adapter_of(message.content, self.like), frozenset("B"))
         upload = {
             n: x + 0.05 * self.rng.standard_normal(x.shape, np.float32) for n, x in start.items()

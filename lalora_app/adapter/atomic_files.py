@@ -1,5 +1,6 @@
 """Files that survive a crash or a power cut: either the old content or the whole new one."""
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -13,12 +14,21 @@ def file_name(*parts: str) -> str:
 
 
 def _sync(path: Path) -> None:
-    """Wait until the content of a file, or the names in a folder, are on the disk."""
+    """Wait until a file or a folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _sync_folder(path: Path) -> None:
+    """Wait until the names in a folder are on the disk; some file systems cannot do so."""
+    try:
+        _sync(path)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
 
 
 def make_folder(path: Path, *, mode: int = 0o777) -> None:
@@ -32,7 +42,7 @@ def make_folder(path: Path, *, mode: int = 0o777) -> None:
         return
     make_folder(path.parent)
     path.mkdir(exist_ok=True, mode=mode)
-    _sync(path.parent)
+    _sync_folder(path.parent)
 
 
 @contextmanager
@@ -52,6 +62,6 @@ def replace_atomically(path: Path, *, mode: int = 0o777) -> Iterator[Path]:
         yield new
         _sync(new)
         new.replace(path)
-        _sync(path.parent)
+        _sync_folder(path.parent)
     finally:
         new.unlink(missing_ok=True)

@@ -1,6 +1,7 @@
 """Start a run by the ``flwr`` command, follow its log, and ask for its status."""
 
 import json
+import math
 import subprocess
 import sys
 import time
@@ -17,6 +18,10 @@ _UNFINISHED = ("pending", "starting", "running")
 _STATUS_SECONDS = 120.0  # from the end of the log until the status must be finished
 _POLL_SECONDS = 1.0
 _TRIES = 3  # to start a SuperLink, for which Flower waits 15 seconds
+_BROKEN_LOG = (
+    "WARNING : LaLoRA flwr log ended with exit code {}: the run goes on, its next lines are not "
+    "shown\n"
+)
 _TOO_SLOW = "Failed to start local SuperLink within"
 
 
@@ -83,13 +88,21 @@ def _status(run_id: str, env: Mapping[str, str], cwd: Path) -> tuple[str, str]:
         raise FlowerError(f"flwr list must report run {run_id} with a status: {answer}") from error
 
 
-def _final_status(run_id: str, env: Mapping[str, str], cwd: Path) -> tuple[str, str]:
-    """Wait until a run whose log has ended is finished; return its status and details.
+def _final_status(
+    run_id: str, env: Mapping[str, str], cwd: Path, seconds: float
+) -> tuple[str, str]:
+    """Wait until a run is finished; return its status and details.
+
+    Args:
+        run_id: id of the run.
+        env: environment of the Flower command.
+        cwd: working folder of the Flower command.
+        seconds: longest time to wait; inf for a run whose log may have broken off.
 
     Raises:
         FlowerError: for an unknown status, or if the run is not finished in time.
     """
-    deadline = time.monotonic() + _STATUS_SECONDS
+    deadline = time.monotonic() + seconds
     status, details = _status(run_id, env, cwd)
     while not status.startswith(_FINISHED):
         if status not in _UNFINISHED:
@@ -97,7 +110,7 @@ def _final_status(run_id: str, env: Mapping[str, str], cwd: Path) -> tuple[str, 
             raise FlowerError(f"flwr list: status={status!r} must be one of {known}")
         if time.monotonic() >= deadline:
             raise FlowerError(
-                f"the log of the run has ended, and {_STATUS_SECONDS:g} s later its status is "
+                f"the log of the run has ended, and {seconds:g} s later its status is "
                 f"still {status!r}"
             )
         time.sleep(_POLL_SECONDS)
@@ -109,6 +122,8 @@ def follow(
     run_id: str, env: Mapping[str, str], cwd: Path, show: Callable[[str], None]
 ) -> tuple[str, str]:
     """Pass every line of a run's log to ``show``; return the final status and its details.
+
+    If the log breaks off (``flwr log`` fails), the run goes on and is waited for without a log.
 
     Raises:
         FlowerError: if Flower does not report the end of the run.
@@ -124,4 +139,7 @@ def follow(
     ) as log:
         for line in log.stdout or ():
             show(line)
-    return _final_status(run_id, env, cwd)
+    if log.returncode != 0:
+        show(_BROKEN_LOG.format(log.returncode))
+    seconds = _STATUS_SECONDS if log.returncode == 0 else math.inf
+    return _final_status(run_id, env, cwd, seconds)

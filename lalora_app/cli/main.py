@@ -1,6 +1,7 @@
 """The command ``lalora``: simulate runs and comparisons, audit, read ledgers and results."""
 
 import argparse
+import sqlite3
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -153,9 +154,11 @@ def _exit_codes() -> dict[type[Exception], int]:
     Modules that take seconds to import are looked up only if the command has imported them.
     """
     codes: dict[type[Exception], int] = {ConfigError: 2, OSError: 2, SafetensorError: 2}
+    codes[sqlite3.DatabaseError] = 2
     optional = {
         ("lalora_app.private_step.attach", "LayoutError"): 2,
         ("lalora_app.cli.flower_commands", "FlowerError"): 1,
+        ("lalora_app.privacy.ledger", "LedgerBusyError"): 1,
     }
     for (module, name), code in optional.items():
         if module in sys.modules:

@@ -45,6 +45,12 @@ def _columns(table: Any, wanted: Iterable[str]) -> Columns:
     }  # whole columns: row by row takes ten times longer
 
 
+def _size_and_times(file: Path) -> tuple[int, int, int]:
+    found = file.stat()
+    # The time of the inode's last change: a program can set the other one back.
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
 def stamp(name: str) -> str:
     """Return a hash of names, sizes and times of change of a file, or of a folder's files.
 
@@ -52,7 +58,7 @@ def stamp(name: str) -> str:
     """
     root = full_path(name)
     files = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
-    listed = [(str(f.relative_to(root)), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    listed = [(str(f.relative_to(root)), *_size_and_times(f)) for f in files]
     return hashlib.sha256(json.dumps([str(root), listed]).encode()).hexdigest()
 
 

@@ -25,7 +25,7 @@ DEFAULTS: dict[str, Scalar] = {
     "rule.sparsity": 0.1,
 }
 _READERS = {
-    "rule.period": {"rac-lora", "fedsvd"},
+    "rule.period": {"rac-lora", "fedsvd", "beamlora"},
     "rule.fair-weight": {"lora-fair", "lora-fair-cosine"},
     "rule.flat-radius": {"flat-lora"},
     "rule.lr-ratio": {"lora-plus"},

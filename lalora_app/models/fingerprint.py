@@ -17,15 +17,18 @@ WEIGHTS, TOKENIZER, NORMALISATION = "weights", "tokenizer", "normalisation"
 
 
 def _frozen(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield the frozen parameters and the buffers of a PEFT model."""
+    """Yield the frozen parameters and the buffers of a PEFT model.
+
+    Of floating-point buffers that are computed and not stored, such as rotary frequencies, only
+    name and shape count: platforms round their last bits differently.
+    """
     stored = model.state_dict().keys()
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad and _UNUSED_HEAD not in name:
             yield name, parameter.detach()
     for name, buffer in model.named_buffers():
-        # Platforms round computed buffers, such as rotary frequencies, differently in the last bit.
-        coarse = name not in stored and buffer.is_floating_point()
-        yield name, buffer.bfloat16() if coarse else buffer
+        computed = name not in stored and buffer.is_floating_point()
+        yield name, torch.zeros_like(buffer) if computed else buffer
 
 
 def weights_hash(model: nn.Module) -> str:

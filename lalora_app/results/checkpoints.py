@@ -22,7 +22,7 @@ def _digest(tensors: Mapping[str, np.ndarray], numbers: str) -> str:
     """Return a SHA-256 of all contents: safetensors itself does not notice zeroed tensors."""
     found = hashlib.sha256(numbers.encode())
     for name in sorted(tensors):
-        found.update(name.encode())
+        found.update(f"{name} {tensors[name].dtype} {tensors[name].shape}\0".encode())
         found.update(np.ascontiguousarray(tensors[name]).tobytes())
     return found.hexdigest()
 

@@ -12,6 +12,7 @@ from lalora_app.models.backbone import Backbone, build
 from lalora_app.results.curvature import top_hessian_eigenvalue
 from lalora_app.results.run_folder import RunFolder, read_config
 from lalora_app.results.spectra import intruder_dimensions
+from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import Config
 
 _EXAMPLES, _BATCH = 128, 32
@@ -26,7 +27,13 @@ def open_run(folder: Path) -> tuple[Config, Backbone, ServerState]:
     """
     saved = read_config(folder)
     config = replace(saved, model=replace(saved.model, device="cpu", dtype="float32"))
-    state = RunFolder(folder).latest()
+    run = RunFolder(folder)
+    state, attempts = run.latest(), len(run.history())
+    if state.attempts != attempts:
+        raise ConfigError(
+            f"run={folder} must have an undamaged checkpoint of its last attempt, {attempts}; the "
+            f"newest one is of attempt {state.attempts}"
+        )
     model, _ = build(config)
     model.load(state.adapter, state.drift)
     return config, model, state

@@ -2,8 +2,8 @@
 
 import json
 import logging
+import math
 import tempfile
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from lalora_app.aggregation.server_state import ServerState
 from lalora_app.results import checkpoints, strict_json
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.names import full_path
+from lalora_app.settings.overrides import read_toml
 from lalora_app.settings.run_config import Config, Scalar, flatten, from_tables, parse
 
 _log = logging.getLogger("flwr")
@@ -162,7 +163,7 @@ class RunFolder:
             file = self.path / "history.jsonl"
             _log.warning("LaLoRA %s is damaged from line %d on", file, len(rows) + 1)
         attempts = [row.get("attempt") for row in rows]
-        spent = max((float(row["epsilon_max"]) for row in rows), default=0.0)
+        spent = max((float(row.get("epsilon_max", math.inf)) for row in rows), default=0.0)
         for state in states:
             if attempts[: state.attempts] == list(range(1, state.attempts + 1)):
                 return ResumePoint(state, rows[: state.attempts], spent)
@@ -185,7 +186,7 @@ def read_config(folder: Path) -> Config:
     file = folder / "config.toml"
     if not file.is_file():
         raise ConfigError(f"run={folder} must be the folder of a run")
-    return parse(from_tables(tomllib.loads(file.read_text("utf-8"))))
+    return parse(from_tables(read_toml(file, str(file))))
 
 
 def check_writable(output: str) -> None:

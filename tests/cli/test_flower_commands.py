@@ -8,6 +8,7 @@ import pytest
 from conftest import ROOT
 from lalora_app.cli import flower_commands, main, simulation
 from lalora_app.cli.flower_commands import FlowerError, follow, start_run
+from lalora_app.cli.run_log import Kind, read_line
 
 STATUS_SECONDS = flower_commands._STATUS_SECONDS
 
@@ -75,6 +76,17 @@ def test_a_run_that_finishes_soon_after_its_log_is_waited_for(flwr, clock, monke
     words = iter(["running", "running", "finished:completed"])
     monkeypatch.setattr(flower_commands, "_status", lambda *args: (next(words), ""))
     assert follow("7", {}, flwr(), print) == ("completed", "")
+
+
+def test_a_run_goes_on_after_its_log_has_broken_off(flwr, clock, monkeypatch):
+    words = iter(["running"] * 500 + ["finished:completed"])
+    monkeypatch.setattr(flower_commands, "_status", lambda *args: (next(words), ""))
+    lines = []
+    assert follow("7", {}, flwr(log="a\n", code=1), lines.append) == ("completed", "")
+    assert clock[0] > 3 * STATUS_SECONDS
+    shown = read_line(lines[-1])
+    assert shown.kind is Kind.WARNING
+    assert "exit code 1" in shown.text
 
 
 BAD_LISTS = {

@@ -67,6 +67,27 @@ def test_a_damaged_checkpoint_is_one_line(content, command, finished, tmp_path, 
     one_line(capsys, [command, str(finished), *rest])
 
 
+@pytest.mark.parametrize("command", ["merge", "diagnose"])
+def test_the_checkpoint_before_a_damaged_last_one_is_not_taken(
+    command, tiny, tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(ending, "_write_report", lambda folder: None)
+    config = tiny(**{"num-server-rounds": 2, "train.local-steps": 2})
+    server_app.run(FakeGrid(config, 2), config)
+    folder = next(Path(config.output).glob("*/summary.json")).parent
+    last = sorted((folder / "checkpoints").glob("*.safetensors"))[-1]
+    last.write_bytes(b"damaged")
+    out = [str(tmp_path / "out")] if command == "merge" else []
+    line = one_line(capsys, [command, str(folder), *out])
+    assert "undamaged checkpoint of its last attempt, 2" in line
+
+
+def test_a_damaged_ledger_is_one_line(tmp_path, capsys):
+    path = tmp_path / "ledger.sqlite"
+    path.write_bytes(b"no database" * 100)
+    assert "database" in one_line(capsys, ["ledger", "show", "--path", str(path)])
+
+
 def test_weights_that_cannot_be_written_are_one_line(finished, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way", "utf-8")
     out = tmp_path / "file" / "out"
