@@ -41,9 +41,10 @@ THEMES: Mapping[str, Theme] = {
         "grid": "#3d444d",
     },
 }
-ROOMS: Sequence[tuple[str, Sequence[str]]] = (
-    ("9", ("cli", "server_app.py")),
-    ("8", ("audit", "comparison", "server")),
+LEVELS: Sequence[tuple[str, Sequence[str]]] = (
+    ("10", ("cli", "server_app.py")),
+    ("9", ("audit",)),
+    ("8", ("comparison", "server")),
     ("7", ("reports", "client_app.py")),
     ("6", ("client", "results")),
     ("5", ("models",)),
@@ -52,7 +53,7 @@ ROOMS: Sequence[tuple[str, Sequence[str]]] = (
     ("2", ("adapter", "privacy", "data")),
     ("1", ("settings",)),
 )
-# Rooms that one private record passes, in this order; the last four hold noised numbers only.
+# Folders that one private record passes, in this order; the last four hold noised numbers only.
 PATH = {"data": "1", "client": "2", "private_step": "3", "wire": "4", "server": "5", "results": "6"}
 
 
@@ -141,12 +142,12 @@ def guarantee(theme: Theme) -> tuple[int, str, list[str]]:
     return 496, about, parts
 
 
-def rooms(theme: Theme) -> tuple[int, str, list[str]]:
-    """Return height, description and shapes of the picture of the rooms."""
+def folders(theme: Theme) -> tuple[int, str, list[str]]:
+    """Return height, description and shapes of the picture of the folders."""
     parts = []
-    for row, (number, names) in enumerate(ROOMS):
+    for row, (number, names) in enumerate(LEVELS):
         top = 10 + 46 * row
-        parts.append(text(8, top + 22, number, theme["muted"]))
+        parts.append(text(4, top + 22, number, theme["muted"]))
         width = (424 - 8 * (len(names) - 1)) / len(names)
         for i, name in enumerate(names):
             left, step = 28 + i * (width + 8), PATH.get(name)
@@ -158,10 +159,10 @@ def rooms(theme: Theme) -> tuple[int, str, list[str]]:
             if step:
                 parts.append(f'<circle cx="{left + 14:.1f}" cy="{top + 17}" r="9" fill="{line}"/>')
                 parts.append(centered(round(left + 14, 1), top + 21, step, theme["page"], size=12))
-    parts.append(text(28, 440, "A room imports only rooms below its line.", theme["muted"]))
-    parts.append(text(28, 459, "1–6: one private record. Noise is added at 3.", theme["muted"]))
-    about = "The folders of the package by line; the numbers show the path of one private record."
-    return 468, about, parts
+    parts.append(text(28, 486, "A folder imports only folders on lower levels.", theme["muted"]))
+    parts.append(text(28, 505, "1–6: one private record. Noise is added at 3.", theme["muted"]))
+    about = "The folders of the package by level; the numbers show the path of one private record."
+    return 514, about, parts
 
 
 def _panel(theme: Theme, top: float, title: str, found: Sequence[Score]) -> list[str]:
@@ -209,7 +210,7 @@ def results(theme: Theme) -> tuple[int, str, list[str]]:
 
 PICTURES: Mapping[str, Callable[[Theme], tuple[int, str, list[str]]]] = {
     "guarantee": guarantee,
-    "rooms": rooms,
+    "folders": folders,
     "results": results,
 }
 

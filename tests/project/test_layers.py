@@ -2,12 +2,18 @@
 
 import ast
 import importlib.util
+import re
 import statistics
+import sys
 from pathlib import Path
 
 import pytest
 
 from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import pictures
 
 PACKAGE = ROOT / "lalora_app"
 # A folder or top module may import only those on a lower line, or its own modules.
@@ -112,6 +118,15 @@ def test_every_folder_and_top_module_has_a_line():
 
 def test_imports_between_folders_go_down():
     assert wrong_imports(ALL_IMPORTS, LINES) == []
+
+
+def test_the_picture_and_the_page_of_the_architecture_have_these_levels():
+    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    rows = re.findall(r"^\| (\d+) \| `([\w]+?)(?:/|\.py)` \|", page, re.M)
+    drawn = [(level, name) for level, names in pictures.LEVELS for name in names]
+    expected = sorted((str(level), name) for name, level in LINES.items())
+    assert sorted(rows) == expected
+    assert sorted((level, name.removesuffix(".py")) for level, name in drawn) == expected
 
 
 def test_an_import_that_goes_up_and_one_that_goes_across_are_found():

@@ -1,6 +1,5 @@
 """Pictures and tables that scripts write are in the repository as the scripts write them."""
 
-import re
 import sys
 from xml.etree import ElementTree
 
@@ -36,17 +35,6 @@ def test_a_picture_has_a_title_and_text_that_stays_inside(name, theme):
         assert left >= 0, text.text
         assert left + length <= width, text.text
         assert 0 < y < height, text.text
-
-
-def test_the_rooms_of_the_picture_and_of_the_page_are_those_on_the_disk():
-    package = ROOT / "lalora_app"
-    folders = {path.parent.name for path in package.glob("*/__init__.py")}
-    expected = folders | {path.name for path in package.glob("*_app.py")}
-    drawn = {name for _, names in pictures.ROOMS for name in names}
-    assert drawn == expected
-    page = (ROOT / "docs" / "architecture.md").read_text("utf-8")
-    rows = re.findall(r"^\| (\d+) \| `([\w.]+?)/?` \|", page, re.M)
-    assert {(line, name) for line, names in pictures.ROOMS for name in names} == set(rows)
 
 
 def test_the_readmes_table_is_that_of_the_results():
