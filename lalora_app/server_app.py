@@ -25,10 +25,10 @@ from lalora_app.results.run_folder import (
     new_folder,
     old_folder,
 )
+from lalora_app.server.after_round import AfterRound
 from lalora_app.server.ending import finish
 from lalora_app.server.enrolment import SETTLE_SECONDS, find_clients
 from lalora_app.server.initial_state import initial_state
-from lalora_app.server.progress import Progress
 from lalora_app.server.secure_strategy import SecureFederatedLora
 from lalora_app.server.strategy import FederatedLora
 from lalora_app.settings.errors import ConfigError, first_line
@@ -86,16 +86,16 @@ def _warn_of_unread_keys(config: Config) -> None:
         _log.warning('LaLoRA method="%s" has no use of %s', config.method, ", ".join(unread))
 
 
-def _train(grid: Grid, strategy: FederatedLora, progress: Progress) -> None:
+def _train(grid: Grid, strategy: FederatedLora, after_round: AfterRound) -> None:
     config, state = strategy.config, strategy.state
     strategy.start(
         grid=grid,
         initial_arrays=tensors.to_record(state.adapter),
         num_rounds=config.num_server_rounds - state.attempts,
         timeout=config.round_timeout,
-        evaluate_fn=progress,
+        evaluate_fn=after_round,
     )
-    finish(progress)
+    finish(after_round)
 
 
 def run(grid: Grid, config: Config, settle: float = 0.0) -> None:
@@ -137,9 +137,9 @@ def run(grid: Grid, config: Config, settle: float = 0.0) -> None:
         folder.write_json("partition.json", _partition(config, len(clients.nodes)))
     kind = STRATEGIES[config.secure_aggregation]
     strategy = kind(config, method, folder.name, clients, point.state, point.epsilon_spent)
-    progress = Progress(config, folder, strategy, model, test, point.rows, began)
+    after_round = AfterRound(config, folder, strategy, model, test, point.rows, began)
     try:
-        _train(grid, strategy, progress)
+        _train(grid, strategy, after_round)
     except Exception as error:
         folder.write_json("summary.json", {"method": config.method, "status": f"failed: {error}"})
         raise

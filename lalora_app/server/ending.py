@@ -7,8 +7,8 @@ from lalora_app.models.scores import format_scores, scores_in_row
 from lalora_app.results.model_card import ACCOUNTANT, ADJACENCY
 from lalora_app.results.peft_export import export
 from lalora_app.results.run_folder import RunFolder
+from lalora_app.server.after_round import AfterRound
 from lalora_app.server.log_lines import result_text
-from lalora_app.server.progress import Progress
 from lalora_app.settings.errors import first_line
 from lalora_app.settings.run_config import Config
 
@@ -68,18 +68,18 @@ def _write_report(folder: RunFolder) -> None:
         _log.error("LaLoRA report.html cannot be drawn, all else is there: %s", said, exc_info=True)
 
 
-def finish(progress: Progress) -> None:
+def finish(after_round: AfterRound) -> None:
     """Write adapter, privacy report, summary and HTML report, then log the results.
 
     Raises:
         RuntimeError: if no round was aggregated.
     """
-    config, folder, rows = progress.config, progress.folder, progress.rows
+    config, folder, rows = after_round.config, after_round.folder, after_round.rows
     if not any(row["aggregated"] for row in rows):
         reasons = sorted({reason for row in rows for reason in row["dropped"]})
         raise RuntimeError(f"no round was aggregated: {'; '.join(reasons)}")
-    summary = _summary(config, rows, progress.elapsed())
-    export(progress.model, progress.strategy.state, folder.adapter, config, rows[-1])
+    summary = _summary(config, rows, after_round.elapsed())
+    export(after_round.model, after_round.strategy.state, folder.adapter, config, rows[-1])
     folder.write_json("privacy.json", _privacy_report(config, rows))
     folder.write_json("summary.json", summary)
     _write_report(folder)

@@ -20,7 +20,7 @@ _EVAL_BATCH = 64
 
 
 @dataclass
-class Progress:
+class AfterRound:
     """Evaluates after a round if it is due, logs one line, writes history and checkpoint.
 
     A session is one process of the run; each resume begins another one.
