@@ -128,7 +128,7 @@ def by_spending(records: Sequence[Record]) -> Chart:
     note = "By the largest ε that any client has spent so far."
     left_out = list(dict.fromkeys(r.label for r in records if math.isinf(r.epsilon)))
     if left_out:
-        note += f" Left out, as it spends no finite ε: ε = inf of {', '.join(left_out)}."
+        note += f" Not shown: runs with ε = inf ({', '.join(left_out)}); they have no finite ε."
     finite = [record for record in records if math.isfinite(record.epsilon)]
     panels = _panels(finite, _epsilon_spent, ACCURACY, "ε spent") if finite else ()
     return Chart("Accuracy by ε spent", note, panels)
@@ -174,12 +174,14 @@ def _reason_without_curve(runs: Sequence[Record]) -> str:
         if _AVERAGING_ERROR.key in row
     ]
     method = METHODS.get(runs[0].method)
-    if method is not None and method.exact:
+    if method is not None and method.exact and method.linear:
         return "all clients have the same frozen factor, so the average is exact"
     if 0 in values:
         return "it is 0, which a logarithmic axis cannot show"
     if values:
-        return "a factor stays on the client, so the server cannot compute the error"
+        if method is not None and method.effective is not None:
+            return "its factors depend on gates, masks or bases, which this error does not include"
+        return "the server does not have both factors of every client at one rank"
     return "it was not recorded"
 
 

@@ -41,7 +41,9 @@ def test_without_a_finite_epsilon_there_is_no_figure_of_it():
 @pytest.mark.parametrize(
     ("run", "reason"),
     [
-        (record("la-lora"), "la-lora: a factor stays on the client"),
+        (record("la-lora"), "la-lora: the server does not have both factors"),
+        (replace(record("flora"), method="flora"), "flora: the server does not have both"),
+        (replace(record("beamlora"), method="beamlora"), "beamlora: its factors depend on gates"),
         (record("rolora"), "rolora: all clients have the same frozen factor"),
         (record("dp-lora", error=0.0), "dp-lora: it is 0"),
     ],
