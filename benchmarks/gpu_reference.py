@@ -14,7 +14,7 @@ from models import Batch, Row, llama, minilm, roberta, swin
 from torch import Tensor, nn
 
 from lalora_app.adapter.factors import active_names
-from lalora_app.client.local_round import Local, apply
+from lalora_app.client.local_round import LocalSettings, apply
 from lalora_app.data.encoding import Encoded, EncodedImages, EncodedTexts
 from lalora_app.methods.table import METHODS
 from lalora_app.models.backbone import Backbone, wire_name
@@ -221,11 +221,11 @@ def make_backbone(
     )
 
 
-def local_settings(optimizer: str) -> Local:
+def local_settings(optimizer: str) -> LocalSettings:
     """Return the settings of a round of LA-LoRA, which trains B, A, B, A."""
     momentum = 0.5 if optimizer == "sgd" else 0.0
     train = Train(optimizer=optimizer, momentum=momentum, **TRAIN, **RATES)
-    return Local(METHODS["la-lora"], 1, 1, train, METHOD_NUMBERS, CLIP_NORM)
+    return LocalSettings(METHODS["la-lora"], 1, 1, train, METHOD_NUMBERS, CLIP_NORM)
 
 
 def take_steps(

@@ -64,7 +64,10 @@ def _answer(
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Answer with this client's name after checking that its data can take part; spends nothing."""
+    """Answer with name, rank and base-model hashes, after checks of config and data.
+
+    Privacy: spends nothing.
+    """
     return _answer(message, context, requests.hello)
 
 

@@ -83,7 +83,9 @@ def _warn_if_not_private(config: Config) -> None:
 
 def _warn_of_unread_keys(config: Config) -> None:
     if unread := unread_keys(config):
-        _log.warning('LaLoRA method="%s" has no use of %s', config.method, ", ".join(unread))
+        effect = "the value has no effect" if len(unread) == 1 else "the values have no effect"
+        keys = ", ".join(unread)
+        _log.warning('LaLoRA method="%s" does not read %s: %s', config.method, keys, effect)
 
 
 def _train(grid: Grid, strategy: FederatedLora, after_round: AfterRound) -> None:

@@ -122,7 +122,7 @@ def aggregation_errors(
 
     Args:
         weights: one positive weight per client.
-        uploads: one adapter per client, for the LoRA scale of the run's rank.
+        uploads: one adapter per client, scaled from the client's rank to the run's rank.
         before: the global adapter before the round.
         new: the result of the method's server rule.
         complete: whether ``before`` with the upload is the client's whole adapter; False if

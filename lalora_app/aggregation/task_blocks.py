@@ -68,9 +68,9 @@ def _extended_basis(basis: Array, place: slice, directions: Float64Array) -> Arr
         directions: orthonormal rows (l, n).
 
     Returns:
-        The extended basis, rows orthonormal or zero. Directions inside the basis are left out:
-        their remainder is a rounding error of random direction. Half of a later task's rows are
-        inside, see ``parametrisations.projected_factors``.
+        The extended basis; its rows are orthonormal or zero. A direction inside the old basis is
+        not added: its part outside is a rounding error with a random direction. Half of a later
+        task's rows are inside, see ``parametrisations.projected_factors``.
     """
     inside = basis.astype(np.float64)
     outside = directions - (directions @ inside.T) @ inside
@@ -84,10 +84,10 @@ def _extended_basis(basis: Array, place: slice, directions: Float64Array) -> Arr
 def freeze_subspace(
     current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: RoundInfo
 ) -> Aggregated:
-    """DualLoRA: average; at the end of a task add the product to the base and its rows to Φ.
+    """DualLoRA: average; at the end of a task add the product to the base and extend the basis Φ.
 
-    The rows are the right singular vectors of the product (arXiv:2411.00623, with noised updates
-    in place of raw features). The trained factors are reinitialised.
+    The right singular vectors of the product become rows of Φ (arXiv:2411.00623, with noised
+    updates in place of raw features). The trained factors are reinitialised.
 
     Privacy: post-processing of noised uploads; no extra cost.
     """

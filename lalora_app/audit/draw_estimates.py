@@ -30,9 +30,11 @@ from lalora_app.settings.run_config import Config
 
 _POINT = np.float32(0.25)  # share of the way from a round's start to its end, for the gradients
 BATCH = 32
-_MODEL_ERROR = 1e-3  # variance of the error of that point, relative to a gradient's mean square
+_MODEL_ERROR = (
+    1e-3  # variance of the error due to this point, relative to the gradients' mean squared norm
+)
 _LEAST_SPREAD = 0.1  # lower limit of an estimate's deviation: the model's errors are not Gaussian
-_LEAST_SHOWN = 1e-6  # lower limit of the share of a draw that an estimate shows
+_LEAST_SHOWN = 1e-6  # lower limit of an estimate's expected change per draw
 
 GradientRows = dict[Kind, np.ndarray]  # by kind of tensor: (records, entries), float32
 
@@ -42,7 +44,8 @@ class DrawEstimates:
     """The estimated draws of each canary in one round, from one kind of tensor.
 
     Attributes:
-        x: (canaries,), 1 for a canary that was drawn once, 0 for others or without information.
+        x: (canaries,), about 1 for a canary that was drawn once and 0 for most others; 0 also if
+            the tensor shows nothing about it.
         spread: (canaries,), standard deviation of ``x`` for a canary that was not drawn.
         rate: chance of a member to be drawn at all.
     """
@@ -150,17 +153,17 @@ def _noise_left(method: Method, shapes: Adapter, which: Kind) -> float:
 def posterior_counts(
     rows: np.ndarray, total: np.ndarray, *, prior: float, noise: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return two (records,): the number of draws of each record, and the share that shows.
+    """Return each record's estimated number of draws, and its change per draw: two (records,).
 
-    The first is the mean of the posterior if every number of draws has mean and variance
-    ``prior``, and ``total`` is the sum of the rows by their numbers of draws, and noise. The
-    second is its change per draw. Limit: rows of zeros give the prior, and a share of 0.
+    The model: ``total`` is noise plus the sum over all records of number of draws · row, and every
+    number of draws has mean and variance ``prior``. The estimate is the mean of the posterior; one
+    more draw changes it by 0 to 1. Limit: rows of zeros give the prior, and a change of 0.
 
     Args:
         rows: (records, entries), gradients.
         total: (entries,), the noised sum.
         prior: expected number of draws.
-        noise: variance of an entry of ``total``; 0 leaves the error of the model alone.
+        noise: variance of the noise per entry of ``total``; 0 leaves the error of the model only.
     """
     gram = (rows @ rows.T).astype(np.float64)
     ridge = noise / prior + _MODEL_ERROR * float(np.trace(gram)) / len(gram)
@@ -210,10 +213,16 @@ def _intermediate(seen: VictimRound) -> Adapter:
 def standardised(
     counts: np.ndarray, shown: np.ndarray, prior: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return two (canaries,): draws relative to most canaries' own, and their deviation.
+    """Return the canaries' estimated draws, and their standard deviation: two (canaries,).
 
-    The first is 1 for a canary that was drawn once and 0 for most others. The second, of canaries
-    that were not drawn, is the larger one of the posterior's and the measured deviation.
+    The draws are shifted to a median of 0 and scaled: about 1 for a canary that was drawn once. The
+    standard deviation is that of a canary that was not drawn: the larger one of the posterior's and
+    the measured deviation.
+
+    Args:
+        counts: (canaries,), estimated numbers of draws.
+        shown: (canaries,), expected change of ``counts`` per draw.
+        prior: expected number of draws.
     """
     share = np.maximum(shown, _LEAST_SHOWN)
     x = (counts - prior) / share

@@ -1,4 +1,4 @@
-"""One audit of one seed: the attacks on a mechanism, their sizes, and the report of both."""
+"""One audit with one seed: the attacks on a mechanism, their numbers of trials, the report."""
 
 import math
 from collections.abc import Callable
@@ -30,13 +30,13 @@ REAL = "lalora"
 CONTROL = "gaussian"
 PUBLISHED = "la-lora-published"
 MECHANISMS = (REAL, CONTROL, PUBLISHED, *BROKEN)
-_WIDTH, _RANK, _LAYERS = 384, 8, 12  # of the default run's factors of one kind
+_WIDTH, _RANK, _LAYERS = 384, 8, 12  # sizes of the default run's B factors
 _SHAPES: dict[str, tuple[int, ...]] = {
     **{f"layer.{i}.lora_B.weight": (_WIDTH, _RANK) for i in range(_LAYERS)},
     "classifier.weight": (2, _WIDTH),
     "classifier.bias": (2,),
 }
-_BLANKS = 256  # directions that show the noise alone
+_BLANKS = 256  # number of directions without a canary, for the measurement of the noise
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class AuditSize:
         runs: runs of the step audit, side by side.
         single_canary_runs: runs with the canary as the only record.
         mislabelled: canaries of the end-to-end audit; 0 leaves it out.
-        published_steps: steps of the published mechanism, per attack and side.
+        published_steps: steps of the published mechanism per attack, with the example and without.
     """
 
     canaries: int
@@ -129,7 +129,7 @@ def _many_canaries(
 ) -> AuditRow:
     """Attack whole runs on many canaries, half of them in the data."""
     size, broken = request.size, BROKEN.get(request.mechanism)
-    runs = 1 if broken else size.runs  # an attack on a fixed order scores the canaries of one run
+    runs = 1 if broken else size.runs  # the attack on a fixed order needs the canaries of one run
     seen = [
         observe(
             plan,
@@ -181,7 +181,7 @@ def _published(request: AuditRequest, seed: int) -> AuditReport:
     privacy, trials = request.config.privacy, request.size.published_steps
     confidence = (1 + request.confidence) / 2
     rows = []
-    for name, norm in (("one step, typical example", 1.0), ("one step, loud example", 100.0)):
+    for name, norm in (("one step, typical gradient", 1.0), ("one step, large gradient", 100.0)):
         setting = replace(published_mechanism.Setting(), relative_norm=norm)
         seen = published_mechanism.attacked(setting, trials, seed)
         errors = seen.errors.false_alarms + seen.errors.misses
@@ -194,13 +194,13 @@ def _published(request: AuditRequest, seed: int) -> AuditReport:
 def run_audit(request: AuditRequest, seed: int, log: LogLine) -> AuditReport:
     """Run all attacks on the request's mechanism.
 
-    With several attacks the error probability is divided among them, so that all bounds hold
-    together. A broken mechanism gets one attack and all of it.
+    Several attacks share the error probability 1 - confidence equally, so that all bounds hold
+    together. A broken mechanism gets one attack with the whole error probability.
 
     Args:
         request: the settings.
-        seed: seed of coins, batches and noise.
-        log: receives lines about the progress.
+        seed: seed of the canaries' membership, of batches and of noise.
+        log: function that is called with each line about the progress.
     """
     if request.mechanism == PUBLISHED:
         return _published(request, seed)

@@ -51,13 +51,46 @@ def add_audit(commands: Any) -> None:
     """Add `lalora audit` to the parser."""
     audit = commands.add_parser("audit", help="attack the private step; fails when it is broken")
     audit.add_argument("--app", type=Path, default=Path(), help="folder of the app")
-    audit.add_argument("--epsilon", type=to_limit, help="epsilon to test (default: the run's)")
-    audit.add_argument("--delta", type=to_delta, help="delta to test (default: the run's)")
-    audit.add_argument("--seeds", "--seed", type=to_seeds, default=[0], metavar="S,S or S..S")
-    audit.add_argument("--run", type=Path, help="finished run; the result is added")
-    audit.add_argument("--nodes", type=at_least_one, default=4, help="simulated clients")
-    audit.add_argument("--confidence", type=to_delta, default=0.95, help="of the lower bound")
-    audit.add_argument("--mechanism", default="lalora", help="or one that is known to be broken")
-    audit.add_argument("--fast", action="store_true", help="only the step audit, with fewer trials")
+    audit.add_argument(
+        "--epsilon",
+        type=to_limit,
+        help="epsilon to test (default: the app's privacy.epsilon); not allowed with --run",
+    )
+    audit.add_argument(
+        "--delta",
+        type=to_delta,
+        help="delta to test (default: the app's privacy.delta); not allowed with --run",
+    )
+    audit.add_argument(
+        "--seeds",
+        "--seed",
+        type=to_seeds,
+        default=[0],
+        metavar="S,S or S..S",
+        help="seeds, one audit per seed (default 0); one seed only with --run",
+    )
+    audit.add_argument(
+        "--run", type=Path, help="folder of a finished run; the result of the audit is added to it"
+    )
+    audit.add_argument(
+        "--nodes",
+        type=at_least_one,
+        default=4,
+        help="number of simulated clients (default 4); with --run the run's own number",
+    )
+    audit.add_argument(
+        "--confidence",
+        type=to_delta,
+        default=0.95,
+        help="probability that all lower bounds hold (default 0.95)",
+    )
+    audit.add_argument(
+        "--mechanism",
+        default="lalora",
+        help="mechanism to audit: lalora (default), gaussian as a control, or a broken one",
+    )
+    audit.add_argument(
+        "--fast", action="store_true", help="attack the private step only, with fewer trials"
+    )
     audit.add_argument("--json", action="store_true", help="print one JSON object per seed")
     audit.set_defaults(act=_audit)

@@ -98,13 +98,22 @@ def add_ledger(commands: Any) -> None:
     """Add ``lalora ledger`` and its actions to the parser."""
     ledger = commands.add_parser("ledger", help="privacy spent on each dataset")
     actions = ledger.add_subparsers(required=True, metavar="ACTION")
-    for name, act in (("show", _show), ("verify", _verify)):
-        action = actions.add_parser(name)
+    show = ("show", _show, "print the epsilon of every dataset and run")
+    verify = ("verify", _verify, "compute every epsilon again by a second accountant")
+    for name, act, text in (show, verify):
+        action = actions.add_parser(name, help=text)
         action.add_argument("--path", type=Path, help="the SQLite file (default: this machine's)")
         action.add_argument("--dataset", help="only this dataset")
-        action.add_argument("--delta", type=to_delta, default=1e-5)
+        action.add_argument(
+            "--delta", type=to_delta, default=1e-5, help="delta of the epsilon (default 1e-5)"
+        )
         action.set_defaults(act=act)
-    action.add_argument("--max-epsilon", type=to_limit, default=math.inf, help="fail above it")
+    action.add_argument(
+        "--max-epsilon",
+        type=to_limit,
+        default=math.inf,
+        help="largest allowed epsilon; exit code 1 above it (default: no limit)",
+    )
     export = actions.add_parser("export", help="every line, as CSV")
     export.add_argument("--path", type=Path, help="the SQLite file (default: this machine's)")
     export.add_argument("--dataset", help="only this dataset")

@@ -5,6 +5,7 @@ import sqlite3
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -95,56 +96,115 @@ def _add_verbose(command: argparse.ArgumentParser) -> None:
     command.add_argument("--verbose", action="store_true", help=text)
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="lalora", description=__doc__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-
+def _add_run(commands: Any) -> None:
     run = commands.add_parser("run", help="run in simulation; fails when the run fails")
     run.add_argument("app", nargs="?", type=Path, default=Path(), help="folder of the app")
-    run.add_argument("-c", "--run-config", action="append", default=[], metavar="KEY=VALUE")
-    run.add_argument("--nodes", type=at_least_one, default=4, help="simulated clients (default 4)")
     run.add_argument(
-        "--clients-per-gpu", type=at_least_one, default=4, help="at the same time (default 4)"
+        "-c",
+        "--run-config",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="value of a key of the run config; may be repeated",
+    )
+    run.add_argument(
+        "--nodes", type=at_least_one, default=4, help="number of simulated clients (default 4)"
+    )
+    run.add_argument(
+        "--clients-per-gpu",
+        type=at_least_one,
+        default=4,
+        help="number of clients that train on a GPU at the same time (default 4)",
     )
     _add_verbose(run)
     run.set_defaults(act=_run)
 
-    compare = commands.add_parser("compare", help="methods × epsilons × seeds, resumable")
-    compare.add_argument("plan", type=Path, help="TOML: keys of a run, and a [compare] table")
-    compare.add_argument("--app", type=Path, default=Path(), help="folder of the app")
-    compare.add_argument("--name", help="folder of the results, below the run's output")
-    compare.add_argument("--methods", type=list_of(str), metavar="M,M", help="or controls")
-    compare.add_argument(
-        "--epsilons", type=list_of(to_limit), metavar="E,E", help="of controls too"
+
+def _add_compare(commands: Any) -> None:
+    compare = commands.add_parser(
+        "compare", help="run every combination of methods, epsilons and seeds; skips finished runs"
     )
-    compare.add_argument("--seeds", type=list_of(to_seed), metavar="S,S")
-    compare.add_argument("--nodes", type=at_least_one, help="simulated clients")
-    compare.add_argument("--clients-per-gpu", type=at_least_one, default=4)
-    compare.add_argument("--table-only", action="store_true", help="of finished runs; run nothing")
+    compare.add_argument(
+        "plan", type=Path, help="TOML file with keys of the run config and a [compare] table"
+    )
+    compare.add_argument("--app", type=Path, default=Path(), help="folder of the app")
+    compare.add_argument("--name", help="name of the folder of the results, below the key output")
+    compare.add_argument(
+        "--methods",
+        type=list_of(str),
+        metavar="M,M",
+        help="methods or controls to run (default: the plan's)",
+    )
+    compare.add_argument(
+        "--epsilons",
+        type=list_of(to_limit),
+        metavar="E,E",
+        help="epsilons, of controls too (default: the plan's)",
+    )
+    compare.add_argument(
+        "--seeds", type=list_of(to_seed), metavar="S,S", help="seeds (default: the plan's)"
+    )
+    compare.add_argument(
+        "--nodes", type=at_least_one, help="number of simulated clients (default: the plan's)"
+    )
+    compare.add_argument(
+        "--clients-per-gpu",
+        type=at_least_one,
+        default=4,
+        help="number of clients that train on a GPU at the same time (default 4)",
+    )
+    compare.add_argument(
+        "--table-only",
+        action="store_true",
+        help="print the table of the finished runs; run nothing",
+    )
     compare.add_argument("--latex", action="store_true", help="print the table in LaTeX as well")
     _add_verbose(compare)
     compare.set_defaults(act=_compare)
 
-    add_audit(commands)
 
-    methods = commands.add_parser("methods", help="list METHODS")
+def _add_methods(commands: Any) -> None:
+    methods = commands.add_parser(
+        "methods", help="list all methods with trained factors, sent factors and paper"
+    )
     methods.set_defaults(act=_methods)
 
-    diagnose = commands.add_parser("diagnose", help="intruder dimensions, sharpness of a run")
-    diagnose.add_argument("folder", type=Path, help="of a finished run")
+
+def _add_results(commands: Any) -> None:
+    diagnose = commands.add_parser(
+        "diagnose", help="print intruder dimensions and sharpness of a finished run"
+    )
+    diagnose.add_argument("folder", type=Path, help="folder of a finished run")
     diagnose.set_defaults(act=_diagnose)
 
-    merge = commands.add_parser("merge", help="a run's result as plain weights")
-    merge.add_argument("folder", type=Path, help="of a finished run")
-    merge.add_argument("out", type=Path, help="folder of the weights")
+    merge = commands.add_parser(
+        "merge", help="write a run's base model and adapter as plain weights"
+    )
+    merge.add_argument("folder", type=Path, help="folder of a finished run")
+    merge.add_argument("out", type=Path, help="folder for the weights")
     merge.set_defaults(act=_merge)
 
-    add_credentials(commands)
-    add_ledger(commands)
+
+def _add_policy(commands: Any) -> None:
     policy = commands.add_parser("policy", help="check a site's policy file")
-    policy.add_argument("file", type=Path)
-    policy.add_argument("--dataset", default="", help="a dataset-id")
+    policy.add_argument("file", type=Path, help="the policy file (TOML)")
+    policy.add_argument(
+        "--dataset",
+        default="",
+        help="dataset-id with its own limit in the file (default: the common limit)",
+    )
     policy.set_defaults(act=_policy)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lalora", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    for add in (
+        *(_add_run, _add_compare, add_audit, _add_methods, _add_results),
+        *(add_credentials, add_ledger, _add_policy),
+    ):
+        add(commands)
     return parser
 
 

@@ -41,7 +41,7 @@ class LogEvent:
 
 
 def read_line(line: str) -> LogEvent:
-    """Return the event that one line of ``flwr log --stream`` tells."""
+    """Parse one line of ``flwr log --stream`` into an event."""
     plain = _ANSI.sub("", line).rstrip()
     ours = _OURS.search(plain)
     if ours is None:

@@ -1,5 +1,6 @@
 """One client (site): admission of a run, its private files, and the training of one round.
 
 In: a request of the server, and the site's own configuration. Out: a reply with clipped and noised
-tensors, or an error, which `client_app.py` replaces by a fixed sentence.
+tensors, or an error, which `client_app.py` replaces by a fixed sentence. `requests.py` reserves the
+budget in the ledger and trains.
 """

@@ -18,7 +18,7 @@ from lalora_app.settings.run_config import MethodNumbers, Train
 
 
 @dataclass(frozen=True)
-class Local:
+class LocalSettings:
     """Settings of a round's local steps.
 
     Attributes:
@@ -28,7 +28,7 @@ class Local:
         train: the run config's table ``train``.
         rule: the run config's table ``rule``.
         clip_norm: C, the largest joint gradient norm of one example.
-        seed: the seed of this client and round, for draws that no data takes part in.
+        seed: the seed of this client and round, for random draws that do not use the data.
     """
 
     method: Method
@@ -60,7 +60,9 @@ def learning_rates(train: Train, rule: MethodNumbers, t: int) -> dict[Kind, floa
     return {which: rate * decay for which, rate in rates.items()}
 
 
-def make_optimizer(backbone: Backbone, local: Local, noise_std: float) -> torch.optim.Optimizer:
+def make_optimizer(
+    backbone: Backbone, local: LocalSettings, noise_std: float
+) -> torch.optim.Optimizer:
     """Return the round's optimiser: one group per kind of tensor, with the round's learning rate.
 
     A tensor without a gradient keeps its value and its moments bit for bit.
@@ -80,7 +82,7 @@ def apply(backbone: Backbone, optimizer: torch.optim.Optimizer, gradients: Noise
     optimizer.step()
 
 
-def _perturbation(backbone: Backbone, local: Local, k: int) -> Change | None:
+def _perturbation(backbone: Backbone, local: LocalSettings, k: int) -> Change | None:
     """Return the method's perturbation of the frozen weights in step ``k``, or None.
 
     Privacy: it is drawn from a seed, without the data.
@@ -99,7 +101,7 @@ def run_round(
     start: Adapter,
     drift: Adapter,
     *,
-    local: Local,
+    local: LocalSettings,
     reservation: Reservation,
     streams: RandomStreams,
 ) -> Adapter:

@@ -142,14 +142,14 @@ class Round:
     def save_files(self, result: Adapter, upload: Upload) -> None:
         """Save resident factors, reply and download for the next round.
 
-        Only after the ledger has counted the round: a server could otherwise fill the disk with
-        files of invented runs at no cost.
+        Call this only after the ledger has counted the round. Otherwise a server could fill the
+        disk with files of invented runs and spend no budget.
 
         Args:
             result: the site's adapter at the end of the round.
             upload: the tensors of the reply.
         """
-        with ignoring_disk_errors():
+        with ignoring_disk_errors():  # a failure here must not prevent the second block
             self.save_residents(result)
             if self._keeps_reply:
                 last_reply.save_reply(self._reply_file, self.received.digest, dict(upload))

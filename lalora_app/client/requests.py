@@ -134,7 +134,7 @@ def run_local_steps(
         current.data,
         start,
         current.received.drift,
-        local=local_round.Local(
+        local=local_round.LocalSettings(
             current.method,
             request.round,
             config.num_server_rounds,

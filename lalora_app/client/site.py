@@ -120,7 +120,7 @@ def _check_columns(config: Config, node: Mapping[str, object]) -> None:
     """Check that a run names the same columns of a node's own data as the node config."""
     if "data-path" not in node:
         for key in _COLUMNS.keys() & node.keys():
-            raise ConfigError(f"node config {key} must be beside data-path")
+            raise ConfigError(f"node config {key} needs data-path")
         return
     asked = flatten(config)
     for key, default in _COLUMNS.items():
@@ -136,7 +136,7 @@ def _cache(node: Mapping[str, object]) -> tuple[Path, str] | None:
     if "data-cache" not in node:
         return None
     if "data-path" not in node:
-        raise ConfigError("node config data-cache must be beside data-path")
+        raise ConfigError("node config data-cache needs data-path")
     return full_path(str(node["data-cache"])), str(node["data-path"])
 
 

@@ -1,4 +1,4 @@
-"""Write a comparison's plan, and the tables and the report of its finished runs."""
+"""Read and check the plan of a comparison; write tables and report of its finished runs."""
 
 from collections.abc import Mapping
 from pathlib import Path

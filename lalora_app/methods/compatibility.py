@@ -9,19 +9,19 @@ from lalora_app.methods.table import METHODS
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import Config
 
-# Published methods without an example-level guarantee: refused by name, with the broken rule.
+# Published methods without an example-level guarantee: refused by name, with the reason.
 REFUSED = {
-    "deer-published": "rule F: its noise is shaped by the other factor, but ΔB is clipped in "
-    'another geometry; method="deer" clips where the noise is',
-    "galore-raw-gradient": "rules E and I: a projector of a raw gradient is a release without "
-    'noise; method="galore-dwa" takes it of noised updates',
-    "fedsa-raw-state": "rule E: a factor or head trained without noise on the client reaches "
-    'what is sent later; method="fedsa-lora" noises it too',
-    "la-lora-published": "rule C: it clips batch means at a median of the private batch; "
-    'method="la-lora-full" clips every example at a constant',
-    "fedsmooth-lora": "rule E: it starts from a raw gradient and keeps a raw residual",
-    "ilora": "rule E: its control variates are made of raw gradients",
-    "losa-private": "rule I: masks and ranks of private activations are not noised",
+    "deer-published": "its noise is not isotropic but its clip is, so the sensitivity is wrong; "
+    'method="deer" clips in the geometry of the noise',
+    "galore-raw-gradient": "it releases a projector of a raw gradient without noise; "
+    'method="galore-dwa" computes it from noised updates',
+    "fedsa-raw-state": "a factor or head that a client trains without noise affects its later "
+    'uploads; method="fedsa-lora" adds noise to it too',
+    "la-lora-published": "it clips batch means, at a median of the private batch; "
+    'method="la-lora-full" clips the gradient of every example at a constant',
+    "fedsmooth-lora": "it starts from a raw gradient and keeps a raw residual, both without noise",
+    "ilora": "its control variates are computed from raw gradients, without noise",
+    "losa-private": "its masks and ranks are computed from private activations, without noise",
 }
 
 
@@ -63,7 +63,7 @@ def check_secure_aggregation(config: Config, *, linear: bool) -> None:
 
 def _require_known(name: str) -> None:
     if name in REFUSED:
-        raise ConfigError(f"method={json.dumps(name)} is refused by {REFUSED[name]}")
+        raise ConfigError(f"method={json.dumps(name)} is refused: {REFUSED[name]}")
     if name not in METHODS:
         nearest = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.0)[0]
         known = ", ".join(METHODS)
@@ -98,7 +98,7 @@ def method_of(config: Config) -> Method:
     """Return a run's method after checking that the rest of the config goes with it.
 
     Raises:
-        ConfigError: naming the rule that the combination breaks.
+        ConfigError: with the keys, their values and the reason.
     """
     method, ranks = lookup(config.method, config.train.local_steps), config.lora.ranks
     if ranks != "none" and not method.heterogeneous:

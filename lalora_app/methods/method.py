@@ -31,9 +31,9 @@ class Method:
     Attributes:
         paper: the source of the method.
         trains: (round t, step k) -> the factors that take this local step; never empty.
-        syncs: round t -> the factors that travel up and are aggregated.
-        finally_syncs: the factors that also travel in the last round.
-        start: initial adapter -> the adapter before the first round; no data takes part.
+        syncs: round t -> the factors that clients upload and the server aggregates.
+        finally_syncs: the factors that clients also upload in the last round.
+        start: initial adapter -> the adapter before the first round, computed without data.
         width: rank of the run -> rank of the model.
         effective: all trained tensors -> the model's own factors and head; None: they are equal.
         calibrates: whether the server sets masks and base from public inputs before round 1.
@@ -41,7 +41,8 @@ class Method:
         postprocess: noised gradients -> gradients for the optimiser.
         optimizer: the optimiser of the local steps.
         align: (adapter at the start, adapter after the steps) -> the client's result.
-        aggregate: (global adapter, weights, uploads, round) -> global adapter and base drift.
+        aggregate: (global adapter, weights, uploads, round) -> new global adapter and the product
+            that is added to the base weights.
         exact: whether the new product equals the mean of the clients' products.
         linear: whether the server needs only the sum of the uploads, so that secure aggregation
             and a robust mean are possible.

@@ -35,7 +35,7 @@ _BY_ROUND = Method(
     exact=True,
 )
 _LA_LORA = Method(
-    paper="arXiv:2602.19926, only the active factor travels",
+    paper="arXiv:2602.19926, one factor is sent per round: B in odd, A in even rounds",
     trains=schedule.alternate_steps,
     syncs=schedule.alternate_rounds,
     postprocess=binomial,

@@ -107,7 +107,7 @@ def _default_targets(base: Any) -> str:
 
 
 def _without_conv1d(module: nn.Module) -> None:
-    """Replace GPT-2's transposed linear layers by the Linear layers that they are."""
+    """Replace GPT-2's layers with transposed weights (Conv1D) by equal Linear layers."""
     from transformers.pytorch_utils import Conv1D
 
     for name, child in list(module.named_children()):
@@ -125,7 +125,7 @@ def _longest(base: Any, tokenizer: Any) -> int:
     """Return the most tokens that a text may have."""
     positions = getattr(base.config, "max_position_embeddings", tokenizer.model_max_length)
     offset = getattr(getattr(base.base_model, "embeddings", None), "padding_idx", None)
-    if offset is not None:  # RoBERTa and its kin count positions from behind the padding's
+    if offset is not None:  # RoBERTa and similar models number positions from padding_idx + 1
         positions -= offset + 1
     return int(min(positions, tokenizer.model_max_length))
 
@@ -134,9 +134,8 @@ def _tokenizer(where: str, model: Model, base: Any) -> Any:
     import transformers
 
     tokenizer = transformers.AutoTokenizer.from_pretrained(where)
-    if len(tokenizer) <= len(
-        tokenizer.all_special_ids
-    ):  # transformers invents one if there are no files
+    # Without tokenizer files, transformers returns a tokenizer with special tokens only.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
         raise ConfigError(f'model.name="{model.name}" must come with a tokenizer')
     if model.task == "text-classification" and tokenizer.pad_token_id is None:
         raise ConfigError(f'model.name="{model.name}" must have a tokenizer with a padding token')
@@ -146,7 +145,7 @@ def _tokenizer(where: str, model: Model, base: Any) -> Any:
     if largest >= rows:
         raise ConfigError(
             f'model.name="{model.name}" must embed every token of its tokenizer: token {largest} '
-            f"is beyond its {rows} rows"
+            f"is outside its table of {rows} rows"
         )
     base.config.pad_token_id = tokenizer.pad_token_id
     longest = _longest(base, tokenizer)
@@ -184,7 +183,7 @@ def _require_causal(base: Any, ids: Tensor, model: Model) -> None:
     whole, cut = (causal_logits(base, part, None) for part in (ids, ids[:, :-2]))
     if (whole[:, :-2] - cut).abs().max() > 1e-4 * whole.abs().max():
         raise ConfigError(
-            f'model.name="{model.name}" must be a model whose tokens see none after them'
+            f'model.name="{model.name}" must be a causal model: no token may attend to a later one'
         )
 
 

@@ -17,12 +17,12 @@ import numpy as np
 from scipy.optimize import brentq
 
 EPSILON_ERROR = 0.003  # additive; both accountants then agree to 1 % from ε = 0.3 upwards
-# Above this ε, PRV's floating-point numbers saturate after seconds and gigabytes: use RDP, whose
-# bound is larger and still valid.
+# Above this ε, PRV needs seconds and gigabytes and reaches the limit of floating-point numbers: use
+# RDP, a larger bound that is still valid.
 PRV_TRUSTED = 500.0
 _COARSE = 1e-3  # ten times Google's default; changes an audit's bound by less than 1e-4 of it
-# Limit of ε·√count, the size of PRV's grid. Above it, PRV needs more than 1 GB of memory, and a
-# request may name any count: use RDP, which gives an ε about 10 % larger and still valid.
+# Limit of ε·√count, to which the size of PRV's grid is proportional. Above it, PRV needs more than
+# 1 GB of memory, and a server may request any count: use RDP: its ε is about 10 % larger and valid.
 PRV_GRID = 2_000.0
 SMALLEST_NOISE = 2.0**-6
 LARGEST_NOISE = 2.0**12  # a run with more noise learns nothing
@@ -111,7 +111,9 @@ def second_epsilon(releases: Sequence[Release], delta: float) -> float:
 
 
 def total_variation(releases: Sequence[Release]) -> float:
-    """Return the largest difference of any test's hit and false-alarm rates: δ at ε = 0 (PLD).
+    """Return the total variation distance of outputs with and without one example (PLD).
+
+    It is δ at ε = 0: the largest difference of hit rate and false-alarm rate of any test.
 
     Limit: no releases give 0.
 
@@ -125,7 +127,7 @@ def total_variation(releases: Sequence[Release]) -> float:
 
 
 def _smallest(excess: Callable[[float], float], high: float) -> float:
-    """Return the smallest noise multiplier with no excess of ε; ``high`` has none."""
+    """Return the smallest noise multiplier with ``excess`` ≤ 0, which holds at ``high``."""
     low = high / 2
     while excess(low) <= 0:
         if low < SMALLEST_NOISE:

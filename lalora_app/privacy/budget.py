@@ -1,4 +1,7 @@
-"""Limits (ε, δ): check planned releases, and choose the noise of the next ones."""
+"""Limits (ε, δ): check planned releases, and choose the noise of the next ones.
+
+`Ledger.reserve` calls `check_limit` before it writes.
+"""
 
 import math
 from dataclasses import dataclass
@@ -18,8 +21,14 @@ class Limit:
     delta: float
 
 
-def check_limit(past: list[Release], plan: Release, limit: Limit, whose: str) -> None:
+def check_limit(past: list[Release], plan: Release, limit: Limit, owner: str) -> None:
     """Check that past and planned releases stay within a limit; ε = inf is no limit.
+
+    Args:
+        past: releases that are already on the ledger.
+        plan: planned releases.
+        limit: upper limit of ε for past and planned releases together.
+        owner: name of the limit's owner in the error: run or node.
 
     Raises:
         BudgetError: if the limit would be exceeded.
@@ -29,7 +38,7 @@ def check_limit(past: list[Release], plan: Release, limit: Limit, whose: str) ->
     spent = epsilon([*past, plan], limit.delta)
     if spent > limit.epsilon:
         raise BudgetError(
-            f"the {whose}'s epsilon would be {spent:.3f}, and must be at most {limit.epsilon}"
+            f"the {owner}'s epsilon would be {spent:.3f}, and must be at most {limit.epsilon}"
         )
 
 

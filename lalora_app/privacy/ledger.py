@@ -145,7 +145,7 @@ class Ledger:
         """Commit ``release`` durably, then return the right to draw it.
 
         Args:
-            dataset: the ledger's name of the client's data; its lines compose.
+            dataset: name of the client's data in the ledger; ε is composed over all its lines.
             run: the run's name, stable over restarts and resumes.
             round_: number of the round, for readers of the ledger only.
             release: the releases of this round.

@@ -126,7 +126,7 @@ def _limit(values: Mapping[str, object], run_delta: float, source: str) -> Limit
     if not 0 < delta < 1:
         raise ConfigError(f"{source} delta={delta} must be in (0, 1)")
     if math.isfinite(limit) and "delta" not in values:
-        raise ConfigError(f"{source} max-epsilon={limit} needs a delta beside it")
+        raise ConfigError(f"{source} max-epsilon={limit} needs a delta, at which the limit holds")
     return Limit(limit, delta)
 
 
@@ -193,7 +193,7 @@ def read_policy_file(path: Path, dataset: str = "") -> Policy:
     _require_known(tables, _KEYS, source)
     for key in ("max-epsilon", "delta"):
         if key not in tables:
-            raise ConfigError(f"{source} {key} must be there")
+            raise ConfigError(f"{source} {key} is missing: a policy must set it")
     values = _of_dataset(tables, dataset, source)
     noise = _number(values, "min-noise-multiplier", 0.0, source)
     if not 0 <= noise < math.inf:
@@ -235,8 +235,8 @@ def read_policy(
         return read_policy_file(full_path(str(node_config["policy"])), dataset)
     if "data-path" in node_config and "max-epsilon" not in node_config:
         raise ConfigError(
-            "node config must have policy, or max-epsilon and delta, beside data-path; "
-            "max-epsilon=inf leaves the limit to each run"
+            "node config with data-path must have policy, or max-epsilon and delta; "
+            "max-epsilon=inf sets no limit over all runs, and each run's own limit holds"
         )
     limit = _limit(node_config, run_delta, "node config")
     # A server must not decide on publishing the size of a site's own data.

@@ -1,7 +1,7 @@
 """Random streams: noise and Poisson sampling, secret by default.
 
-torch's CPU generator keeps 32 bits of its seed, which an attacker can try one by one; numpy's
-Philox takes a key of 128 bits, and that is what the secure streams are seeded with.
+The secure streams use numpy's Philox with a key of 128 random bits. torch's CPU generator uses only
+32 bits of its seed, and an attacker can try all of them.
 """
 
 import hashlib

@@ -46,7 +46,9 @@ def _expanded_linear(leaves: dict[str, Tensor], names: Names) -> Callable[[Any, 
 
 
 class CompiledEngine:
-    """The engine of ``lora.kernel="compiled"``: equal gradients, compiled by torch.compile.
+    """Computes per-example gradients by torch.compile, for ``lora.kernel="compiled"``.
+
+    The gradients equal those of the other engines up to rounding errors.
 
     Args:
         model: the model; the forward function of its trainable layers is replaced in place.

@@ -48,7 +48,7 @@ def load(path: Path) -> ServerState:
     """Return the state of one checkpoint.
 
     Raises:
-        Exception: of many kinds, if the file is damaged.
+        Exception: an error of any type, if the file is damaged.
     """
     with safe_open(path, framework="numpy") as file:
         metadata = file.metadata()
@@ -62,10 +62,10 @@ def load(path: Path) -> ServerState:
     return ServerState(adapter, numbers["round"], numbers["versions"], numbers["attempts"], drift)
 
 
-def whole(folder: Path) -> list[ServerState]:
+def load_undamaged(folder: Path) -> list[ServerState]:
     """Return the states of all undamaged checkpoints, the newest first.
 
-    Each damaged file is told in one line of the log.
+    One line of the log reports each damaged file.
     """
     states = []
     for path in reversed(_files(folder)):

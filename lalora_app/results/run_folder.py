@@ -131,17 +131,17 @@ class RunFolder:
         checkpoints.save(self.path / "checkpoints", state)
 
     def _states(self) -> list[ServerState]:
-        """Return the states of all whole checkpoints, the newest first.
+        """Return the states of all undamaged checkpoints, the newest first.
 
         Raises:
             ConfigError: if there is none.
         """
-        if found := checkpoints.whole(self.path / "checkpoints"):
+        if found := checkpoints.load_undamaged(self.path / "checkpoints"):
             return found
         raise ConfigError(f'resume-from="{self.path}" must hold a checkpoint that is not damaged')
 
     def latest(self) -> ServerState:
-        """Return the state of the newest whole checkpoint.
+        """Return the state of the newest undamaged checkpoint.
 
         Raises:
             ConfigError: if there is none.
@@ -149,13 +149,13 @@ class RunFolder:
         return self._states()[0]
 
     def resume_point(self) -> ResumePoint:
-        """Return the newest whole checkpoint that has a complete history, with that history.
+        """Return the newest undamaged checkpoint that has a complete history, with that history.
 
         Rows of later attempts are left out: those attempts are repeated. A client answers a
         repeated request from its last reply, or reserves budget for it as for any other.
 
         Raises:
-            ConfigError: if no checkpoint is whole, or the history of every whole one is damaged.
+            ConfigError: if every checkpoint is damaged, or every history is.
         """
         states, lines = self._states(), self._history_lines()
         rows = _parsed(lines)

@@ -65,7 +65,9 @@ def _write_report(folder: RunFolder) -> None:
         write_report([read_record(folder.path)], folder.path / "report.html", folder.name)
     except Exception as error:
         said = first_line(error)
-        _log.error("LaLoRA report.html cannot be drawn, all else is there: %s", said, exc_info=True)
+        _log.error(
+            "LaLoRA report.html is missing, all other results are saved: %s", said, exc_info=True
+        )
 
 
 def finish(after_round: AfterRound) -> None:
@@ -88,13 +90,13 @@ def finish(after_round: AfterRound) -> None:
 
 
 def _results(folder: RunFolder, summary: dict[str, Any], *, private: bool) -> dict[str, str]:
-    """Return the last lines of a run by their labels."""
+    """Return the last lines of a run's log: label -> text."""
     up, down = (summary[f"{way}_bytes_per_round"] for way in ("upload", "download"))
-    open_run = "" if private else "  (NOT private, see privacy.json)"
+    warning = "" if private else "  (NOT private, see privacy.json)"
     return {
         "folder": str(folder.path),
         "quality": format_scores(scores_in_row(summary)),
         "privacy": f"largest client epsilon {summary['epsilon_max']:.2f} "
-        f"at delta {summary['delta']:g}{open_run}",
+        f"at delta {summary['delta']:g}{warning}",
         "bytes": f"{up:,.0f} up, {down:,.0f} down, per client and round",
     }

@@ -1,4 +1,4 @@
-"""Find the clients of a run: wait for nodes, ask for names and ranks, plan the cohorts."""
+"""Find a run's clients: wait for nodes, ask names, ranks and model hashes, plan the cohorts."""
 
 import logging
 import time
@@ -98,17 +98,18 @@ def find_clients(grid: Grid, config: Config, settle: float, model: Mapping[str, 
         grid: connection to the clients.
         config: checked config of the run.
         settle: seconds for which the list of nodes must stay the same.
-        model: the SHA-256 of each part of the server's base model, which every site must have.
+        model: part of the base model -> SHA-256 at the server; every site must have the same.
 
     Raises:
-        ConfigError: if too few clients can take part, or one refuses.
+        ConfigError: if too few clients can take part or one refuses, or if ``min-replies`` is above
+            the number of clients per round.
     """
     clients = _ask_names(grid, config, _wait_for_nodes(grid, config, settle), model)
     names = sorted(clients)
     per_round = clients_per_round(config.fraction_train, len(names))
     if config.min_replies > per_round:
         raise ConfigError(
-            f"min-replies={config.min_replies} must be at most the {per_round} clients of a round"
+            f"min-replies={config.min_replies} must be at most {per_round}, the clients per round"
         )
     return Clients(
         nodes=[clients[name][0] for name in names],

@@ -58,7 +58,7 @@ class RoundLine:
 
     @classmethod
     def parse(cls, text: str) -> Self | None:
-        """Return the progress that a line without the prefix tells; None for other lines."""
+        """Parse a round's line without the prefix; return None for any other line."""
         found = _ROUND.fullmatch(text)
         if found is None:
             return None
@@ -79,6 +79,6 @@ def result_text(label: str, value: str) -> str:
 
 
 def parse_result(text: str) -> str | None:
-    """Return the line of the results that a log line tells, labels aligned; None for others."""
+    """Parse a log line with a result, its label aligned; return None for any other line."""
     kind, gap, result = text.partition("  ")
     return result if gap and kind == _RESULT else None

@@ -17,7 +17,7 @@ Combine = Callable[[Sequence[Adapter], int], Adapter]
 
 
 def _each(uploads: Sequence[Adapter], combine: Callable[[np.ndarray], np.ndarray]) -> Adapter:
-    """Combine (clients, ...) tensor by tensor."""
+    """Combine each tensor of all uploads, stacked to (clients, *shape), into one."""
     stacks = {name: np.stack([upload[name] for upload in uploads]) for name in uploads[0]}
     return {name: combine(stack).astype(np.float32) for name, stack in stacks.items()}
 
@@ -29,7 +29,8 @@ def median(uploads: Sequence[Adapter], suspects: int) -> Adapter:
 
 def trimmed_mean(uploads: Sequence[Adapter], suspects: int) -> Adapter:
     """Return the mean of every entry without its ``suspects`` lowest and highest values."""
-    # Flower rounds share · clients down, and refuses 1/2: there may be 2·suspects + 1 clients.
+    # Flower cuts ⌊share · clients⌋ values per side and refuses a share of 1/2. With 0.25 added, it
+    # cuts ``suspects`` values, and the share is below 1/2 for 2·suspects + 1 clients, the fewest.
     share = (suspects + 0.25) / len(uploads)
     return _each(uploads, lambda stack: np.asarray(trim_mean(stack, share)))
 

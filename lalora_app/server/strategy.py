@@ -131,7 +131,7 @@ class FederatedLora(Strategy):
         return select(self.download(client), self._synced())
 
     def _judge(self, replies: Iterable[Message]) -> tuple[dict[int, TrainReply], list[str]]:
-        """Return the valid replies by node, in the cohort's order, and a reason per other one."""
+        """Return the valid replies in the cohort's order, and one reason per dropped reply."""
         t, asked = self.state.round + 1, self._asked()
         expected = {node: self._expected(client) for node, client in asked.items()}
         some = next(iter(expected.values()), {})
@@ -163,7 +163,7 @@ class FederatedLora(Strategy):
         if self.config.weighting == "public-size":
             for node in [n for n, reply in accepted.items() if reply.num_examples is None]:
                 del accepted[node]
-                dropped.append('weighting="public-size", and the client keeps its size')
+                dropped.append('weighting="public-size" needs a size, and the client sends none')
 
     def _account(self, accepted: dict[int, TrainReply]) -> None:
         """Update the ε of each selected client.
@@ -188,7 +188,7 @@ class FederatedLora(Strategy):
         return self._weights(list(accepted.values())), uploads
 
     def aggregate_uploads(self, accepted: dict[int, TrainReply]) -> AggregationErrors:
-        """Move the state on by one round's replies, by node; measure the aggregation's error."""
+        """Aggregate one round's replies, by node, into the state; return the measured errors."""
         full, config, synced = self.config.lora.rank, self.config, self._synced()
         weights, uploads = self._uploads(accepted)
         before = self.state.adapter

@@ -18,7 +18,9 @@ def full_path(text: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
-        raise ConfigError(f"{text!r} must start with the home of a user") from error
+        raise ConfigError(
+            f"{text!r} must start with the home folder of an existing user"
+        ) from error
 
 
 def is_local(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""The run config: flat keys -> frozen dataclasses. Every check of a value, every message."""
+"""Parse the run config: flat keys -> frozen dataclasses, after checks of every key and value."""
 
 import difflib
 import math
@@ -181,7 +181,7 @@ def _check_model(config: Config) -> None:
     if model.image_resize < model.image_size:
         raise ConfigError(
             f"model.image-resize={model.image_resize} must be at least model.image-size="
-            f"{model.image_size}, which is cut out of its middle"
+            f"{model.image_size}, the side of the square that is cut from the resized image"
         )
     if data.label_column == "none" and model.task != "causal-lm":
         raise ConfigError(f'data.label-column="none" must name a column for "{model.task}"')

@@ -80,8 +80,8 @@ class Lora:
     ranks: str = law(
         'must be "none" or ranks such as "4,8,16"',
         are_ranks,
-        meaning="Ranks of the simulated clients, dealt in turn, for methods with mixed ranks; "
-        "each at most `lora.rank`.",
+        meaning="Ranks of the simulated clients, for methods with mixed ranks: the clients take "
+        "them in the order of the list, again and again; each at most `lora.rank`.",
     )
     kernel: str = one_of(
         "fused",
@@ -102,7 +102,8 @@ class Data:
         "folder of them, a folder of images by class, or the bundled `demo:sms-spam`."
     )
     subset: str = non_empty(
-        meaning="Subset of a Hugging Face dataset, such as `sst2`; `none` for the only one."
+        meaning="Subset of a Hugging Face dataset, such as `sst2`; `none` for a dataset with "
+        "only one."
     )
     train_split: str = non_empty(meaning="Name of the training split.")
     test_split: str = non_empty(
@@ -117,8 +118,8 @@ class Data:
     test_fraction: float = law(
         "must be in (0, 1)",
         lambda v: 0 < v < 1,
-        meaning="Share of the training split that becomes the test split; the content of an "
-        "example decides.",
+        meaning="Share of the training split that becomes the test split; a hash of an "
+        "example's content decides.",
     )
     partitioner: str = one_of(
         *PARTITIONERS,
@@ -227,7 +228,8 @@ class MethodNumbers:
         meaning="Temperature of the softmax over the gates of `beamlora`."
     )
     tasks: int = count(
-        meaning="Number of blocks of rounds for `sd-lora` and `duallora`; all use the same data."
+        meaning="Number of tasks for `sd-lora` and `duallora`: blocks of consecutive rounds, all "
+        "on the same data."
     )
     sparsity: float = law(
         "must be in [0, 1)",

@@ -53,8 +53,8 @@ def one_of(*allowed: str, meaning: str) -> Any:
 
 
 DEVICE_LAW = (
-    'must be "auto", "cpu", "cuda" or "cuda:N", N the number of a GPU: gradient kernels and noise '
-    "generator are tested on no other device"
+    'must be "auto", "cpu", "cuda" or "cuda:N" with the number N of a GPU: the gradient kernels '
+    "and the noise generator are tested on no other device"
 )
 
 

@@ -1,4 +1,4 @@
-"""Comparison of the base models of server and site, before any training.
+"""Check, before any training, that server and site have the same base model.
 
 Privacy: hashes of public weights and of preprocessing; no private data is involved.
 """

@@ -458,7 +458,7 @@ def test_noise_of_every_entry_is_the_multiplier_times_the_clip_norm(name, built,
     backbone.load(start)
 
 
-def local_of(name: str, **changes) -> local_round.Local:
+def local_of(name: str, **changes) -> local_round.LocalSettings:
     config = make_config(
         **{
             "rule.tasks": 3,
@@ -468,7 +468,7 @@ def local_of(name: str, **changes) -> local_round.Local:
         }
         | changes
     )
-    return local_round.Local(METHODS[name], 1, 3, config.train, config.rule, 0.7)
+    return local_round.LocalSettings(METHODS[name], 1, 3, config.train, config.rule, 0.7)
 
 
 @pytest.mark.parametrize("name", OWN)

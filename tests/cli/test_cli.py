@@ -154,7 +154,7 @@ def test_policy_says_what_a_file_allows(tmp_path, capsys):
         assert line in out
     path.write_text("max-epsilon = 8.0")
     assert main.main(["policy", str(path)]) == 2
-    assert "delta must be there" in capsys.readouterr().err
+    assert "delta is missing" in capsys.readouterr().err
 
 
 def test_verify_fails_above_a_maximal_epsilon(ledger, capsys):

@@ -145,7 +145,7 @@ def test_too_few_examples_are_refused_from_the_cache_too(tiny, tmp_path, data_fi
 
 def test_a_cache_needs_data_of_its_own(tiny, tmp_path):
     node = {"partition-id": 0, "num-partitions": 2, "data-cache": str(tmp_path)}
-    with pytest.raises(ConfigError, match="data-cache must be beside data-path"):
+    with pytest.raises(ConfigError, match="data-cache needs data-path"):
         admit(tiny(**open_run()), node, 1)
 
 

@@ -56,7 +56,7 @@ def test_a_run_with_other_columns_is_refused_before_any_data_is_read(tiny, asked
 @pytest.mark.parametrize("kind", ["query", "train"])
 def test_a_path_from_no_users_home_breaks_a_law_of_the_node_config(tiny, key, kind, caplog):
     assert refusal(tiny(), OWN | {key: "~no-such-user/x"}, kind) == "config"
-    assert "'~no-such-user/x' must start with the home of a user" in caplog.text
+    assert "'~no-such-user/x' must start with the home folder of an existing user" in caplog.text
 
 
 @pytest.mark.parametrize("said", [*COLUMNS, ASKED], ids=lambda said: ",".join(said))
@@ -88,7 +88,7 @@ def test_a_word_of_the_wrong_type_is_named_in_one_line(tiny, key, value):
 def test_a_simulated_client_has_the_runs_columns_and_no_own(tiny, said):
     node = {"partition-id": 0, "num-partitions": 2}
     admit(tiny(**of_run(said)), node, 1)
-    with pytest.raises(ConfigError, match="must be beside data-path"):
+    with pytest.raises(ConfigError, match="needs data-path"):
         admit(tiny(**of_run(said)), node | said, 1)
 
 

@@ -150,10 +150,10 @@ def of_kind(adapter, which):
     return {name: array for name, array in adapter.items() if kind(name) == which}
 
 
-def local_steps(config: Config, t: int = 1) -> local_round.Local:
+def local_steps(config: Config, t: int = 1) -> local_round.LocalSettings:
     """What round ``t`` of the config's run follows."""
     settings = (config.train, config.rule, config.privacy.clip_norm)
-    return local_round.Local(METHODS[config.method], t, config.num_server_rounds, *settings)
+    return local_round.LocalSettings(METHODS[config.method], t, config.num_server_rounds, *settings)
 
 
 def tokens_of(config: Config, side: int):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from conftest import make_config
-from lalora_app.client.local_round import Local, make_optimizer
+from lalora_app.client.local_round import LocalSettings, make_optimizer
 from lalora_app.methods.optimizers import (
     LowPassSGD,
     OptimizerSettings,
@@ -279,7 +279,7 @@ def test_learning_rates_depend_on_kind_and_round_and_fixed_tensors_have_none(nam
     kinds = ("lora_A", "lora_B", "lora_gate", "lora_fixed", "lora_fixed.B")
     named = {f"q.{part}.weight": parameter(drawn(0, 1)[0]) for part in kinds}
     named["classifier.weight"] = parameter(drawn(0, 1)[0])
-    local = Local(METHODS[name], 3, 9, config.train, config.rule, 1.0)
+    local = LocalSettings(METHODS[name], 3, 9, config.train, config.rule, 1.0)
     backbone = SimpleNamespace(engine=SimpleNamespace(parameters=named))
     made = make_optimizer(backbone, local, 0.7)
     train = config.train

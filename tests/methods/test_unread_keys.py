@@ -150,5 +150,8 @@ def test_a_run_warns_once_of_all_values_without_effect(tiny, caplog):
     config = tiny(**open_run(method="ffa-lora") | changes)
     with caplog.at_level(logging.WARNING, "flwr"):
         run(config)
-    (line,) = [r.getMessage() for r in caplog.records if "has no use of" in r.getMessage()]
-    assert line == 'LaLoRA method="ffa-lora" has no use of train.lr-a=0.001, rule.period=3'
+    (line,) = [r.getMessage() for r in caplog.records if "does not read" in r.getMessage()]
+    assert (
+        line == 'LaLoRA method="ffa-lora" does not read train.lr-a=0.001, rule.period=3: '
+        "the values have no effect"
+    )

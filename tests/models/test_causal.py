@@ -250,7 +250,9 @@ def test_a_model_that_sees_later_tokens_is_refused(causal, tmp_path):
     config = BertConfig(vocab_size=len(WORDS), hidden_size=16, intermediate_size=32, **sizes)
     BertForMaskedLM(config).save_pretrained(tmp_path)
     save_tokenizer(tmp_path)
-    with pytest.raises(ConfigError, match=r"must be a model whose tokens see none after them"):
+    with pytest.raises(
+        ConfigError, match=r"must be a causal model: no token may attend to a later one"
+    ):
         build(causal(str(tmp_path)))
 
 

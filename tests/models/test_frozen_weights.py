@@ -340,7 +340,7 @@ def test_flat_lora_takes_every_gradient_at_weights_shaken_by_the_seeds_own_noise
     before = weights_of(backbone.model)
     steps, radius, rate = 2, 2.0, 0.5
     config = flat_tables(steps, radius, rate)
-    local = local_round.Local(METHODS["flat-lora"], 3, 4, *config, math.inf, seed=11)
+    local = local_round.LocalSettings(METHODS["flat-lora"], 3, 4, *config, math.inf, seed=11)
     result = local_round.run_round(
         backbone,
         data,
@@ -399,7 +399,7 @@ def test_every_client_round_and_step_has_noise_of_its_own_and_repeats_it(prepare
     weight = torch.randn(4, 6, generator=generator())
 
     def noise(seed: int, k: int) -> Tensor:
-        local = local_round.Local(METHODS["flat-lora"], 2, 2, *config, 1.0, seed=seed)
+        local = local_round.LocalSettings(METHODS["flat-lora"], 2, 2, *config, 1.0, seed=seed)
         return local_round._perturbation(backbone, local, k)(weight)
 
     assert torch.equal(noise(1, 2), noise(1, 2))

@@ -13,7 +13,7 @@ from helpers.fake_grid import FakeGrid
 from helpers.model_checks import IMAGES, normalised, pixels, stock
 from lalora_app import server_app
 from lalora_app.adapter.factors import active_names, kind
-from lalora_app.client.local_round import Local, apply, make_optimizer
+from lalora_app.client.local_round import LocalSettings, apply, make_optimizer
 from lalora_app.data.encoding import EncodedImages, EncodedTexts
 from lalora_app.data.examples import split
 from lalora_app.methods.table import METHODS
@@ -84,7 +84,7 @@ def one_private_step(backbone: Backbone, data, factors: str) -> None:
     assert set(noised) == names
     assert all(grad.isfinite().all() and grad.abs().max() > 0 for grad in noised.values())
     config, method = make_config(**{"train.optimizer": "adamw"}), METHODS["la-lora"]
-    local = Local(method, 1, 1, config.train, config.rule, 1.0)
+    local = LocalSettings(method, 1, 1, config.train, config.rule, 1.0)
     apply(backbone, make_optimizer(backbone, local, 0.0), method.postprocess(noised))
     after = backbone.adapter()
     for name, array in after.items():

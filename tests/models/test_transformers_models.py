@@ -98,7 +98,7 @@ def test_a_tokenizer_with_more_tokens_than_the_model_embeds_is_one_line(tiny, ti
     tokenizer.save_pretrained(folder)
     line = refusal(tiny(**{"model.name": str(folder)}))
     rows = len(WORDS)
-    assert line.endswith(f"token {rows} is beyond its {rows} rows")
+    assert line.endswith(f"token {rows} is outside its table of {rows} rows")
 
 
 def test_a_folder_without_a_tokenizer_is_one_line(tiny, tiny_model, tmp_path):

@@ -145,8 +145,8 @@ def test_a_short_file_allows_every_method_and_model_within_its_limit(policy):
 @pytest.mark.parametrize(
     ("old", "new", "law"),
     [
-        ("max-epsilon = 8.0", "", "max-epsilon must be there"),
-        ("delta = 1e-6", "", "delta must be there"),
+        ("max-epsilon = 8.0", "", "max-epsilon is missing"),
+        ("delta = 1e-6", "", "delta is missing"),
         ("max-epsilon = 8.0", "max-epsilon = 0", "max-epsilon=0.0 must be greater than 0"),
         ("max-epsilon = 8.0", 'max-epsilon = "8"', "max-epsilon='8' must be a number"),
         ("max-epsilon = 8.0", "max-epsilon = nan", "max-epsilon=nan must be greater than 0"),
@@ -194,7 +194,9 @@ def test_a_node_config_names_a_file_or_holds_the_keys_and_not_both(policy):
 
 
 def test_a_node_with_data_of_its_own_sets_a_limit():
-    with pytest.raises(ConfigError, match="policy, or max-epsilon and delta, beside data-path"):
+    with pytest.raises(
+        ConfigError, match="with data-path must have policy, or max-epsilon and delta"
+    ):
         read_policy({"data-path": "/data"}, DELTA, public=False)
     open_node = {"data-path": "/data", "max-epsilon": math.inf}
     assert read_policy(open_node, DELTA, public=False).limit == Limit(math.inf, DELTA)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from conftest import make_config
 from lalora_app.adapter.factors import active_names
-from lalora_app.client.local_round import Local, apply, make_optimizer
+from lalora_app.client.local_round import LocalSettings, apply, make_optimizer
 from lalora_app.data.encoding import EncodedTexts
 from lalora_app.methods.table import METHODS
 from lalora_app.models.backbone import Backbone, wire_name
@@ -62,7 +62,9 @@ def meta_backbone(*, pooling="mean", kernel="fused", dtype=torch.float32) -> Bac
 def private_steps(backbone: Backbone) -> None:
     """Run a B step and an A step of LA-LoRA: sampling, clipping, noise, filter, optimiser."""
     config, method = make_config(**{"train.optimizer": "adamw"}), METHODS["la-lora"]
-    optimizer = make_optimizer(backbone, Local(method, 1, 1, config.train, config.rule, 0.5), 0.0)
+    optimizer = make_optimizer(
+        backbone, LocalSettings(method, 1, 1, config.train, config.rule, 0.5), 0.0
+    )
     streams = RandomStreams(seeded(0, "sampling"), seeded(0, "noise"))
     for k in range(2):
         names = active_names(backbone.engine.parameters, method.trains(1, k))

@@ -228,7 +228,7 @@ def test_a_client_that_keeps_its_size_has_no_public_weight():
     assert np.unique(strategy.state.adapter[B]) == pytest.approx([2 * 300 / 400])
     attempt = strategy.attempts[-1]
     assert (attempt.replies, attempt.aggregated) == (2, True)
-    assert attempt.dropped == ('weighting="public-size", and the client keeps its size',)
+    assert attempt.dropped == ('weighting="public-size" needs a size, and the client sends none',)
     assert not weighted("public-size", (100, None, None)).attempts[-1].aggregated
 
 

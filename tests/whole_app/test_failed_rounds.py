@@ -104,7 +104,7 @@ def test_a_report_that_cannot_be_drawn_costs_no_result(tiny, monkeypatch, caplog
     done = run(tiny(**open_run()))
     assert done.json("summary.json")["status"] == "completed"
     assert not (done.folder.path / "report.html").exists()
-    assert "report.html cannot be drawn, all else is there: no font" in caplog.text
+    assert "report.html is missing, all other results are saved: no font" in caplog.text
 
 
 @without_report
