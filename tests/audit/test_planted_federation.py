@@ -69,7 +69,13 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+# One with resident factors, one that moves the base, one with cohorts; the others are "wide".
+FAST = {"residents wait on the clients", "the base moves", "cohorts of two"}
+
+
+@pytest.mark.parametrize(
+    "case", [c if c in FAST else pytest.param(c, marks=pytest.mark.wide) for c in CASES]
+)
 def test_the_audits_federation_computes_the_bits_of_the_app(config_of, tmp_path, case):
     method, changes = CASES[case]
     config = config_of(method, **changes)

@@ -58,10 +58,10 @@ BAD = {
     "no such column": ({"data.input-column": "body"}, ['data.input-column="body"', "text, label"]),
     "targets nowhere": ({"lora.targets": "nothing"}, ['lora.targets="nothing"', "query"]),
     "targets no Linear": ({"lora.targets": "LayerNorm"}, ['lora.targets="LayerNorm"', "Linear"]),
-    "min-replies": ({"min-replies": 3}, ["min-replies=3", "at most the 2 clients"]),
+    "min-replies": ({"min-replies": 3}, ["min-replies=3", "at most 2, the clients per round"]),
     "min-replies of a fraction": (
         {"min-replies": 2, "fraction-train": 0.5},
-        ["min-replies=2", "at most the 1 clients"],
+        ["min-replies=2", "at most 1, the clients per round"],
     ),
     "too few nodes": (
         {"min-clients": 5, "node-timeout": 0.05},
