@@ -7,7 +7,7 @@ import pytest
 
 from conftest import defaults
 from helpers.app_runs import local_steps, open_run, run, same_bits
-from lalora_app.adapter.factors import select
+from lalora_app.adapter.factors import kind, select
 from lalora_app.adapter.low_rank import add_to_drift
 from lalora_app.aggregation.rule import RoundInfo
 from lalora_app.client import local_round
@@ -95,18 +95,30 @@ def result(tiny):
         model, start = build(config)
         encoded = model.encode(split(config.data)[1])
         data = EncodedTexts(encoded.tokens[:EXAMPLES], encoded.labels[:EXAMPLES], encoded.pad)
-        state = initial_state(config, model, data, start)
-        for t in range(1, 5):
-            state = one_round(config, model, data, state, t)
-        return state.adapter | {f"drift {name}": array for name, array in state.drift.items()}
+        results = {}
+        for number, first in enumerate(starts(start, method)):
+            state = initial_state(config, model, data, first)
+            for t in range(1, 5):
+                state = one_round(config, model, data, state, t)
+            tensors = state.adapter | {f"drift {n}": array for n, array in state.drift.items()}
+            results |= {f"{number} {name}": array for name, array in tensors.items()}
+        return results
 
     return after
+
+
+def starts(start, method):
+    """The initial adapters to try: BeamLoRA prunes nothing while all of its gates are equal."""
+    ramp = {n: 2 * np.arange(len(x), dtype="f4") for n, x in start.items() if kind(n) == "gate"}
+    unequal = start | {name: start[name] + step for name, step in ramp.items()}
+    return [start, unequal] if method == "beamlora" else [start]
 
 
 def one_round(config, model, data, state, t):
     """The state after round ``t``, as the strategy computes it from two uploads.
 
-    The second upload is the first with its rows rotated: a correction then has an effect.
+    The second upload is the first with the rows of its factors and head rotated, but for the gates:
+    a correction then has an effect.
     """
     method, rank = METHODS[config.method], config.lora.rank
     whole = local_round.run_round(
@@ -121,7 +133,8 @@ def one_round(config, model, data, state, t):
     sent = method.sent(t, last=False)
     info = RoundInfo(t=t, rounds=4, seed=0, numbers=config.rule)
     upload = select(whole, sent)
-    uploads = [upload, {name: np.roll(array, 1, axis=0) for name, array in upload.items()}]
+    rotated = {n: x if kind(n) == "gate" else np.roll(x, 1, axis=0) for n, x in upload.items()}
+    uploads = [upload, rotated]
     new = method.aggregate(state.adapter, [1.0, 1.0], uploads, info)
     scale = config.lora.alpha / rank
     drift = add_to_drift(state.drift, new.fold, scale) if new.fold else None
