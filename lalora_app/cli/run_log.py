@@ -1,4 +1,4 @@
-"""Tell the app's own lines from Flower's and Ray's in the log of a run."""
+"""Separate the app's own lines from the lines of Flower and Ray in the log of a run."""
 
 import re
 from dataclasses import dataclass

@@ -121,7 +121,7 @@ def _as_bytes(content: Content) -> bytes:
 
 
 def is_test(content: Content, fraction: float) -> bool:
-    """Tell whether an example is in the test split: a hash of its content, equal for copies."""
+    """Tell whether an example is in the test split, by a hash of its content (equal for copies)."""
     digest = hashlib.sha256(_as_bytes(content)).digest()
     return int.from_bytes(digest[:8], "big") < fraction * 2**64
 

@@ -8,6 +8,7 @@ from conftest import ROOT
 from helpers.fake_grid import FakeGrid
 from lalora_app import server_app
 from lalora_app.cli import main
+from lalora_app.privacy.ledger import Ledger, LedgerBusyError
 from lalora_app.private_step.attach import LayoutError
 from lalora_app.server import ending
 
@@ -86,6 +87,21 @@ def test_a_damaged_ledger_is_one_line(tmp_path, capsys):
     path = tmp_path / "ledger.sqlite"
     path.write_bytes(b"no database" * 100)
     assert "database" in one_line(capsys, ["ledger", "show", "--path", str(path)])
+
+
+@pytest.mark.parametrize("action", ["show", "verify"])
+def test_a_locked_ledger_is_one_line(action, tmp_path, capsys, monkeypatch):
+    def locked(self, *args):
+        raise LedgerBusyError("the ledger is in use by another process")
+
+    path = tmp_path / "ledger.sqlite"
+    Ledger(path)
+    for read in ("entries", "damage"):
+        monkeypatch.setattr(Ledger, read, locked)
+    limit = ["--max-epsilon", "3"] if action == "verify" else []
+    assert main.main(["ledger", action, "--path", str(path), *limit]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == "lalora: the ledger is in use by another process"
 
 
 def test_weights_that_cannot_be_written_are_one_line(finished, tmp_path, capsys):

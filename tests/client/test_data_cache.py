@@ -105,6 +105,16 @@ def test_a_change_of_data_or_keys_is_another_fingerprint(data_file):
     assert seen() != plain
 
 
+def test_a_file_with_other_content_and_the_old_time_is_another_fingerprint(data_file):
+    config, before = make_config(), data_file.stat()
+    plain = fingerprint(config, str(data_file))
+    data_file.write_text(data_file.read_text("utf-8").replace("free", "dear"), "utf-8")
+    os.utime(data_file, ns=(before.st_atime_ns, before.st_mtime_ns))
+    after = data_file.stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+    assert fingerprint(config, str(data_file)) != plain
+
+
 def counted(monkeypatch):
     """Count how often data is read."""
     reads, honest = [], Site.examples
