@@ -5,6 +5,7 @@ from pathlib import Path
 from lalora_app.settings.errors import ConfigError
 
 NONE = "none"  # the value of a key that is switched off
+AUTO = "auto"  # the value of a key that the app chooses
 
 TIMM = "timm:"  # prefix of a timm architecture or of a folder with timm weights
 

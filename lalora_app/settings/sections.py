@@ -3,8 +3,11 @@
 import math
 from dataclasses import dataclass
 
+from lalora_app.settings.names import AUTO
 from lalora_app.settings.value_rules import (
     are_ranks,
+    class_list,
+    class_names_in,
     clip_norm,
     columns,
     count,
@@ -112,6 +115,10 @@ class Data:
     )
     input_column: str = columns(meaning="Column of the texts or images, or two text columns.")
     label_column: str = non_empty(meaning="Column of the labels; `none` for a language model.")
+    labels: str = class_list(
+        meaning="Names of the classes in the order of the model's outputs, such as `ham,spam`, or "
+        "a JSON list; `auto` takes those of the public data, sorted."
+    )
     num_labels: int = law(
         "must be at least 2", lambda v: v >= 2, meaning="Number of classes; labels count from 0."
     )
@@ -140,6 +147,13 @@ class Data:
         meaning="In simulation, allow clients to send their number of examples. A client with "
         "its own data decides in its node config."
     )
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes; the numbers from 0 while ``labels`` is "auto"."""
+        if self.labels == AUTO:
+            return tuple(map(str, range(self.num_labels)))
+        return class_names_in(self.labels)
 
 
 @dataclass(frozen=True, kw_only=True)

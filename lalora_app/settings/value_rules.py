@@ -5,11 +5,14 @@ shown in docs/configuration.md), ``law`` (the allowed values, as an error says t
 (the check of one value). NaN passes no check.
 """
 
+import json
 import math
 import re
 from collections.abc import Callable
 from dataclasses import field
 from typing import Any
+
+from lalora_app.settings.names import AUTO
 
 
 def law(text: str, holds: Callable[[Any], bool], *, meaning: str) -> Any:
@@ -79,6 +82,39 @@ def columns(*, meaning: str) -> Any:
     return law(
         'must name one column, or two such as "question,sentence"',
         lambda v: len(names := v.split(",")) <= 2 and all(name.strip() for name in names),
+        meaning=meaning,
+    )
+
+
+def class_names_in(text: str) -> tuple[str, ...]:
+    """Return the names in a comma-separated list, or in a JSON list for names with commas.
+
+    Raises:
+        ValueError: if the text starts as a JSON list and is none, or holds something but texts.
+    """
+    if not text.lstrip().startswith("["):
+        return tuple(name.strip() for name in text.split(","))
+    names = json.loads(text)
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError("a JSON list of class names must hold texts only")
+    return tuple(name.strip() for name in names)
+
+
+def _are_classes(text: str) -> bool:
+    if text == AUTO:
+        return True
+    try:
+        names = class_names_in(text)
+    except ValueError:
+        return False
+    return len(names) >= 2 and all(names) and len(set(names)) == len(names)
+
+
+def class_list(*, meaning: str) -> Any:
+    """Declare "auto", or the names of two classes or more."""
+    return law(
+        'must be "auto", or two or more different names such as "ham,spam" or \'["ham", "spam"]\'',
+        _are_classes,
         meaning=meaning,
     )
 

@@ -72,6 +72,7 @@ OUT_OF_RANGE = [
     ("data.name", ""),
     ("data.input-column", ""),
     ("data.label-column", ""),
+    ("data.labels", "ham,ham"),
     ("data.num-labels", 1),
     ("data.subset", ""),
     ("data.train-split", " "),
