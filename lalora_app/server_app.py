@@ -29,6 +29,7 @@ from lalora_app.server.after_round import AfterRound
 from lalora_app.server.ending import finish
 from lalora_app.server.enrolment import SETTLE_SECONDS, find_clients
 from lalora_app.server.initial_state import initial_state
+from lalora_app.server.log_lines import folder_text
 from lalora_app.server.secure_strategy import SecureFederatedLora
 from lalora_app.server.strategy import FederatedLora
 from lalora_app.settings.errors import ConfigError, first_line
@@ -134,6 +135,7 @@ def run(grid: Grid, config: Config, settle: float = 0.0) -> None:
         new_folder(config, _run_name(config)),
         ResumePoint(initial_state(config, model, test, start)),
     )
+    _log.info("LaLoRA %s", folder_text(folder.path))
     folder.write_json("clients.json", {"clients": len(clients.nodes)})
     if clients.simulated and config.data.label_column != NONE:
         folder.write_json("partition.json", _partition(config, len(clients.nodes)))

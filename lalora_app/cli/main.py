@@ -108,7 +108,9 @@ def _add_run(commands: Any) -> None:
         help="value of a key of the run config; may be repeated",
     )
     run.add_argument(
-        "--nodes", type=at_least_one, default=4, help="number of simulated clients (default 4)"
+        "--nodes",
+        type=at_least_one,
+        help="number of simulated clients (default 4, or that of the resumed run)",
     )
     run.add_argument(
         "--clients-per-gpu",
@@ -218,6 +220,7 @@ def _exit_codes() -> dict[type[Exception], int]:
     optional = {
         ("lalora_app.private_step.attach", "LayoutError"): 2,
         ("lalora_app.cli.flower_commands", "FlowerError"): 1,
+        ("lalora_app.cli.launch_checks", "ProcessEndedError"): 1,
         ("lalora_app.privacy.ledger", "LedgerBusyError"): 1,
     }
     for (module, name), code in optional.items():

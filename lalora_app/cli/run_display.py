@@ -2,6 +2,7 @@
 
 import sys
 from collections import deque
+from collections.abc import Iterable
 from types import TracebackType
 from typing import Any, Self
 
@@ -10,7 +11,7 @@ from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 from lalora_app.cli.run_log import Kind, LogEvent, read_line
-from lalora_app.server.log_lines import START, RoundLine
+from lalora_app.server.log_lines import START, RoundLine, parse_folder
 
 _BAR_WIDTH = 20  # characters; the whole line fits into a terminal of 80
 _KEPT_LINES = 30  # of other programs, shown when a run fails without a reason
@@ -76,6 +77,7 @@ class RunDisplay:
         self._results: list[str] = []
         self._others: deque[str] = deque(maxlen=_KEPT_LINES)
         self.reason = ""
+        self.folder = ""  # of the run's results, once the server has made it
 
     def __enter__(self) -> Self:
         if self._bar:
@@ -97,11 +99,17 @@ class RunDisplay:
         self._console.out(text, highlight=False)
         self._console.file.flush()
 
+    def print_all(self, lines: Iterable[str]) -> None:
+        """Print lines, each above the bar if there is one."""
+        for line in lines:
+            self.print(line)
+
     def show(self, line: str) -> None:
         """Take one line of the run's log."""
         event = read_line(line)
         if event.kind is Kind.FAILURE:
             self.reason = event.text
+        self.folder = parse_folder(event.text) or self.folder
         if self._verbose:
             self._console.file.write(line)
             self._console.file.flush()

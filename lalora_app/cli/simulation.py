@@ -8,6 +8,7 @@ and stops the processes that it started.
 
 import contextlib
 import os
+import shlex
 import shutil
 import signal
 import socket
@@ -21,13 +22,21 @@ from typing import Any
 import psutil
 
 from lalora_app.cli.flower_commands import COMPLETED, follow, start_run
+from lalora_app.cli.launch_checks import (
+    Launch,
+    check_launch,
+    go_offline_without_hub,
+    needs_hub,
+    resumed_config,
+)
 from lalora_app.cli.run_display import RunDisplay, standard_display
-from lalora_app.methods.compatibility import method_of
 from lalora_app.results.run_folder import as_toml
 from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.names import NONE
 from lalora_app.settings.overrides import merged, read_toml
 from lalora_app.settings.run_config import Scalar, flatten, from_tables, parse
 
+_NODES = 4
 _GRACE = 10.0  # seconds for a process to end by itself
 _CONFIG_TABLE = ("tool", "flwr", "app", "config")
 
@@ -69,16 +78,28 @@ def app_defaults(app: Path) -> dict[str, Any]:
     return from_tables(table)
 
 
-def _checked(app: Path, overrides: Iterable[str]) -> dict[str, Scalar]:
-    """Return the checked values of the overridden keys.
+def read_launch(
+    app: Path, overrides: Iterable[str], nodes: int | None
+) -> tuple[Launch, dict[str, Scalar]]:
+    """Return what is to be started, and the values of the keys that are not the app's own.
+
+    Args:
+        app: folder of the app.
+        overrides: ``-c`` options of the command; with ``resume-from``, all other keys are taken
+            from the run's own config.
+        nodes: number of simulated clients; None: as many as the resumed run has, or 4.
 
     Raises:
-        ConfigError: for a bad key or value, before the simulation is started.
+        ConfigError: for a bad key or value.
     """
-    own = merged(overrides)
-    config = parse(app_defaults(app) | own)
-    method_of(config)
-    return {key: value for key, value in flatten(config).items() if key in own}
+    own, clients = merged(overrides), None
+    defaults = app_defaults(app)
+    if own.get("resume-from", NONE) != NONE:
+        saved, clients = resumed_config(own)
+        own = saved | own
+    config = parse(defaults | own)
+    values = {key: value for key, value in flatten(config).items() if key in own}
+    return Launch(config, defaults, nodes or clients or _NODES), values
 
 
 def _started_here(home: Path) -> list[psutil.Process]:
@@ -141,7 +162,7 @@ def launch(
     app: Path,
     overrides: Sequence[str],
     *,
-    nodes: int,
+    nodes: int | None = None,
     clients_per_gpu: int = 4,
     verbose: bool = False,
 ) -> int:
@@ -150,32 +171,61 @@ def launch(
     Args:
         app: folder with the app's pyproject.toml.
         overrides: ``-c`` options of ``flwr run``: key=value pairs and TOML files; the last wins.
-        nodes: number of simulated clients.
+        nodes: number of simulated clients; None: as many as the resumed run has, or 4.
         clients_per_gpu: number of clients that train on one GPU at the same time.
         verbose: whether the lines of Flower and Ray are printed as well.
 
     Raises:
-        ConfigError: for a bad config, before anything is started.
+        ConfigError: for a run that cannot succeed, before anything is started.
+        LayoutError: for a model that gives no per-example gradients, likewise.
         FlowerError: if Flower cannot start the run, or does not tell its end.
     """
-    values = _checked(app, overrides)
+    launched, values = read_launch(app, overrides, nodes)
+    display = standard_display(verbose=verbose)
+    with _interruptible():
+        _check(launched, display)
     home = Path(tempfile.mkdtemp(prefix="lalora-"))
     # One file: Flower drops pairs with spaces around "=", and takes no pairs beside a file.
     config = home / "overrides.toml"
     config.write_text(as_toml(values), "utf-8")
     arguments = [str(app.resolve()), "-c", str(config)]
-    arguments += ["--federation-config", resources(nodes, _gpus(), clients_per_gpu)]
-    display = standard_display(verbose=verbose)
+    arguments += ["--federation-config", resources(launched.nodes, _gpus(), clients_per_gpu)]
     try:
         with _interruptible(), display:
-            display.print(f"starting Flower's simulation with {nodes} clients, 10 to 20 seconds")
+            clients = launched.nodes
+            display.print(f"starting Flower's simulation with {clients} clients, 10 to 20 seconds")
             env = _environment(home)
             run_id = start_run(arguments, env, home)
             status, details = follow(run_id, env, home, display.show)
+    except KeyboardInterrupt:
+        display.print_all(_how_to_go_on(app, launched, display.folder))
+        raise
     finally:
         _stop(home)
         shutil.rmtree(home, ignore_errors=True)
-    return 0 if status == COMPLETED else _failed(status, details, display)
+    if status == COMPLETED:
+        return 0
+    code = _failed(status, details, display)
+    display.print_all(_how_to_go_on(app, launched, display.folder))
+    return code
+
+
+def _check(launch: Launch, display: RunDisplay) -> None:
+    """Check a run, and say so: the checks take seconds."""
+    display.print("checking data, model and privacy budget")
+    if needs_hub(launch.config) and go_offline_without_hub():
+        display.print("warning: the model hub does not answer: only its local cache is used")
+    check_launch(launch)
+
+
+def _how_to_go_on(app: Path, launch: Launch, folder: str) -> list[str]:
+    """Return the lines that tell how an unfinished run goes on, if it can."""
+    if launch.config.compare != NONE:
+        return ["the same command continues the comparison; finished runs are kept"]
+    if not folder or not list(Path(folder).glob("checkpoints/*.safetensors")):
+        return []
+    resume = shlex.quote(f'resume-from="{folder}"')
+    return [f"to continue the run: lalora run {shlex.quote(str(app))} -c {resume}"]
 
 
 def _failed(status: str, details: str, display: RunDisplay) -> int:

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from lalora_app.adapter.atomic_files import make_folder
 from lalora_app.comparison.finished_cells import find_completed, tuned_scales
 from lalora_app.comparison.plan import Plan
 from lalora_app.comparison.plan_file import check_file, controls_of, read_plan, table_of, to_json
@@ -44,6 +45,7 @@ def prepare(tables: Mapping[str, Any], defaults: Mapping[str, Any]) -> tuple[Pla
     plan = read_plan(tables, defaults)
     folder = full_path(str(plan.config["output"])) / plan.name
     check_writable(str(folder))
+    make_folder(folder)
     (folder / PLAN).write_text(to_json(tables), "utf-8")
     return plan, folder
 

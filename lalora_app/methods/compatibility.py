@@ -1,12 +1,12 @@
 """Look up a method, and refuse settings that do not go with it or with secure aggregation."""
 
-import difflib
 import json
 
 from lalora_app.methods import schedule
 from lalora_app.methods.method import Method
 from lalora_app.methods.table import METHODS
 from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.names import suggestion
 from lalora_app.settings.run_config import Config
 
 # Published methods without an example-level guarantee: refused by name, with the reason.
@@ -65,10 +65,9 @@ def _require_known(name: str) -> None:
     if name in REFUSED:
         raise ConfigError(f"method={json.dumps(name)} is refused: {REFUSED[name]}")
     if name not in METHODS:
-        nearest = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.0)[0]
         known = ", ".join(METHODS)
         raise ConfigError(
-            f'method={json.dumps(name)} must be one of {known}; did you mean "{nearest}"?'
+            f"method={json.dumps(name)} must be one of {known}{suggestion(name, METHODS)}"
         )
 
 

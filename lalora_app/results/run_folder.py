@@ -190,15 +190,15 @@ def read_config(folder: Path) -> Config:
 
 
 def check_writable(output: str) -> None:
-    """Make the folder ``output`` if missing, and check that it is writable.
+    """Check that the folder ``output`` is writable, or can be made; nothing is made or left.
 
     Raises:
         ConfigError: if it cannot be made or written.
     """
+    folder = full_path(output)
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
     try:
-        folder = full_path(output)
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=folder):
+        with tempfile.TemporaryFile(dir=nearest):
             pass
     except OSError as error:
         reason = error.strerror

@@ -12,6 +12,7 @@ FAILURE = "LaLoRA: "  # before the reason why the whole run failed
 START, AGGREGATED, TOO_FEW = "start", "aggregated", "FAILED: too few valid replies"
 
 _RESULT = "result"
+_FOLDER = "the results go to "
 _LABEL_WIDTH = 9
 _ROUND = re.compile(
     r"round (?P<done>\d+)/(?P<total>\d+)  (?P<outcome>start|phase \S+  [^ ]+(?: [^ ]+)*)"
@@ -71,6 +72,16 @@ class RoundLine:
             seconds=float(found["seconds"] or 0),
             seconds_left=60 * int(found["minutes"] or 0) + int(found["rest"] or 0),
         )
+
+
+def folder_text(folder: object) -> str:
+    """Return the log line, without the prefix, that names the folder of a run's results."""
+    return f"{_FOLDER}{folder}"
+
+
+def parse_folder(text: str) -> str:
+    """Parse a log line that names the folder of a run; return "" for any other line."""
+    return text.removeprefix(_FOLDER) if text.startswith(_FOLDER) else ""
 
 
 def result_text(label: str, value: str) -> str:

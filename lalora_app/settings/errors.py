@@ -10,7 +10,11 @@ class DataError(ConfigError):
 
     def __init__(self, key: str, message: str):
         super().__init__(f"{key}{message}")
-        self.key = key
+        self.key, self._message = key, message
+
+    def __reduce__(self) -> tuple[type["DataError"], tuple[str, str]]:
+        """Return the arguments of this error, for another process."""
+        return type(self), (self.key, self._message)
 
 
 def first_line(error: Exception) -> str:

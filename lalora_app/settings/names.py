@@ -1,5 +1,7 @@
 """Meanings of names in the run config: paths, hub ids, prefixes."""
 
+import difflib
+from collections.abc import Iterable
 from pathlib import Path
 
 from lalora_app.settings.errors import ConfigError
@@ -8,6 +10,25 @@ NONE = "none"  # the value of a key that is switched off
 AUTO = "auto"  # the value of a key that the app chooses
 
 TIMM = "timm:"  # prefix of a timm architecture or of a folder with timm weights
+
+
+_NEAR = 0.6  # least similarity of a suggested name, from 0 to 1; difflib's own default
+
+
+def suggestion(word: str, known: Iterable[str]) -> str:
+    """Return `` did you mean "..."?`` for the known name nearest to a word; empty if none is near.
+
+    Near is a similar spelling, a beginning, or a key without its table, such as ``rank`` for
+    ``lora.rank``; large and small letters are alike.
+    """
+    whole = {name.lower(): name for name in known}
+    parts = {lower.rpartition(".")[2]: name for lower, name in reversed(whole.items())}
+    for names in (whole, parts):
+        near = difflib.get_close_matches(word.lower(), names, n=1, cutoff=_NEAR)
+        near += [name for name in names if word and name.startswith(word.lower())]
+        if near:
+            return f'; did you mean "{names[near[0]]}"?'
+    return ""
 
 
 def full_path(text: str) -> Path:

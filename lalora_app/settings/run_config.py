@@ -1,12 +1,12 @@
 """Parse the run config: flat keys -> frozen dataclasses, after checks of every key and value."""
 
-import difflib
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeVar, cast
 
 from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.names import suggestion
 from lalora_app.settings.sections import (
     BY_LABEL,
     PARTITIONERS,
@@ -228,9 +228,9 @@ def parse(run_config: Mapping[str, object]) -> Config:
     flat = dict(run_config)
     config = _build(Config, flat)
     for key in flat:
-        nearest = difflib.get_close_matches(key, list(_keys(Config)), n=1, cutoff=0.0)[0]
         shown = key if key.isprintable() else repr(key)  # keeps the error on one line
-        raise ConfigError(f'{shown}={flat[key]!r} is no key of a run; did you mean "{nearest}"?')
+        near = suggestion(key, _keys(Config))
+        raise ConfigError(f"{shown}={flat[key]!r} is no key of a run{near}")
     _check_together(config)
     return config
 

@@ -115,6 +115,7 @@ def run(monkeypatch, capsys):
 
         monkeypatch.setattr(simulation, "start_run", lambda *args: "1")
         monkeypatch.setattr(simulation, "follow", follow)
+        monkeypatch.setattr(simulation, "check_launch", lambda launch: None)
         code = main.main(["run", str(ROOT), "--nodes", "3", *options])
         return code, *capsys.readouterr()
 
@@ -123,8 +124,9 @@ def run(monkeypatch, capsys):
 
 def test_a_run_says_first_that_the_simulation_starts_and_last_its_results(run):
     code, out, err = run(LOG, "completed")
-    first, *_ = lines = out.splitlines()
+    checks, first, *_ = lines = out.splitlines()
     assert (code, err) == (0, "")
+    assert checks == "checking data, model and privacy budget"
     assert first == "starting Flower's simulation with 3 clients, 10 to 20 seconds"
     assert lines[-4:] == RESULTS
     assert "\x1b" not in out

@@ -201,11 +201,19 @@ def test_an_integer_is_taken_for_a_float_and_becomes_one():
         ("train.localsteps", "train.local-steps"),
         ("num-rounds", "num-server-rounds"),
         ("lora.r", "lora.rank"),
+        ("epsilon", "privacy.epsilon"),
+        ("LORA.Rank", "lora.rank"),
+        ("alpha", "lora.alpha"),
     ],
 )
 def test_an_unknown_key_is_named_with_the_nearest_one(typo, nearest):
     message = complaint({typo: 1})
     assert message == f'{typo}=1 is no key of a run; did you mean "{nearest}"?'
+
+
+@pytest.mark.parametrize("word", ["colour", "x", "train.foo.bar.baz", "gpu"])
+def test_an_unknown_key_far_from_all_keys_gets_no_suggestion(word):
+    assert complaint({word: 1}) == f"{word}=1 is no key of a run"
 
 
 @pytest.mark.parametrize("key", sorted(defaults()))
@@ -285,6 +293,12 @@ def test_an_unknown_method_is_named_with_the_nearest_one(typo, nearest):
     assert f'method="{typo}"' in message
     assert message.endswith(f'did you mean "{nearest}"?')
     assert "\n" not in message
+
+
+def test_an_unknown_method_far_from_all_methods_gets_no_suggestion():
+    with pytest.raises(ConfigError, match="must be one of") as caught:
+        lookup("adam", 2)
+    assert "did you mean" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", [name for name in METHODS if name.startswith("la-lora")])

@@ -1,0 +1,198 @@
+"""The checks of a run before Flower starts, in a process of their own.
+
+torch and a model take hundreds of megabytes, which the launching process would otherwise keep for
+the whole run.
+"""
+
+import json
+import os
+import signal
+import traceback
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, TypeVar
+
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.names import NONE, TIMM, full_path, is_local
+from lalora_app.settings.run_config import Config
+
+T = TypeVar("T")
+_DEMO = "demo:"  # prefix of the bundled data and model
+_HUB = "https://huggingface.co"
+_HUB_SECONDS = 5.0
+
+
+class ProcessEndedError(Exception):
+    """The process ended without a result, for example for want of memory."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A run, or a comparison, as it will be started.
+
+    Attributes:
+        config: its parsed config.
+        defaults: the app's flat config, for the plan of a comparison.
+        nodes: the number of simulated clients.
+    """
+
+    config: Config
+    defaults: dict[str, Any]
+    nodes: int
+
+
+def _answer(pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """Send (True, result) or (False, error)."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher ends this process on Ctrl-C
+    try:
+        answer = True, function(*args)
+    except Exception as error:  # of any kind; the launcher raises it again
+        error.add_note(traceback.format_exc())
+        answer = False, error
+    pipe.send(answer)
+
+
+def call_in_own_process(function: Callable[..., T], *args: Any) -> T:
+    """Return ``function(*args)``, computed in a new process that ends afterwards.
+
+    Args:
+        function: a function of a module.
+        args: its arguments; they, the result and the error can be pickled.
+
+    Raises:
+        ProcessEndedError: if the process was ended from outside.
+        Exception: the function's own error.
+    """
+    context = get_context("spawn")
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_answer, args=(sender, function, args), daemon=True)
+    process.start()
+    sender.close()  # now only the process holds it, so its death ends the wait
+    try:
+        returned, value = receiver.recv()
+    except EOFError as error:
+        raise ProcessEndedError(
+            "the process that checks the run was ended from outside, perhaps for want of memory"
+        ) from error
+    finally:
+        process.kill()
+        process.join()
+        receiver.close()
+    if not returned:
+        raise value
+    return value  # type: ignore[no-any-return]
+
+
+def needs_hub(config: Config) -> bool:
+    """Tell whether a run may fetch its model or its data from the hub."""
+    model = config.model.name.removeprefix(TIMM)
+    timm_code = model != config.model.name and config.model.weights == "random"
+    return not (
+        (timm_code or model.startswith(_DEMO) or is_local(model))
+        and (config.data.name.startswith(_DEMO) or is_local(config.data.name))
+    )
+
+
+def _is_reachable(address: str) -> bool:
+    request = urllib.request.Request(address, method="HEAD")
+    try:
+        urllib.request.urlopen(request, timeout=_HUB_SECONDS).close()
+    except urllib.error.HTTPError:  # an answer, of any kind
+        return True
+    except (OSError, ValueError):
+        return False
+    return True
+
+
+def go_offline_without_hub() -> bool:
+    """Let the hub's client use its local cache only, if the hub does not answer within seconds.
+
+    Otherwise the client tries each file again and again, for more than a minute.
+
+    Returns:
+        Whether the hub does not answer.
+    """
+    if "HF_HUB_OFFLINE" in os.environ or _is_reachable(os.environ.get("HF_ENDPOINT", _HUB)):
+        return False
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    return True
+
+
+def _needs(config: Config) -> Config:
+    """Return a config without the keys that :func:`check_run` does not depend on."""
+    train = replace(config.train, lr_a=1.0, lr_b=1.0, lr_head=1.0)
+    return replace(config, method="", seed=0, output="", train=train)
+
+
+def _configs(launch: Launch) -> Iterable[tuple[str, Config, int]]:
+    """Yield name, config and number of clients of a run, or of a comparison's unfinished runs.
+
+    Of several runs with the same needs, only the first.
+    """
+    if launch.config.compare == NONE:
+        yield "", launch.config, launch.nodes
+        return
+    from lalora_app.comparison.finished_cells import find_finished
+    from lalora_app.comparison.plan import parse_cell
+    from lalora_app.comparison.plan_file import read_plan
+
+    file = full_path(launch.config.compare)
+    plan = read_plan(json.loads(file.read_text("utf-8")), launch.defaults)
+    seen = set()
+    for cell in [*plan.tuning_cells(), *plan.cells({})]:
+        config = parse_cell(cell)
+        if _needs(config) not in seen and find_finished(file.parent, cell) is None:
+            seen.add(_needs(config))
+            yield f"{cell.folder}: ", config, plan.nodes
+
+
+def _check(launch: Launch) -> None:
+    from lalora_app.server.before_start import check_run
+
+    for name, config, nodes in _configs(launch):
+        try:
+            check_run(config, nodes)
+        except ConfigError as error:
+            raise ConfigError(f"{name}{error}") from None
+
+
+def check_launch(launch: Launch) -> None:
+    """Check data, clients, ε and model of a run, or of each run of a comparison.
+
+    Raises:
+        ConfigError: naming the key, its value and the law, for the first failed check.
+        LayoutError: if a model gives no per-example gradients.
+        ProcessEndedError: if the checks were ended from outside.
+    """
+    from lalora_app.server.before_start import check_clients
+
+    if launch.config.compare == NONE:
+        check_clients(launch.config, launch.nodes)  # at once: it needs no data and no model
+    call_in_own_process(_check, launch)
+
+
+def resumed_config(own: dict[str, Any]) -> tuple[dict[str, Any], int | None]:
+    """Return the flat config and the number of clients of the run in ``resume-from``.
+
+    Args:
+        own: the keys that the command gives.
+
+    Raises:
+        ConfigError: if the folder holds no run, or the command gives a key another value.
+    """
+    from lalora_app.results.run_folder import RunFolder, read_config
+    from lalora_app.settings.run_config import flatten
+
+    folder = full_path(str(own["resume-from"]))
+    if not (folder / "config.toml").is_file():
+        raise ConfigError(f'resume-from="{own["resume-from"]}" must be the folder of a run')
+    saved = flatten(read_config(folder))
+    for key, value in own.items():
+        if key in saved and key not in ("resume-from", "output", "compare") and saved[key] != value:
+            raise ConfigError(f"{key}={value!r} must be {saved[key]!r}, as in resume-from")
+    return saved, RunFolder(Path(folder)).num_clients()

@@ -1,0 +1,127 @@
+"""Checks of a simulated run before Flower starts, the cheap ones first.
+
+The same rules hold in the run itself; here they are reported by the command that launches it. Each
+check imports the libraries that it needs, which takes seconds: an error in the data is reported
+before transformers is imported.
+"""
+
+import math
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from lalora_app.data.examples import Examples, check_client, split
+from lalora_app.data.partition import partition
+from lalora_app.results.run_folder import check_writable
+from lalora_app.server.cohorts import clients_per_round, planned_cohorts
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.run_config import Config
+
+if TYPE_CHECKING:
+    from lalora_app.models.backbone import Backbone
+
+
+@dataclass(frozen=True)
+class Checked:
+    """A run that can start.
+
+    Attributes:
+        config: its config, with the classes named.
+        train: its training examples, all clients together.
+        test: its public test examples.
+        sizes: the number of training examples of each simulated client.
+        model: its model on the CPU.
+    """
+
+    config: Config
+    train: Examples
+    test: Examples
+    sizes: list[int]
+    model: "Backbone"
+
+
+def check_clients(config: Config, clients: int) -> None:
+    """Check the number of clients of a simulation.
+
+    Raises:
+        ConfigError: if ``min-clients`` or ``min-replies`` asks for more clients than there are.
+    """
+    if config.min_clients > clients:
+        raise ConfigError(
+            f"min-clients={config.min_clients} must be at most the number of simulated clients, "
+            f"--nodes {clients}"
+        )
+    per_round = clients_per_round(config.fraction_train, clients)
+    if config.min_replies > per_round:
+        raise ConfigError(
+            f"min-replies={config.min_replies} must be at most {per_round}, the clients per round "
+            f"with fraction-train={config.fraction_train} and --nodes {clients}"
+        )
+
+
+def check_epsilon(config: Config, sizes: list[int]) -> None:
+    """Check that noise exists with which every client's releases stay within ``privacy.epsilon``.
+
+    Args:
+        config: the run's config.
+        sizes: the number of examples of each client.
+
+    Raises:
+        ConfigError: with the smallest possible ε of the run.
+
+    Privacy: sizes of simulated clients only; a real client checks its own limit by itself.
+    """
+    from lalora_app.privacy.accounting import smallest_epsilon
+
+    privacy, train = config.privacy, config.train
+    if math.isinf(privacy.epsilon):
+        return
+    rounds = Counter(client for cohort in planned_cohorts(config, len(sizes)) for client in cohort)
+    largest = {(train.batch_size / n, rounds[i] * train.local_steps) for i, n in enumerate(sizes)}
+    smallest, q, steps = max(
+        (smallest_epsilon(privacy.delta, sampling_rate=q, steps=steps), q, steps)
+        for q, steps in largest
+    )
+    if privacy.epsilon < smallest:
+        raise ConfigError(
+            f"privacy.epsilon={privacy.epsilon} must be at least "
+            f"{math.ceil(smallest * 1e4) / 1e4:g}, the smallest possible for {steps} steps with "
+            f"sampling rate {q:.3g} at privacy.delta={privacy.delta:g}"
+        )
+
+
+def check_run(config: Config, clients: int) -> Checked:
+    """Check everything that a simulated run needs; nothing is written and no budget is spent.
+
+    Args:
+        config: the parsed config.
+        clients: the number of simulated clients.
+
+    Raises:
+        ConfigError: naming the key, its value and the law, for the first failed check.
+        LayoutError: if the model gives no per-example gradients.
+    """
+    check_clients(config, clients)
+    check_writable(config.output)
+    train, test = split(config.data)
+    sizes = list(map(len, partition(config.data, config.seed, clients)))
+    for size in sizes:
+        check_client(size, batch_size=config.train.batch_size, delta=config.privacy.delta)
+    _check_method(config)
+    check_epsilon(config, sizes)
+    model = _built(config)
+    model.encode(test)
+    return Checked(config, train, test, sizes, model)
+
+
+def _check_method(config: Config) -> None:
+    from lalora_app.methods.compatibility import method_of
+
+    method_of(config)
+
+
+def _built(config: Config) -> "Backbone":
+    """Return the run's model on the CPU; a GPU is left to the run itself."""
+    from lalora_app.models.backbone import build
+
+    return build(replace(config, model=replace(config.model, device="cpu", dtype="float32")))[0]

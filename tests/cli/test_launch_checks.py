@@ -1,0 +1,176 @@
+"""The process that checks a launch, the config of a resumed run, and a hub that does not answer."""
+
+import math
+import os
+import signal
+import socket
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import psutil
+import pytest
+
+from conftest import ROOT
+from lalora_app.cli import launch_checks, main, simulation
+from lalora_app.cli.launch_checks import (
+    Launch,
+    ProcessEndedError,
+    call_in_own_process,
+    check_launch,
+    go_offline_without_hub,
+    needs_hub,
+)
+from lalora_app.results.run_folder import RunFolder, to_toml
+from lalora_app.settings.errors import ConfigError, DataError
+
+
+def _raise(error):
+    raise error
+
+
+def test_a_result_and_an_error_come_back_from_the_other_process():
+    assert call_in_own_process(os.getpid) != os.getpid()
+    assert call_in_own_process(math.pow, 2.0, 3.0) == 8.0
+    with pytest.raises(DataError, match=r'^data\.name="x" must be') as caught:
+        call_in_own_process(_raise, DataError("data.name", '="x" must be there'))
+    assert caught.value.key == "data.name"
+
+
+def test_a_process_that_is_killed_is_an_error():
+    with pytest.raises(ProcessEndedError, match="ended from outside"):
+        call_in_own_process(os._exit, 9)
+
+
+def test_an_interrupted_check_leaves_no_process():
+    before = {child.pid for child in psutil.Process().children(recursive=True)}
+    timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    with pytest.raises(KeyboardInterrupt):
+        call_in_own_process(time.sleep, 60)
+    after = psutil.Process().children(recursive=True)
+    assert {child.pid for child in after if child.name().startswith("python")} <= before
+
+
+def test_a_comparison_is_checked_under_the_name_of_its_first_bad_run(tmp_path, capsys):
+    plan = tmp_path / "plan.toml"
+    plan.write_text(
+        f'output = "{tmp_path / "out"}"\ndata.input-column = "x"\n'
+        '[compare]\nseeds = [0, 1]\nmethods = ["dp-lora", "rolora"]\nepsilons = [1.0]\n',
+        "utf-8",
+    )
+    assert main.main(["compare", str(plan), "--app", str(ROOT)]) == 2
+    *_, line = capsys.readouterr().err.splitlines()
+    assert line.startswith('lalora: dp-lora-eps1-seed0: data.input-column="x" must be a column')
+
+
+# --- a resumed run ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tiny, tmp_path):
+    """The folder of a run with keys of its own and three clients."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    config = tiny(**{"num-server-rounds": 6, "lora.rank": 3})
+    (folder / "config.toml").write_text(to_toml(config), "utf-8")
+    RunFolder(folder).write_json("clients.json", {"clients": 3})
+    return folder, config
+
+
+def test_a_resumed_run_takes_its_own_config_and_number_of_clients(saved):
+    folder, config = saved
+    launch, values = simulation.read_launch(ROOT, [f'resume-from="{folder}"'], None)
+    assert launch.config.num_server_rounds == 6
+    assert launch.config.model == config.model
+    assert launch.nodes == 3
+    assert values["lora.rank"] == 3
+    assert values["resume-from"] == str(folder)
+
+
+def test_a_resumed_run_is_not_given_another_value(saved):
+    folder, _ = saved
+    with pytest.raises(ConfigError, match=r"^lora\.rank=5 must be 3, as in resume-from$"):
+        simulation.read_launch(ROOT, [f'resume-from="{folder}" lora.rank=5'], None)
+    launch, _ = simulation.read_launch(ROOT, [f'resume-from="{folder}" lora.rank=3'], 4)
+    assert launch.nodes == 4
+
+
+def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):
+    with pytest.raises(ConfigError, match=r"^resume-from=.* must be the folder of a run$"):
+        simulation.read_launch(ROOT, [f'resume-from="{tmp_path}"'], None)
+
+
+@pytest.mark.parametrize("checkpoint", [True, False])
+def test_an_unfinished_run_with_a_checkpoint_tells_how_it_goes_on(checkpoint, saved, tmp_path):
+    folder, config = saved
+    if checkpoint:
+        (folder / "checkpoints").mkdir()
+        (folder / "checkpoints" / "attempt-1.safetensors").touch()
+    lines = simulation._how_to_go_on(ROOT, Launch(config, {}, 3), str(folder))
+    expected = f"to continue the run: lalora run {ROOT} -c 'resume-from=\"{folder}\"'"
+    assert lines == ([expected] if checkpoint else [])
+    assert simulation._how_to_go_on(ROOT, Launch(config, {}, 3), "") == []
+
+
+# --- the hub ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("changes", "asked"),
+    [
+        ({}, False),  # the tiny model and data of the tests are folders
+        ({"model.name": "bert-base-uncased"}, True),
+        ({"data.name": "stanfordnlp/sst2"}, True),
+        ({"model.name": "demo:all-MiniLM-L6-v2", "data.name": "demo:sms-spam"}, False),
+        ({"model.name": "timm:vit_tiny", "model.weights": "random"}, False),
+        ({"model.name": "timm:vit_tiny", "model.weights": "pretrained"}, True),
+        ({"model.name": "timm:/a/folder"}, False),
+    ],
+)
+def test_only_names_of_the_hub_need_the_hub(changes, asked, tiny):
+    assert needs_hub(tiny(**changes)) is asked
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """A server in place of the hub; its address."""
+    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+
+    class Answer(BaseHTTPRequestHandler):
+        def do_HEAD(self):
+            self.send_response(404)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Answer)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def test_a_hub_that_answers_is_used(hub, monkeypatch):
+    monkeypatch.setenv("HF_ENDPOINT", hub)
+    assert not go_offline_without_hub()
+    assert "HF_HUB_OFFLINE" not in os.environ
+
+
+def test_a_hub_that_does_not_answer_is_not_asked_again(hub, monkeypatch):
+    with socket.socket() as closed:
+        closed.bind(("127.0.0.1", 0))
+        port = closed.getsockname()[1]
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert go_offline_without_hub()
+    assert os.environ["HF_HUB_OFFLINE"] == "1"
+    assert not go_offline_without_hub()  # already decided
+
+
+def test_the_first_check_needs_no_process(tiny, monkeypatch):
+    monkeypatch.setattr(launch_checks, "call_in_own_process", lambda *args: pytest.fail("started"))
+    with pytest.raises(ConfigError, match="--nodes 1"):
+        check_launch(Launch(tiny(**{"min-clients": 2}), {}, 1))
