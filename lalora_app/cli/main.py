@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 
 from lalora_app.cli.argument_types import at_least_one, list_of, to_limit, to_seed
 from lalora_app.cli.audit_command import add_audit
+from lalora_app.cli.check_command import add_check
 from lalora_app.cli.credentials_command import add_credentials
 from lalora_app.cli.ledger_command import add_ledger
 from lalora_app.privacy.policy import read_policy_file
@@ -203,7 +204,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     for add in (
-        *(_add_run, _add_compare, add_audit, _add_methods, _add_results),
+        *(_add_run, add_check, _add_compare, add_audit, _add_methods, _add_results),
         *(add_credentials, add_ledger, _add_policy),
     ):
         add(commands)

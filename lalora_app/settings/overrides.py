@@ -53,20 +53,28 @@ def read_toml(file: Path, name: str) -> dict[str, Any]:
         raise ConfigError(f"{name} must be TOML: {error}") from error
 
 
-def _pairs(text: str) -> dict[str, Any]:
-    """Read ``key=value`` pairs that are separated by spaces; each value is written as in TOML."""
+def pairs(option: str, text: str) -> dict[str, Any]:
+    """Read ``key=value`` pairs that are separated by spaces; each value is written as in TOML.
+
+    Args:
+        option: name of the option in error messages.
+        text: the pairs.
+
+    Raises:
+        ConfigError: if the text is something else.
+    """
     lines = [f"{key} = {value}" for key, value in re.findall(_PAIR, text)]
     if rest := re.sub(_PAIR, "", text).strip():
-        raise ConfigError(f"-c {text!r} must be key=value pairs, and {rest!r} is none")
+        raise ConfigError(f"{option} {text!r} must be key=value pairs, and {rest!r} is none")
     try:
         return tomllib.loads("\n".join(lines))
     except tomllib.TOMLDecodeError as error:
-        raise ConfigError(f"-c {text!r} must be TOML, strings in quotes: {error}") from error
+        raise ConfigError(f"{option} {text!r} must be TOML, strings in quotes: {error}") from error
 
 
 def _read(text: str) -> dict[str, Any]:
     if not text.endswith(".toml"):
-        return absolute(from_tables(_pairs(text)), Path.cwd())
+        return absolute(from_tables(pairs("-c", text)), Path.cwd())
     file = full_path(text).resolve()
     return absolute(from_tables(read_toml(file, f"-c {text}")), file.parent)
 

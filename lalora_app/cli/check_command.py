@@ -1,0 +1,216 @@
+"""The command ``lalora check``: check a run, or a site's own data, and print what was found."""
+
+import argparse
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from lalora_app.cli.argument_types import at_least_one
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.names import NONE
+from lalora_app.settings.run_config import Config, parse
+
+if TYPE_CHECKING:
+    from lalora_app.client.site import Site
+    from lalora_app.data.encoding import Encoded
+    from lalora_app.data.examples import Examples
+    from lalora_app.models.backbone import Backbone
+
+_SHOWN_CLASSES = 12
+_WHOLE = 1_000_000  # tokens; longer than any text
+_SITE_KEYS = ("input-column", "label-column", "labels", "num-labels")  # of a node config
+_NO_LIMIT = "warning   no limit: a site must set max-epsilon with delta, or policy, to take part"
+
+
+def _check(args: argparse.Namespace) -> int:
+    lines = _of_site(args) if args.data_path or args.node_config else _of_run(args)
+    for line in lines:
+        print(line, flush=True)
+    return 0
+
+
+def _of_run(args: argparse.Namespace) -> Iterator[str]:
+    """Check a simulated run and describe it."""
+    from lalora_app.cli.simulation import read_launch
+    from lalora_app.server.before_start import check_run
+
+    launch, _ = read_launch(args.app, args.run_config, args.nodes)
+    if launch.config.compare != NONE:
+        raise ConfigError('compare must be "none": lalora compare checks all runs of its plan')
+    found = check_run(launch.config, launch.nodes)
+    config = found.config
+    least, most = min(found.sizes), max(found.sizes)
+    rows = f"{len(found.train)} rows to train on, {len(found.test)} to test"
+    yield f"data      {config.data.name}: {rows}"
+    yield f"clients   {len(found.sizes)}, with {least} to {most} rows each"
+    yield from _described(config, found.train, found.model)
+    encoded = found.model.encode(found.train)
+    yield from _costs(config, found.model, encoded, least)
+
+
+def _of_site(args: argparse.Namespace) -> Iterator[str]:
+    """Check a site's own data and describe it; all of it stays on this machine."""
+    from lalora_app.client.site import admit
+    from lalora_app.models.backbone import build
+    from lalora_app.server.before_start import check_epsilon
+
+    node = _node(args)
+    config = _config_of_site(args, node)
+    if not node.keys() & {"policy", "max-epsilon"}:
+        yield _NO_LIMIT
+        node |= {"max-epsilon": math.inf}
+    site = admit(config, node, 0)
+    examples = site.examples(config)
+    check_epsilon(replace(config, fraction_train=1.0), [len(examples)])
+    model, _ = build(site.config_at_rank(config))
+    yield f"data      {node['data-path']}: {len(examples)} rows"
+    yield from _described(config, examples, model)
+    yield _left_of_limit(config, site, len(examples))
+    yield from _costs(config, model, model.encode(examples), len(examples))
+
+
+def _left_of_limit(config: Config, site: "Site", size: int) -> str:
+    """Return the line on the site's limit, after a check that it allows this whole run.
+
+    Raises:
+        ConfigError: if the site's ledger and this run together would exceed the limit.
+    """
+    from lalora_app.privacy.accounting import Release, epsilon
+    from lalora_app.privacy.budget import BudgetError, check_limit
+
+    limit, file = site.policy.limit, site.state / "ledger.sqlite"
+    past = site.ledger.releases(site.dataset) if file.is_file() else []
+    q, noise, steps = _plan(config, size)
+    try:
+        check_limit(past, Release(q, noise, steps), limit, "node")
+    except BudgetError as error:
+        raise ConfigError(
+            f"max-epsilon={limit.epsilon:g} does not allow this run: {error}"
+        ) from error
+    spent = epsilon(past, limit.delta)
+    return f"limit     epsilon {spent:.3g} of {limit.epsilon:g} is spent, by {file}"
+
+
+def _plan(config: Config, size: int) -> tuple[float, float, int]:
+    """Return sampling rate, noise multiplier and steps of a client with ``size`` rows.
+
+    It takes part in all rounds, more than ``fraction-train`` may ask of it.
+    """
+    from lalora_app.privacy.accounting import calibrate
+
+    privacy, train = config.privacy, config.train
+    q, steps = train.batch_size / size, train.local_steps * config.num_server_rounds
+    return q, calibrate(privacy.epsilon, privacy.delta, sampling_rate=q, steps=steps), steps
+
+
+def _node(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the node config of the options, as ``flower-supernode --node-config`` reads it."""
+    from lalora_app.settings.overrides import pairs
+
+    node = pairs("--node-config", args.node_config or "")
+    if args.data_path:
+        node["data-path"] = args.data_path
+    if "data-path" not in node:
+        raise ConfigError("--node-config must have data-path, or --data-path must be given")
+    return node
+
+
+def _config_of_site(args: argparse.Namespace, node: Mapping[str, Any]) -> Config:
+    """Return the run's config; columns and labels that ``-c`` leaves out are the site's own."""
+    from lalora_app.cli.simulation import app_defaults
+    from lalora_app.settings.overrides import merged
+
+    own = {f"data.{key}": node[key] for key in _SITE_KEYS if key in node}
+    return parse(app_defaults(args.app) | own | merged(args.run_config))
+
+
+def _described(config: Config, examples: "Examples", model: "Backbone") -> Iterator[str]:
+    """Yield lines on labels, lengths and model."""
+    if config.data.label_column != NONE:
+        yield f"labels    {_label_counts(config.data.class_names, examples.labels)}"
+    if (lengths := _lengths(examples, model)) is not None:
+        longest = config.model.max_length
+        cut = sum(length > longest for length in lengths)
+        yield (
+            f"lengths   {min(lengths)} to {max(lengths)} tokens, median {median(lengths):g}; "
+            f"{cut} of {len(lengths)} are cut at model.max-length={longest}"
+        )
+    trained = sum(p.numel() for p in model.engine.parameters.values())
+    whole = sum(p.numel() for p in model.model.parameters())
+    yield (
+        f"model     {config.model.name}: {model.targets} layers with LoRA ({_kinds(model)}), "
+        f"{trained:,} of {whole:,} parameters are trained"
+    )
+
+
+def _label_counts(names: tuple[str, ...], labels: tuple[int, ...]) -> str:
+    """Return the rows of each class as text; of many classes a summary."""
+    counts = Counter(labels)
+    if len(names) <= _SHOWN_CLASSES:
+        return ", ".join(f"{name} {counts[index]}" for index, name in enumerate(names))
+    rows = [counts[index] for index in range(len(names))]
+    return f"{len(names)} classes with {min(rows)} to {max(rows)} rows, {rows.count(0)} without any"
+
+
+def _lengths(examples: "Examples", model: "Backbone") -> list[int] | None:
+    """Return the tokens of each text before any is cut; None for images."""
+    encode: Any = model.encode
+    if "tokenizer" not in encode.keywords:
+        return None
+    whole = encode.func(examples, **encode.keywords | {"max_length": _WHOLE})
+    return [whole.length(index) for index in range(len(whole))]
+
+
+def _kinds(model: "Backbone") -> str:
+    """Return the last names of the adapted layers."""
+    paths = (name.removesuffix(".lora_B.weight") for name in model.frozen_weights.names)
+    return ", ".join(sorted({path.rpartition(".")[2] for path in paths}))
+
+
+def _costs(config: Config, model: "Backbone", data: "Encoded", size: int) -> Iterator[str]:
+    """Yield lines on noise, time and memory of one client with ``size`` rows."""
+    from lalora_app.client.trial_step import measure_step
+
+    privacy, train = config.privacy, config.train
+    q, noise, steps = _plan(config, size)
+    yield (
+        f"privacy   at most {steps} steps with sampling rate {q:.3g}: noise multiplier {noise:.3g} "
+        f"for epsilon {privacy.epsilon:g} at delta {privacy.delta:g}"
+    )
+    cost = measure_step(config, model, model.adapter(), data)
+    each = ", ".join(f"{seconds:.3g} s ({name})" for name, seconds in cost.seconds.items())
+    yield (
+        f"step      {each} with {train.batch_size} rows on {model.device}; largest memory "
+        f"{cost.peak_bytes / 2**30:.1f} GiB"
+    )
+    yield "ok        nothing was sent or written, no privacy budget was spent"
+
+
+def add_check(commands: Any) -> None:
+    """Add `lalora check` to the parser."""
+    check = commands.add_parser(
+        "check", help="check a run or a site's own data, and print what was found; starts nothing"
+    )
+    check.add_argument("app", nargs="?", type=Path, default=Path(), help="folder of the app")
+    check.add_argument(
+        "-c",
+        "--run-config",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="value of a key of the run config; may be repeated",
+    )
+    check.add_argument(
+        "--nodes", type=at_least_one, help="number of simulated clients of a run (default 4)"
+    )
+    check.add_argument("--data-path", help="a site's own file or folder, in place of a run's data")
+    check.add_argument(
+        "--node-config",
+        metavar="KEY=VALUE ...",
+        help="a site's node config, as flower-supernode takes it",
+    )
+    check.set_defaults(act=_check)

@@ -1,0 +1,127 @@
+"""`lalora check`: what it prints of a run and of a site's own data, and what it refuses."""
+
+import json
+import re
+
+import pytest
+
+from conftest import ROOT
+from lalora_app.cli import main
+from lalora_app.cli.check_command import _label_counts
+from lalora_app.client import trial_step
+from lalora_app.data.examples import split
+from lalora_app.models.backbone import build
+from lalora_app.privacy.accounting import Release
+from lalora_app.privacy.budget import Limit
+from lalora_app.privacy.ledger import Ledger, state_folder
+from lalora_app.results.run_folder import to_toml
+
+PRIVATE = {"privacy.epsilon": 0.8, "privacy.delta": 1e-5, "privacy.noise": "secure"}
+
+
+@pytest.fixture
+def check(tiny, tmp_path, capsys):
+    """Run the command on the tests' tiny run with changes; return exit code, lines and error."""
+
+    def call(*options, **changes):
+        file = tmp_path / "run.toml"
+        file.write_text(to_toml(tiny(**{"min-clients": 2, "min-replies": 2} | changes)), "utf-8")
+        code = main.main(["check", str(ROOT), "--nodes", "2", "-c", str(file), *options])
+        out, err = capsys.readouterr()
+        return code, {line.split()[0]: line for line in out.splitlines()}, err
+
+    return call
+
+
+@pytest.fixture
+def own_file(tmp_path):
+    """A site's file of 60 texts, three of them long."""
+    rows = [{"text": "good film " * (1 + 20 * (i < 3)), "label": i % 2} for i in range(60)]
+    file = tmp_path / "own.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
+    return file
+
+
+def test_a_run_is_described_and_leaves_nothing(check, tiny):
+    code, found, err = check()
+    config = tiny()
+    train, test = split(config.data)
+    assert (code, err) == (0, "")
+    assert f"{len(train)} rows to train on, {len(test)} to test" in found["data"]
+    assert found["clients"].startswith("clients   2, with ")
+    assert found["labels"] == f"labels    0 {train.labels.count(0)}, 1 {train.labels.count(1)}"
+    backbone, start = build(config)
+    assert f" {backbone.targets} layers with LoRA (" in found["model"]
+    assert f" {sum(array.size for array in start.values()):,} of " in found["model"]
+    assert re.search(r"step      [\d.e-]+ s \(B\), [\d.e-]+ s \(A\) with", found["step"])
+    assert "ok" in found
+    assert not state_folder({}).exists() or not list(state_folder({}).iterdir())
+
+
+def test_a_site_s_file_is_described_with_the_texts_that_would_be_cut(check, own_file):
+    code, found, _ = check("--data-path", str(own_file), **{"model.max-length": 16})
+    assert code == 0
+    assert found["data"] == f"data      {own_file}: 60 rows"
+    assert found["labels"] == "labels    0 30, 1 30"
+    assert "3 of 60 are cut at model.max-length=16" in found["lengths"]
+    assert found["warning"].startswith("warning   no limit")
+    node = f"data-path='{own_file}' max-epsilon=1.0 delta=1e-5"
+    code, found, _ = check("--node-config", node, **PRIVATE)
+    assert "warning" not in found
+    assert found["limit"].startswith("limit     epsilon 0 of 1 is spent")
+
+
+def test_what_earlier_runs_have_spent_counts(check, own_file, tmp_path):
+    node = f"data-path='{own_file}' dataset-id='d' max-epsilon=1.0 delta=1e-5"
+    assert check("--node-config", node, **PRIVATE)[0] == 0
+    limit = Limit(1.0, 1e-5)
+    Ledger(state_folder({}) / "ledger.sqlite").reserve(
+        "d", "earlier", 1, Release(0.1, 1.5, 3), planned=3, run_limit=limit, node_limit=limit
+    )
+    code, _, err = check("--node-config", node, **PRIVATE)
+    assert code == 2
+    assert "max-epsilon=1 does not allow this run" in err
+
+
+REFUSED = {
+    "no data": ({"--node-config": "max-epsilon=1.0 delta=1e-5"}, "must have data-path"),
+    "no pair": ({"--node-config": "data-path"}, "--node-config 'data-path' must be key=value"),
+    "no file": ({"--data-path": "/no/such.csv"}, "data-path"),
+    "a policy of the site": (
+        {"--node-config": "data-path='FILE' max-epsilon=0.01 delta=1e-5"},
+        "max-epsilon=0.01 does not allow this run: the node's epsilon would be",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", list(REFUSED))
+def test_what_a_site_would_refuse_is_refused_in_one_line(case, check, own_file):
+    options, words = REFUSED[case]
+    given = [part.replace("FILE", str(own_file)) for pair in options.items() for part in pair]
+    code, _, err = check(*given)
+    assert code == 2
+    assert words in err
+    assert len(err.splitlines()) == 1
+
+
+def test_too_small_an_epsilon_for_a_site_is_one_line(check, own_file):
+    code, _, err = check("--data-path", str(own_file), **{"privacy.epsilon": 0.001})
+    assert code == 2
+    assert err.startswith("lalora: privacy.epsilon=0.001 must be at least")
+
+
+def test_many_classes_are_summarised():
+    names = tuple(map(str, range(100)))
+    assert _label_counts(names, (3, 3, 4)) == "100 classes with 0 to 2 rows, 98 without any"
+
+
+def test_a_measured_step_leaves_the_model_as_it_was(tiny):
+    config = tiny()
+    model, start = build(config)
+    train, _ = split(config.data)
+    cost = trial_step.measure_step(config, model, start, model.encode(train))
+    assert set(cost.seconds) == {"A", "B"}
+    assert all(seconds > 0 for seconds in cost.seconds.values())
+    assert cost.peak_bytes > 2**20
+    after = model.adapter()
+    assert all((after[name] == start[name]).all() for name in start)
