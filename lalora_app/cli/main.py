@@ -211,6 +211,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Parse the arguments; exit with code 2 if they are not valid."""
+    parser = _parser()
+    for word in argv:  # argparse drops such a value and takes the default
+        if word.startswith("--") and word.endswith("=--"):
+            parser.error(f"argument {word.removesuffix('=--')}: expected one argument")
+    return parser.parse_args(argv)
+
+
 def _exit_codes() -> dict[type[Exception], int]:
     """Return the exit codes of the errors that are reported in one line.
 
@@ -239,7 +248,7 @@ def _message(error: Exception) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code: 0, 1 for a failed run, 2 for bad input."""
-    args = _parser().parse_args(argv)
+    args = _parse(sys.argv[1:] if argv is None else argv)
     try:
         return int(args.act(args))
     except KeyboardInterrupt:

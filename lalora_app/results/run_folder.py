@@ -226,5 +226,8 @@ def old_folder(config: Config, raw: Mapping[str, object]) -> RunFolder:
     """
     for key, value in flatten(config).items():
         if key not in ("resume-from", "output", "compare") and raw.get(key) != value:
-            raise ConfigError(f"{key}={value!r} must be {raw.get(key)!r}, as in resume-from")
+            raise ConfigError(
+                f"{key}={value!r} must be {raw.get(key)!r}, as in resume-from; "
+                f"{config.resume_from}/config.toml holds all keys of the run"
+            )
     return RunFolder(full_path(config.resume_from))

@@ -28,7 +28,7 @@ KINDS = {
     "--epsilons": "limits",
 }
 ANY_TEXT = {"--run-config", "--name", "--methods", "--app", "--run", "--mechanism", "--path"}
-ANY_TEXT |= {"--dataset", "--host"}
+ANY_TEXT |= {"--dataset", "--host", "--data-path", "--node-config"}
 
 
 def leaves(parser, words=()):

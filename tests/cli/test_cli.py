@@ -419,6 +419,14 @@ def test_fewer_than_one_client_is_refused(option, number, capsys):
     assert option in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("command", [["run", "--nodes=--"], ["audit", "--epsilon=--"]])
+def test_an_option_with_two_dashes_as_its_value_is_refused(command, capsys):
+    with pytest.raises(SystemExit) as refused:
+        main.main(command)
+    assert refused.value.code == 2
+    assert f"argument {command[1][:-3]}: expected one argument" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("text", ["lora.rank", "seed 3", "seed=3 and more", "=3"])
 def test_text_that_is_no_pair_is_told(nothing_starts, text):
     with pytest.raises(ConfigError, match="-c"):

@@ -35,4 +35,4 @@ def test_the_example_of_make_help_is_a_run():
     (example,) = re.findall(r"make run ARGS=.*", said("make help"))
     command = shlex.split(said(f"{example} --dry-run --no-print-directory").splitlines()[-1])
     assert command[-4:] == ["run", ".", "-c", 'method="rolora"']
-    assert simulation._checked(ROOT, command[-1:]) == {"method": "rolora"}
+    assert simulation.read_launch(ROOT, command[-1:], None)[1] == {"method": "rolora"}
