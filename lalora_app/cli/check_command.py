@@ -36,20 +36,19 @@ def _check(args: argparse.Namespace) -> int:
 def _of_run(args: argparse.Namespace) -> Iterator[str]:
     """Check a simulated run and describe it."""
     from lalora_app.cli.simulation import read_launch
-    from lalora_app.server.before_start import check_run
+    from lalora_app.server.before_start import check_data, check_model
 
     launch, _ = read_launch(args.app, args.run_config, args.nodes)
     if launch.config.compare != NONE:
         raise ConfigError('compare must be "none": lalora compare checks all runs of its plan')
-    found = check_run(launch.config, launch.nodes)
-    config = found.config
+    found = check_data(launch.config, launch.nodes)
+    config, model = found.config, check_model(found.config, launch.nodes)
     least, most = min(found.sizes), max(found.sizes)
     rows = f"{len(found.train)} rows to train on, {len(found.test)} to test"
     yield f"data      {config.data.name}: {rows}"
     yield f"clients   {len(found.sizes)}, with {least} to {most} rows each"
-    yield from _described(config, found.train, found.model)
-    encoded = found.model.encode(found.train)
-    yield from _costs(config, found.model, encoded, least)
+    yield from _described(config, found.train, model)
+    yield from _costs(config, model, model.encode(found.train), least)
 
 
 def _of_site(args: argparse.Namespace) -> Iterator[str]:

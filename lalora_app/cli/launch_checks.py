@@ -1,4 +1,4 @@
-"""The checks of a run before Flower starts, in a process of their own.
+"""The checks of a run before Flower starts, in processes of their own.
 
 torch and a model take hundreds of megabytes, which the launching process would otherwise keep for
 the whole run.
@@ -14,14 +14,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from multiprocessing import get_context
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.names import NONE, TIMM, full_path, is_local
 from lalora_app.settings.run_config import Config
 
-T = TypeVar("T")
+Call = tuple[Callable[..., Any], tuple[Any, ...]]  # a function and its arguments
 _DEMO = "demo:"  # prefix of the bundled data and model
 _HUB = "https://huggingface.co"
 _HUB_SECONDS = 5.0
@@ -57,35 +58,48 @@ def _answer(pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...
     pipe.send(answer)
 
 
-def call_in_own_process(function: Callable[..., T], *args: Any) -> T:
-    """Return ``function(*args)``, computed in a new process that ends afterwards.
-
-    Args:
-        function: a function of a module.
-        args: its arguments; they, the result and the error can be pickled.
-
-    Raises:
-        ProcessEndedError: if the process was ended from outside.
-        Exception: the function's own error.
-    """
+def _start(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[BaseProcess, Connection]:
+    """Start a process that calls a function, and return it with the end of its pipe."""
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_answer, args=(sender, function, args), daemon=True)
     process.start()
     sender.close()  # now only the process holds it, so its death ends the wait
+    return process, receiver
+
+
+def _result(receiver: Connection) -> Any:
     try:
         returned, value = receiver.recv()
     except EOFError as error:
         raise ProcessEndedError(
-            "the process that checks the run was ended from outside, perhaps for want of memory"
+            "a process that checks the run was ended from outside, perhaps for want of memory"
         ) from error
-    finally:
-        process.kill()
-        process.join()
-        receiver.close()
     if not returned:
         raise value
-    return value  # type: ignore[no-any-return]
+    return value
+
+
+def call_in_own_processes(*calls: Call) -> list[Any]:
+    """Return the result of each call, computed in new processes at the same time.
+
+    Args:
+        calls: pairs of a function of a module and its arguments; arguments, results and errors can
+            be pickled.
+
+    Raises:
+        ProcessEndedError: if a process was ended from outside.
+        Exception: the error of the first call that fails, in the order of the calls.
+    """
+    running: list[tuple[BaseProcess, Connection]] = []
+    try:
+        running.extend(_start(function, args) for function, args in calls)
+        return [_result(receiver) for _, receiver in running]
+    finally:
+        for process, receiver in running:
+            process.kill()
+            process.join()
+            receiver.close()
 
 
 def needs_hub(config: Config) -> bool:
@@ -151,12 +165,13 @@ def _configs(launch: Launch) -> Iterable[tuple[str, Config, int]]:
             yield f"{cell.folder}: ", config, plan.nodes
 
 
-def _check(launch: Launch) -> None:
-    from lalora_app.server.before_start import check_run
+def _check(launch: Launch, part: str) -> None:
+    """Check one part of all runs, by a function of ``server/before_start.py``."""
+    from lalora_app.server import before_start
 
     for name, config, nodes in _configs(launch):
         try:
-            check_run(config, nodes)
+            getattr(before_start, part)(config, nodes)
         except ConfigError as error:
             raise ConfigError(f"{name}{error}") from None
 
@@ -164,16 +179,19 @@ def _check(launch: Launch) -> None:
 def check_launch(launch: Launch) -> None:
     """Check data, clients, ε and model of a run, or of each run of a comparison.
 
+    Data and model are checked at the same time: each takes seconds, most of them for imports.
+
     Raises:
         ConfigError: naming the key, its value and the law, for the first failed check.
         LayoutError: if a model gives no per-example gradients.
-        ProcessEndedError: if the checks were ended from outside.
+        ProcessEndedError: if a check was ended from outside.
     """
     from lalora_app.server.before_start import check_clients
 
     if launch.config.compare == NONE:
         check_clients(launch.config, launch.nodes)  # at once: it needs no data and no model
-    call_in_own_process(_check, launch)
+    parts = ("check_data", "check_model")
+    call_in_own_processes(*((_check, (launch, part)) for part in parts))
 
 
 def resumed_config(own: dict[str, Any]) -> tuple[dict[str, Any], int | None]:

@@ -1,8 +1,8 @@
 """Checks of a simulated run before Flower starts, the cheap ones first.
 
 The same rules hold in the run itself; here they are reported by the command that launches it. Each
-check imports the libraries that it needs, which takes seconds: an error in the data is reported
-before transformers is imported.
+check imports the libraries that it needs, which takes seconds: the check of the data does without
+transformers.
 """
 
 import math
@@ -22,22 +22,20 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Checked:
-    """A run that can start.
+class CheckedData:
+    """The data of a run that can start.
 
     Attributes:
         config: its config, with the classes named.
         train: its training examples, all clients together.
         test: its public test examples.
         sizes: the number of training examples of each simulated client.
-        model: its model on the CPU.
     """
 
     config: Config
     train: Examples
     test: Examples
     sizes: list[int]
-    model: "Backbone"
 
 
 def check_clients(config: Config, clients: int) -> None:
@@ -90,8 +88,8 @@ def check_epsilon(config: Config, sizes: list[int]) -> None:
         )
 
 
-def check_run(config: Config, clients: int) -> Checked:
-    """Check everything that a simulated run needs; nothing is written and no budget is spent.
+def check_data(config: Config, clients: int) -> CheckedData:
+    """Check everything of a simulated run but its model.
 
     Args:
         config: the parsed config.
@@ -99,7 +97,6 @@ def check_run(config: Config, clients: int) -> Checked:
 
     Raises:
         ConfigError: naming the key, its value and the law, for the first failed check.
-        LayoutError: if the model gives no per-example gradients.
     """
     check_clients(config, clients)
     check_writable(config.output)
@@ -107,21 +104,21 @@ def check_run(config: Config, clients: int) -> Checked:
     sizes = list(map(len, partition(config.data, config.seed, clients)))
     for size in sizes:
         check_client(size, batch_size=config.train.batch_size, delta=config.privacy.delta)
-    _check_method(config)
     check_epsilon(config, sizes)
-    model = _built(config)
-    model.encode(test)
-    return Checked(config, train, test, sizes, model)
+    return CheckedData(config, train, test, sizes)
 
 
-def _check_method(config: Config) -> None:
-    from lalora_app.methods.compatibility import method_of
+def check_model(config: Config, clients: int) -> "Backbone":
+    """Check method and model of a run on the CPU; a GPU is left to the run itself.
 
-    method_of(config)
+    Args:
+        config: the parsed config.
+        clients: the number of simulated clients, which has no effect here.
 
-
-def _built(config: Config) -> "Backbone":
-    """Return the run's model on the CPU; a GPU is left to the run itself."""
+    Raises:
+        ConfigError: if the method, the model or its targets do not fit.
+        LayoutError: if the model gives no per-example gradients.
+    """
     from lalora_app.models.backbone import build
 
     return build(replace(config, model=replace(config.model, device="cpu", dtype="float32")))[0]

@@ -16,7 +16,7 @@ from lalora_app.cli import launch_checks, main, simulation
 from lalora_app.cli.launch_checks import (
     Launch,
     ProcessEndedError,
-    call_in_own_process,
+    call_in_own_processes,
     check_launch,
     go_offline_without_hub,
     needs_hub,
@@ -30,16 +30,23 @@ def _raise(error):
 
 
 def test_a_result_and_an_error_come_back_from_the_other_process():
-    assert call_in_own_process(os.getpid) != os.getpid()
-    assert call_in_own_process(math.pow, 2.0, 3.0) == 8.0
+    first, second, power = call_in_own_processes(
+        (os.getpid, ()), (os.getpid, ()), (math.pow, (2.0, 3.0))
+    )
+    assert len({first, second, os.getpid()}) == 3
+    assert power == 8.0
     with pytest.raises(DataError, match=r'^data\.name="x" must be') as caught:
-        call_in_own_process(_raise, DataError("data.name", '="x" must be there'))
+        call_in_own_processes(
+            (math.sqrt, (4.0,)),
+            (_raise, (DataError("data.name", '="x" must be there'),)),
+            (time.sleep, (60,)),
+        )
     assert caught.value.key == "data.name"
 
 
 def test_a_process_that_is_killed_is_an_error():
     with pytest.raises(ProcessEndedError, match="ended from outside"):
-        call_in_own_process(os._exit, 9)
+        call_in_own_processes((os._exit, (9,)))
 
 
 def test_an_interrupted_check_leaves_no_process():
@@ -47,7 +54,7 @@ def test_an_interrupted_check_leaves_no_process():
     timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
     with pytest.raises(KeyboardInterrupt):
-        call_in_own_process(time.sleep, 60)
+        call_in_own_processes((time.sleep, (60,)), (time.sleep, (60,)))
     after = psutil.Process().children(recursive=True)
     assert {child.pid for child in after if child.name().startswith("python")} <= before
 
@@ -171,6 +178,8 @@ def test_a_hub_that_does_not_answer_is_not_asked_again(hub, monkeypatch):
 
 
 def test_the_first_check_needs_no_process(tiny, monkeypatch):
-    monkeypatch.setattr(launch_checks, "call_in_own_process", lambda *args: pytest.fail("started"))
+    monkeypatch.setattr(
+        launch_checks, "call_in_own_processes", lambda *args: pytest.fail("started")
+    )
     with pytest.raises(ConfigError, match="--nodes 1"):
         check_launch(Launch(tiny(**{"min-clients": 2}), {}, 1))

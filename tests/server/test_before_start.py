@@ -7,7 +7,7 @@ import pytest
 
 from lalora_app.privacy.accounting import calibrate, smallest_epsilon
 from lalora_app.privacy.ledger import state_folder
-from lalora_app.server.before_start import check_clients, check_epsilon, check_run
+from lalora_app.server.before_start import check_clients, check_data, check_epsilon, check_model
 from lalora_app.settings.errors import ConfigError
 
 REFUSED = {
@@ -37,12 +37,17 @@ REFUSED = {
 }
 
 
+def check(config):
+    check_data(config, 2)
+    check_model(config, 2)
+
+
 @pytest.mark.parametrize("case", list(REFUSED))
 def test_what_cannot_run_is_refused_and_leaves_nothing(case, tiny):
     changes, words = REFUSED[case]
     config = tiny(**{"min-clients": 2, "min-replies": 2} | changes)
     with pytest.raises(ConfigError, match=words) as caught:
-        check_run(config, 2)
+        check(config)
     assert "\n" not in str(caught.value)
     assert not Path(config.output).exists()
     assert not (state_folder({}) / "ledger.sqlite").exists()
@@ -50,7 +55,8 @@ def test_what_cannot_run_is_refused_and_leaves_nothing(case, tiny):
 
 def test_a_run_that_can_start_leaves_nothing_either(tiny):
     config = tiny(**{"min-clients": 2, "min-replies": 2})
-    found = check_run(config, 2)
+    found = check_data(config, 2)
+    check_model(config, 2)
     assert sum(found.sizes) == len(found.train)
     assert len(found.sizes) == 2
     assert not Path(config.output).exists()
