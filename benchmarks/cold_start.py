@@ -108,6 +108,7 @@ def _config(tree: Path) -> Any:
 
     app = tomllib.loads((tree / "pyproject.toml").read_text("utf-8"))["tool"]["flwr"]["app"]
     changes = {"min-clients": 1, "min-replies": 1, "num-server-rounds": ROUNDS}
+    changes["data.num-labels"] = 2
     return parse({**from_tables(app["config"]), **changes})
 
 

@@ -12,14 +12,14 @@ import argparse
 import statistics
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from lalora_app.cli.simulation import app_defaults
 from lalora_app.data.encoding import Batch, Encoded
-from lalora_app.data.examples import split
+from lalora_app.data.examples import split, with_classes
 from lalora_app.models.backbone import Backbone, build
 from lalora_app.private_step.step import _clipped_batch_sum
 from lalora_app.settings.overrides import merged
@@ -78,6 +78,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=25)
     args = parser.parse_args()
     config = parse(app_defaults(APP) | merged(args.run_config))
+    config = replace(config, data=with_classes(config.data))
     model, _ = build(config)
     model.engine.activate(frozenset(n for n in model.engine.parameters if ".lora_A." not in n))
     measure(model, model.encode(split(config.data)[0]), config, args.repeats)

@@ -127,7 +127,8 @@ def config_of(secure: str, clients: int, rounds: int) -> Config:
     text = (APP / "pyproject.toml").read_text("utf-8")
     values = from_tables(tomllib.loads(text)["tool"]["flwr"]["app"]["config"])
     changes = {"secure-aggregation": secure, "min-clients": clients, "num-server-rounds": rounds}
-    return parse(values | changes | {"method": "ffa-lora", "weighting": "uniform"})
+    own = {"method": "ffa-lora", "weighting": "uniform", "data.num-labels": 2}
+    return parse(values | changes | own)
 
 
 def mean_of(uploads: list[Adapter]) -> dict[str, np.ndarray]:

@@ -37,7 +37,7 @@ _REFUSAL_KEYS: tuple[tuple[type[Exception], str], ...] = (
 
 
 # Keys of errors that would reveal the kind of values in a site's own rows.
-_OF_ROWS = ("data.input-column", "data.label-column", "data.num-labels")
+_OF_ROWS = ("data.input-column", "data.label-column", "data.labels")
 
 
 def _refusal_key(error: Exception, node: Mapping[str, object]) -> str:

@@ -4,6 +4,7 @@ import logging
 import secrets
 import time
 import tomllib
+from dataclasses import replace
 from datetime import datetime
 from typing import Any
 
@@ -12,7 +13,8 @@ from flwr.serverapp import Grid, ServerApp
 
 from lalora_app.comparison.runner import run_plan
 from lalora_app.data.encoding import Encoded
-from lalora_app.data.examples import split
+from lalora_app.data.examples import Examples, split, with_classes
+from lalora_app.data.labels import shown
 from lalora_app.data.partition import label_counts
 from lalora_app.methods.compatibility import method_of
 from lalora_app.methods.unread_keys import unread_keys
@@ -44,7 +46,7 @@ STRATEGIES = {"none": FederatedLora, "secagg+": SecureFederatedLora}
 
 def _partition(config: Config, clients: int) -> dict[str, Any]:
     """Return the number of examples per label and simulated client."""
-    labels = [str(label) for label in range(config.data.num_labels)]
+    labels = list(config.data.class_names)
     return {"labels": labels, "clients": label_counts(config.data, config.seed, clients)}
 
 
@@ -72,6 +74,18 @@ def _warn_of_truncated_texts(test: Encoded, config: Config) -> None:
         _log.warning(
             "LaLoRA %d of %d test texts fill model.max-length=%d tokens: longer ones are truncated",
             *(full, len(test), config.model.max_length),
+        )
+
+
+def _warn_of_missing_classes(test: Examples, config: Config) -> None:
+    """Warn of classes without a public test example; their accuracy is not measured."""
+    if config.data.label_column == NONE:
+        return
+    names, there = config.data.class_names, set(test.labels)
+    if missing := [name for index, name in enumerate(names) if index not in there]:
+        _log.warning(
+            "LaLoRA no public test example has a label of %d of %d classes: %s",
+            *(len(missing), len(names), shown(missing)),
         )
 
 
@@ -117,9 +131,12 @@ def run(grid: Grid, config: Config, settle: float = 0.0) -> None:
     _warn_if_not_private(config)
     _warn_of_unread_keys(config)
     check_writable(config.output)
+    config = replace(config, data=with_classes(config.data))
     _log.info("LaLoRA loading model %s and data %s", config.model.name, config.data.name)
     model, start = backbones.build(config)
-    test = model.encode(split(config.data)[1])
+    public = split(config.data)[1]
+    _warn_of_missing_classes(public, config)
+    test = model.encode(public)
     _warn_of_truncated_texts(test, config)
     resumed = None if config.resume_from == "none" else _resumed(config)
     sizes = sum(array.size for array in start.values())

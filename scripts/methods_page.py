@@ -28,7 +28,7 @@ HEADER = (
 def default_config() -> Config:
     """Return the default run's config."""
     app = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["flwr"]["app"]
-    return parse(from_tables(app["config"]))
+    return parse(from_tables(app["config"]) | {"data.num-labels": 2})  # ham and spam
 
 
 def initial(method: Method, config: Config) -> Adapter:

@@ -48,7 +48,7 @@ def defaults() -> dict[str, object]:
 
 def make_config(**changes) -> Config:
     """Defaults with changes: make_config(method="rolora", **{"lora.rank": 4})."""
-    return parse(defaults() | changes)
+    return parse(defaults() | {"data.num-labels": 2} | changes)
 
 
 @pytest.fixture(scope="session")
@@ -291,6 +291,7 @@ def described(name, **changes) -> Data:
         "test_split": "none",
         "input_column": "text",
         "label_column": "label",
+        "labels": "auto",
         "num_labels": 2,
         "test_fraction": 0.2,
         "partitioner": "dirichlet",

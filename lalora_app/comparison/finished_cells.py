@@ -7,7 +7,7 @@ from typing import Any
 from lalora_app.comparison.plan import MethodAtEpsilon, Plan, PlanCell
 from lalora_app.results import strict_json
 from lalora_app.settings.errors import ConfigError
-from lalora_app.settings.run_config import from_tables
+from lalora_app.settings.run_config import OPEN, from_tables
 
 _FREE = {"output", "resume-from", "compare"}  # may differ between two attempts of a cell
 
@@ -43,7 +43,7 @@ def find_completed(folder: Path, cell: PlanCell) -> Path | None:
 def _require_same(run: Path, cell: PlanCell) -> None:
     old = from_tables(tomllib.loads((run / "config.toml").read_text("utf-8")))
     for key, value in cell.config.items():
-        if key not in _FREE and old.get(key) != value:
+        if key not in _FREE and value != OPEN.get(key) and old.get(key) != value:
             raise ConfigError(
                 f"{key}={value!r} must be {old.get(key)!r}, as in the finished run {run}; a "
                 "comparison with other settings needs another compare.name"

@@ -2,14 +2,15 @@
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+from lalora_app.data.labels import class_of, listed, positions, shown, sorted_names, text_of
 from lalora_app.data.sources import has_one_split, read
-from lalora_app.settings.errors import DataError
-from lalora_app.settings.names import NONE, full_path
+from lalora_app.settings.errors import ConfigError, DataError
+from lalora_app.settings.names import AUTO, NONE, full_path
 from lalora_app.settings.run_config import Data
 
 Content = str | tuple[str, ...] | bytes  # a text, a pair of texts, or an encoded image
@@ -91,27 +92,52 @@ def _content(values: tuple[Any, ...], data: Data, row: int) -> Content:
     return values[0] if len(values) == 1 else values
 
 
-def _label(label: object, data: Data, row: int) -> int:
-    if type(label) is not int or not 0 <= label < data.num_labels:
-        raise DataError(
-            "data.num-labels",
-            f"={data.num_labels}: row {row} has label {label!r}, which must be an integer "
-            f"from 0 to {data.num_labels - 1}",
-        )
-    return label
+@dataclass(frozen=True)
+class _Rows:
+    """One split of a dataset, with its labels as texts.
+
+    Attributes:
+        contents: as in :class:`Examples`.
+        labels: the text of each label; empty: the data has none.
+        classes: the data's own class names; empty: it has none.
+        groups: as in :class:`Examples`.
+    """
+
+    contents: tuple[Content, ...]
+    labels: tuple[str, ...]
+    classes: tuple[str, ...]
+    groups: tuple[str, ...]
+
+    def examples(self, data: Data) -> Examples:
+        """Return the rows with the position of each label among ``data.class_names``."""
+        labels = positions(self.labels, data.class_names) or (0,) * len(self.contents)
+        return Examples(self.contents, labels, self.groups)
 
 
-def _examples(
+def _label(value: object, data: Data, row: int) -> str:
+    where = f'="{data.label_column}": row {row} has '
+    try:
+        text = text_of(value)
+    except ValueError as error:
+        law = "must be a name, a boolean or a whole number"
+        raise DataError("data.label-column", f"{where}{error} as its label, and {law}") from error
+    if not text:
+        raise DataError("data.label-column", f"{where}no label")
+    return text
+
+
+def _rows(
     key: str, name: str, subset: str, split: str, data: Data, *, natural: bool = False
-) -> Examples:
+) -> _Rows:
     """Read one split and check every row; with ``natural``, also read the client column."""
     columns = read(key, name, subset, split, _wanted(data, natural))
-    rows = zip(*(columns[column] for column in _inputs_of(data)), strict=True)
-    contents = tuple(_content(values, data, row) for row, values in enumerate(rows))
-    raw = columns.get(data.label_column, [0] * len(contents))
-    labels = tuple(_label(label, data, row) for row, label in enumerate(raw))
+    values = zip(*(columns[column] for column in _inputs_of(data)), strict=True)
+    contents = tuple(_content(value, data, row) for row, value in enumerate(values))
+    raw, classes = columns.get(data.label_column, []), columns.classes.get(data.label_column, ())
+    named = (class_of(label, classes) for label in raw) if classes else raw
+    labels = tuple(_label(label, data, row) for row, label in enumerate(named))
     groups = tuple(map(str, columns[data.client_column])) if natural else ()
-    return Examples(contents, labels, groups)
+    return _Rows(contents, labels, classes, groups)
 
 
 def _as_bytes(content: Content) -> bytes:
@@ -141,6 +167,64 @@ def _check_test_split(data: Data) -> None:
 
 
 @lru_cache(maxsize=4)
+def _run_rows(data: Data) -> tuple[_Rows, _Rows | None]:
+    """Return training and test rows of the run's dataset; None: the test rows are a share.
+
+    Args:
+        data: the dataset, without its labels' order, so that one reading serves any order.
+    """
+    _check_test_split(data)
+    natural = data.partitioner == "natural-id"
+    where = (data.name, data.subset)
+    train = _rows("data.name", *where, data.train_split, data, natural=natural)
+    if data.test_split == NONE:
+        return train, None
+    return train, _rows("data.name", *where, data.test_split, data)
+
+
+def _without_classes(data: Data) -> Data:
+    return replace(data, labels=AUTO, num_labels=0)
+
+
+def with_classes(data: Data) -> Data:
+    """Return the same dataset with its class names in ``labels``, and their number.
+
+    Names that the config leaves open are taken from all rows that the server reads itself: the
+    data's own class names, else the integers from 0 to ``num_labels`` - 1 if all labels are such
+    integers, else the different labels, sorted.
+
+    Raises:
+        ConfigError: if the number of names is not ``num_labels``, or below 2.
+        DataError: if the data cannot be read.
+
+    Privacy: called by the server and in a simulation, never on a client's own data.
+    """
+    if data.label_column == NONE:
+        return data
+    names = data.class_names if data.labels != AUTO else _found_names(data)
+    if data.num_labels not in (0, len(names)):
+        raise ConfigError(
+            f"data.num-labels={data.num_labels} must be {len(names)}, the number of classes: "
+            f"{shown(names)}"
+        )
+    if len(names) < 2:
+        raise ConfigError(
+            f'data.labels="auto" must find at least 2 classes in the data, and finds '
+            f'{shown(names)}; name all of them, such as data.labels="ham,spam"'
+        )
+    return replace(data, labels=listed(names), num_labels=len(names))
+
+
+def _found_names(data: Data) -> tuple[str, ...]:
+    train, test = _run_rows(_without_classes(data))
+    if train.classes:
+        return train.classes
+    found = sorted_names({*train.labels, *(test.labels if test else ())})
+    counted = tuple(map(str, range(data.num_labels)))
+    return counted if set(found) <= set(counted) else found
+
+
+@lru_cache(maxsize=4)
 def split(data: Data) -> tuple[Examples, Examples]:
     """Return (train, test) of the run's dataset.
 
@@ -151,12 +235,10 @@ def split(data: Data) -> tuple[Examples, Examples]:
         DataError: if the dataset is missing, lacks a column or has an unusable row, or if the test
             split would be the training split.
     """
-    _check_test_split(data)
-    natural = data.partitioner == "natural-id"
-    where = (data.name, data.subset, data.train_split)
-    train = _examples("data.name", *where, data, natural=natural)
-    if data.test_split != NONE:
-        return train, _examples("data.name", data.name, data.subset, data.test_split, data)
+    rows, test = _run_rows(_without_classes(data))
+    train = rows.examples(data)
+    if test is not None:
+        return train, test.examples(data)
     sides: tuple[list[int], list[int]] = ([], [])
     for i, content in enumerate(train.contents):
         sides[is_test(content, data.test_fraction)].append(i)
@@ -168,7 +250,7 @@ def split(data: Data) -> tuple[Examples, Examples]:
 def private_file(path: str, data: Data) -> Examples:
     """Return the examples of a real client's own file or folder (``data-path`` of its node)."""
     full = str(full_path(path).resolve())  # a relative path is no id of the hub
-    return _examples("data-path", full, NONE, "train", data)
+    return _rows("data-path", full, NONE, "train", data).examples(data)
 
 
 def check_client(size: int, *, batch_size: int, delta: float) -> None:

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterable, Mapping
 from importlib import resources
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from lalora_app.data.local_tables import load_in_memory
@@ -14,7 +15,17 @@ from lalora_app.settings.names import NONE, full_path, is_local
 
 DEMO = "demo:sms-spam"
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
-Columns = dict[str, list[Any]]
+
+
+class Columns(dict[str, list[Any]]):
+    """The values of each column by its name.
+
+    Attributes:
+        classes: the class names of each column that holds their positions, such as the folders of
+            images by class.
+    """
+
+    classes: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 
 def quiet_hub() -> None:
@@ -27,7 +38,7 @@ def has_one_split(name: str) -> bool:
     return name == DEMO or (is_local(name) and full_path(name).is_file())
 
 
-def _demo() -> Columns:
+def _demo() -> dict[str, list[Any]]:
     text = resources.files("lalora_app").joinpath("assets/sms_spam.jsonl").read_text("utf-8")
     rows = [json.loads(line) for line in text.splitlines()]
     return {column: [row[column] for row in rows] for column in rows[0]}
@@ -35,14 +46,16 @@ def _demo() -> Columns:
 
 def _columns(table: Any, wanted: Iterable[str]) -> Columns:
     """Return columns as lists; images stay encoded files."""
-    from datasets import Image
+    from datasets import ClassLabel, Image
 
     for name, feature in table.features.items():
         if isinstance(feature, Image):
             table = table.cast_column(name, Image(decode=False))
-    return {
-        name: table[name][:] for name in wanted
-    }  # whole columns: row by row takes ten times longer
+    # whole columns: row by row takes ten times longer
+    columns = Columns({name: table[name][:] for name in wanted})
+    features = {name: table.features[name] for name in columns}
+    columns.classes = {n: tuple(f.names) for n, f in features.items() if isinstance(f, ClassLabel)}
+    return columns
 
 
 def _size_and_times(file: Path) -> tuple[int, int, int]:
@@ -130,5 +143,5 @@ def read(key: str, name: str, subset: str, split: str, wanted: Mapping[str, str]
             columns = ", ".join(found)
             raise DataError(asked_by, f'="{column}" must be a column of the data: {columns}')
     if isinstance(table, dict):
-        return {column: table[column] for column in wanted}
+        return Columns({column: table[column] for column in wanted})
     return _columns(table, wanted)

@@ -253,6 +253,13 @@ def _checked(model: Model, lora: Lora, num_labels: int, seed: int) -> Built:
     return built[key]
 
 
+def _num_labels(config: Config) -> int:
+    """Return the number of classes, which must be known; of a language model it has no effect."""
+    if not config.data.class_names and config.model.task != "causal-lm":
+        raise ConfigError('data.labels="auto" must be replaced by the class names of the data')
+    return len(config.data.class_names)
+
+
 def build(config: Config) -> Built:
     """Return the process's backbone and the initial adapter of the run's method.
 
@@ -265,7 +272,7 @@ def build(config: Config) -> Built:
     method, rule, lora = method_of(config), config.rule, config.lora
     width = method.width(lora.rank, rule)
     own = replace(lora, rank=width, alpha=lora.alpha * width / lora.rank)  # the same scale α/r
-    backbone, plain = _checked(config.model, own, config.data.num_labels, config.seed)
+    backbone, plain = _checked(config.model, own, _num_labels(config), config.seed)
     start = method.start({name: array.copy() for name, array in plain.items()}, rule)
     effective = method.effective
     if effective is None:

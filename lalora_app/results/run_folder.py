@@ -15,7 +15,7 @@ from lalora_app.results import checkpoints, strict_json
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.names import full_path
 from lalora_app.settings.overrides import read_toml
-from lalora_app.settings.run_config import Config, Scalar, flatten, from_tables, parse
+from lalora_app.settings.run_config import OPEN, Config, Scalar, flatten, from_tables, parse
 
 _log = logging.getLogger("flwr")
 Row = dict[str, Any]
@@ -225,9 +225,11 @@ def old_folder(config: Config, raw: Mapping[str, object]) -> RunFolder:
         ConfigError: if a key other than ``resume-from``, ``output`` and ``compare`` differs.
     """
     for key, value in flatten(config).items():
-        if key not in ("resume-from", "output", "compare") and raw.get(key) != value:
+        own = raw.get(key)
+        free = key in ("resume-from", "output", "compare") or (key in OPEN and own == OPEN[key])
+        if not free and own != value:
             raise ConfigError(
-                f"{key}={value!r} must be {raw.get(key)!r}, as in resume-from; "
+                f"{key}={value!r} must be {own!r}, as in resume-from; "
                 f"{config.resume_from}/config.toml holds all keys of the run"
             )
     return RunFolder(full_path(config.resume_from))

@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lalora_app.data.examples import Examples, check_client, split
+from lalora_app.data.examples import Examples, check_client, split, with_classes
 from lalora_app.data.partition import partition
 from lalora_app.results.run_folder import check_writable
 from lalora_app.server.cohorts import clients_per_round, planned_cohorts
@@ -19,6 +19,8 @@ from lalora_app.settings.run_config import Config
 
 if TYPE_CHECKING:
     from lalora_app.models.backbone import Backbone
+
+_ANY_NUMBER = 2  # of classes, while the data is not read yet; no check depends on it
 
 
 @dataclass(frozen=True)
@@ -100,6 +102,7 @@ def check_data(config: Config, clients: int) -> CheckedData:
     """
     check_clients(config, clients)
     check_writable(config.output)
+    config = replace(config, data=with_classes(config.data))
     train, test = split(config.data)
     sizes = list(map(len, partition(config.data, config.seed, clients)))
     for size in sizes:
@@ -121,4 +124,6 @@ def check_model(config: Config, clients: int) -> "Backbone":
     """
     from lalora_app.models.backbone import build
 
-    return build(replace(config, model=replace(config.model, device="cpu", dtype="float32")))[0]
+    data = config.data if config.data.class_names else replace(config.data, num_labels=_ANY_NUMBER)
+    on_cpu = replace(config.model, device="cpu", dtype="float32")
+    return build(replace(config, model=on_cpu, data=data))[0]

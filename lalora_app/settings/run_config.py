@@ -6,7 +6,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeVar, cast
 
 from lalora_app.settings.errors import ConfigError
-from lalora_app.settings.names import suggestion
+from lalora_app.settings.names import AUTO, suggestion
 from lalora_app.settings.sections import (
     BY_LABEL,
     PARTITIONERS,
@@ -30,6 +30,7 @@ from lalora_app.settings.value_rules import (
 
 __all__ = [  # the sections of a run config are imported from here, beside Config
     "BY_LABEL",
+    "OPEN",
     "PARTITIONERS",
     "TASKS",
     "Config",
@@ -47,6 +48,8 @@ __all__ = [  # the sections of a run config are imported from here, beside Confi
 ]
 
 Scalar = str | int | float | bool
+# Values that a run replaces by what it finds in its data; its config.toml holds the latter.
+OPEN: dict[str, Scalar] = {"data.labels": AUTO, "data.num-labels": 0}
 T = TypeVar("T")
 
 
@@ -185,6 +188,11 @@ def _check_model(config: Config) -> None:
         )
     if data.label_column == "none" and model.task != "causal-lm":
         raise ConfigError(f'data.label-column="none" must name a column for "{model.task}"')
+    if data.num_labels and data.num_labels != len(data.class_names):
+        raise ConfigError(
+            f"data.num-labels={data.num_labels} must be {len(data.class_names)}, the number of "
+            "names in data.labels, or 0"
+        )
     if data.label_column == "none" and data.partitioner in BY_LABEL:
         raise ConfigError(
             f'data.partitioner="{data.partitioner}" must be one that needs no labels while '

@@ -120,7 +120,10 @@ class Data:
         "a JSON list; `auto` takes those of the public data, sorted."
     )
     num_labels: int = law(
-        "must be at least 2", lambda v: v >= 2, meaning="Number of classes; labels count from 0."
+        "must be 0, or at least 2",
+        lambda v: v == 0 or v >= 2,
+        meaning="Number of classes; 0 takes the number of `data.labels`. With `auto`, labels that "
+        "are integers below it count from 0, classes that never occur included.",
     )
     test_fraction: float = law(
         "must be in (0, 1)",

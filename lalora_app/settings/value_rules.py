@@ -100,7 +100,8 @@ def class_names_in(text: str) -> tuple[str, ...]:
     return tuple(name.strip() for name in names)
 
 
-def _are_classes(text: str) -> bool:
+def are_classes(text: str) -> bool:
+    """Tell whether a text is "auto", or names two classes or more, all of them different."""
     if text == AUTO:
         return True
     try:
@@ -110,11 +111,16 @@ def _are_classes(text: str) -> bool:
     return len(names) >= 2 and all(names) and len(set(names)) == len(names)
 
 
+CLASSES_LAW = (
+    'must be "auto", or two or more different names such as "ham,spam" or \'["ham", "spam"]\''
+)
+
+
 def class_list(*, meaning: str) -> Any:
     """Declare "auto", or the names of two classes or more."""
     return law(
-        'must be "auto", or two or more different names such as "ham,spam" or \'["ham", "spam"]\'',
-        _are_classes,
+        CLASSES_LAW,
+        are_classes,
         meaning=meaning,
     )
 

@@ -16,7 +16,7 @@ REFUSALS = {
     "rows": "the columns of a client's own data must exist, and every row must be usable",
     "data.client-column": "the client column must exist, with a value for each client",
     "data.partitioner": "data.partitioner must be able to divide the examples among the clients",
-    "data.num-labels": "data.num-labels must be above every label; labels are integers from 0",
+    "data.labels": "every row must have a label, and data.labels must name it",
     "data.test-fraction": "data.test-fraction must leave at least one training and one test "
     "example",
     "data.test-split": "data.test-split must not be the training split; a single file has "

@@ -1,10 +1,13 @@
 """What a site says of its own data: a server must not choose its columns."""
 
+import io
 import json
 import shutil
 
+import numpy as np
 import pytest
 from flwr.app import Message, RecordDict
+from PIL import Image
 
 from conftest import defaults, written
 from helpers.fake_grid import FakeGrid
@@ -35,13 +38,18 @@ def refusal(config, node, kind):
     return client_app.app(message, context).content[messages.CONFIG].get("refusal")
 
 
+def pixels(image):
+    return np.asarray(Image.open(io.BytesIO(image)))
+
+
 def own_file(tmp_path, rows):
     return {**OWN, "data-path": str(written(tmp_path / "own.jsonl", rows))}
 
 
 def test_a_site_that_says_nothing_means_the_apps_own_columns(tiny):
     keys = of_run(ASKED)
-    admit(tiny(**{key: defaults()[key] for key in keys}), OWN, 1)
+    found = {key: defaults()[key] for key in keys} | {"data.num-labels": 2}  # as the server finds
+    admit(tiny(**found), OWN, 1)
 
 
 @pytest.mark.parametrize("kind", ["query", "train"])
@@ -120,9 +128,12 @@ def test_an_image_that_cannot_be_read_is_told_as_a_bad_label_is(
     if bad:
         (folder / "dark" / "0.png").write_bytes(bad)
     node = {**OWN, "data-path": str(folder), "input-column": "image"}
+    node["labels"] = "dark,light"
     sizes = {"model.image-size": 16, "model.image-resize": 16}
     keys = {"model.name": f"timm:{tiny_timm['vit']}", "model.task": "image-classification"}
-    config = tiny(**keys, **sizes, **of_run({"input-column": "image"}))
+    config = tiny(
+        **keys, **sizes, **of_run({"input-column": "image"}), **{"data.labels": "light,dark"}
+    )
     assert refusal(config, node, "query") == ("rows" if bad else None)
     assert ("no readable image" in caplog.text) == bool(bad)
 
@@ -136,7 +147,7 @@ def test_a_column_that_is_not_there_is_told_as_a_bad_row_is(columns, tiny, tmp_p
 def test_a_simulation_is_told_which_key_to_change(tiny, tmp_path):
     data = written(tmp_path / "all.jsonl", [*ROWS, BAD_ROWS["a label out of range"]])
     node = {"partition-id": 0, "num-partitions": 2}
-    assert refusal(tiny(**{"data.name": str(data)}), node, "query") == "data.num-labels"
+    assert refusal(tiny(**{"data.name": str(data)}), node, "query") == "data.labels"
 
 
 def test_a_site_without_labels_takes_part_in_a_language_models_run(tiny, tiny_llama, tmp_path):
@@ -145,3 +156,79 @@ def test_a_site_without_labels_takes_part_in_a_language_models_run(tiny, tiny_ll
     config = tiny(**keys, **{"data.partitioner": "iid"})
     assert refusal(config, node, "query") == "policy"
     assert refusal(config, node | {"label-column": "none"}, "query") is None
+
+
+# --- the classes of a site's own rows ---------------------------------------------------------
+
+
+def classes(names, count=2):
+    return {"data.labels": names, "data.num-labels": count}
+
+
+def labels_of(tiny, node, run_names, count=2):
+    """The labels of a site's rows, by the names of the run's outputs."""
+    config = tiny(**classes(run_names, count))
+    names = config.data.class_names
+    return [names[label] for label in admit(config, node, 1).examples(config).labels]
+
+
+@pytest.mark.parametrize("order", ["ham,spam", "spam,ham"])
+def test_a_site_s_names_are_read_in_the_run_s_order(order, tiny, tmp_path):
+    said = ["ham", "spam"] * 30
+    rows = [{"text": f"hello {i}", "label": name} for i, name in enumerate(said)]
+    node = own_file(tmp_path, rows) | {"labels": "ham,spam"}
+    assert labels_of(tiny, node, order) == said
+
+
+def test_a_site_s_integers_are_positions_among_names(tiny, tmp_path):
+    assert labels_of(tiny, own_file(tmp_path, ROWS), "ham,spam") == ["ham", "spam"] * 30
+
+
+def test_a_site_s_integers_are_the_run_s_integers(tiny, tmp_path):
+    assert labels_of(tiny, own_file(tmp_path, ROWS), "1,0") == ["0", "1"] * 30
+
+
+DIFFERENT = {
+    "other names": ({"labels": "ham,spam"}, "ham,junk", 2),
+    "fewer names": ({"labels": "a,b,c"}, "a,b", 2),
+    "more names": ({"labels": "a,b"}, "a,b,c", 3),
+    "another number": ({"num-labels": 2}, "a,b,c", 3),
+    "stars for integers from 0": ({"num-labels": 5}, "1,2,3,4,5", 5),
+    "nothing said": ({}, "a,b,c", 3),
+}
+
+
+@pytest.mark.parametrize("kind", ["query", "train"])
+@pytest.mark.parametrize("case", list(DIFFERENT))
+def test_a_run_with_other_classes_is_refused_before_any_data_is_read(case, kind, tiny, tmp_path):
+    said, run_names, count = DIFFERENT[case]
+    node = {**OWN, "data-path": str(tmp_path / "nowhere.jsonl")} | said
+    assert refusal(tiny(**classes(run_names, count)), node, kind) == "policy"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"labels": "a"}, {"labels": "a,a"}, {"labels": "auto"}, {"labels": "a,b", "num-labels": 3}],
+)
+def test_classes_of_a_node_config_obey_a_law(said, tiny):
+    with pytest.raises(ConfigError, match=r"^node config (num-)?labels="):
+        admit(tiny(**classes("a,b")), OWN | said, 1)
+
+
+def test_class_folders_of_a_site_must_be_named_in_its_node_config(
+    tiny, tiny_timm, tiny_images, tmp_path, caplog
+):
+    """A site that lacks a class has other positions than the run, which nobody would notice."""
+    folder = shutil.copytree(tiny_images, tmp_path / "own")
+    node = {**OWN, "data-path": str(folder), "input-column": "image", "num-labels": 3}
+    keys = {"model.name": f"timm:{tiny_timm['vit']}", "model.task": "image-classification"}
+    keys |= of_run({"input-column": "image"}) | classes("dark,grey,light", 3)
+    keys |= {"model.image-size": 16, "model.image-resize": 16, "train.batch-size": 4}
+    config = tiny(**keys)
+    assert refusal(config, node, "query") == "rows"
+    assert "has label 'dark', and must have one of '0', '1', '2'" in caplog.text
+    named = {key: node[key] for key in node if key != "num-labels"} | {"labels": "dark,grey,light"}
+    examples = admit(config, named, 1).examples(config)
+    assert set(examples.labels) == {0, 2}
+    lightest = max(range(len(examples)), key=lambda i: np.mean(pixels(examples.contents[i])))
+    assert examples.labels[lightest] == 2

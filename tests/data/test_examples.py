@@ -103,7 +103,7 @@ def test_a_test_split_is_checked_too_and_needs_no_clients(tmp_path):
     assert test.groups == ()
     assert len(test) == len(GOOD)
     written(tmp_path / "test.jsonl", [{"text": "x", "label": 7}])
-    with one_line("data.num-labels", "=2: row 0 has label 7"):
+    with one_line("data.labels", ": row 0 has label '7', and must have one of '0', '1'"):
         datasets.split(described(tmp_path, test_split="test", test_fraction=0.3))
 
 
@@ -165,12 +165,24 @@ BAD = {
     "white text": ([*GOOD, {"text": " \n\t", "label": 0}], {}, "data.input-column", "row 20 has"),
     "missing text": ([*GOOD, {"text": None, "label": 0}], {}, "data.input-column", "row 20"),
     "number for a text": ([{"text": 5, "label": 0}], {}, "data.input-column", "row 0 has no text"),
-    "label outside": ([*GOOD, {"text": "x", "label": 2}], {}, "data.num-labels", "has label 2"),
-    "negative label": ([*GOOD, {"text": "x", "label": -1}], {}, "data.num-labels", "label -1"),
-    "missing label": ([*GOOD, {"text": "x", "label": None}], {}, "data.num-labels", "row 20"),
-    "text label": ([{"text": "x", "label": "spam"}], {}, "data.num-labels", "label 'spam'"),
-    "float label": ([{"text": "x", "label": 0.5}], {}, "data.num-labels", "label 0.5"),
-    "boolean label": ([{"text": "x", "label": True}], {}, "data.num-labels", "label True"),
+    "label outside": ([*GOOD, {"text": "x", "label": 2}], {}, "data.labels", "has label '2'"),
+    "negative label": ([*GOOD, {"text": "x", "label": -1}], {}, "data.labels", "label '-1'"),
+    "missing label": (
+        [*GOOD, {"text": "x", "label": None}],
+        {},
+        "data.label-column",
+        "row 20 has no",
+    ),
+    "empty label": ([{"text": "x", "label": " "}], {}, "data.label-column", "row 0 has no label"),
+    "text label": ([{"text": "x", "label": "spam"}], {}, "data.labels", "label 'spam'"),
+    "float label": (
+        [{"text": "x", "label": 0.5}],
+        {},
+        "data.label-column",
+        "the number 0.5, which",
+    ),
+    "list label": ([{"text": "x", "label": [1]}], {}, "data.label-column", "a list as its label"),
+    "boolean label": ([{"text": "x", "label": True}], {}, "data.labels", "label 'True'"),
 }
 
 

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image as Pictures
 
 from conftest import ROOT, SHARED, described, one_line, written
-from lalora_app.data.examples import split
+from lalora_app.data.examples import split, with_classes
 from lalora_app.data.sources import DEMO, read
 from lalora_app.settings import errors
 from lalora_app.settings.errors import ConfigError, DataError
@@ -140,7 +140,7 @@ def image_folder(tmp_path):
 def test_an_image_folder_has_the_bytes_of_its_files_and_a_label_a_class(image_folder):
     folder, expected = image_folder
     data = described(folder, input_column="image", num_labels=3, test_fraction=0.3)
-    train, test = split(data)
+    train, test = split(with_classes(data))
     found = [*zip(train.contents, train.labels, strict=True)]
     found += zip(test.contents, test.labels, strict=True)
     assert dict(found) == expected
@@ -311,7 +311,7 @@ def test_an_error_without_a_word_is_named_by_its_kind():
 
 # --- what a refusal may tell ------------------------------------------------------------------
 
-MODULES = ("sources", "examples", "partition", "encoding", "images")
+MODULES = ("sources", "examples", "labels", "partition", "encoding", "images")
 KEY = re.compile(r"data|data-path|(data|train|privacy|model)\.[a-z-]+")
 
 

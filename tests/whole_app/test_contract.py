@@ -143,7 +143,8 @@ def test_the_results_are_all_there(finished):
         *("partition.json", "report.html", "checkpoints", "adapter"),
     }
     saved = tomllib.loads((folder.path / "config.toml").read_text("utf-8"))
-    assert from_tables(saved) == flatten(finished.config)
+    found = {"data.labels": "0,1", "data.num-labels": 2}  # in the data
+    assert from_tables(saved) == flatten(finished.config) | found
     summary = finished.json("summary.json")
     assert set(summary) == {
         *("method", "rounds", "accuracy", "balanced_accuracy", "epsilon_max", "delta"),

@@ -1,0 +1,91 @@
+"""Labels as texts, and the position of each class among the model's outputs.
+
+A label is a text, a boolean or a whole number. Equal labels have equal texts in every kind of file,
+and different ones never do, so all clients number the classes alike.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Sequence
+
+from lalora_app.settings.errors import DataError
+
+_WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0*")  # of a number that is written as a float
+_INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
+_SHOWN = 12  # names in an error
+
+
+def text_of(value: object) -> str:
+    """Return the text of a label; an empty text: there is no label.
+
+    A boolean gives "True" or "False", a whole number its digits ("1" for 1, 1.0 and "1.0"), a text
+    itself without surrounding spaces.
+
+    Raises:
+        ValueError: for a value that names no class, with a description of it.
+    """
+    if value is None or value != value:  # NaN
+        return ""
+    if isinstance(value, float):
+        if not value.is_integer():
+            raise ValueError(f"the number {value}, which is not whole")
+        return str(int(value))
+    if isinstance(value, (bool, int)):
+        return str(value)
+    if not isinstance(value, str):
+        raise ValueError(f"a {type(value).__name__}")
+    text = value.strip()
+    whole = _WHOLE.fullmatch(text)
+    return whole[1] if whole else text
+
+
+def class_of(position: int | None, classes: Sequence[str]) -> str | None:
+    """Return the class name at a position; None for a missing label (None or -1)."""
+    return None if position is None or position < 0 else classes[position]
+
+
+def is_integer(text: str) -> bool:
+    """Tell whether a label's text is an integer."""
+    return _INTEGER.fullmatch(text) is not None
+
+
+def listed(names: Iterable[str]) -> str:
+    """Return class names as a value of ``data.labels``."""
+    names = list(names)
+    plain = not any("," in name or name.startswith("[") for name in names)
+    return ",".join(names) if plain else json.dumps(names, ensure_ascii=False)
+
+
+def shown(names: Sequence[str]) -> str:
+    """Return class names for an error; of many names the first ones."""
+    few = ", ".join(map(repr, names[:_SHOWN]))
+    return few if len(names) <= _SHOWN else f"{few} and {len(names) - _SHOWN} more"
+
+
+def sorted_names(labels: Iterable[str]) -> tuple[str, ...]:
+    """Return the different labels: integers by size, anything else by letters."""
+    found = set(labels)
+    if all(map(is_integer, found)):
+        return tuple(sorted(found, key=int))
+    return tuple(sorted(found))
+
+
+def positions(labels: Sequence[str], names: Sequence[str]) -> tuple[int, ...]:
+    """Return the position of each row's label among the class names.
+
+    If no name is an integer, integers from 0 are positions: ``data.labels="ham,spam"`` names the
+    classes of data that holds 0 and 1.
+
+    Raises:
+        DataError: naming the first row whose label is none of the names.
+    """
+    known = {name: index for index, name in enumerate(names)}
+    if not any(map(is_integer, names)):
+        known |= {str(index): index for index in range(len(names))}
+    for row, label in enumerate(labels):
+        if label not in known:
+            raise DataError(
+                "data.labels",
+                f": row {row} has label {label!r}, and must have one of {shown(names)}",
+            )
+    return tuple(known[label] for label in labels)
