@@ -4,16 +4,14 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
-from pathlib import Path
-from typing import Any
 
+from lalora_app.data.contents import Content, content_of, inputs_of, require_texts
+from lalora_app.data.delimited import TextFormat
 from lalora_app.data.labels import class_of, listed, positions, shown, sorted_names, text_of
 from lalora_app.data.sources import has_one_split, read
 from lalora_app.settings.errors import ConfigError, DataError
 from lalora_app.settings.names import AUTO, NONE, full_path
 from lalora_app.settings.run_config import Data
-
-Content = str | tuple[str, ...] | bytes  # a text, a pair of texts, or an encoded image
 
 
 @dataclass(frozen=True)
@@ -25,12 +23,14 @@ class Examples:
         labels: (examples,); all 0 where the data has none.
         groups: (examples,), values of ``data.client-column``; empty: no groups.
         rows: (examples,), positions in the original data, for error messages; empty: 0, 1, 2, ...
+        names: (examples,), names of image files, for error messages; "" or empty: no name.
     """
 
     contents: tuple[Content, ...]
     labels: tuple[int, ...]
     groups: tuple[str, ...] = ()
     rows: tuple[int, ...] = ()
+    names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -40,7 +40,8 @@ class Examples:
         contents = tuple(self.contents[i] for i in rows)
         labels = tuple(self.labels[i] for i in rows)
         groups = tuple(self.groups[i] for i in rows if self.groups)
-        return Examples(contents, labels, groups, tuple(map(self.row, rows)))
+        names = tuple(self.names[i] for i in rows if self.names)
+        return Examples(contents, labels, groups, tuple(map(self.row, rows)), names)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -56,40 +57,20 @@ class Examples:
         """Return the position of an example in the data that it was read from."""
         return self.rows[index] if self.rows else index
 
-
-def _inputs_of(data: Data) -> list[str]:
-    return [name.strip() for name in data.input_column.split(",")]
+    def place(self, index: int) -> str:
+        """Return where an example was read, for an error: its row, and its file if it has one."""
+        name = self.names[index] if self.names else ""
+        return f"row {self.row(index)}" + (f" ({name})" if name else "")
 
 
 def _wanted(data: Data, natural: bool) -> dict[str, str]:
     """Return the columns that the run needs, each with its config key."""
-    wanted = {name: "data.input-column" for name in _inputs_of(data)}
+    wanted = {name: "data.input-column" for name in inputs_of(data)}
     if data.label_column != NONE:
         wanted[data.label_column] = "data.label-column"
     if natural:
         wanted[data.client_column] = "data.client-column"
     return wanted
-
-
-def _bad_input(data: Data, row: int, found: str) -> DataError:
-    return DataError("data.input-column", f'="{data.input_column}": row {row} has {found}')
-
-
-def _image_bytes(value: dict[str, Any], data: Data, row: int) -> bytes:
-    if isinstance(given := value.get("bytes"), bytes) and given:
-        return given
-    try:
-        return Path(str(value["path"])).read_bytes()
-    except (OSError, KeyError, ValueError) as error:  # ValueError: of a name with a zero byte
-        raise _bad_input(data, row, "no image") from error
-
-
-def _content(values: tuple[Any, ...], data: Data, row: int) -> Content:
-    if len(values) == 1 and isinstance(values[0], dict):
-        return _image_bytes(values[0], data, row)
-    if not all(isinstance(v, str) for v in values) or not any(v.strip() for v in values):
-        raise _bad_input(data, row, "no text or image")
-    return values[0] if len(values) == 1 else values
 
 
 @dataclass(frozen=True)
@@ -98,12 +79,14 @@ class _Rows:
 
     Attributes:
         contents: as in :class:`Examples`.
+        names: as in :class:`Examples`.
         labels: the text of each label; empty: the data has none.
         classes: the data's own class names; empty: it has none.
         groups: as in :class:`Examples`.
     """
 
     contents: tuple[Content, ...]
+    names: tuple[str, ...]
     labels: tuple[str, ...]
     classes: tuple[str, ...]
     groups: tuple[str, ...]
@@ -111,7 +94,7 @@ class _Rows:
     def examples(self, data: Data) -> Examples:
         """Return the rows with the position of each label among ``data.class_names``."""
         labels = positions(self.labels, data.class_names) or (0,) * len(self.contents)
-        return Examples(self.contents, labels, self.groups)
+        return Examples(self.contents, labels, self.groups, names=self.names)
 
 
 def _label(value: object, data: Data, row: int) -> str:
@@ -130,14 +113,17 @@ def _rows(
     key: str, name: str, subset: str, split: str, data: Data, *, natural: bool = False
 ) -> _Rows:
     """Read one split and check every row; with ``natural``, also read the client column."""
-    columns = read(key, name, subset, split, _wanted(data, natural))
-    values = zip(*(columns[column] for column in _inputs_of(data)), strict=True)
-    contents = tuple(_content(value, data, row) for row, value in enumerate(values))
+    form = TextFormat(data.encoding, data.separator)
+    columns = read(key, name, subset, split, _wanted(data, natural), form)
+    require_texts(columns, data)
+    values = zip(*(columns[column] for column in inputs_of(data)), strict=True)
+    found = [content_of(value, data, row) for row, value in enumerate(values)]
+    contents, names = (tuple(part) for part in zip(*found, strict=True))
     raw, classes = columns.get(data.label_column, []), columns.classes.get(data.label_column, ())
     named = (class_of(label, classes) for label in raw) if classes else raw
     labels = tuple(_label(label, data, row) for row, label in enumerate(named))
     groups = tuple(map(str, columns[data.client_column])) if natural else ()
-    return _Rows(contents, labels, classes, groups)
+    return _Rows(contents, names, labels, classes, groups)
 
 
 def _as_bytes(content: Content) -> bytes:

@@ -1,30 +1,37 @@
 """Read data from the bundled demo, from local files and folders, or from the Hugging Face hub."""
 
+import glob
 import hashlib
 import json
 import logging
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from lalora_app.data.delimited import SUFFIXES, TextFormat, kind_of
 from lalora_app.data.local_tables import load_in_memory
 from lalora_app.settings.errors import DataError, first_line
 from lalora_app.settings.names import NONE, full_path, is_local
 
 DEMO = "demo:sms-spam"
-_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
+_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
+_FORMATS |= dict.fromkeys(SUFFIXES, "csv")
+_KNOWN = f"one of {', '.join(_FORMATS)} (also with .gz)"
 
 
 class Columns(dict[str, list[Any]]):
     """The values of each column by its name.
 
     Attributes:
+        untyped: whether all values are texts because the file has no types.
         classes: the class names of each column that holds their positions, such as the folders of
             images by class.
     """
 
+    untyped = False
     classes: Mapping[str, tuple[str, ...]] = MappingProxyType({})
 
 
@@ -78,15 +85,17 @@ def stamp(name: str) -> str:
 def _source(key: str, path: Path, split: str) -> dict[str, Any]:
     if path.is_dir():
         return {"path": str(path)}
-    if path.suffix not in _FORMATS or not path.is_file():
-        known = ", ".join(_FORMATS)
+    if not path.is_absolute():
         raise DataError(
-            key, f'="{path}" must be an existing folder, or a file ending in one of {known}'
+            key, f'="{path}" must be an absolute path, or one that starts with ~, for a local file'
         )
-    return {"path": _FORMATS[path.suffix], "data_files": {split: str(path)}}
+    if kind_of(path) not in _FORMATS or not path.is_file():
+        raise DataError(key, f'="{path}" must be an existing folder, or a file ending in {_KNOWN}')
+    # Brackets and stars of a file's name are no pattern.
+    return {"path": _FORMATS[kind_of(path)], "data_files": {split: glob.escape(str(path))}}
 
 
-def _load_local(key: str, path: Path, split: str) -> Any:
+def _load_local(key: str, path: Path, split: str, form: TextFormat) -> tuple[Any, bool]:
     from datasets import disable_progress_bars
 
     disable_progress_bars()
@@ -94,10 +103,18 @@ def _load_local(key: str, path: Path, split: str) -> Any:
     source = _source(key, path, split)
     kind = path.suffix or "a folder of data files or images"
     try:
-        return load_in_memory(source, split)
+        return load_in_memory(source, split, form)
     except Exception as error:  # the readers raise many kinds of errors
-        reason = f", with a split {split}" if path.is_dir() else ""
-        raise DataError(key, f'="{path}" cannot be read as {kind}{reason}') from error
+        where = f", with a split {split}" if path.is_dir() else ""
+        reason = _reason(error)
+        raise DataError(key, f'="{path}" cannot be read as {kind}{where}: {reason}') from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the reason of a reader's error, which `datasets` wraps into a general one."""
+    while isinstance(error.__cause__, Exception):
+        error = error.__cause__
+    return first_line(error)
 
 
 def _load_hub(key: str, name: str, subset: str, split: str) -> Any:
@@ -114,34 +131,47 @@ def _load_hub(key: str, name: str, subset: str, split: str) -> Any:
         ) from error
 
 
-def _table(key: str, name: str, subset: str, split: str) -> Any:
-    if is_local(name):
-        return _load_local(key, full_path(name), split)
-    return _load_hub(key, name, subset, split)
+def _table(key: str, name: str, subset: str, split: str, form: TextFormat) -> tuple[Any, bool]:
+    if name == DEMO:
+        return _demo(), False
+    if is_local(name) or kind_of(Path(name)) in _FORMATS:
+        return _load_local(key, full_path(name), split, form)
+    return _load_hub(key, name, subset, split), False
 
 
-def read(key: str, name: str, subset: str, split: str, wanted: Mapping[str, str]) -> Columns:
+def read(
+    key: str,
+    name: str,
+    subset: str,
+    split: str,
+    wanted: Mapping[str, str],
+    form: TextFormat | None = None,
+) -> Columns:
     """Return the wanted columns of one split of a dataset.
 
     Args:
         key: the config key that named the data, for errors.
-        name: ``demo:sms-spam``, a path (absolute, or with ~) of a .jsonl, .json, .csv or .parquet
-            file, of a folder of such files or of images by class, or an id of the hub.
+        name: ``demo:sms-spam``, a path (absolute, or with ~) of a file in one of the formats, of a
+            folder of such files or of images by class, or an id of the hub.
         subset: of a hub dataset, such as ``sst2`` of GLUE, or ``none``.
         split: name of the split, such as ``train``; a single file has any split.
         wanted: name of each column -> the config key that names it.
+        form: how text files are read; None: as their content tells.
 
     Raises:
         DataError: if the data is missing, damaged or empty, cannot be fetched, or lacks a column.
     """
-    table = _demo() if name == DEMO else _table(key, name, subset, split)
+    form = replace(form or TextFormat(), wanted=tuple(wanted))
+    table, untyped = _table(key, name, subset, split, form)
     found = list(table) if isinstance(table, dict) else table.column_names
     if not found or not len(table[found[0]]):
         raise DataError(key, f'="{name}" must hold at least one example')
     for column, asked_by in wanted.items():
         if column not in found:
-            columns = ", ".join(found)
-            raise DataError(asked_by, f'="{column}" must be a column of the data: {columns}')
+            there = ", ".join(found)
+            raise DataError(asked_by, f'="{column}" must be a column of the data: {there}')
     if isinstance(table, dict):
         return Columns({column: table[column] for column in wanted})
-    return _columns(table, wanted)
+    columns = _columns(table, wanted)
+    columns.untyped = untyped
+    return columns

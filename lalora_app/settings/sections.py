@@ -12,6 +12,7 @@ from lalora_app.settings.value_rules import (
     columns,
     count,
     device,
+    encoding,
     law,
     non_empty,
     not_negative,
@@ -112,6 +113,20 @@ class Data:
     test_split: str = non_empty(
         meaning="Name of the public test split, which no client trains on; `none` takes "
         "`data.test-fraction` of the training split."
+    )
+    encoding: str = encoding(
+        meaning="Encoding of local text files, such as `cp1252`; `auto` goes by the byte order "
+        "mark, else UTF-8."
+    )
+    separator: str = law(
+        'must be "auto", "tab", or one character',
+        lambda v: v in ("auto", "tab") or len(v) == 1,
+        meaning="Separator of the columns of local text files; `auto` finds it in the header. A "
+        "`.txt` file with `auto` holds one text per line, in the column `text`.",
+    )
+    white_level: float = not_negative(
+        meaning="Pixel value of white, such as 4095 for images of 12 bits; 0 takes the largest "
+        "value of the file's type."
     )
     input_column: str = columns(meaning="Column of the texts or images, or two text columns.")
     label_column: str = non_empty(meaning="Column of the labels; `none` for a language model.")

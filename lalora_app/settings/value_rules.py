@@ -5,6 +5,7 @@ shown in docs/configuration.md), ``law`` (the allowed values, as an error says t
 (the check of one value). NaN passes no check.
 """
 
+import codecs
 import json
 import math
 import re
@@ -70,6 +71,24 @@ def is_device(value: object) -> bool:
 def device(*, meaning: str) -> Any:
     """Declare a supported device."""
     return law(DEVICE_LAW, is_device, meaning=meaning)
+
+
+def _is_encoding(value: str) -> bool:
+    if value == AUTO:
+        return True
+    try:
+        return bool(codecs.lookup(value)._is_text_encoding)
+    except (LookupError, ValueError):
+        return False
+
+
+def encoding(*, meaning: str) -> Any:
+    """Declare "auto", or the name of a text encoding."""
+    return law(
+        'must be "auto", or an encoding that Python knows, such as "utf-8" or "cp1252"',
+        _is_encoding,
+        meaning=meaning,
+    )
 
 
 def non_empty(*, meaning: str) -> Any:

@@ -164,7 +164,12 @@ BAD = {
     "empty text": ([*GOOD, {"text": "", "label": 0}], {}, "data.input-column", "row 20 has no"),
     "white text": ([*GOOD, {"text": " \n\t", "label": 0}], {}, "data.input-column", "row 20 has"),
     "missing text": ([*GOOD, {"text": None, "label": 0}], {}, "data.input-column", "row 20"),
-    "number for a text": ([{"text": 5, "label": 0}], {}, "data.input-column", "row 0 has no text"),
+    "number for a text": (
+        [{"text": 5, "label": 0}],
+        {},
+        "data.input-column",
+        "row 0 holds the number 5",
+    ),
     "label outside": ([*GOOD, {"text": "x", "label": 2}], {}, "data.labels", "has label '2'"),
     "negative label": ([*GOOD, {"text": "x", "label": -1}], {}, "data.labels", "label '-1'"),
     "missing label": (

@@ -49,8 +49,10 @@ def write(path: Path, rows: list[dict]) -> None:
         written(path, rows)
 
 
-def columns(rows: list[dict]) -> dict[str, list]:
-    return {name: [row[name] for row in rows] for name in WANTED}
+def columns(rows: list[dict], ending: str = "") -> dict[str, list]:
+    """The columns; those of a delimited file are texts."""
+    as_read = str if ending == ".csv" else (lambda value: value)
+    return {name: [as_read(row[name]) for row in rows] for name in WANTED}
 
 
 def read_local(path: Path, part: str = "train", wanted=WANTED, key: str = "data.name"):
@@ -64,7 +66,7 @@ def read_local(path: Path, part: str = "train", wanted=WANTED, key: str = "data.
 def test_a_file_is_all_of_its_split(ending, tmp_path):
     write(tmp_path / f"rows{ending}", TRAIN)
     for part in ("train", "anything"):
-        assert read_local(tmp_path / f"rows{ending}", part) == columns(TRAIN)
+        assert read_local(tmp_path / f"rows{ending}", part) == columns(TRAIN, ending)
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".json", ".csv", ".parquet"])
@@ -72,8 +74,8 @@ def test_a_folder_has_the_splits_that_its_files_are_named_by(ending, tmp_path):
     write(tmp_path / f"train{ending}", TRAIN)
     write(tmp_path / f"validation{ending}", VALIDATION)
     (tmp_path / "README.md").write_text("# what this is\n", "utf-8")
-    assert read_local(tmp_path, "train") == columns(TRAIN)
-    assert read_local(tmp_path, "validation") == columns(VALIDATION)
+    assert read_local(tmp_path, "train") == columns(TRAIN, ending)
+    assert read_local(tmp_path, "validation") == columns(VALIDATION, ending)
     with one_line("data.name", f'="{tmp_path}" cannot be read as a folder', "with a split test"):
         read_local(tmp_path, "test")
 
@@ -110,7 +112,7 @@ def test_no_copy_of_local_data_stays_behind(tmp_path, monkeypatch):
         monkeypatch.setattr(datasets.config, name, str(tmp_path / "cache"))
     write(tmp_path / "data" / "train.csv", TRAIN)
     for path in (tmp_path / "data", tmp_path / "data" / "train.csv"):
-        assert read_local(path) == columns(TRAIN)
+        assert read_local(path) == columns(TRAIN, ".csv")
     left = {p.name for p in tmp_path.rglob("*") if p.is_file()}
     assert left == {"train.csv"}
 
@@ -174,13 +176,22 @@ def test_a_missing_image_is_one_line(image, tmp_path):
         split(described(tmp_path / "images.parquet", input_column="image"))
 
 
-ODD = [{"en": "hello"}, {"bytes": "hello"}, {"bytes": 7}, {"path": "hel\0lo"}]
+ODD = {
+    "is a struct with en, fr, and must be a text": {"en": "hello", "fr": "bonjour"},
+    "is a struct with bytes, and must": {"bytes": "hello"},
+    "is a struct with bytes, and": {"bytes": 7},
+    "has no image: 'hel\\x00lo' cannot be read": {"path": "hel\0lo"},
+    "is of type list, and must be a text": ["hello"],
+    "holds the number 2.5, and must be a text": 2.5,
+    "holds the boolean True, and must be a text": True,
+    "is of type datetime, and must be a text": "2026-01-02T03:04:05",  # as the reader takes it
+}
 
 
-@pytest.mark.parametrize("content", ODD, ids=str)
-def test_a_column_of_objects_that_are_no_images_is_one_line(content, tmp_path):
-    path = written(tmp_path / "odd.jsonl", [{"text": content, "label": 0}])
-    with one_line("data.input-column", '="text": row 0 has no image'):
+@pytest.mark.parametrize("words", list(ODD))
+def test_a_value_that_is_no_text_and_no_image_is_described(words, tmp_path):
+    path = written(tmp_path / "odd.jsonl", [{"text": ODD[words], "label": 0}])
+    with one_line("data.input-column", f'="text": row 0 {words}'):
         split(described(path))
 
 
@@ -262,11 +273,12 @@ def test_an_image_folder_lists_its_columns_too(image_folder):
         split(described(image_folder[0]))
 
 
-@pytest.mark.parametrize("name", ["no/such.csv", "no-such-folder", "rows.txt", "rows"])
+@pytest.mark.parametrize("name", ["no/such.csv", "no-such-folder", "rows.doc", "rows"])
 def test_what_is_no_data_is_one_line(name, tmp_path):
-    (tmp_path / "rows.txt").write_text("x", "utf-8")
+    (tmp_path / "rows.doc").write_text("x", "utf-8")
     (tmp_path / "rows").write_text("x", "utf-8")
-    endings = "must be an existing folder, or a file ending in one of .jsonl, .json, .csv, .parquet"
+    endings = "must be an existing folder, or a file ending in one of .jsonl, .json, .parquet, "
+    endings += ".csv, .tsv, .txt (also with .gz)"
     with one_line("data.name", f'="{tmp_path / name}" {endings}'):
         read_local(tmp_path / name)
 
