@@ -9,7 +9,7 @@ import contextlib
 import hashlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -120,4 +120,5 @@ def cache_file(site: Site, config: Config) -> CacheFile | None:
         return None
     folder, data_path = site.cache
     name = file_name(site.dataset, site.client)
-    return CacheFile(folder / name, fingerprint(config, data_path))
+    read_as = replace(config, data=site.data)  # the site's own classes and file format
+    return CacheFile(folder / name, fingerprint(read_as, data_path))

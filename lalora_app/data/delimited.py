@@ -9,7 +9,7 @@ import csv
 import gzip
 import io
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -89,26 +89,26 @@ def _separator(text: str, form: TextFormat, kind: str) -> str:
     return max(headers, key=lambda candidate: len(headers[candidate]))  # read() names its columns
 
 
-def _rows(text: str, separator: str) -> Iterable[list[str]]:
-    """Yield the header and the rows; empty lines are none.
+def _rows(text: str, separator: str) -> list[list[str]]:
+    """Return the header and the rows; empty lines are none.
 
     Raises:
         ValueError: naming the line of a row with more or fewer fields than the header.
     """
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
-    header: list[str] = []
     try:
-        for row in filter(None, reader):
-            header = header or row
-            if len(row) != len(header):
-                name = _NAMES.get(separator, repr(separator))
-                raise ValueError(
-                    f"line {reader.line_num} has {len(row)} fields and the header has "
-                    f"{len(header)}, with the separator {name} (data.separator)"
-                )
-            yield row
+        numbered = [(reader.line_num, row) for row in reader if row]
     except csv.Error as error:
         raise ValueError(f"line {reader.line_num}: {error}") from None
+    fields = len(numbered[0][1]) if numbered else 0
+    for line, row in numbered:
+        if len(row) != fields:
+            name = _NAMES.get(separator, repr(separator))
+            raise ValueError(
+                f"line {line} has {len(row)} fields and the header has {fields}, with the "
+                f"separator {name} (data.separator)"
+            )
+    return [row for _, row in numbered]
 
 
 def parse(raw: bytes, kind: str, form: TextFormat) -> TextColumns:
@@ -125,7 +125,7 @@ def parse(raw: bytes, kind: str, form: TextFormat) -> TextColumns:
     text = _decoded(raw, form.encoding)
     if kind == ".txt" and form.separator == AUTO:
         return {TEXT: [line for line in text.splitlines() if line.strip()]}
-    header, *rows = list(_rows(text, _separator(text, form, kind))) or [[]]
+    header, *rows = _rows(text, _separator(text, form, kind)) or [[]]
     names = [name.strip() for name in header]
     if twice := {name for name in names if names.count(name) > 1}:
         raise ValueError(f"the header names the column {min(twice)!r} twice")

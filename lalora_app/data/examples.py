@@ -24,6 +24,7 @@ class Examples:
         groups: (examples,), values of ``data.client-column``; empty: no groups.
         rows: (examples,), positions in the original data, for error messages; empty: 0, 1, 2, ...
         names: (examples,), names of image files, for error messages; "" or empty: no name.
+        white_level: ``data.white-level`` of the images.
     """
 
     contents: tuple[Content, ...]
@@ -31,6 +32,7 @@ class Examples:
     groups: tuple[str, ...] = ()
     rows: tuple[int, ...] = ()
     names: tuple[str, ...] = ()
+    white_level: float = 0.0
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -41,12 +43,13 @@ class Examples:
         labels = tuple(self.labels[i] for i in rows)
         groups = tuple(self.groups[i] for i in rows if self.groups)
         names = tuple(self.names[i] for i in rows if self.names)
-        return Examples(contents, labels, groups, tuple(map(self.row, rows)), names)
+        found = tuple(map(self.row, rows))
+        return Examples(contents, labels, groups, found, names, self.white_level)
 
     @cached_property
     def fingerprint(self) -> str:
         """A SHA-256 of contents and labels, computed once per object; a key for caches."""
-        found = hashlib.sha256(repr(self.labels).encode())
+        found = hashlib.sha256(repr((self.white_level, self.labels)).encode())
         for content in self.contents:
             raw = content if isinstance(content, bytes) else repr(content).encode()
             found.update(f"{type(content).__name__} {len(raw)} ".encode())
@@ -94,7 +97,8 @@ class _Rows:
     def examples(self, data: Data) -> Examples:
         """Return the rows with the position of each label among ``data.class_names``."""
         labels = positions(self.labels, data.class_names) or (0,) * len(self.contents)
-        return Examples(self.contents, labels, self.groups, names=self.names)
+        white = data.white_level
+        return Examples(self.contents, labels, self.groups, (), self.names, white)
 
 
 def _label(value: object, data: Data, row: int) -> str:

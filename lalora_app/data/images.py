@@ -1,6 +1,5 @@
 """Decode image files to pixels; each image is handled without the others."""
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +10,8 @@ from torch import Tensor
 from lalora_app.data.encoded_cache import EncodedCache
 from lalora_app.data.encoding import CACHE_BYTES, EncodedImages
 from lalora_app.data.examples import Examples
-from lalora_app.settings.errors import DataError
+from lalora_app.data.pixels import decoded
+from lalora_app.settings.errors import DataError, first_line
 
 
 def resized_side(side: int, shorter: int, resize: int) -> int:
@@ -24,19 +24,16 @@ def middle(side: int, size: int) -> int:
     return round((side - size) / 2)
 
 
-def _decoded(content: object, row: int) -> Any:
+def _image(examples: Examples, index: int) -> Any:
     """Return one image, in RGB."""
-    from PIL import Image
-
+    content = examples.contents[index]
     if not isinstance(content, bytes):
         raise DataError("data.input-column", " must hold images for this model.task, not texts")
     try:
-        image: Any = Image.open(io.BytesIO(content))
-        if image.mode.startswith("I;16"):  # PIL would cut 16 bits off at 255
-            image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
-        return image.convert("RGB")
+        return decoded(content, examples.white_level)
     except Exception as error:  # decoders raise many kinds of errors for damaged files
-        raise DataError("data.input-column", f": row {row} is no readable image") from error
+        place, reason = examples.place(index), first_line(error)
+        raise DataError("data.input-column", f": {place} is no readable image: {reason}") from error
 
 
 def _stored(image: Any, resize: int, size: int) -> np.ndarray:
@@ -82,10 +79,7 @@ def encode_images(examples: Examples, resize: int, size: int) -> EncodedImages:
 
 
 def _encode(examples: Examples, resize: int, size: int) -> EncodedImages:
-    arrays = [
-        _stored(_decoded(content, examples.row(i)), resize, size)
-        for i, content in enumerate(examples.contents)
-    ]
+    arrays = [_stored(_image(examples, i), resize, size) for i in range(len(examples))]
     sizes = sorted({array.shape for array in arrays})
     stacks: tuple[list[np.ndarray], ...] = tuple([] for _ in sizes)
     places = []

@@ -19,8 +19,8 @@ def absolute(flat: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
     Args:
         flat: keys and values of a run.
-        folder: start of the relative paths, which begin with a dot. The run itself works in a
-            folder of its own.
+        folder: start of the relative paths, which begin with a dot or name an existing file or
+            folder there. The run itself works in a folder of its own.
     """
     return {
         key: _absolute(value, folder) if key in _PATHS else value for key, value in flat.items()
@@ -30,7 +30,16 @@ def absolute(flat: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 def _absolute(value: Any, folder: Path) -> Any:
     prefix = TIMM if str(value).startswith(TIMM) else ""
     name = str(value).removeprefix(prefix)
-    return f"{prefix}{(folder / name).resolve()}" if name.startswith(".") else value
+    relative = name.startswith(".") or _is_there(folder / name)
+    return f"{prefix}{(folder / name).resolve()}" if relative else value
+
+
+def _is_there(path: Path) -> bool:
+    """Tell whether a file or folder exists; a name that no path can have does not."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def read_toml(file: Path, name: str) -> dict[str, Any]:

@@ -362,6 +362,18 @@ def test_names_with_a_dot_are_seen_from_the_file_or_from_here(flower, tmp_path, 
     assert flower["model.name"] == "a/b"
 
 
+def test_17_a_bare_name_of_an_existing_file_or_folder_is_a_path(flower, tmp_path, monkeypatch):
+    (tmp_path / "file.csv").touch()
+    (tmp_path / "model").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert simulation.launch(ROOT, ['data.name="file.csv" model.name="model"'], nodes=2) == 0
+    assert flower["data.name"] == str(tmp_path / "file.csv")
+    assert flower["model.name"] == str(tmp_path / "model")
+    assert simulation.launch(ROOT, ['data.name="imdb" model.name="timm:model"'], nodes=2) == 0
+    assert flower["data.name"] == "imdb"
+    assert flower["model.name"] == f"timm:{tmp_path / 'model'}"
+
+
 def test_a_narrowed_comparison_runs_no_control_that_is_not_asked_for(
     nothing_starts, tmp_path, capsys
 ):

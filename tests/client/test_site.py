@@ -232,3 +232,34 @@ def test_class_folders_of_a_site_must_be_named_in_its_node_config(
     assert set(examples.labels) == {0, 2}
     lightest = max(range(len(examples)), key=lambda i: np.mean(pixels(examples.contents[i])))
     assert examples.labels[lightest] == 2
+
+
+# --- the format of a site's own files ---------------------------------------------------------
+
+
+def test_a_site_s_file_is_read_by_its_own_format_and_not_the_server_s(tiny, tmp_path):
+    rows = "".join(f"caf\u00e9 {i}~{i % 2}\n" for i in range(60))
+    file = tmp_path / "own.csv"
+    file.write_bytes(f"text~label\n{rows}".encode("cp1252"))
+    node = {**OWN, "data-path": str(file), "encoding": "cp1252", "separator": "~"}
+    config = tiny(**classes("0,1"), **{"data.encoding": "utf-16", "data.separator": "tab"})
+    examples = admit(config, node, 1).examples(config)
+    assert examples.contents[0] == "caf\u00e9 0"
+    assert len(examples) == 60
+    assert refusal(config, {**OWN, "data-path": str(file)}, "query") == "data-path"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [{"encoding": "no-such"}, {"separator": ""}, {"white-level": -1.0}, {"white-level": "x"}],
+)
+def test_a_format_of_a_node_config_obeys_a_law(said, tiny):
+    ((key, value),) = said.items()
+    with pytest.raises(ConfigError, match=rf"^node config {key}={value!r} must be"):
+        admit(tiny(), OWN | said, 1)
+    with pytest.raises(ConfigError, match="needs data-path"):
+        admit(tiny(), {"partition-id": 0, "num-partitions": 2} | said, 1)
+
+
+def test_a_site_s_white_level_may_be_an_integer(tiny):
+    assert admit(tiny(), OWN | {"white-level": 4095}, 1).data.white_level == 4095.0

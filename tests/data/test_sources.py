@@ -13,6 +13,7 @@ import pytest
 from PIL import Image as Pictures
 
 from conftest import ROOT, SHARED, described, one_line, written
+from lalora_app.data import sources
 from lalora_app.data.examples import split, with_classes
 from lalora_app.data.sources import DEMO, read
 from lalora_app.settings import errors
@@ -271,6 +272,13 @@ def test_a_missing_column_lists_those_there_are(tmp_path):
 def test_an_image_folder_lists_its_columns_too(image_folder):
     with one_line("data.input-column", '="text" must be a column of the data: image, label'):
         split(described(image_folder[0]))
+
+
+@pytest.mark.parametrize("name", ["file.csv", "folder/file.jsonl.gz"])
+def test_17_a_relative_file_is_not_asked_of_the_hub(name, monkeypatch):
+    monkeypatch.setattr(sources, "_load_hub", lambda *args: pytest.fail("asked the hub"))
+    with one_line("data.name", f'="{name}" must be an absolute path, or one that starts with ~'):
+        read("data.name", name, "none", "train", WANTED)
 
 
 @pytest.mark.parametrize("name", ["no/such.csv", "no-such-folder", "rows.doc", "rows"])

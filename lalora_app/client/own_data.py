@@ -1,0 +1,117 @@
+"""How a site's own files are read: columns, classes and file format, by its node config.
+
+The server chooses none of it: from its refusals it would learn, without noise or ledger, whether a
+column holds the server's labels.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from lalora_app.data.labels import is_integer, listed
+from lalora_app.privacy.policy import PolicyError
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.names import AUTO, NONE
+from lalora_app.settings.run_config import Config, Data, flatten
+from lalora_app.settings.value_rules import CLASSES_LAW, are_classes, class_names_in
+
+# Keys of a node config, with their defaults.
+_COLUMNS = {"input-column": "text", "label-column": "label"}
+_NUM_LABELS = 2
+_LABELS = ("labels", "num-labels")
+_FORMAT: dict[str, str | float] = {"encoding": AUTO, "separator": AUTO, "white-level": 0.0}
+
+
+def _own_value(node: Mapping[str, object], key: str, default: str | int) -> Any:
+    value, kind = node.get(key, default), type(default)
+    if type(value) is not kind:
+        wanted = "a name" if kind is str else "an integer"
+        raise ConfigError(f"node config {key}={value!r} must be {wanted}")
+    return value
+
+
+def _require_equal(key: str, wanted: object, own: object) -> None:
+    if wanted != own:
+        raise PolicyError(
+            f"data.{key}={json.dumps(wanted)} must be {json.dumps(own)}, "
+            "the value in the node config"
+        )
+
+
+def check_columns(config: Config, node: Mapping[str, object]) -> None:
+    """Check that a run names the same columns of a node's own data as the node config.
+
+    Raises:
+        ConfigError: if the node config has such keys without own data, or one of a wrong type.
+        PolicyError: if the run names another column.
+    """
+    if "data-path" not in node:
+        for key in {*_COLUMNS, *_LABELS, *_FORMAT} & node.keys():
+            raise ConfigError(f"node config {key} needs data-path")
+        return
+    asked = flatten(config)
+    for key, default in _COLUMNS.items():
+        _require_equal(key, asked[f"data.{key}"], _own_value(node, key, default))
+
+
+def _own_format(node: Mapping[str, object]) -> dict[str, Any]:
+    """Return the fields of ``Data`` on the format of a site's own files; never the server's."""
+    laws = {item.name.replace("_", "-"): item for item in fields(Data)}
+    found: dict[str, Any] = {}
+    for key, default in _FORMAT.items():
+        value = node.get(key, default)
+        value = float(value) if type(value) is int and type(default) is float else value
+        item = laws[key]
+        if type(value) is not type(default) or not item.metadata["holds"](value):
+            raise ConfigError(f"node config {key}={value!r} {item.metadata['law']}")
+        found[item.name] = value
+    return found
+
+
+def _own_classes(config: Config, node: Mapping[str, object]) -> Data:
+    """Return how a site's own labels are read: the run's classes, in the run's order.
+
+    Raises:
+        ConfigError: if the node config names no classes that fit each other.
+        PolicyError: if the run has other classes than the node config.
+    """
+    data = config.data
+    if data.label_column == NONE:
+        return data
+    names = data.class_names
+    if "labels" not in node:
+        count = _own_value(node, "num-labels", _NUM_LABELS)
+        _require_equal("num-labels", data.num_labels, count)
+        own = tuple(map(str, range(count)))
+        if any(map(is_integer, names)) and set(names) != set(own):
+            raise PolicyError(
+                f"data.labels={json.dumps(data.labels)} must be the integers from 0 to "
+                f"{count - 1}, as the node config has no labels"
+            )
+        integers = names if set(names) == set(own) else own
+        return replace(data, labels=listed(integers))
+    text = _own_value(node, "labels", "")
+    if not are_classes(text) or text == AUTO:
+        raise ConfigError(f"node config labels={text!r} {CLASSES_LAW}")
+    own = class_names_in(text)
+    if "num-labels" in node and _own_value(node, "num-labels", 0) != len(own):
+        raise ConfigError(
+            f"node config num-labels={node['num-labels']} must be {len(own)}, as labels"
+        )
+    if set(names) != set(own):
+        raise PolicyError(
+            f"data.labels={json.dumps(data.labels)} must be the names {json.dumps(text)}, "
+            "the value in the node config"
+        )
+    return data
+
+
+def own_data(config: Config, node: Mapping[str, object]) -> Data:
+    """Return how a site's own files are read.
+
+    Raises:
+        ConfigError: if a key of the node config breaks its law.
+        PolicyError: if the run has other classes than the node config.
+    """
+    return replace(_own_classes(config, node), **_own_format(node))

@@ -1,0 +1,143 @@
+"""Image files of every number type and orientation, as upright RGB images of 8 bits."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image, TiffImagePlugin
+
+from conftest import described
+from lalora_app.data.examples import split
+from lalora_app.data.images import encode_images
+from lalora_app.data.pixels import decoded
+from lalora_app.settings.errors import DataError
+
+ORIENTATION = 0x0112
+
+
+def stored(array, kind="TIFF", **options):
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, kind, **options)
+    return file.getvalue()
+
+
+def ramp(highest, dtype, size=32):
+    return np.linspace(0, highest, size * size).reshape(size, size).astype(dtype)
+
+
+def gray(image):
+    pixels = np.asarray(image)
+    assert (pixels == pixels[..., :1]).all()
+    return pixels[..., 0]
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_12_an_image_stands_as_datasets_and_browsers_show_it(orientation, kind):
+    from datasets import Image as Feature
+
+    array = np.zeros((32, 48, 3), np.uint8)
+    array[:8], array[:, :8, 0] = 255, 200  # no two orientations look alike
+    exif = Image.Exif()
+    exif[ORIENTATION] = orientation
+    content = stored(array, kind, exif=exif)
+    shown = Feature().decode_example({"bytes": content, "path": None})
+    assert np.array_equal(np.asarray(decoded(content)), np.asarray(shown.convert("RGB")))
+    assert decoded(content).size == ((48, 32) if orientation < 5 else (32, 48))
+
+
+@pytest.mark.parametrize(
+    ("array", "white", "highest"),
+    [
+        (ramp(65535, np.uint16), 0.0, 65535),
+        (ramp(30000, np.uint16), 0.0, 65535),
+        (ramp(4095, np.uint16), 4095.0, 4095),
+        (ramp(4095, np.uint16), 65535.0, 65535),
+        (ramp(60000, np.int32), 60000.0, 60000),
+        (ramp(1, np.float32), 0.0, 1),
+        (ramp(0.25, np.float32), 0.0, 1),
+        (ramp(255, np.float32), 255.0, 255),
+    ],
+)
+def test_12_wide_types_are_scaled_by_their_range(array, white, highest):
+    expected = np.rint(array.astype(np.float64) * 255 / highest)
+    assert np.array_equal(gray(decoded(stored(array), white)), expected)
+
+
+def test_a_png_of_16_bits_is_scaled_too():
+    array = ramp(65535, np.uint16)
+    assert np.array_equal(gray(decoded(stored(array, "PNG"))), np.rint(array / 257))
+
+
+def test_a_tiff_that_says_12_bits_is_scaled_by_them(monkeypatch):
+    """Pillow writes no TIFF of 12 bits; its reader names the bits in a tag."""
+    array = ramp(4095, np.uint16)
+    image = Image.open(io.BytesIO(stored(array)))
+    image.tag_v2 = TiffImagePlugin.ImageFileDirectory_v2()
+    image.tag_v2[258] = (12,)
+    monkeypatch.setattr(Image, "open", lambda file: image)
+    assert np.array_equal(gray(decoded(b"")), np.rint(array * (255 / 4095)))
+
+
+def test_an_upright_image_of_16_bits():
+    array = ramp(65535, np.uint16)[:16]
+    exif = Image.Exif()
+    exif[ORIENTATION] = 6
+    content = stored(array, "PNG", exif=exif)
+    assert np.array_equal(gray(decoded(content)), np.rot90(np.rint(array / 257), k=-1))
+
+
+REFUSED = {
+    "12 bits in 16": (
+        ramp(4095, np.uint16),
+        0.0,
+        r"end at 4095, as if it had 12 bits.*white-level",
+    ),
+    "32-bit integers": (ramp(60000, np.int32), 0.0, r"do not tell which value is white"),
+    "floats above 1": (ramp(255, np.float32), 0.0, r"go from 0 to 255, and must be from 0 to 1$"),
+    "above white": (ramp(5000, np.uint16), 4095.0, r"to 5000, and must be from 0 to 4095$"),
+    "negative": (ramp(1, np.float32) - 0.5, 0.0, r"go from -0\.5 to 0\.5"),
+    "no number": (np.full((8, 8), np.nan, np.float32), 0.0, r"nan"),
+}
+
+
+@pytest.mark.parametrize("case", list(REFUSED))
+def test_what_would_lose_content_is_refused(case):
+    array, white, words = REFUSED[case]
+    with pytest.raises(ValueError, match=words):
+        decoded(stored(array), white)
+
+
+def test_a_black_image_of_16_bits_is_black():
+    assert gray(decoded(stored(np.zeros((8, 8), np.uint16)))).max() == 0
+
+
+def test_images_of_8_bits_are_not_scaled():
+    array = np.arange(256, dtype=np.uint8).reshape(16, 16)
+    assert np.array_equal(gray(decoded(stored(array, "PNG"), 4095.0)), array)
+
+
+def test_a_bad_image_is_told_with_row_and_file(tmp_path):
+    for name, array in {"a": ramp(4095, np.uint16), "b": ramp(65535, np.uint16)}.items():
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            (tmp_path / name / f"{i}.tif").write_bytes(stored(array + np.uint16(i)))
+    data = described(tmp_path, input_column="image", labels="a,b")
+    train, _ = split(data)
+    with pytest.raises(DataError) as caught:
+        encode_images(train, 32, 32)
+    first = next(i for i in range(len(train)) if train.labels[i] == 0)
+    assert str(caught.value).startswith(
+        f"data.input-column: row {train.row(first)} (a/{train.names[first].split('/')[1]}) is no "
+        "readable image: its 16-bit values end at"
+    )
+
+
+def test_the_white_level_of_the_config_reaches_the_images(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            (tmp_path / name / f"{i}.tif").write_bytes(stored(ramp(4000 + i, np.uint16)))
+    data = described(tmp_path, input_column="image", labels="a,b", white_level=4095.0)
+    train, _ = split(data)
+    assert int(encode_images(train, 32, 32).batch([0]).inputs.max()) in range(248, 252)
