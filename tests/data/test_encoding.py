@@ -260,7 +260,9 @@ def of_mode(mode: str) -> tuple[bytes, np.ndarray]:
         return stored(Image.fromarray(noise(channels=4))), noise(channels=4)[..., :3]
     if mode == "16 bits":
         gray = np.random.default_rng(0).integers(0, 2**16, (7, 7)).astype(np.uint16)
-        return stored(Image.fromarray(gray)), np.stack([(gray // 256).astype(np.uint8)] * 3, -1)
+        return stored(Image.fromarray(gray)), np.stack(
+            [np.rint(gray / 257).astype(np.uint8)] * 3, -1
+        )
     if mode == "P":  # two colours, named by a table of them
         indices = noise(channels=1)[..., 0] % 2
         image = Image.fromarray(indices).convert("P")
@@ -315,5 +317,5 @@ def test_texts_for_an_image_model_are_one_line(content):
 def test_an_image_is_decoded_once(monkeypatch):
     files = (png(seed=77),)
     first = encode(*files)
-    monkeypatch.setattr("lalora_app.data.images._decoded", SimpleNamespace)  # not called again
+    monkeypatch.setattr("lalora_app.data.images.decoded", SimpleNamespace)  # not called again
     assert encode(*files) is first

@@ -4,7 +4,7 @@ import io
 
 import numpy as np
 import pytest
-from PIL import Image, TiffImagePlugin
+from PIL import Image
 
 from conftest import described
 from lalora_app.data.examples import split
@@ -73,7 +73,7 @@ def test_a_tiff_that_says_12_bits_is_scaled_by_them(monkeypatch):
     """Pillow writes no TIFF of 12 bits; its reader names the bits in a tag."""
     array = ramp(4095, np.uint16)
     image = Image.open(io.BytesIO(stored(array)))
-    image.tag_v2 = TiffImagePlugin.ImageFileDirectory_v2()
+    image.load()
     image.tag_v2[258] = (12,)
     monkeypatch.setattr(Image, "open", lambda file: image)
     assert np.array_equal(gray(decoded(b"")), np.rint(array * (255 / 4095)))
