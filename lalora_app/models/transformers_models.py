@@ -97,7 +97,7 @@ def _with_random_weights(
     return kind.from_config(config, dtype=torch.float32, **chosen), set()
 
 
-def _require_loadable(kind: Any, where: str, model: Model) -> None:
+def _require_loadable(where: str, model: Model) -> None:
     """Refuse quantised weights, and an architecture without the wanted head."""
     import transformers
 
@@ -107,7 +107,8 @@ def _require_loadable(kind: Any, where: str, model: Model) -> None:
             f'model.name="{model.name}" must have weights that are not quantised, such as those '
             "that it was made from: LoRA trains layers of torch only"
         )
-    if model.pooling == "mean" and type(config) not in kind._model_mapping:
+    known = transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+    if model.pooling == "mean" and type(config) not in known:
         raise ConfigError(
             f'model.pooling="mean" must be "model" for {config.model_type}: transformers has no '
             "classifier of its single tokens"
@@ -118,7 +119,7 @@ def _load(model: Model, where: str, num_labels: int) -> tuple[Any, set[str]]:
     import transformers
 
     kind = getattr(transformers, auto_class(model))
-    _require_loadable(kind, where, model)
+    _require_loadable(where, model)
     settings = {} if model.task == "causal-lm" else {"num_labels": num_labels}
     load = _with_weights if model.weights == "pretrained" else _with_random_weights
     base, fresh = load(kind, where, model, **settings)

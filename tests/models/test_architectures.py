@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from conftest import WORDS, save_tokenizer, timm_class
+from conftest import ROOT, WORDS, save_tokenizer, timm_class
 from helpers.architectures import IMAGE_MODELS, save_image_model, save_text_model
 from helpers.model_checks import normalised, pixels, refusal
 from helpers.oracle import assert_engine_is_right, randomise, without_engine
@@ -335,3 +335,15 @@ def test_rates_of_dropout_inside_of_a_layer_are_off_under_checkpointing(kind, ti
 
 def test_every_image_model_is_tested():
     assert set(IMAGE_MODELS) == {*IMAGES, *WIDE_IMAGES, "resnet"}
+
+
+def test_the_page_of_models_names_the_targets():
+    page = (ROOT / "docs" / "models.md").read_text("utf-8")
+    rows = [line.split("|")[1:4] for line in page.splitlines() if line.startswith("| ")]
+    listed = {
+        (library.strip(), frozenset(auto.strip(" `").split(","))) for _, library, auto in rows
+    }
+    for names in (AUTO | WIDE | IMAGES | WIDE_IMAGES).values():
+        assert ("transformers", frozenset(names.split())) in listed
+    for names in TIMM.values():
+        assert ("timm", frozenset(names.split())) in listed
