@@ -180,6 +180,34 @@ TIMM_CLASSES = {
         "timm.models.vision_transformer.VisionTransformer",
         {"img_size": 16, "patch_size": 4, "embed_dim": 16, "depth": 2, "num_heads": 2},
     ),
+    "swinv2": (
+        "timm.models.swin_transformer_v2.SwinTransformerV2",
+        {
+            "img_size": 16,
+            "patch_size": 2,
+            "window_size": 4,
+            "embed_dim": 8,
+            "depths": [2, 1],
+            "num_heads": [1, 2],
+        },
+    ),
+    "beit": (
+        "timm.models.beit.Beit",
+        {
+            "img_size": 16,
+            "patch_size": 4,
+            "embed_dim": 16,
+            "depth": 2,
+            "num_heads": 2,
+            "init_values": 0.1,
+            "use_abs_pos_emb": False,
+            "use_rel_pos_bias": True,
+        },
+    ),
+    "convnext": (
+        "timm.models.convnext.ConvNeXt",
+        {"patch_size": 1, "depths": [1] * 4, "dims": [8, 8, 8, 16], "ls_init_value": 0.1},
+    ),
 }
 
 
@@ -192,7 +220,7 @@ def timm_class(kind: str, **changes):
 
 @pytest.fixture(scope="session")
 def tiny_timm(tmp_path_factory) -> dict[str, str]:
-    """Folders of a tiny Swin and a tiny ViT of timm, weights without their head."""
+    """Folders of tiny models of timm, one of every class, weights without their head."""
     import torch
     from safetensors.torch import save_file
 
@@ -201,6 +229,9 @@ def tiny_timm(tmp_path_factory) -> dict[str, str]:
         folder = tmp_path_factory.mktemp(f"tiny-{kind}")
         torch.manual_seed(0)
         weights = timm_class(kind, num_classes=0).state_dict()
+        for name, weight in weights.items():
+            if kind == "swinv2" and ".norm" in name and not weight.any():
+                torch.nn.init.normal_(weight)  # at zero, as they begin, no block has an effect
         save_file({n: w.contiguous() for n, w in weights.items()}, folder / "model.safetensors")
         settings = {"class": path, "kwargs": arguments, "mean": [0.4] * 3, "std": [0.2] * 3}
         (folder / "config.json").write_text(json.dumps(settings), "utf-8")

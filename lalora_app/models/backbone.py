@@ -19,13 +19,14 @@ from lalora_app.models.fingerprint import fingerprint
 from lalora_app.models.forwards import Forward
 from lalora_app.models.frozen_weights import FrozenWeights, base_layers
 from lalora_app.models.scores import Metrics, Task
+from lalora_app.models.targets import choose_targets, smaller_sides
 from lalora_app.models.timm_models import load_timm
 from lalora_app.models.transformers_models import load_transformers
 from lalora_app.private_step.compiled_engine import CompiledEngine
 from lalora_app.private_step.engine import Engine, KernelEngine
 from lalora_app.private_step.layout_check import check_layout
 from lalora_app.private_step.reparametrised_engine import Reparametrisation, ReparametrisedEngine
-from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.errors import ConfigError, first_line
 from lalora_app.settings.names import TIMM
 from lalora_app.settings.run_config import Config, Lora, Model
 
@@ -116,29 +117,6 @@ class Backbone:
         return self.task.metrics(sum(counts[1:], start=counts[0]))
 
 
-def _targets(lora: Lora, default: str) -> list[str]:
-    """Return PEFT's target names: those of the config, or the architecture's own."""
-    wanted = default if lora.targets == "auto" else lora.targets
-    return [target.strip() for target in wanted.split(",") if target.strip()]
-
-
-def _is_target(path: str, targets: list[str]) -> bool:
-    """Tell whether PEFT adapts the module: its path is a target, or ends in one."""
-    return any(path == target or path.endswith(f".{target}") for target in targets)
-
-
-def _target_sizes(base: nn.Module, lora: Lora, targets: list[str]) -> list[int]:
-    matches = [m for path, m in base.named_modules() if _is_target(path, targets)]
-    layers = [m for m in matches if isinstance(m, nn.Linear)]
-    if not layers or len(layers) < len(matches):
-        names = sorted({p.split(".")[-1] for p, m in base.named_modules() if type(m) is nn.Linear})
-        raise ConfigError(
-            f'lora.targets="{lora.targets}" must name Linear layers of the model; it has '
-            + ", ".join(names)
-        )
-    return [min(layer.in_features, layer.out_features) for layer in layers]
-
-
 def wire_name(parameter: str) -> str:
     """Return PEFT's saved name of a trainable parameter of a PEFT model."""
     return parameter.replace(".modules_to_save.default", "").replace(".default", "")
@@ -150,6 +128,14 @@ def _load(model: Model, num_labels: int) -> Base:
     return load_transformers(model, num_labels)
 
 
+def _drop_nothing(layer: nn.Module) -> None:
+    """Set the layer's own dropout rates to 0; OPT has such rates and no module for them."""
+    rates = [name for name, value in vars(layer).items() if isinstance(value, float)]
+    for name in rates:
+        if "dropout" in name:
+            setattr(layer, name, 0.0)
+
+
 def _let_checkpoint(model: nn.Module) -> None:
     """Let transformers' layers recompute: they do so in training mode only, and nothing below."""
     from transformers.modeling_layers import GradientCheckpointingLayer
@@ -157,6 +143,7 @@ def _let_checkpoint(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True
+            _drop_nothing(module)
 
 
 def _with_adapters(base: Base, lora: Lora, targets: list[str]) -> nn.Module:
@@ -193,8 +180,8 @@ def _build(model: Model, lora: Lora, num_labels: int, seed: int) -> tuple[Backbo
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         base = _load(model, num_labels)
-        targets = _targets(lora, base.targets)
-        sizes = _target_sizes(base.model, lora, targets)
+        targets = choose_targets(base, model, lora)
+        sizes = smaller_sides(base, targets)
         if lora.rank > min(sizes):
             raise ConfigError(
                 f"lora.rank={lora.rank} must be at most {min(sizes)}, the smallest target layer"
@@ -221,14 +208,30 @@ def _build(model: Model, lora: Lora, num_labels: int, seed: int) -> tuple[Backbo
     return backbone, base.probe
 
 
-def _check(backbone: Backbone, probe: Batch) -> None:
-    """Check the layout on random inputs, without data."""
+def _check(backbone: Backbone, probe: Batch, lora: Lora) -> None:
+    """Check the layout on random inputs, without data.
+
+    Raises:
+        ConfigError: if torch.compile cannot compile the model.
+        LayoutError: if the model gives no per-example gradients.
+    """
 
     def losses(rows: list[int]) -> Tensor:
         mask = None if probe.mask is None else probe.mask[rows]
         return backbone.losses(Batch(probe.inputs[rows], mask, probe.labels[rows]))
 
-    check_layout(backbone.engine, losses, len(probe.labels))
+    if lora.kernel != "compiled":
+        check_layout(backbone.engine, losses, len(probe.labels))
+        return
+    from torch._dynamo.exc import TorchDynamoException
+
+    try:
+        check_layout(backbone.engine, losses, len(probe.labels))
+    except TorchDynamoException as error:
+        raise ConfigError(
+            'lora.kernel="compiled" must be another kernel for this model, which torch.compile '
+            f"refuses: {first_line(error)}"
+        ) from error
 
 
 Built = tuple[Backbone, Adapter]
@@ -248,7 +251,7 @@ def _checked(model: Model, lora: Lora, num_labels: int, seed: int) -> Built:
     if key not in built:
         backbone, probe = _build(model, lora, num_labels, seed)
         start = backbone.adapter()
-        _check(backbone, probe)
+        _check(backbone, probe, lora)
         built[key] = backbone, start
     return built[key]
 

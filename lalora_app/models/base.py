@@ -1,10 +1,10 @@
 """A base model with its task, forward pass and preprocessing, for every model library."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lalora_app.data.encoding import Batch, Encoded
 from lalora_app.data.examples import Examples
@@ -26,7 +26,8 @@ class Base:
         forward: (model, inputs, mask) -> logits.
         encode: examples -> encoded examples.
         probe: a few random inputs for the check of the layout.
-        targets: the names of the layers that LoRA adapts for ``lora.targets="auto"``.
+        targets: the usual choices of layers for ``lora.targets="auto"``, each as names separated
+            by commas; the first that the model has is taken.
         trained: the names of the modules that train whole: the head and missing weights.
         task_type: PEFT's name of the task, or None.
         preprocessing: the state of the tokenizer or of the images' normalisation, by name.
@@ -37,20 +38,42 @@ class Base:
     forward: Forward
     encode: Callable[[Examples], Encoded]
     probe: Batch
-    targets: str
+    targets: tuple[str, ...]
     trained: tuple[str, ...]
     task_type: str | None
     preprocessing: Mapping[str, str]
 
 
-def token_probe(vocabulary: int, task: str) -> Batch:
-    """Return a few random texts for a check without data."""
+def _random_ids(words: Sequence[int]) -> Tensor:
     generator = torch.Generator().manual_seed(0)
-    shape = (_PROBE_EXAMPLES, _PROBE_TOKENS)
-    ids = torch.randint(vocabulary, shape, generator=generator)
-    if task == "causal-lm":
-        return Batch(ids, None, ids)
-    return Batch(ids, torch.ones_like(ids), torch.arange(_PROBE_EXAMPLES) % 2)
+    places = torch.randint(len(words), (_PROBE_EXAMPLES, _PROBE_TOKENS), generator=generator)
+    return torch.tensor(words)[places]
+
+
+def language_probe(words: Sequence[int]) -> Batch:
+    """Return a few random texts for a check of a language model without data."""
+    ids = _random_ids(words)
+    return Batch(ids, None, ids)
+
+
+def text_probe(words: Sequence[int], end: int | None, pad: int) -> Batch:
+    """Return a few random texts to classify, for a check without data.
+
+    The last text is padded: the rows of some models, for example without padding, do not divide
+    into examples only if the lengths differ.
+
+    Args:
+        words: the ids of ordinary tokens.
+        end: the id of the token that ends every text; None: there is none.
+        pad: the id of the padding token.
+    """
+    ids = _random_ids(words)
+    lengths = torch.tensor([_PROBE_TOKENS] * (_PROBE_EXAMPLES - 1) + [_PROBE_TOKENS - 2])[:, None]
+    places = torch.arange(_PROBE_TOKENS)
+    if end is not None:
+        ids = ids.masked_fill(places == lengths - 1, end)
+    mask = (places < lengths).long()
+    return Batch(ids.masked_fill(mask == 0, pad), mask, torch.arange(_PROBE_EXAMPLES) % 2)
 
 
 def pixel_probe(size: int) -> Batch:

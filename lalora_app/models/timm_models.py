@@ -21,7 +21,13 @@ from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.names import TIMM, full_path, is_local
 from lalora_app.settings.run_config import Model
 
-_TARGETS = "attn.qkv,attn.proj"  # Swin, ViT, DeiT, …
+_TARGETS = (
+    "attn.qkv,attn.proj",  # Swin, ViT, DeiT, …
+    "attn.q_proj,attn.v_proj,attn.proj",  # some EVA
+    "attn.proj,mlp.fc1,mlp.fc2",  # SwinV2, BEiT: they read the weight of attn.qkv without a call
+    "mlp.fc1,mlp.fc2",  # ConvNeXt
+    "fc1,fc2",  # MLP-Mixer
+)
 _WEIGHTS = "model.safetensors"
 
 
@@ -83,7 +89,13 @@ def _load(model: Model, num_labels: int) -> Any:
     elif not timm.is_model(name):
         near = ", ".join(difflib.get_close_matches(name, timm.list_models(), cutoff=0.0))
         raise ConfigError(f'model.name="{model.name}" must be an architecture of timm: {near} …')
-    return timm.create_model(name, pretrained=pretrained, img_size=model.image_size, **arguments)
+    create = partial(timm.create_model, name, pretrained=pretrained, **arguments)
+    try:
+        return create(img_size=model.image_size)
+    except TypeError as error:
+        if "img_size" not in str(error):
+            raise
+        return create()  # a model of convolutions takes images of any size
 
 
 def _head(base: Any, model: Model) -> str:

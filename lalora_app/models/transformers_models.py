@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from lalora_app.data.encoding import encode_sequences, encode_texts
 from lalora_app.data.images import encode_images
 from lalora_app.data.sources import quiet_hub
-from lalora_app.models.base import Base, cannot_load, pixel_probe, require_size, token_probe
+from lalora_app.models.base import Base, cannot_load, pixel_probe, require_size
 from lalora_app.models.fingerprint import NORMALISATION, TOKENIZER, tokenizer_state
 from lalora_app.models.forwards import (
     Pixels,
@@ -19,15 +19,30 @@ from lalora_app.models.forwards import (
     causal_logits,
     image_logits,
     mean_logits,
-    segments,
     text_logits,
 )
 from lalora_app.models.pretrained import source
 from lalora_app.models.scores import CLASSIFICATION, LANGUAGE_MODEL
+from lalora_app.models.tokenizers import load_tokenizer, random_texts, segment_separator
+from lalora_app.private_step.shared_rows import expand_shared_rows
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import Model
 
 _HEADS = ("classifier", "score")  # the names in PEFT's own task types
+# Names of queries and values, of one layer for both, or of the layers of a model without attention.
+_USUAL_TARGETS = (
+    "q_proj,v_proj",  # image encoders of transformers; most decoders
+    "query,value",  # ALBERT, SwinV2 and others that follow BERT
+    "q_lin,v_lin",  # DistilBERT
+    "query_proj,value_proj",
+    "q,v",  # MPNet
+    "Wqkv",  # ModernBERT
+    "qkv_proj",  # Phi-3
+    "query_key_value",
+    "qkv",
+    "c_attn",
+    "pwconv1,pwconv2",  # ConvNeXt
+)
 
 
 @dataclass(frozen=True)
@@ -82,28 +97,42 @@ def _with_random_weights(
     return kind.from_config(config, dtype=torch.float32, **chosen), set()
 
 
+def _require_loadable(where: str, model: Model) -> None:
+    """Refuse quantised weights, and an architecture without the wanted head."""
+    import transformers
+
+    config = transformers.AutoConfig.from_pretrained(where)
+    if getattr(config, "quantization_config", None) is not None:
+        raise ConfigError(
+            f'model.name="{model.name}" must have weights that are not quantised, such as those '
+            "that it was made from: LoRA trains layers of torch only"
+        )
+    known = transformers.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING
+    if model.pooling == "mean" and type(config) not in known:
+        raise ConfigError(
+            f'model.pooling="mean" must be "model" for {config.model_type}: transformers has no '
+            "classifier of its single tokens"
+        )
+
+
 def _load(model: Model, where: str, num_labels: int) -> tuple[Any, set[str]]:
     import transformers
 
     kind = getattr(transformers, auto_class(model))
+    _require_loadable(where, model)
     settings = {} if model.task == "causal-lm" else {"num_labels": num_labels}
     load = _with_weights if model.weights == "pretrained" else _with_random_weights
     base, fresh = load(kind, where, model, **settings)
     return base, {name for name in fresh if name.split(".")[0] not in _HEADS}
 
 
-def _default_targets(base: Any) -> str:
-    """Return PEFT's own choice for the architecture, with image encoders added."""
+def _default_targets(base: Any) -> tuple[str, ...]:
+    """Return PEFT's own choice for the architecture, then the names in use for such layers."""
     from peft.utils import constants
 
-    attention = ["query", "value", "q_proj", "v_proj"]  # until transformers 5.22, and since
-    known = {
-        **constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-        **{name: attention for name in ("swin", "beit", "dinov2", "vit", "deit")},
-        "distilbert": ["q_lin", "v_lin"],
-    }
-    found = known.get(base.config.model_type, [])
-    return "" if isinstance(found, str) else ",".join(found)
+    found = constants.TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(base.config.model_type)
+    own = () if found is None or isinstance(found, str) else (",".join(found),)
+    return (*own, *_USUAL_TARGETS)
 
 
 def _without_conv1d(module: nn.Module) -> None:
@@ -121,61 +150,6 @@ def _without_conv1d(module: nn.Module) -> None:
         setattr(module, name, linear)
 
 
-def _longest(base: Any, tokenizer: Any) -> int:
-    """Return the most tokens that a text may have."""
-    positions = getattr(base.config, "max_position_embeddings", tokenizer.model_max_length)
-    offset = getattr(getattr(base.base_model, "embeddings", None), "padding_idx", None)
-    if offset is not None:  # RoBERTa and similar models number positions from padding_idx + 1
-        positions -= offset + 1
-    return int(min(positions, tokenizer.model_max_length))
-
-
-def _tokenizer(where: str, model: Model, base: Any) -> Any:
-    import transformers
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(where)
-    # Without tokenizer files, transformers returns a tokenizer with special tokens only.
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise ConfigError(f'model.name="{model.name}" must come with a tokenizer')
-    if model.task == "text-classification" and tokenizer.pad_token_id is None:
-        raise ConfigError(f'model.name="{model.name}" must have a tokenizer with a padding token')
-    # A token outside the embedding table crashes the forward pass; the failed round would reveal
-    # that a text contains it.
-    largest, rows = max(tokenizer.get_vocab().values()), base.get_input_embeddings().num_embeddings
-    if largest >= rows:
-        raise ConfigError(
-            f'model.name="{model.name}" must embed every token of its tokenizer: token {largest} '
-            f"is outside its table of {rows} rows"
-        )
-    base.config.pad_token_id = tokenizer.pad_token_id
-    longest = _longest(base, tokenizer)
-    if model.max_length > longest:
-        raise ConfigError(
-            f"model.max-length={model.max_length} must be at most {longest}, the model's longest"
-        )
-    added = tokenizer.num_special_tokens_to_add(pair=True)
-    if model.max_length <= added:  # the tokenizer would cut no text
-        raise ConfigError(
-            f"model.max-length={model.max_length} must be above {added}, the tokens that the "
-            "tokenizer adds to a pair of texts"
-        )
-    return tokenizer
-
-
-def _separator(tokenizer: Any, base: Any) -> int | None:
-    """Return the token that ends the first text of a pair.
-
-    None: the model has no segment embedding, or the tokenizer marks segments by another rule.
-    """
-    embedded = getattr(base.config, "type_vocab_size", 0) > 1
-    pair = tokenizer("a", "b")
-    if not embedded or tokenizer.sep_token_id is None or "token_type_ids" not in pair:
-        return None
-    separator = int(tokenizer.sep_token_id)
-    ruled = segments(torch.tensor([pair["input_ids"]]), separator).tolist()
-    return separator if ruled == [pair["token_type_ids"]] else None
-
-
 @torch.no_grad()
 def _require_causal(base: Any, ids: Tensor, model: Model) -> None:
     """Refuse a model whose tokens attend to later ones: they would depend on the padding."""
@@ -190,12 +164,12 @@ def _require_causal(base: Any, ids: Tensor, model: Model) -> None:
 def _text_base(model: Model, where: str, base: Any, fresh: set[str]) -> Base:
     kind = _KINDS[model.task, model.pooling]
     causal = model.task == "causal-lm"
-    tokenizer = _tokenizer(where, model, base)
+    tokenizer = load_tokenizer(where, model, base)
     state = tokenizer_state(tokenizer)
     encode = encode_sequences if causal else encode_texts
     heads = [name for name in _HEADS if hasattr(base, name)]
-    probe = token_probe(min(len(tokenizer), base.config.vocab_size), model.task)
-    separator = None if causal else _separator(tokenizer, base)
+    probe = random_texts(tokenizer, causal=causal)
+    separator = None if causal else segment_separator(tokenizer, base)
     if causal:
         _require_causal(base, probe.inputs, model)
     return Base(
@@ -258,6 +232,7 @@ def load_transformers(model: Model, num_labels: int) -> Base:
     try:
         base, fresh = _load(model, where, num_labels)
         _without_conv1d(base)
+        expand_shared_rows(base)
         if model.checkpointing:
             base.gradient_checkpointing_enable({"use_reentrant": False})
         return finish(model, where, base, fresh)

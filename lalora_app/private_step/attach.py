@@ -25,6 +25,27 @@ class LayoutError(ValueError):
     """The model's layout does not allow per-example gradients."""
 
 
+def require_grouped(name: str, x: Tensor, examples: int) -> None:
+    """Check that the rows of a layer's input or output can be grouped by example.
+
+    The first axis must be (examples · k), for example windows of images. The number of rows alone
+    is no proof: 32 relative positions of shape (1, 32, d) divide into 16 examples, and belong to
+    none of them.
+
+    Args:
+        name: the parameter's name, for the error.
+        x: (first axis, ..., features).
+        examples: number of examples in the batch.
+
+    Raises:
+        LayoutError: if the first axis is no multiple of ``examples``.
+    """
+    if x.shape[0] % examples:
+        raise LayoutError(
+            f"{name}: rows of shape {tuple(x.shape[:-1])} do not divide into {examples} examples"
+        )
+
+
 def linear_layers(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, nn.Linear]:
     """Return the Linear layer of every parameter, by wire name.
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from lalora_app.private_step.attach import linear_layers, replace_forward
+from lalora_app.private_step.attach import linear_layers, replace_forward, require_grouped
 from lalora_app.private_step.engine import check_losses, set_trainable
 from lalora_app.private_step.gradients import FlatBlock, PerExampleGrads, StoredShape
 from lalora_app.private_step.tape import unused_parameter_error
@@ -36,6 +36,7 @@ def _expanded_linear(leaves: dict[str, Tensor], names: Names) -> Callable[[Any, 
         if weight is None and bias is None:
             return F.linear(x, layer.weight, layer.bias)
         examples = (bias if weight is None else weight).shape[0]  # type: ignore[union-attr]
+        require_grouped(weight_name or "", x, examples)
         rows = x.reshape(examples, -1, x.shape[-1])
         y = rows @ (layer.weight.mT if weight is None else weight.mT)  # (examples, rows, out)
         if layer.bias is not None:

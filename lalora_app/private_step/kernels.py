@@ -3,6 +3,10 @@
 Forward result and input gradient are those of the ordinary layer. In place of a weight gradient,
 the backward records the two factors of it: g, the gradient of the layer's output, and x, its input.
 Weights with ``requires_grad=False`` are not recorded, and their activations are not stored.
+
+An input may hold the same rows for every example, such as the relative positions of DeBERTa. The
+model code then expands it along the first axis, without a copy (stride 0). The kernels of LoRA
+compute its output once and expand the result; the output gradient is each example's own.
 """
 
 from typing import Any, Protocol
@@ -35,6 +39,16 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.shape[-1])
+
+
+def _distinct(x: Tensor) -> Tensor:
+    """Return x, or its first entry if all entries of the first axis are one memory (stride 0)."""
+    return x[:1] if x.shape[0] > 1 and x.stride(0) == 0 else x
+
+
+def _expanded(x: Tensor, size: int) -> Tensor:
+    """Return x with a first axis of ``size``, as a view; x itself if it has that size."""
+    return x if x.shape[0] == size else x.expand(size, *x.shape[1:])
 
 
 class PlainLinear(torch.autograd.Function):
@@ -73,15 +87,15 @@ class FusedLora(torch.autograd.Function):
         ctx: Any, x: Tensor, a: Tensor, b: Tensor, base: Any, scale: float, names: Any, record: Any
     ) -> Tensor:
         """Return y; stores z = x Aᵀ (..., r) if B trains, and x (..., in) if A trains."""
-        dtype = compute_dtype(x)
-        x = x.to(dtype)
+        dtype, size = compute_dtype(x), x.shape[0]
+        x = _distinct(x).to(dtype)
         y = F.linear(x, base.weight, base.bias)
         z = F.linear(x, a.to(dtype))
         _rows(y).addmm_(_rows(z), b.to(dtype).T, alpha=scale)
         ctx.names, ctx.record, ctx.scale = names, record, scale
         kept = (x if a.requires_grad else None, z if b.requires_grad else None)
         ctx.save_for_backward(*kept, base.weight, a, b)
-        return y
+        return _expanded(y, size)
 
     @staticmethod
     @once_differentiable
@@ -90,10 +104,10 @@ class FusedLora(torch.autograd.Function):
         x, z, weight, a, b = ctx.saved_tensors
         need_x, need_a, need_b = ctx.needs_input_grad[:3]
         if need_b:
-            ctx.record(ctx.names[1], g, z, ctx.scale)
+            ctx.record(ctx.names[1], g, _expanded(z, len(g)), ctx.scale)
         gz = g @ b.to(g.dtype) if need_x or need_a else None  # (..., r)
         if need_a:
-            ctx.record(ctx.names[0], gz, x, ctx.scale)
+            ctx.record(ctx.names[0], gz, _expanded(x, len(g)), ctx.scale)
         gx = None
         if gz is not None and need_x:
             gx = g @ weight.to(g.dtype)
@@ -113,12 +127,12 @@ class MergedLora(torch.autograd.Function):
         ctx: Any, x: Tensor, a: Tensor, b: Tensor, merged: Tensor, bias: Any, *rest: Any
     ) -> Tensor:
         """Return y; computes and stores z = x Aᵀ only if B trains, stores x only if A trains."""
-        dtype = compute_dtype(x)
-        x = x.to(dtype)
+        dtype, size = compute_dtype(x), x.shape[0]
+        x = _distinct(x).to(dtype)
         ctx.scale, ctx.names, ctx.record = rest
         z = F.linear(x, a.to(dtype)) if b.requires_grad else None
         ctx.save_for_backward(x if a.requires_grad else None, z, merged, b)
-        return F.linear(x, merged, bias)
+        return _expanded(F.linear(x, merged, bias), size)
 
     @staticmethod
     @once_differentiable
@@ -127,8 +141,8 @@ class MergedLora(torch.autograd.Function):
         x, z, merged, b = ctx.saved_tensors
         need_x, need_a, need_b = ctx.needs_input_grad[:3]
         if need_b:
-            ctx.record(ctx.names[1], g, z, ctx.scale)
+            ctx.record(ctx.names[1], g, _expanded(z, len(g)), ctx.scale)
         if need_a:
-            ctx.record(ctx.names[0], g @ b.to(g.dtype), x, ctx.scale)
+            ctx.record(ctx.names[0], g @ b.to(g.dtype), _expanded(x, len(g)), ctx.scale)
         gx = g @ merged.to(g.dtype) if need_x else None
         return gx, None, None, None, None, None, None, None

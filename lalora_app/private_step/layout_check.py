@@ -16,9 +16,11 @@ Losses = Callable[[list[int]], Tensor]
 def check_layout(engine: Engine, losses: Losses, examples: int) -> None:
     """Check that rows are grouped by example and that no layer mixes examples.
 
-    Two checks are made. The gradient of one example's loss must be exactly 0 in the rows of all
-    other examples, for every parameter. And an example's loss must not change if another example is
-    left out of the batch; this finds mixing below the trained layers too.
+    Two checks are made, each for two numbers of examples. The gradient of one example's loss must
+    be exactly 0 in the rows of all other examples, for every parameter. And an example's loss must
+    not change if another example is left out of the batch; this finds mixing below the trained
+    layers too. A second number of examples is tried because rows that belong to no example may
+    divide evenly by the first.
 
     A zero factor makes the gradient of the other factor zero. So all parameters are replaced by
     random numbers during the check, and restored afterwards.
@@ -40,9 +42,9 @@ def check_layout(engine: Engine, losses: Losses, examples: int) -> None:
     try:
         for parameter in engine.parameters.values():
             nn.init.normal_(parameter, std=0.1)
-        for example in range(examples):
-            grads = engine.gradients(partial(_one_loss, losses, rows, example), examples)
-            _check_zero_in_other_rows(grads, example)
+        for example in rows:
+            _check_gradient_is_separate(engine, losses, rows, example)
+        _check_gradient_is_separate(engine, losses, rows[1:], 0)
         _check_losses_are_independent(losses, rows)
     finally:
         _restore(engine, kept)
@@ -52,6 +54,13 @@ def check_layout(engine: Engine, losses: Losses, examples: int) -> None:
 def _restore(engine: Engine, kept: dict[str, Tensor]) -> None:
     for name, parameter in engine.parameters.items():
         parameter.copy_(kept[name])
+
+
+def _check_gradient_is_separate(
+    engine: Engine, losses: Losses, rows: list[int], example: int
+) -> None:
+    grads = engine.gradients(partial(_one_loss, losses, rows, example), len(rows))
+    _check_zero_in_other_rows(grads, example)
 
 
 def _one_loss(losses: Losses, rows: list[int], example: int) -> Tensor:
@@ -80,6 +89,11 @@ def _check_zero_in_other_rows(grads: PerExampleGrads, example: int) -> None:
     for name, grad in grads.dense().items():
         norms = grad.flatten(1).norm(dim=1)  # (examples,)
         others = torch.cat([norms[:example], norms[example + 1 :]])
+        if not bool(others.any()) and not bool(norms[example] > 0):
+            raise LayoutError(
+                f"{name}: its gradient is zero or not a number, whatever its value: frozen weights "
+                "behind it may be zero"
+            )
         if bool((others != 0).any()) or not bool(norms[example] > 0):
             raise LayoutError(
                 f"{name}: the gradient of one example touches another's rows (rows not grouped by "

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lalora_app.adapter.factors import kind
-from lalora_app.private_step.attach import LayoutError
+from lalora_app.private_step.attach import LayoutError, require_grouped
 from lalora_app.private_step.gradients import (
     Block,
     FlatBlock,
@@ -122,10 +122,8 @@ class GradientTape:
         self._written: set[str] = set()
         self._products: dict[str, list[tuple[Tensor, Tensor]]] = {}  # name -> (g, x) of a call
 
-    def _by_example(self, x: Tensor) -> Tensor:
-        rows = x.numel() // x.shape[-1]
-        if rows % self._examples:
-            raise LayoutError(f"{rows} rows do not divide into {self._examples} examples")
+    def _by_example(self, name: str, x: Tensor) -> Tensor:
+        require_grouped(name, x, self._examples)
         return x.reshape(self._examples, -1, x.shape[-1])
 
     def record(self, name: str, g: Tensor, x: Tensor | None, scale: float = 1.0) -> None:
@@ -135,13 +133,13 @@ class GradientTape:
         float32 at least, also for bf16 operands. Several calls of one layer are added.
 
         Raises:
-            LayoutError: if the rows cannot be divided equally among the examples.
+            LayoutError: if the rows are not grouped by example, see :func:`require_grouped`.
         """
-        g = self._by_example(g)  # (examples, rows, out)
+        g = self._by_example(name, g)  # (examples, rows, out)
         if x is None:
             self._add_bias(name, g)
             return
-        x = self._by_example(x)  # (examples, rows, in)
+        x = self._by_example(name, x)  # (examples, rows, in)
         if g.shape[1] == 1 and name in self._layout.heads:
             wide = torch.promote_types(g.dtype, torch.float32)
             sides = (g.detach().to(wide), x.detach().to(wide))  # detach: x may keep its graph alive

@@ -78,8 +78,9 @@ class Lora:
     rank: int = count(meaning="Rank r of the adapter; with `lora.ranks` the largest rank.")
     alpha: float = positive(meaning="Numerator of the adapter's scale alpha / rank.")
     targets: str = non_empty(
-        meaning="Names of the layers with an adapter, separated by commas; `auto` takes the "
-        "usual ones of the architecture."
+        meaning="Names of the Linear layers with an adapter, separated by commas; `auto` takes the "
+        "usual ones of the architecture, `all-linear` all of them but the head, the output layer "
+        "of a language model and layers that LoRA cannot train ([models](models.md))."
     )
     ranks: str = law(
         'must be "none" or ranks such as "4,8,16"',

@@ -100,16 +100,30 @@ def make_engine(model: nn.Module, kernel: str, *, flat: bool = False) -> KernelE
     return KernelEngine(model, trained(model), kernel, flat=flat)
 
 
+def unchanged(model: nn.Module) -> None:
+    """Leave a model as it is."""
+
+
 def assert_engine_is_right(
-    model: nn.Module, losses: Losses, *, examples: int = 4, ways: Ways = WAYS
+    model: nn.Module,
+    losses: Losses,
+    *,
+    examples: int = 4,
+    ways: Ways = WAYS,
+    phases: Sequence[tuple[str, int]] = TOGGLED,
+    prepare: Callable[[nn.Module], None] = unchanged,
 ) -> None:
-    """Run every phase on changing batches through every kernel, each against the loop."""
+    """Run every phase on changing batches through every kernel, each against the loop.
+
+    ``prepare`` changes a copy of the model before its engine is made; the loop runs without it.
+    """
     plain = loop_gradients(without_engine(model), losses, list(range(examples)))
     for kernel, flat in ways:
         adapted = without_engine(model)
+        prepare(adapted)
         parameters = trained(adapted)
         engine = make_engine(adapted, kernel, flat=flat)
-        for factors, size in TOGGLED:
+        for factors, size in phases:
             names = active_names(parameters, frozenset(factors))
             engine.activate(names)
             indices = [(size + i) % examples for i in range(size)]

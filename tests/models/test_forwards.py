@@ -13,7 +13,7 @@ from torch.nn.functional import interpolate
 from torchvision.transforms import v2
 
 from lalora_app.data.encoding import IGNORED, Batch, EncodedSequences
-from lalora_app.models.base import pixel_probe, token_probe
+from lalora_app.models.base import language_probe, pixel_probe, text_probe
 from lalora_app.models.forwards import (
     _SEE_ALL,
     Pixels,
@@ -302,15 +302,26 @@ def test_image_models_of_both_libraries_get_the_same_pixels():
 
 
 def test_probes_are_like_what_is_trained_on_and_always_the_same():
-    for make in (lambda: token_probe(50, "causal-lm"), lambda: pixel_probe(8)):
+    words = range(5, 50)
+    for make in (lambda: language_probe(words), lambda: pixel_probe(8)):
         one, other = make(), make()
         assert torch.equal(one.inputs, other.inputs)
-    text = token_probe(50, "text-classification")
-    assert isinstance(text, Batch)
-    assert text.mask.all()
-    assert text.labels.shape == (len(text.inputs),)
-    language = token_probe(50, "causal-lm")
+    language = language_probe(words)
     assert language.mask is None
     assert torch.equal(language.labels, language.inputs)
     assert pixel_probe(8).inputs.dtype == torch.uint8
     assert pixel_probe(8).inputs.shape[1:] == (3, 8, 8)
+
+
+@pytest.mark.parametrize("end", [3, None])
+def test_the_last_text_of_a_probe_is_padded_and_every_text_ends_as_it_should(end):
+    text = text_probe(range(5, 50), end, pad=0)
+    assert isinstance(text, Batch)
+    lengths = text.mask.sum(1).tolist()
+    assert lengths == [6, 6, 4]
+    assert text.labels.shape == (3,)
+    for row, length in zip(text.inputs.tolist(), lengths, strict=True):
+        assert row[length:] == [0] * (6 - length)
+        words = row[:length] if end is None else row[: length - 1]
+        assert all(5 <= token < 50 for token in words)
+        assert end is None or row[length - 1] == end

@@ -123,7 +123,9 @@ TIMM_NAMES = {
     "a misspelt name": ("swin_tinny_patch4", "must be an architecture of timm: swin"),
     "no name": ("", "must be an architecture of timm"),
     "no folder": ("/no/such/folder", "must be a folder with a config.json"),
-    "a head of several layers": ("resnet10t", "cannot be loaded"),
+    "two heads": ("deit_tiny_distilled_patch16_224", "must have one Linear layer as its head"),
+    "convolutions only": ("resnet10t", "must have Linear layers outside its head: LoRA trains no"),
+    "convolutions in its MLPs": ("test_efficientnet", "ViT, Swin and ConvNeXt have such layers"),
 }
 
 

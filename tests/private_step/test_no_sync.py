@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from conftest import make_config
+from helpers.architectures import text_model
 from lalora_app.adapter.factors import active_names
 from lalora_app.client.local_round import LocalSettings, apply, make_optimizer
 from lalora_app.data.encoding import EncodedTexts
@@ -25,6 +26,7 @@ from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.randomness import seeded
 from lalora_app.private_step import attach, kernels, mechanism
 from lalora_app.private_step.engine import KernelEngine
+from lalora_app.private_step.shared_rows import expand_shared_rows
 from lalora_app.private_step.step import RandomStreams, private_gradient
 
 META = torch.device("meta")
@@ -50,11 +52,23 @@ def tiny_bert(pooling: str) -> nn.Module:
     return get_peft_model(kinds[pooling](config), settings).eval()
 
 
-def meta_backbone(*, pooling="mean", kernel="fused", dtype=torch.float32) -> Backbone:
-    model = tiny_bert(pooling).to(dtype).to(META)
+def tiny_deberta() -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    base = text_model("deberta-v3")
+    expand_shared_rows(base)
+    targets = ["query_proj", "key_proj"]  # they see the positions, which belong to no example
+    settings = LoraConfig(task_type="SEQ_CLS", r=2, target_modules=targets)
+    return get_peft_model(base, settings).eval()
+
+
+def meta_backbone(*, pooling="mean", kernel="fused", dtype=torch.float32, model=None) -> Backbone:
+    model = (model or tiny_bert(pooling)).to(dtype).to(META)
     parameters = {wire_name(n): p for n, p in model.named_parameters() if p.requires_grad}
     engine = KernelEngine(model, parameters, kernel)
-    forward = Segmented({"mean": mean_logits, "model": text_logits}[pooling], 3)
+    forward = {"mean": mean_logits, "model": text_logits}[pooling]
+    if model.config.type_vocab_size > 1:
+        forward = Segmented(forward, 3)
     bases = FrozenWeights(base_layers(model))
     return Backbone(model, CLASSIFICATION, forward, list, engine, META, dtype, 4, bases, {})
 
@@ -103,6 +117,11 @@ def test_a_private_step_reads_nothing_from_the_gpu(kernel, pooling):
     backbone = meta_backbone(pooling=pooling, kernel=kernel)
     assert backbone.engine._flat  # as on a GPU
     private_steps(backbone)
+
+
+@pytest.mark.parametrize("kernel", ["fused", "merged", "plain"])
+def test_a_step_with_shared_rows_reads_nothing_either(kernel):
+    private_steps(meta_backbone(pooling="model", kernel=kernel, model=tiny_deberta()))
 
 
 @pytest.mark.parametrize("kernel", ["fused", "merged"])

@@ -16,6 +16,9 @@ TARGETS = "TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING"
 NAMES = {
     "transformers.modeling_layers.GradientCheckpointingLayer": "model.checkpointing=true",
     "transformers.pytorch_utils.Conv1D": "GPT-2's linear layers",
+    "transformers.models.deberta.modeling_deberta.DisentangledSelfAttention": "DeBERTa",
+    "transformers.models.deberta_v2.modeling_deberta_v2.DisentangledSelfAttention": "DeBERTa-v2",
+    "torch._dynamo.exc.TorchDynamoException": 'the refusal of lora.kernel="compiled"',
     f"peft.utils.constants.{TARGETS}": 'lora.targets="auto"',
     "peft.tuners.lora.Linear": "the LoRA layers of the private step",
     "torch._foreach_add": "the noise of the private step",
