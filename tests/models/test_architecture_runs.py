@@ -15,7 +15,7 @@ from helpers.fake_grid import FakeGrid
 from helpers.model_checks import normalised
 from helpers.model_checks import stock as stock_image_model
 from lalora_app import server_app
-from lalora_app.data.examples import split
+from lalora_app.data.examples import split, with_classes
 from lalora_app.models.backbone import build
 from lalora_app.settings.run_config import Config
 
@@ -76,7 +76,7 @@ def test_a_run_ends_with_an_adapter_for_the_stock_model(kind, a_run, monkeypatch
     adapter = load_file(folder / "adapter" / "adapter_model.safetensors")
     assert all(array.any() for name, array in adapter.items())  # B is no longer zero
     backbone.load(adapter)
-    batch = backbone.encode(split(config.data)[1]).batch(range(4))
+    batch = backbone.encode(split(with_classes(config.data))[1]).batch(range(4))
     plain = stock_model(kind, config.model.name.removeprefix("timm:")).eval()
     with torch.no_grad():
         before = stock_logits(plain, batch, config)

@@ -15,7 +15,7 @@ from lalora_app import server_app
 from lalora_app.adapter.factors import active_names, kind
 from lalora_app.client.local_round import LocalSettings, apply, make_optimizer
 from lalora_app.data.encoding import EncodedImages, EncodedTexts
-from lalora_app.data.examples import split
+from lalora_app.data.examples import split, with_classes
 from lalora_app.methods.table import METHODS
 from lalora_app.models.backbone import Backbone, build
 from lalora_app.privacy.accounting import Release
@@ -53,7 +53,7 @@ def test_a_run_on_images_ends_with_an_adapter_for_the_stock_model(
     folder = tiny_timm.get(kind, tiny_vit)
     model = PeftModel.from_pretrained(stock(kind, folder), adapter).eval()
     mean, std = ([0.4, 0.5, 0.6], [0.1, 0.2, 0.3]) if kind == "hf-vit" else ([0.4] * 3, [0.2] * 3)
-    right, (_, test) = [], split(config.data)
+    right, (_, test) = [], split(with_classes(config.data))
     backbone, _ = build(config)
     for row in range(len(test)):
         stored = backbone.encode(test).stacks[0][row : row + 1]

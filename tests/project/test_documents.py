@@ -14,6 +14,7 @@ from conftest import ROOT, defaults
 from helpers.documents import DOCUMENTS, commands, inline
 from lalora_app.cli import simulation
 from lalora_app.cli.main import _parser
+from lalora_app.client.own_data import _COLUMNS, _FORMAT, _LABELS
 from lalora_app.comparison.plan_file import _DEFAULTS, _TUNE
 from lalora_app.privacy.policy import _KEYS
 from lalora_app.server.strategy import Attempt
@@ -140,7 +141,7 @@ def test_the_page_of_the_node_config_has_every_key_that_is_read():
     found = first_cells(ROOT / "docs" / "node-config.md", "# Configuration of a site")
     mapping = {"node", "node_config"}
     known = keys_read_by("client", mapping) | keys_read_by("privacy", mapping)
-    columns = {"input-column", "label-column", "num-labels"}
+    columns = {*_COLUMNS, *_LABELS, *_FORMAT}
     limits = {"max-epsilon", "delta", "public-size"}
     assert found == (known | columns | limits) - FLOWER_SETS
 
