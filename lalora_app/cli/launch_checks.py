@@ -4,17 +4,17 @@ torch and a model take hundreds of megabytes, which the launching process would 
 the whole run.
 """
 
+import contextlib
 import json
 import os
-import signal
+import pickle
+import subprocess
+import sys
 import traceback
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -47,31 +47,44 @@ class Launch:
     nodes: int
 
 
-def _answer(pipe: Connection, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
-    """Send (True, result) or (False, error)."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the launcher ends this process on Ctrl-C
+def answer_call() -> None:
+    """Call the function on standard input; write (True, result) or (False, error) to the output.
+
+    The main function of the process that :func:`call_in_own_processes` starts.
+    """
+    output = os.fdopen(os.dup(sys.stdout.fileno()), "wb")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())  # what libraries print is no answer
+    function, args = pickle.load(sys.stdin.buffer)
     try:
         answer = True, function(*args)
     except Exception as error:  # of any kind; the launcher raises it again
         error.add_note(traceback.format_exc())
         answer = False, error
-    pipe.send(answer)
+    pickle.dump(answer, output)
+    output.close()
 
 
-def _start(function: Callable[..., Any], args: tuple[Any, ...]) -> tuple[BaseProcess, Connection]:
-    """Start a process that calls a function, and return it with the end of its pipe."""
-    context = get_context("spawn")
-    receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_answer, args=(sender, function, args), daemon=True)
-    process.start()
-    sender.close()  # now only the process holds it, so its death ends the wait
-    return process, receiver
+def _start(call: Call) -> subprocess.Popen[bytes]:
+    """Start a process that calls a function."""
+    code = f"from {__name__} import answer_call; answer_call()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,  # warnings of libraries; errors are part of the answer
+        start_new_session=True,  # Ctrl-C is for the launcher, which ends this process
+    )
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError), process.stdin as pipe:  # _result tells a dead one
+        pickle.dump(call, pipe)
+    return process
 
 
-def _result(receiver: Connection) -> Any:
+def _result(process: subprocess.Popen[bytes]) -> Any:
+    assert process.stdout is not None
     try:
-        returned, value = receiver.recv()
-    except EOFError as error:
+        returned, value = pickle.load(process.stdout)
+    except (EOFError, pickle.UnpicklingError) as error:
         raise ProcessEndedError(
             "a process that checks the run was ended from outside, perhaps for want of memory"
         ) from error
@@ -91,15 +104,16 @@ def call_in_own_processes(*calls: Call) -> list[Any]:
         ProcessEndedError: if a process was ended from outside.
         Exception: the error of the first call that fails, in the order of the calls.
     """
-    running: list[tuple[BaseProcess, Connection]] = []
+    running: list[subprocess.Popen[bytes]] = []
     try:
-        running.extend(_start(function, args) for function, args in calls)
-        return [_result(receiver) for _, receiver in running]
+        running.extend(map(_start, calls))
+        return [_result(process) for process in running]
     finally:
-        for process, receiver in running:
+        for process in running:
             process.kill()
-            process.join()
-            receiver.close()
+            process.wait()
+            if process.stdout:
+                process.stdout.close()
 
 
 def needs_hub(config: Config) -> bool:

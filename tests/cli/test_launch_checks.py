@@ -21,12 +21,9 @@ from lalora_app.cli.launch_checks import (
     go_offline_without_hub,
     needs_hub,
 )
+from lalora_app.data.labels import positions
 from lalora_app.results.run_folder import RunFolder, to_toml
 from lalora_app.settings.errors import ConfigError, DataError
-
-
-def _raise(error):
-    raise error
 
 
 def test_a_result_and_an_error_come_back_from_the_other_process():
@@ -35,13 +32,13 @@ def test_a_result_and_an_error_come_back_from_the_other_process():
     )
     assert len({first, second, os.getpid()}) == 3
     assert power == 8.0
-    with pytest.raises(DataError, match=r'^data\.name="x" must be') as caught:
+    with pytest.raises(DataError, match=r"^data\.labels: row 0 has label 'x'") as caught:
         call_in_own_processes(
             (math.sqrt, (4.0,)),
-            (_raise, (DataError("data.name", '="x" must be there'),)),
+            (positions, (("x",), ("a", "b"))),
             (time.sleep, (60,)),
         )
-    assert caught.value.key == "data.name"
+    assert caught.value.key == "data.labels"
 
 
 def test_a_process_that_is_killed_is_an_error():
