@@ -378,3 +378,11 @@ def no_report(monkeypatch):
     from helpers.app_runs import do_not_draw_the_report
 
     do_not_draw_the_report(monkeypatch)
+
+
+@pytest.fixture
+def code_of_models(tmp_path, monkeypatch) -> None:
+    """transformers copies a folder's code before it runs it: into the test's own folder."""
+    from transformers import dynamic_module_utils
+
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))

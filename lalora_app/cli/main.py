@@ -85,10 +85,10 @@ def _diagnose(args: argparse.Namespace) -> int:
 
 
 def _merge(args: argparse.Namespace) -> int:
-    from lalora_app.results.diagnosis import merge
+    from lalora_app.results.merge import merge
 
-    merge(args.folder, args.out)
-    print(f"lalora: plain weights are in {args.out}")
+    load = merge(args.folder, args.out)
+    print(f"lalora: plain weights are in {args.out}; load them with\n\n{load}")
     return 0
 
 

@@ -5,6 +5,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,6 +49,7 @@ class Backbone:
         targets: the number of adapted layers.
         frozen_weights: the frozen weights of the adapted layers.
         fingerprint: the SHA-256 of each part of the base model, the same for all ranks.
+        processor: the tokenizer of texts, or the ``Pixels`` of images; None: not known.
     """
 
     model: nn.Module
@@ -60,6 +62,7 @@ class Backbone:
     targets: int
     frozen_weights: FrozenWeights
     fingerprint: Mapping[str, str]
+    processor: Any = None
 
     def __post_init__(self) -> None:
         """Let the engine prepare the forward pass of training; evaluation uses it unchanged."""
@@ -204,6 +207,7 @@ def _build(model: Model, lora: Lora, num_labels: int, seed: int) -> tuple[Backbo
         targets=len(sizes),
         frozen_weights=FrozenWeights(base_layers(adapted)),
         fingerprint=hashes,
+        processor=base.processor,
     )
     return backbone, base.probe
 

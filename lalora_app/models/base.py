@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,7 @@ class Base:
         trained: the names of the modules that train whole: the head and missing weights.
         task_type: PEFT's name of the task, or None.
         preprocessing: the state of the tokenizer or of the images' normalisation, by name.
+        processor: the tokenizer of texts, or the :class:`Pixels` of images.
     """
 
     model: nn.Module
@@ -42,6 +44,7 @@ class Base:
     trained: tuple[str, ...]
     task_type: str | None
     preprocessing: Mapping[str, str]
+    processor: Any
 
 
 def _random_ids(words: Sequence[int]) -> Tensor:

@@ -157,4 +157,5 @@ def load_timm(model: Model, num_labels: int) -> Base:
         trained=(_head(base, model),),
         task_type=None,
         preprocessing={NORMALISATION: pixels.normalisation},
+        processor=pixels,
     )

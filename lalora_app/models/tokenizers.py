@@ -11,11 +11,20 @@ from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import Model
 
 
+def _position_offset(base: Any) -> int | None:
+    """Return the padding token after which a model numbers its positions; None for most models.
+
+    RoBERTa and similar models number positions from padding_idx + 1.
+    """
+    offset: int | None = getattr(getattr(base.base_model, "embeddings", None), "padding_idx", None)
+    return offset
+
+
 def _longest(base: Any, tokenizer: Any) -> int:
     """Return the most tokens that a text may have."""
     positions = getattr(base.config, "max_position_embeddings", tokenizer.model_max_length)
-    offset = getattr(getattr(base.base_model, "embeddings", None), "padding_idx", None)
-    if offset is not None:  # RoBERTa and similar models number positions from padding_idx + 1
+    offset = _position_offset(base)
+    if offset is not None:
         positions -= offset + 1
     return int(min(positions, tokenizer.model_max_length))
 
@@ -62,7 +71,8 @@ def load_tokenizer(where: str, model: Model, base: Any) -> Any:
             f'model.name="{model.name}" must embed every token of its tokenizer: token {largest} '
             f"is outside its table of {rows} rows"
         )
-    base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    if _position_offset(base) is None:  # its positions would change when it is saved and loaded
+        base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
     longest = _longest(base, tokenizer)
     if model.max_length > longest:
         raise ConfigError(

@@ -45,6 +45,9 @@ _USUAL_TARGETS = (
 )
 
 
+_CONV1D = "in_place_of_conv1d"  # attribute of the Linear layers that replace GPT-2's own
+
+
 @dataclass(frozen=True)
 class _Kind:
     auto: str
@@ -147,7 +150,13 @@ def _without_conv1d(module: nn.Module) -> None:
         linear = nn.Linear(child.weight.shape[0], outputs, bias=True, device="meta")
         linear.weight = nn.Parameter(child.weight.detach().t().contiguous())
         linear.bias = child.bias
+        setattr(linear, _CONV1D, True)
         setattr(module, name, linear)
+
+
+def conv1d_layers(model: nn.Module) -> list[str]:
+    """Return the paths of the Linear layers that are Conv1D layers in transformers."""
+    return [path for path, module in model.named_modules() if hasattr(module, _CONV1D)]
 
 
 @torch.no_grad()
@@ -182,6 +191,7 @@ def _text_base(model: Model, where: str, base: Any, fresh: set[str]) -> Base:
         trained=(*heads, *sorted(fresh)),
         task_type=kind.task_type,
         preprocessing={TOKENIZER: state},
+        processor=tokenizer,
     )
 
 
@@ -208,6 +218,7 @@ def _image_base(model: Model, where: str, base: Any, fresh: set[str]) -> Base:
         trained=("classifier", *sorted(fresh)),
         task_type=None,
         preprocessing={NORMALISATION: pixels.normalisation},
+        processor=pixels,
     )
 
 

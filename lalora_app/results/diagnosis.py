@@ -1,6 +1,5 @@
-"""Open a finished run: merge it into plain weights, or diagnose it on public data."""
+"""Open a finished run, and diagnose it on public data."""
 
-import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,29 +36,6 @@ def open_run(folder: Path) -> tuple[Config, Backbone, ServerState]:
     model, _ = build(config)
     model.load(state.adapter, state.drift)
     return config, model, state
-
-
-def merge(folder: Path, out: Path) -> None:
-    """Write the run's result as plain weights: base, drift and adapter in one.
-
-    A transformers model is saved in its own format, a timm model as a state dict.
-
-    Args:
-        folder: the run's folder.
-        out: the folder to write; made if missing.
-    """
-    from safetensors.torch import save_file
-
-    model = copy.deepcopy(open_run(folder)[1].model)
-    for module in model.modules():
-        vars(module).pop("forward", None)  # set by the engine; plain weights need none
-    merged = model.merge_and_unload()  # type: ignore[operator]
-    out.mkdir(parents=True, exist_ok=True)
-    if hasattr(merged, "save_pretrained"):
-        merged.save_pretrained(str(out))
-    else:
-        tensors = {n: t.contiguous() for n, t in merged.state_dict().items()}
-        save_file(tensors, out / "model.safetensors")
 
 
 def intruders(model: Backbone, state: ServerState) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lalora_app.models.pretrained import public_name
 from lalora_app.models.scores import format_scores, scores_in_row
 from lalora_app.models.transformers_models import auto_class
 from lalora_app.settings.names import TIMM, is_local
@@ -27,13 +28,31 @@ Trained by LaLoRA in {rounds} federated rounds on `{data}`.
 {privacy}
 
 Test split: {quality}.
+{classes}
+{code}"""
 
+_CODE = """\
 ```python
 from peft import PeftModel
 {load}
 model = PeftModel.from_pretrained(base, "path/to/this/folder")
 {logits}
 ```
+"""
+
+_PIPELINE = """
+The same with class names; the code in this folder, which computes the run's own head, is executed:
+
+```python
+from transformers import pipeline
+
+classify = pipeline("{task}", model="path/to/this/folder", trust_remote_code=True)
+```
+"""
+
+_RANDOM = """\
+The base model's weights were random, so there is nothing to load the adapter on. `lalora merge`
+writes the whole model.
 """
 
 _TRANSFORMERS = """\
@@ -60,7 +79,9 @@ out = model(**tokens).logits                    # (examples, tokens, labels)
 mask = tokens["attention_mask"].unsqueeze(-1)
 logits = (out * mask).sum(1) / mask.sum(1)      # the mean over the tokens classifies the text""",
     ("text-classification", "model"): "logits = model(**tokens).logits",
-    ("image-classification", "model"): "logits = model(images)",
+    ("image-classification", "model"): """\
+processor = transformers.AutoImageProcessor.from_pretrained("path/to/this/folder")
+logits = model(**processor(images, return_tensors="pt")).logits""",
     ("causal-lm", "model"): "logits = model(**tokens).logits",
 }
 
@@ -100,37 +121,57 @@ def privacy_sentence(config: Config, epsilon: float) -> str:
 
 
 def _load_code(config: Config, base: str) -> str:
-    model, labels = config.model, config.data.num_labels
+    model, labels = config.model, len(config.data.class_names)
     if model.name.startswith(TIMM):
         base = base.replace("timm/", "local-dir:", 1) if is_local(model.name[len(TIMM) :]) else base
         return _TIMM.format(base=base.removeprefix("timm/"), labels=labels, size=model.image_size)
-    head = "" if model.task == "causal-lm" else f", num_labels={labels}"
-    if model.task == "image-classification":
-        head += ", ignore_mismatched_sizes=True"
+    own_head = f", num_labels={labels}, ignore_mismatched_sizes=True"
+    head = "" if model.task == "causal-lm" else own_head
     return _TRANSFORMERS.format(auto=auto_class(model), base=base, labels=head)
 
 
 def _logits_code(config: Config, base: str, segmented: bool) -> str:
     model = config.model
+    if model.name.startswith(TIMM):
+        return "logits = model(images)"
     texts = "texts, others" if "," in config.data.input_column else "texts"
     tokens = _TOKENS.format(base=base, texts=texts, longest=model.max_length, segmented=segmented)
     logits = _LOGITS[model.task, model.pooling]
-    return tokens + logits if "tokens" in logits else logits
+    return tokens + logits if "**tokens" in logits else logits
 
 
-def model_card(config: Config, base: str, row: Mapping[str, Any], segmented: bool) -> str:
+def _code(config: Config, base: str, segmented: bool) -> str:
+    """Return the code that loads the adapter, or the reason why nothing can load it."""
+    model = config.model
+    if model.weights == "random":
+        return _RANDOM
+    code = _CODE.format(load=_load_code(config, base), logits=_logits_code(config, base, segmented))
+    if model.task == "causal-lm" or model.name.startswith(TIMM):
+        return code
+    return code + _PIPELINE.format(task=model.task)
+
+
+def _classes(config: Config) -> str:
+    names = config.data.class_names
+    if config.model.task == "causal-lm":
+        return ""
+    listed = ", ".join(f"{label} = {name}" for label, name in enumerate(names))
+    return f"Classes: {listed}.\n"
+
+
+def model_card(config: Config, row: Mapping[str, Any], segmented: bool) -> str:
     """Return the whole model card as Markdown.
 
     Args:
         config: the run's config.
-        base: the public name of the base model.
         row: the last row of the history.
         segmented: whether the model takes the segment ids of a pair of texts.
     """
+    base = public_name(config.model.name)
     return _CARD.format(
         base=base,
-        load=_load_code(config, base),
-        logits=_logits_code(config, base, segmented),
+        classes=_classes(config),
+        code=_code(config, base, segmented),
         method=config.method,
         rounds=row["round"],
         data=config.data.name,

@@ -13,7 +13,10 @@ from lalora_app.aggregation.server_state import ServerState
 from lalora_app.models.backbone import Backbone
 from lalora_app.models.forwards import Segmented
 from lalora_app.models.pretrained import public_name
+from lalora_app.models.transformers_models import conv1d_layers
 from lalora_app.results.model_card import model_card
+from lalora_app.results.model_files import classifier_config, write_code, write_processor
+from lalora_app.settings.names import TIMM
 from lalora_app.settings.run_config import Config
 
 
@@ -41,12 +44,64 @@ def _with_drift(folder: Path, drift: Adapter) -> None:
     settings.save_pretrained(str(folder))
 
 
+def _has_other_names(model: Any, config: Config) -> bool:
+    """Tell whether the base model gives the classes names that are not the run's.
+
+    transformers' own LABEL_0, LABEL_1, ... are no such names.
+    """
+    if config.model.task == "causal-lm" or config.model.name.startswith(TIMM):
+        return False
+    names: dict[int, str] = model.config.id2label
+    own = dict(enumerate(config.data.class_names))
+    return names != own and any(name != f"LABEL_{label}" for label, name in names.items())
+
+
+def _stock_base(model: Any, config: Config) -> str | None:
+    """Return the base model that transformers may load by itself for the adapter; None: none.
+
+    Without a config.json, as on the hub, transformers loads this model with its own head and names
+    and then the adapter. That head computes other logits than the mean over the tokens. And the
+    weights of a random base model are nowhere to load.
+    """
+    if config.model.pooling == "mean" or config.model.weights == "random":
+        return None
+    return None if _has_other_names(model, config) else public_name(config.model.name)
+
+
+def _write_settings(folder: Path, base: str | None, *, conv1d: bool) -> None:
+    """Write what PEFT cannot know: the base model, and whether its layers are Conv1D."""
+    settings = LoraConfig.from_pretrained(str(folder))
+    settings.base_model_name_or_path = base
+    settings.fan_in_fan_out = conv1d
+    settings.save_pretrained(str(folder))
+
+
+def _write_model_files(folder: Path, backbone: Backbone, config: Config) -> None:
+    """Write config.json, its code, and the tokenizer or image processor of a classifier.
+
+    transformers takes the config.json of a local folder in the place of the base model's, so that
+    it computes the run's own head with the run's class names, or refuses.
+    """
+    model = config.model
+    if model.task == "causal-lm" or model.name.startswith(TIMM):
+        return
+    base = None if model.weights == "random" else public_name(model.name)
+    written = classifier_config(cast(Any, backbone.model).config, backbone, config, base)
+    if base is None:
+        del written.auto_map  # no code can load it
+    written.save_pretrained(str(folder))
+    write_code(folder)
+    write_processor(folder, backbone, config)
+
+
 def export(
     backbone: Backbone, state: ServerState, folder: Path, config: Config, row: Mapping[str, Any]
 ) -> None:
     """Save the run's result so that ``PeftModel.from_pretrained(base, folder)`` loads it.
 
-    The drift of the frozen base becomes part of the adapter, which then has a larger rank.
+    The drift of the frozen base becomes part of the adapter, which then has a larger rank. A folder
+    of a transformers classifier also has a config.json with the class names, and the code of the
+    run's head, for ``pipeline(model=folder, trust_remote_code=True)``.
 
     Args:
         backbone: the run's model; its adapter is overwritten.
@@ -57,11 +112,11 @@ def export(
     """
     backbone.load(state.adapter, state.drift)
     model = cast(PeftModel, backbone.model)
-    base = public_name(config.model.name)
-    model.peft_config["default"].base_model_name_or_path = base
     # Embeddings are frozen; "auto" would look for the base model on the hub.
     model.save_pretrained(str(folder), save_embedding_layers=False)
     if state.drift:
         _with_drift(folder, state.drift)
-    card = model_card(config, base, row, isinstance(backbone.forward, Segmented))
+    _write_settings(folder, _stock_base(model, config), conv1d=bool(conv1d_layers(model)))
+    _write_model_files(folder, backbone, config)
+    card = model_card(config, row, isinstance(backbone.forward, Segmented))
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -57,15 +57,15 @@ LANGUAGE_BATCH = EncodedSequences(((2, 5, 6, 3), (2, 7, 3), (2, 8, 9, 10, 11, 3)
 IMAGE_BATCH = EncodedImages.of_one_size(pixels(3, 16), (0, 1, 0))
 
 
-def stock(kind: str, folder: str) -> nn.Module:
-    """The base model with a head of two labels, as anyone would load it."""
+def stock(kind: str, folder: str, labels: int = 2) -> nn.Module:
+    """The base model with a head of its own, as anyone would load it."""
     from transformers import AutoModelForImageClassification
 
     torch.manual_seed(99)  # its own head is another one
     if kind == "hf-vit":
-        options = {"num_labels": 2, "ignore_mismatched_sizes": True}
+        options = {"num_labels": labels, "ignore_mismatched_sizes": True}
         return AutoModelForImageClassification.from_pretrained(folder, **options)
-    model = timm_class(kind, num_classes=2)
+    model = timm_class(kind, num_classes=labels)
     model.load_state_dict(load_file(Path(folder) / "model.safetensors"), strict=False)
     return model
 

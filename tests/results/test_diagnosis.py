@@ -9,7 +9,8 @@ from helpers.app_runs import open_run as without_budget
 from helpers.app_runs import run, tokens_of
 from lalora_app.cli import main
 from lalora_app.data.examples import split
-from lalora_app.results.diagnosis import intruders, merge, open_run, sharpness
+from lalora_app.results.diagnosis import intruders, open_run, sharpness
+from lalora_app.results.merge import merge
 from lalora_app.results.spectra import intruder_dimensions
 
 pytestmark = [pytest.mark.wide, pytest.mark.usefixtures("no_waiting", "no_report")]

@@ -21,9 +21,14 @@ LINES = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _own_folder_of_code(code_of_models):
+    """The card runs the code in the adapter's folder."""
+
+
 @pytest.mark.parametrize("case", LINES)
 def test_the_cards_code_gives_the_logits_of_the_run(case, tiny, tmp_path):
-    config = tiny(**LINES[case])
+    config = tiny(**LINES[case] | {"data.labels": "ham,spam"})
     backbone, start = build(config)
     rng = np.random.default_rng(0)
     adapter = {name: rng.normal(0, 0.5, a.shape).astype(np.float32) for name, a in start.items()}
@@ -35,7 +40,15 @@ def test_the_cards_code_gives_the_logits_of_the_run(case, tiny, tmp_path):
         expected = backbone.logits(encoded.batch([0, 1, 2]))
 
     card = (tmp_path / "README.md").read_text("utf-8")
-    (code,) = re.findall("```python\n(.*?)```", card, re.DOTALL)
+    logits_code, pipeline_code = re.findall("```python\n(.*?)```", card, re.DOTALL)
     names = {"texts": list(TEXTS), "others": list(OTHERS)}
-    exec(code.replace("path/to/this/folder", str(tmp_path)), names)
+    exec(logits_code.replace("path/to/this/folder", str(tmp_path)), names)
     torch.testing.assert_close(names["logits"], expected)
+
+    assert "Classes: 0 = ham, 1 = spam." in card
+    exec(pipeline_code.replace("path/to/this/folder", str(tmp_path)), names)
+    for content, likely in zip(contents, expected.softmax(1), strict=True):
+        pair = isinstance(content, tuple)
+        row = {"text": content[0], "text_pair": content[1]} if pair else content
+        found = {entry["label"]: entry["score"] for entry in names["classify"](row, top_k=2)}
+        assert found == pytest.approx({"ham": float(likely[0]), "spam": float(likely[1])}, abs=1e-5)
