@@ -93,6 +93,13 @@ def _result(process: subprocess.Popen[bytes]) -> Any:
     return value
 
 
+def _end(process: subprocess.Popen[bytes]) -> None:
+    process.kill()
+    process.wait()
+    if process.stdout:
+        process.stdout.close()
+
+
 def call_in_own_processes(*calls: Call) -> list[Any]:
     """Return the result of each call, computed in new processes at the same time.
 
@@ -110,10 +117,7 @@ def call_in_own_processes(*calls: Call) -> list[Any]:
         return [_result(process) for process in running]
     finally:
         for process in running:
-            process.kill()
-            process.wait()
-            if process.stdout:
-                process.stdout.close()
+            _end(process)
 
 
 def needs_hub(config: Config) -> bool:
