@@ -9,6 +9,7 @@ import csv
 import gzip
 import io
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +47,18 @@ class TextFormat:
     separator: str = AUTO
     wanted: tuple[str, ...] = ()
 
+    def require_unused(self) -> None:
+        """Refuse an encoding or a separator for data that is no text file.
+
+        Raises:
+            ValueError: if one is named.
+        """
+        if (self.encoding, self.separator) != (AUTO, AUTO):
+            raise ValueError(
+                'data.encoding and data.separator must be "auto" for data other than '
+                f"{', '.join(SUFFIXES)}"
+            )
+
 
 def kind_of(path: Path) -> str:
     """Return the suffix of a file without a final .gz, in small letters."""
@@ -73,7 +86,7 @@ def _decoded(raw: bytes, encoding: str) -> str:
 def _header(text: str, separator: str) -> list[str]:
     # Not strict: a wrong separator may stand beside a quote.
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
-    return [name.strip() for name in next(rows, [])]
+    return [name.strip() for name in next(filter(None, rows), [])]
 
 
 def _separator(text: str, form: TextFormat, kind: str) -> str:
@@ -93,13 +106,17 @@ def _rows(text: str, separator: str) -> list[list[str]]:
     """Return the header and the rows; empty lines are none.
 
     Raises:
-        ValueError: naming the line of a row with more or fewer fields than the header.
+        ValueError: naming the first line of a row with more or fewer fields than the header. A
+            stray quote joins lines to one row, and is on its first line.
     """
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
+    numbered, first = [], 1
     try:
-        numbered = [(reader.line_num, row) for row in reader if row]
+        for row in reader:
+            numbered += [(first, row)] if row else []
+            first = reader.line_num + 1
     except csv.Error as error:
-        raise ValueError(f"line {reader.line_num}: {error}") from None
+        raise ValueError(f"line {first}: {error}") from None
     fields = len(numbered[0][1]) if numbered else 0
     for line, row in numbered:
         if len(row) != fields:
@@ -124,12 +141,23 @@ def parse(raw: bytes, kind: str, form: TextFormat) -> TextColumns:
     """
     text = _decoded(raw, form.encoding)
     if kind == ".txt" and form.separator == AUTO:
-        return {TEXT: [line for line in text.splitlines() if line.strip()]}
+        # Not splitlines(), which also cuts texts at form feeds and at U+2028.
+        lines = io.StringIO(text, newline=None).read().split("\n")
+        return {TEXT: [line for line in lines if line.strip()]}
     header, *rows = _rows(text, _separator(text, form, kind)) or [[]]
-    names = [name.strip() for name in header]
-    if twice := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"the header names the column {min(twice)!r} twice")
-    return {name: [row[i] or None for row in rows] for i, name in enumerate(names)}
+    # Spreadsheets write empty columns without a name; no key can ask for one.
+    named = {i: name for i, field in enumerate(header) if (name := field.strip())}
+    if len(named) > len(set(named.values())):
+        twice = next(name for name, number in Counter(named.values()).items() if number > 1)
+        raise ValueError(f"the header names the column {twice!r} twice")
+    return {name: [row[i] or None for row in rows] for i, name in named.items()}
+
+
+def _columns_of(path: Path, form: TextFormat) -> TextColumns:
+    raw = path.read_bytes()
+    if path.name.lower().endswith(".gz"):
+        raw = gzip.decompress(raw)
+    return parse(raw, kind_of(path), form)
 
 
 def read_files(files: Sequence[Path], form: TextFormat) -> TextColumns:
@@ -137,14 +165,15 @@ def read_files(files: Sequence[Path], form: TextFormat) -> TextColumns:
 
     Raises:
         OSError: if a file cannot be read.
-        ValueError: if a content cannot be read, or the headers differ.
+        ValueError: if a content cannot be read, or the headers differ; of several files, the file
+            is named.
     """
     columns: TextColumns = {}
     for path in files:
-        raw = path.read_bytes()
-        if path.name.lower().endswith(".gz"):
-            raw = gzip.decompress(raw)
-        found = parse(raw, kind_of(path), form)
+        try:
+            found = _columns_of(path, form)
+        except ValueError as error:
+            raise ValueError(f"{path.name}: {error}" if len(files) > 1 else str(error)) from None
         columns = columns or {name: [] for name in found}
         if columns.keys() != found.keys():
             raise ValueError(f"{path.name} has the columns {list(found)}, not {list(columns)}")

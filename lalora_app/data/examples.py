@@ -7,11 +7,20 @@ from functools import cached_property, lru_cache
 
 from lalora_app.data.contents import Content, content_of, inputs_of, require_texts
 from lalora_app.data.delimited import TextFormat
-from lalora_app.data.labels import class_of, listed, positions, shown, sorted_names, text_of
+from lalora_app.data.labels import (
+    class_of,
+    listed,
+    positions,
+    require_classes,
+    shown,
+    sorted_names,
+    text_of,
+)
 from lalora_app.data.sources import has_one_split, read
 from lalora_app.settings.errors import ConfigError, DataError
 from lalora_app.settings.names import AUTO, NONE, full_path
 from lalora_app.settings.run_config import Data
+from lalora_app.settings.value_rules import are_classes, class_name
 
 
 @dataclass(frozen=True)
@@ -123,7 +132,8 @@ def _rows(
     values = zip(*(columns[column] for column in inputs_of(data)), strict=True)
     found = [content_of(value, data, row) for row, value in enumerate(values)]
     contents, names = (tuple(part) for part in zip(*found, strict=True))
-    raw, classes = columns.get(data.label_column, []), columns.classes.get(data.label_column, ())
+    raw = columns.get(data.label_column, [])
+    classes = tuple(map(class_name, columns.classes.get(data.label_column, ())))
     named = (class_of(label, classes) for label in raw) if classes else raw
     labels = tuple(_label(label, data, row) for row, label in enumerate(named))
     groups = tuple(map(str, columns[data.client_column])) if natural else ()
@@ -202,13 +212,18 @@ def with_classes(data: Data) -> Data:
             f'data.labels="auto" must find at least 2 classes in the data, and finds '
             f'{shown(names)}; name all of them, such as data.labels="ham,spam"'
         )
-    return replace(data, labels=listed(names), num_labels=len(names))
+    # Names of the config stay as they are written: a comparison looks for them in finished runs.
+    text = data.labels if data.labels != AUTO else listed(names)
+    if not are_classes(text):
+        raise ConfigError(f'data.labels="auto" must find different names, and finds {shown(names)}')
+    return replace(data, labels=text, num_labels=len(names))
 
 
 def _found_names(data: Data) -> tuple[str, ...]:
     train, test = _run_rows(_without_classes(data))
     if train.classes:
         return train.classes
+    require_classes(train.labels)
     found = sorted_names({*train.labels, *(test.labels if test else ())})
     counted = tuple(map(str, range(data.num_labels)))
     return counted if set(found) <= set(counted) else found

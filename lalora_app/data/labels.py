@@ -9,9 +9,10 @@ import re
 from collections.abc import Iterable, Sequence
 
 from lalora_app.settings.errors import DataError
+from lalora_app.settings.value_rules import class_name
 
-_WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0*")  # of a number that is written as a float
 _INTEGER = re.compile(r"-?(0|[1-9][0-9]*)")
+_NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 _SHOWN = 12  # names in an error
 
 
@@ -34,9 +35,7 @@ def text_of(value: object) -> str:
         return str(value)
     if not isinstance(value, str):
         raise ValueError(f"a {type(value).__name__}")
-    text = value.strip()
-    whole = _WHOLE.fullmatch(text)
-    return whole[1] if whole else text
+    return class_name(value)
 
 
 def class_of(position: int | None, classes: Sequence[str]) -> str | None:
@@ -68,6 +67,21 @@ def sorted_names(labels: Iterable[str]) -> tuple[str, ...]:
     if all(map(is_integer, found)):
         return tuple(sorted(found, key=int))
     return tuple(sorted(found))
+
+
+def require_classes(labels: Sequence[str]) -> None:
+    """Refuse labels that are all numbers, and not all of them whole: they are measured values.
+
+    Raises:
+        DataError: naming the first row with a number that is not whole.
+    """
+    if all(map(_NUMBER.fullmatch, labels)) and not all(map(is_integer, labels)):
+        row = next(row for row, label in enumerate(labels) if not is_integer(label))
+        raise DataError(
+            "data.label-column",
+            f": row {row} has label {labels[row]}, and all labels are numbers, so they must be "
+            "whole; if they are names of classes, list them in data.labels",
+        )
 
 
 def positions(labels: Sequence[str], names: Sequence[str]) -> tuple[int, ...]:

@@ -39,7 +39,11 @@ def _text_tables(files: dict[str, list[Path]], form: TextFormat) -> Tables:
 def _prepared_tables(memory: Any, where: str, builder: Any) -> Tables:
     """Return one table per split, as the reader of `datasets` writes it to a memory folder."""
     from datasets import StreamingDownloadManager
+    from datasets.packaged_modules.json.json import JsonConfig
 
+    if isinstance(builder.config, JsonConfig):
+        # A byte order mark is no part of the data. And for "utf-8" the reader checks no byte.
+        builder.config.encoding = "utf-8-sig"
     manager = StreamingDownloadManager(
         base_path=builder.base_path, dataset_name=builder.dataset_name
     )
@@ -94,6 +98,7 @@ def load_in_memory(source: dict[str, Any], split: str, form: TextFormat) -> tupl
         builder = load_dataset_builder(**source, cache_dir=where)
         if files := _split_files(builder):
             return Dataset(_select(_text_tables(files, form), split)), True
+        form.require_unused()
         tables = _prepared_tables(memory, where, builder)
         return Dataset(_select(tables, split), info=builder.info), False
     finally:

@@ -10,6 +10,39 @@ _FLOAT_WHITE, _WHITE_16, _WHITE_12 = 1.0, 65535.0, 4095.0
 HELP = 'name the value of white in data.white-level, such as "data.white-level=4095.0"'
 
 
+_DARKEST_16 = 16  # of 8-bit values: 12 bits or fewer in 16 end below it
+
+
+def _has_16_bit_colours(image: Any) -> bool:
+    """Tell whether an image that is not loaded yet has several channels of 16 bits."""
+    arguments = image.tile[0].args if image.tile else ""
+    raw_mode = arguments if isinstance(arguments, str) else arguments[0]
+    return ";16" in str(raw_mode) and not _is_wide(image)
+
+
+def _require_upper_bits(colours: Any, white: float) -> None:
+    """Refuse 16-bit colours whose content is in the lower 8 bits, which Pillow does not read.
+
+    Args:
+        colours: the image in RGB, with the upper 8 bits of each value.
+        white: ``data.white-level``.
+
+    Raises:
+        ValueError: with what helps.
+    """
+    if white not in (0.0, _WHITE_16):
+        raise ValueError(
+            f"data.white-level={white:g} must be 0 or 65535 for colours of 16 bits: only their "
+            "upper 8 bits are read; save it with 8 bits"
+        )
+    highest = int(np.asarray(colours).max())
+    if not white and 0 < highest < _DARKEST_16:
+        raise ValueError(
+            "its 16-bit colours end below 4096, as if they had 12 bits or fewer: save it with 8 "
+            'bits, or, if it is dark, name "data.white-level=65535.0"'
+        )
+
+
 def _is_wide(image: Any) -> bool:
     """Tell whether an image has one channel of more than 8 bits, or of floats."""
     return image.mode in ("I", "F") or image.mode.startswith("I;16")
@@ -45,7 +78,10 @@ def _to_8_bits(values: np.ndarray, white: float) -> Any:
 
     low, high = float(values.min()), float(values.max())
     if not 0 <= low <= high <= white:  # also for NaN
-        raise ValueError(f"its values go from {low:g} to {high:g}, and must be from 0 to {white:g}")
+        helps = f": {HELP}" if 0 <= low <= high < np.inf else ""
+        raise ValueError(
+            f"its values go from {low:g} to {high:g}, and must be from 0 to {white:g}{helps}"
+        )
     return Image.fromarray(np.rint(values * (255 / white)).astype(np.uint8))
 
 
@@ -55,7 +91,8 @@ def decoded(content: bytes, white: float = 0.0) -> Any:
     Args:
         content: the bytes of the file.
         white: the value of white in files of more than 8 bits or of floats; 0: 65535 for 16 bits,
-            4095 for 12 bits, 1 for floats. Files of 8 bits are not scaled.
+            4095 for 12 bits, 1 for floats. Files of 8 bits are not scaled, and of colours with 16
+            bits the upper 8 are taken.
 
     Raises:
         Exception: of many kinds, if the file cannot be read or its range is not known.
@@ -63,8 +100,12 @@ def decoded(content: bytes, white: float = 0.0) -> Any:
     from PIL import Image, ImageOps
 
     image: Any = Image.open(io.BytesIO(content))
+    has_16_bit_colours = _has_16_bit_colours(image)
     upright = ImageOps.exif_transpose(image)
     if _is_wide(image):
         values = np.asarray(upright).astype(np.float64)
         upright = _to_8_bits(values, white or _white_of(image, values))
-    return upright.convert("RGB")
+    colours = upright.convert("RGB")
+    if has_16_bit_colours:
+        _require_upper_bits(colours, white)
+    return colours

@@ -11,15 +11,14 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from lalora_app.data.delimited import SUFFIXES, TextFormat, kind_of
+from lalora_app.data.delimited import TextFormat, kind_of
 from lalora_app.data.local_tables import load_in_memory
 from lalora_app.settings.errors import DataError, first_line
-from lalora_app.settings.names import NONE, full_path, is_local
+from lalora_app.settings.names import FILE_KINDS, NONE, full_path, has_file_kind, is_local
 
 DEMO = "demo:sms-spam"
-_FORMATS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}
-_FORMATS |= dict.fromkeys(SUFFIXES, "csv")
-_KNOWN = f"one of {', '.join(_FORMATS)} (also with .gz)"
+_READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # of datasets; others: csv
+_KNOWN = f"one of {', '.join(FILE_KINDS)} (also with .gz)"
 
 
 class Columns(dict[str, list[Any]]):
@@ -52,7 +51,11 @@ def _demo() -> dict[str, list[Any]]:
 
 
 def _columns(table: Any, wanted: Iterable[str]) -> Columns:
-    """Return columns as lists; images stay encoded files."""
+    """Return columns as lists; images stay encoded files.
+
+    Raises:
+        UnicodeDecodeError: for a damaged text; the readers of typed files do not look for one.
+    """
     from datasets import ClassLabel, Image
 
     for name, feature in table.features.items():
@@ -89,10 +92,11 @@ def _source(key: str, path: Path, split: str) -> dict[str, Any]:
         raise DataError(
             key, f'="{path}" must be an absolute path, or one that starts with ~, for a local file'
         )
-    if kind_of(path) not in _FORMATS or not path.is_file():
+    if not has_file_kind(path.name) or not path.is_file():
         raise DataError(key, f'="{path}" must be an existing folder, or a file ending in {_KNOWN}')
     # Brackets and stars of a file's name are no pattern.
-    return {"path": _FORMATS[kind_of(path)], "data_files": {split: glob.escape(str(path))}}
+    reader = _READERS.get(kind_of(path), "csv")
+    return {"path": reader, "data_files": {split: glob.escape(str(path))}}
 
 
 def _load_local(key: str, path: Path, split: str, form: TextFormat) -> tuple[Any, bool]:
@@ -132,11 +136,13 @@ def _load_hub(key: str, name: str, subset: str, split: str) -> Any:
 
 
 def _table(key: str, name: str, subset: str, split: str, form: TextFormat) -> tuple[Any, bool]:
-    if name == DEMO:
-        return _demo(), False
-    if is_local(name) or kind_of(Path(name)) in _FORMATS:
+    if name != DEMO and (is_local(name) or has_file_kind(name)):
         return _load_local(key, full_path(name), split, form)
-    return _load_hub(key, name, subset, split), False
+    try:
+        form.require_unused()
+    except ValueError as error:
+        raise DataError(key, f'="{name}": {error}') from error
+    return _demo() if name == DEMO else _load_hub(key, name, subset, split), False
 
 
 def read(
@@ -172,6 +178,9 @@ def read(
             raise DataError(asked_by, f'="{column}" must be a column of the data: {there}')
     if isinstance(table, dict):
         return Columns({column: table[column] for column in wanted})
-    columns = _columns(table, wanted)
+    try:
+        columns = _columns(table, wanted)
+    except UnicodeDecodeError as error:
+        raise DataError(key, f'="{name}" holds a damaged text: {first_line(error)}') from error
     columns.untyped = untyped
     return columns

@@ -9,6 +9,8 @@ from lalora_app.settings.errors import ConfigError
 NONE = "none"  # the value of a key that is switched off
 AUTO = "auto"  # the value of a key that the app chooses
 
+FILE_KINDS = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt")  # each also with .gz
+
 TIMM = "timm:"  # prefix of a timm architecture or of a folder with timm weights
 
 
@@ -43,6 +45,11 @@ def full_path(text: str) -> Path:
         raise ConfigError(
             f"{text!r} must start with the home folder of an existing user"
         ) from error
+
+
+def has_file_kind(name: str) -> bool:
+    """Tell whether a name ends as a data file does, in small or large letters."""
+    return name.lower().removesuffix(".gz").endswith(FILE_KINDS)
 
 
 def is_local(name: str) -> bool:

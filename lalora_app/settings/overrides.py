@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from lalora_app.settings.errors import ConfigError
-from lalora_app.settings.names import TIMM, full_path
+from lalora_app.settings.names import TIMM, full_path, has_file_kind, is_local
 from lalora_app.settings.run_config import from_tables
 
 _PAIR = r"""([^\s=]+)\s*=\s*("[^"]*"|'[^']*'|\S+)"""
@@ -19,18 +19,22 @@ def absolute(flat: Mapping[str, Any], folder: Path) -> dict[str, Any]:
 
     Args:
         flat: keys and values of a run.
-        folder: start of the relative paths, which begin with a dot or name an existing file or
-            folder there. The run itself works in a folder of its own.
+        folder: start of the relative paths, which begin with a dot, end as a data file does, or
+            name an existing file or folder there. The run itself works in a folder of its own.
     """
     return {
-        key: _absolute(value, folder) if key in _PATHS else value for key, value in flat.items()
+        key: _absolute(key, value, folder) if key in _PATHS else value
+        for key, value in flat.items()
     }
 
 
-def _absolute(value: Any, folder: Path) -> Any:
+def _absolute(key: str, value: Any, folder: Path) -> Any:
     prefix = TIMM if str(value).startswith(TIMM) else ""
     name = str(value).removeprefix(prefix)
-    relative = name.startswith(".") or _is_there(folder / name)
+    if not name.strip() or is_local(name) != name.startswith("."):
+        return value  # nothing is named, or the path is absolute or starts with ~
+    is_file = key == "data.name" and has_file_kind(name)
+    relative = is_file or name.startswith(".") or _is_there(folder / name)
     return f"{prefix}{(folder / name).resolve()}" if relative else value
 
 

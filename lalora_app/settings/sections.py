@@ -120,8 +120,8 @@ class Data:
         "mark, else UTF-8."
     )
     separator: str = law(
-        'must be "auto", "tab", or one character',
-        lambda v: v in ("auto", "tab") or len(v) == 1,
+        'must be "auto", "tab", or one character that is no double quote and no line end',
+        lambda v: v in ("auto", "tab") or (len(v) == 1 and v not in '"\r\n'),
         meaning="Separator of the columns of local text files; `auto` finds it in the header. A "
         "`.txt` file with `auto` holds one text per line, in the column `text`.",
     )

@@ -105,18 +105,31 @@ def columns(*, meaning: str) -> Any:
     )
 
 
+_WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]*))\.0*")  # of a number that is written as a float
+
+
+def class_name(text: str) -> str:
+    """Return the name of a class as labels spell it: no outer spaces, and "1" for "1.0"."""
+    stripped = text.strip()
+    whole = _WHOLE.fullmatch(stripped)
+    return whole[1] if whole else stripped
+
+
 def class_names_in(text: str) -> tuple[str, ...]:
     """Return the names in a comma-separated list, or in a JSON list for names with commas.
+
+    Every name is spelled as :func:`class_name` spells the labels of the data: else "1.0" would be
+    the name of no row, and a row with 1.0 would be taken for the position 1.
 
     Raises:
         ValueError: if the text starts as a JSON list and is none, or holds something but texts.
     """
     if not text.lstrip().startswith("["):
-        return tuple(name.strip() for name in text.split(","))
+        return tuple(map(class_name, text.split(",")))
     names = json.loads(text)
     if not all(isinstance(name, str) for name in names):
         raise ValueError("a JSON list of class names must hold texts only")
-    return tuple(name.strip() for name in names)
+    return tuple(map(class_name, names))
 
 
 def are_classes(text: str) -> bool:

@@ -9,7 +9,8 @@ REFUSALS = {
     "policy": "the client's policy does not allow this run; see the client's log",
     "config": "the run config or the node config breaks a law; see the client's log",
     "data": "a client must have at least one example",
-    "data-path": "data-path must be a folder, or a .jsonl, .json, .csv or .parquet file",
+    "data-path": "data-path must be a readable folder, or a readable .jsonl, .json, .parquet, "
+    ".csv, .tsv or .txt file",
     "data.name": "the dataset must be there, and hold at least one example",
     "data.input-column": "every row must have a text or a readable image, as model.task needs",
     "data.label-column": "the label column must exist",

@@ -23,6 +23,7 @@ from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.budget import Limit
 from lalora_app.privacy.ledger import Ledger
 from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.overrides import absolute
 
 NO_LIMIT = Limit(float("inf"), 1e-5)
 RELEASE = Release(0.05, 2.0, 4)
@@ -372,6 +373,9 @@ def test_17_a_bare_name_of_an_existing_file_or_folder_is_a_path(flower, tmp_path
     assert simulation.launch(ROOT, ['data.name="imdb" model.name="timm:model"'], nodes=2) == 0
     assert flower["data.name"] == "imdb"
     assert flower["model.name"] == f"timm:{tmp_path / 'model'}"
+    assert absolute({"data.name": "new.csv.gz"}, tmp_path)["data.name"] == f"{tmp_path}/new.csv.gz"
+    for nothing in ({"data.name": ""}, {"data.name": "~/x.csv"}, {"model.name": "timm:"}):
+        assert absolute(nothing, tmp_path) == nothing
 
 
 def test_a_narrowed_comparison_runs_no_control_that_is_not_asked_for(

@@ -3,6 +3,7 @@
 import csv
 import gzip
 import io
+import json
 
 import pytest
 from hypothesis import example, given
@@ -127,6 +128,10 @@ REFUSED = {
     "too few fields": (b"text,label\na\n", r"line 2 has 1 fields and the header has 2"),
     "an open quote": (b'text,label\n"a,1\n', r"line 2: unexpected end of data"),
     "text after a quote": (b'text,label\n"a"b,1\n', r"line 2: ',' expected after '\"'"),
+    "a stray quote": (
+        b'text,label\na,1\n"b,0\n' + b"c,1\n" * 50,
+        r"^line 3: unexpected end of data",
+    ),
     "a column twice": (b"text,text\na,1\n", r"the header names the column 'text' twice"),
 }
 
@@ -136,6 +141,76 @@ def test_what_is_malformed_is_told_with_its_line(case):
     raw, words = REFUSED[case]
     with pytest.raises(ValueError, match=words):
         parse(raw, ".csv", TextFormat(wanted=("text",)))
+
+
+def test_of_several_files_the_bad_one_is_named(tmp_path):
+    (tmp_path / "train-0.csv").write_text(content(ROWS), "utf-8")
+    (tmp_path / "train-1.csv").write_bytes(content([["caf\u00e9", "1"]]).encode("latin-1"))
+    with pytest.raises(DataError, match=r"train-1\.csv: byte 0xe9 at position"):
+        examples(tmp_path)
+
+
+def test_empty_lines_above_the_header_are_no_header():
+    raw = b"\r\n\r\ntext;label\r\na;1\r\n"
+    assert parse(raw, ".csv", TextFormat(wanted=WANTED)) == {"text": ["a"], "label": ["1"]}
+
+
+def test_columns_without_a_name_are_no_columns():
+    raw = b",text,label,,\n0,a,1,,\n1,b,0,x,\n"
+    assert parse(raw, ".csv", TextFormat(wanted=WANTED)) == {
+        "text": ["a", "b"],
+        "label": ["1", "0"],
+    }
+
+
+def test_a_line_ends_only_at_line_ends():
+    raw = "a\u2028b\r\nc\x85d\re\x0cf\n".encode()
+    assert parse(raw, ".txt", TextFormat()) == {"text": ["a\u2028b", "c\x85d", "e\x0cf"]}
+
+
+@pytest.mark.parametrize("name", ["x.jsonl", "x.json", "x.parquet"])
+@pytest.mark.parametrize("changes", [{"encoding": "cp1252"}, {"separator": "tab"}])
+def test_a_text_format_of_other_files_is_refused(name, changes, tmp_path):
+    import pandas as pd
+
+    table = pd.DataFrame([(text, int(label)) for text, label in ROWS], columns=list(WANTED))
+    path = tmp_path / name
+    if path.suffix == ".parquet":
+        table.to_parquet(path)
+    else:
+        table.to_json(path, orient="records", lines=path.suffix == ".jsonl")
+    assert examples(path) == EXPECTED
+    with pytest.raises(
+        DataError, match=r'data\.separator must be "auto" for data other than \.csv'
+    ):
+        examples(path, **changes)
+    with pytest.raises(DataError, match=r'^data\.name="demo:sms-spam": data\.encoding and'):
+        examples("demo:sms-spam", **changes)
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json"])
+def test_json_is_utf_8_with_or_without_a_mark(suffix, tmp_path):
+    rows = [{"text": f"caf\u00e9 {i}", "label": i % 2} for i in range(40)]
+    lines = [json.dumps(row, ensure_ascii=False) for row in rows]
+    text = "\n".join(lines) if suffix == ".jsonl" else f"[{','.join(lines)}]"
+    for encoding in ("utf-8", "utf-8-sig"):
+        path = tmp_path / f"{encoding}{suffix}"
+        path.write_bytes(text.encode(encoding))
+        assert examples(path) == {row["text"]: row["label"] for row in rows}
+    other = tmp_path / f"cp1252{suffix}"
+    other.write_bytes(text.encode("cp1252"))
+    with pytest.raises(DataError, match=r"^data\.name=.* cannot be read as .*(utf-8|UTF-8)"):
+        examples(other)
+
+
+def test_a_damaged_text_in_a_typed_file_is_one_line(tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    damaged = pa.array([b"caf\xe9"] * 40, pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"text": damaged, "label": [0, 1] * 20}), tmp_path / "x.parquet")
+    with pytest.raises(DataError, match=r"holds a damaged text: .* byte 0xe9"):
+        examples(tmp_path / "x.parquet")
 
 
 def test_files_with_other_columns_are_refused(tmp_path):

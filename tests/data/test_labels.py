@@ -1,24 +1,31 @@
 """Labels as texts: names, booleans, floats; the classes of a dataset, and the refusals."""
 
+import io
 import json
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from conftest import described
 from lalora_app.data.examples import private_file, split, with_classes
 from lalora_app.data.labels import class_of, is_integer, listed, positions, sorted_names, text_of
 from lalora_app.settings.errors import ConfigError, DataError
-from lalora_app.settings.value_rules import are_classes, class_names_in
+from lalora_app.settings.value_rules import are_classes, class_name, class_names_in
 
-NAMES = st.text(min_size=1).map(str.strip).filter(lambda name: name and name != "auto")
+NAMES = st.text(min_size=1).map(class_name).filter(lambda name: name and name != "auto")
 VALUES = st.one_of(
     st.booleans(),
     st.integers(-(10**9), 10**9),
     st.floats(-1e9, 1e9).filter(float.is_integer),
     st.text(),
 )
+
+
+def pixels(content):
+    return np.asarray(Image.open(io.BytesIO(content)))
 
 
 def written(path, labels):
@@ -124,6 +131,10 @@ CASES = {
     "a class that never occurs": ([0, 2] * 30, {"num_labels": 3}, ("0", "1", "2")),
     "six labels for five stars": ([1, 2, 3, 4, 5] * 12, {"num_labels": 6}, tuple("012345")),
     "names of numbers": ([0, 1] * 30, {"labels": "ham,spam"}, ("ham", "spam")),
+    "floats in a chosen order": ([0.0, 1.0] * 30, {"labels": "1.0,0.0"}, ("1", "0")),
+    "names of floats": ([1.0, 2.0] * 30, {"labels": "1.0,2.0,3.0"}, ("1", "2", "3")),
+    "versions": (["1.5", "2.0", "beta"] * 20, {}, ("1.5", "2", "beta")),
+    "numbers that are named": (["0.5", "1"] * 30, {"labels": "0.5,1"}, ("0.5", "1")),
     "texts that other readers take for missing": (["NA", "null"] * 30, {}, ("NA", "null")),
 }
 
@@ -166,6 +177,36 @@ def test_one_class_must_be_named(tmp_path):
     assert with_classes(described(path, num_labels=0, labels="a,b")).num_labels == 2
 
 
+def test_measured_values_are_no_classes(tmp_path):
+    path = written(tmp_path / "x.jsonl", ["1", "0.25", "2.0"] * 20)
+    with pytest.raises(DataError, match=r"^data\.label-column: row 1 has label 0\.25, .* whole;"):
+        with_classes(described(path, num_labels=0))
+
+
+def test_two_spellings_of_one_name_are_refused(tmp_path):
+    assert not are_classes("1,1.0")
+    for name, level in {"1": 50, "1.0": 200}.items():  # two folders
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            image = Image.fromarray(np.full((8, 8, 3), level + i, np.uint8))
+            image.save(tmp_path / name / f"{i}.png")
+    with pytest.raises(ConfigError, match=r"must find different names, and finds '1', '1'$"):
+        with_classes(described(tmp_path, input_column="image", num_labels=0))
+
+
+def test_folders_of_images_may_be_named_as_floats(tmp_path):
+    for name, level in {"1.0": 50, "2.0": 200}.items():
+        (tmp_path / name).mkdir()
+        for i in range(20):
+            image = Image.fromarray(np.full((8, 8, 3), level + i, np.uint8))
+            image.save(tmp_path / name / f"{i}.png")
+    data = with_classes(described(tmp_path, input_column="image", num_labels=0))
+    assert data.class_names == ("1", "2")
+    train, _ = split(data)
+    lightness = [np.mean(pixels(content)) for content in train.contents]
+    assert [mean > 100 for mean in lightness] == [label == 1 for label in train.labels]
+
+
 def test_a_language_model_has_no_classes():
     data = described("/no/file", label_column="none", num_labels=0)
     assert with_classes(data) == data
@@ -175,6 +216,14 @@ def test_classes_named_once_are_named_the_same_again(tmp_path):
     path = written(tmp_path / "x.jsonl", ["b", "a"] * 20)
     data = with_classes(described(path, num_labels=0))
     assert with_classes(data) == data
+
+
+def test_names_of_the_config_stay_as_they_are_written(tmp_path):
+    path = written(tmp_path / "x.jsonl", [1.0, 0.0] * 20)
+    data = with_classes(described(path, num_labels=0, labels="1.0, 0.0"))
+    assert data.labels == "1.0, 0.0"
+    assert data.class_names == ("1", "0")
+    assert data.num_labels == 2
 
 
 def test_a_client_s_row_with_an_unknown_class_is_refused(tmp_path):

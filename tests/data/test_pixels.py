@@ -1,6 +1,8 @@
 """Image files of every number type and orientation, as upright RGB images of 8 bits."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -94,9 +96,14 @@ REFUSED = {
         r"end at 4095, as if it had 12 bits.*white-level",
     ),
     "32-bit integers": (ramp(60000, np.int32), 0.0, r"do not tell which value is white"),
-    "floats above 1": (ramp(255, np.float32), 0.0, r"go from 0 to 255, and must be from 0 to 1$"),
-    "above white": (ramp(5000, np.uint16), 4095.0, r"to 5000, and must be from 0 to 4095$"),
-    "negative": (ramp(1, np.float32) - 0.5, 0.0, r"go from -0\.5 to 0\.5"),
+    "floats above 1": (
+        ramp(255, np.float32),
+        0.0,
+        r"go from 0 to 255, and must be from 0 to 1: name the value of white in data\.white-level",
+    ),
+    "above white": (ramp(5000, np.uint16), 4095.0, r"to 5000, and must be from 0 to 4095: name"),
+    "negative": (ramp(1, np.float32) - 0.5, 0.0, r"go from -0\.5 to 0\.5, and must be .* 1$"),
+    "endless": (np.full((8, 8), np.inf, np.float32), 0.0, r"must be from 0 to 1$"),
     "no number": (np.full((8, 8), np.nan, np.float32), 0.0, r"nan"),
 }
 
@@ -106,6 +113,52 @@ def test_what_would_lose_content_is_refused(case):
     array, white, words = REFUSED[case]
     with pytest.raises(ValueError, match=words):
         decoded(stored(array), white)
+
+
+def png_of_16_bit_colours(array):
+    """Return a PNG file; Pillow writes none with colours of 16 bits. array: (height, width, n)."""
+    height, width, channels = array.shape
+    colour_type = {2: 4, 3: 2, 4: 6}[channels]
+
+    def chunk(name, content):
+        check = struct.pack(">I", zlib.crc32(name + content))
+        return struct.pack(">I", len(content)) + name + content + check
+
+    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
+    parts = chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return b"\x89PNG\r\n\x1a\n" + parts
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_colours_of_16_bits_are_taken_by_their_upper_bits(channels):
+    array = np.stack([ramp(65535, np.uint16)] * channels, axis=-1)
+    shades = array[..., 0] >> 8
+    for white in (0.0, 65535.0):
+        assert np.array_equal(gray(decoded(png_of_16_bit_colours(array), white)), shades)
+    with pytest.raises(ValueError, match=r"white-level=4095 must be 0 or 65535 for colours of 16"):
+        decoded(png_of_16_bit_colours(array), 4095.0)
+
+
+@pytest.mark.parametrize("channels", [2, 3, 4])
+def test_colours_of_12_bits_in_16_are_not_lost_in_silence(channels):
+    array = np.stack([ramp(4095, np.uint16)] * channels, axis=-1)
+    array[..., 3:] = 65535  # opaque
+    content = png_of_16_bit_colours(array)
+    with pytest.raises(ValueError, match=r"^its 16-bit colours end below 4096, .* with 8 bits"):
+        decoded(content)
+    assert gray(decoded(content, 65535.0)).max() == 15  # dark, as the user says
+    assert gray(decoded(png_of_16_bit_colours(np.zeros_like(array)))).max() == 0
+
+
+def test_modes_of_8_bits_are_converted_as_pillow_does():
+    array = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    image = Image.fromarray(array)
+    for mode in ("1", "L", "P", "LA", "RGBA", "CMYK"):
+        file = io.BytesIO()
+        image.convert(mode).save(file, "TIFF" if mode == "CMYK" else "PNG")
+        expected = image.convert(mode).convert("RGB")
+        assert np.array_equal(np.asarray(decoded(file.getvalue())), np.asarray(expected)), mode
 
 
 def test_a_black_image_of_16_bits_is_black():
