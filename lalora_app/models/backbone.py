@@ -223,7 +223,7 @@ def _check_or_refuse(backbone: Backbone, probe: Batch, model: Model, lora: Lora)
     """Check the layout; name the keys of a model that fails.
 
     Raises:
-        ConfigError: if torch.compile cannot compile the model.
+        ConfigError: if the model cannot compute random inputs, or torch.compile the model.
         LayoutError: if the model gives no per-example gradients.
     """
     from torch._dynamo.exc import TorchDynamoException
@@ -238,6 +238,10 @@ def _check_or_refuse(backbone: Backbone, probe: Batch, model: Model, lora: Lora)
         raise ConfigError(
             f'lora.kernel="{lora.kernel}" must be another one for this model, which torch.compile '
             f"refuses: {first_line(error)}"
+        ) from error
+    except Exception as error:  # whatever a model may raise on inputs like those of training
+        raise ConfigError(
+            f'model.name="{model.name}" cannot compute random inputs: {first_line(error)}'
         ) from error
 
 

@@ -13,7 +13,9 @@ from lalora_app.settings.run_config import Model
 
 def _longest(base: Any, tokenizer: Any) -> int:
     """Return the most tokens that a text may have."""
-    positions = getattr(base.config, "max_position_embeddings", tokenizer.model_max_length)
+    positions = getattr(base.config, "max_position_embeddings", -1)
+    if positions < 0:  # the model has no limit, and XLNet says so by -1
+        return int(tokenizer.model_max_length)
     offset = getattr(getattr(base.base_model, "embeddings", None), "padding_idx", None)
     if offset is not None:  # RoBERTa and similar models number positions from padding_idx + 1
         positions -= offset + 1

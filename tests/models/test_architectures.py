@@ -51,6 +51,7 @@ WIDE = {
     "opt": "q_proj v_proj",
     "bloom": "query_key_value",
     "gpt-neox": "query_key_value",
+    "falcon": "query_key_value",
     "mixtral": "q_proj v_proj",
 }
 IMAGES = {
@@ -312,6 +313,27 @@ def test_names_of_layers_do_not_reach_into_a_head_that_trains_whole(tiny, tmp_pa
     assert not any("classifier" in name for name in start if kind_of(name) != "head")
     line = refusal(tiny(**{"model.name": folder, "lora.targets": "classifier.dense"}))
     assert line.startswith('lora.targets="classifier.dense" must name Linear layers')
+
+
+def test_layers_with_the_tokens_before_the_examples_are_one_line(tiny, tmp_path):
+    """Longformer: its rows would be divided wrongly wherever the numbers divide."""
+    folder = save_text_model("longformer", tmp_path)
+    with pytest.raises(
+        LayoutError, match=r"^lora\.targets=.* rows of shape \(8, 3\) do not divide"
+    ):
+        build(tiny(**{"model.name": folder}))
+
+
+def test_a_model_that_cannot_compute_random_inputs_is_one_line(tiny, tmp_path, monkeypatch):
+    from transformers import BertForSequenceClassification
+
+    def fails(self, *_, **__):
+        raise RuntimeError("no\nsuch thing")
+
+    monkeypatch.setattr(BertForSequenceClassification, "forward", fails)
+    folder = save_text_model("bert", tmp_path)
+    line = refusal(tiny(**{"model.name": folder}))
+    assert line == f'model.name="{folder}" cannot compute random inputs: no'
 
 
 def test_a_layer_before_frozen_zeros_is_told_as_one(images, tiny_timm, tmp_path):
