@@ -23,6 +23,7 @@ from lalora_app.models.scores import Metrics, Task
 from lalora_app.models.targets import choose_targets, smaller_sides
 from lalora_app.models.timm_models import load_timm
 from lalora_app.models.transformers_models import load_transformers
+from lalora_app.private_step.attach import LayoutError
 from lalora_app.private_step.compiled_engine import CompiledEngine
 from lalora_app.private_step.engine import Engine, KernelEngine
 from lalora_app.private_step.layout_check import check_layout
@@ -212,29 +213,39 @@ def _build(model: Model, lora: Lora, num_labels: int, seed: int) -> tuple[Backbo
     return backbone, base.probe
 
 
-def _check(backbone: Backbone, probe: Batch, lora: Lora) -> None:
-    """Check the layout on random inputs, without data.
-
-    Raises:
-        ConfigError: if torch.compile cannot compile the model.
-        LayoutError: if the model gives no per-example gradients.
-    """
+def _check(backbone: Backbone, probe: Batch) -> None:
+    """Check the layout on random inputs, without data."""
 
     def losses(rows: list[int]) -> Tensor:
         mask = None if probe.mask is None else probe.mask[rows]
         return backbone.losses(Batch(probe.inputs[rows], mask, probe.labels[rows]))
 
-    if lora.kernel != "compiled":
-        check_layout(backbone.engine, losses, len(probe.labels))
-        return
+    check_layout(backbone.engine, losses, len(probe.labels))
+
+
+def _check_or_refuse(backbone: Backbone, probe: Batch, model: Model, lora: Lora) -> None:
+    """Check the layout; name the keys of a model that fails.
+
+    Raises:
+        ConfigError: if the model cannot compute random inputs, or torch.compile the model.
+        LayoutError: if the model gives no per-example gradients.
+    """
     from torch._dynamo.exc import TorchDynamoException
 
     try:
-        check_layout(backbone.engine, losses, len(probe.labels))
+        _check(backbone, probe)
+    except LayoutError as error:
+        raise LayoutError(
+            f'lora.targets="{lora.targets}" does not fit model.name="{model.name}": {error}'
+        ) from error
     except TorchDynamoException as error:
         raise ConfigError(
-            'lora.kernel="compiled" must be another kernel for this model, which torch.compile '
+            f'lora.kernel="{lora.kernel}" must be another one for this model, which torch.compile '
             f"refuses: {first_line(error)}"
+        ) from error
+    except Exception as error:  # whatever a model may raise on inputs like those of training
+        raise ConfigError(
+            f'model.name="{model.name}" cannot compute random inputs: {first_line(error)}'
         ) from error
 
 
@@ -255,7 +266,7 @@ def _checked(model: Model, lora: Lora, num_labels: int, seed: int) -> Built:
     if key not in built:
         backbone, probe = _build(model, lora, num_labels, seed)
         start = backbone.adapter()
-        _check(backbone, probe, lora)
+        _check_or_refuse(backbone, probe, model, lora)
         built[key] = backbone, start
     return built[key]
 

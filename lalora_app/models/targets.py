@@ -28,7 +28,7 @@ def _is_target(path: str, names: Sequence[str]) -> bool:
 
 def linear_layers(base: nn.Module) -> dict[str, nn.Linear]:
     """Return the Linear layers of a base model by path."""
-    return {path: m for path, m in base.named_modules() if type(m) is nn.Linear}
+    return {path: m for path, m in base.named_modules() if isinstance(m, nn.Linear)}
 
 
 def rows_per_call(base: Base, examples: int) -> dict[str, list[int]]:

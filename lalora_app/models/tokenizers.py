@@ -22,7 +22,9 @@ def _position_offset(base: Any) -> int | None:
 
 def _longest(base: Any, tokenizer: Any) -> int:
     """Return the most tokens that a text may have."""
-    positions = getattr(base.config, "max_position_embeddings", tokenizer.model_max_length)
+    positions = getattr(base.config, "max_position_embeddings", -1)
+    if positions < 0:  # the model has no limit, and XLNet says so by -1
+        return int(tokenizer.model_max_length)
     offset = _position_offset(base)
     if offset is not None:
         positions -= offset + 1

@@ -6,7 +6,9 @@ batched product g xᵀ then gives one gradient per example. For a LoRA factor th
 FLOPs as the ordinary gradient.
 
 Rows are regrouped to (examples, rows, features). In window attention a layer sees batch·windows
-rows; the regrouping makes sure that an image is clipped as a whole, not per window.
+rows; the regrouping makes sure that an image is clipped as a whole, not per window. Rows that
+belong to no example are never divided among the examples: their first axis is refused, or
+``shared_rows.py`` has expanded them to one set per example.
 """
 
 from collections.abc import Callable, Mapping

@@ -44,6 +44,10 @@ TEXT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         _DEBERTA | {"share_att_key": True, "position_buckets": 4, "norm_rel_ebd": "layer_norm"},
     ),
     "deberta-v2": ("deberta-v2", _DEBERTA),
+    "longformer": (
+        "longformer",
+        _BERT | {"attention_window": [4, 4], "pad_token_id": 1, "sep_token_id": 3},
+    ),
     "modernbert": (
         "modernbert",
         _BERT
@@ -70,6 +74,7 @@ TEXT_MODELS: dict[str, tuple[str, dict[str, Any]]] = {
         "bloom",
         _ENDS | {"vocab_size": len(WORDS), "hidden_size": 16, "n_layer": 2, "n_head": 2},
     ),
+    "falcon": ("falcon", _BERT | _ENDS),
     "gpt-neox": ("gpt_neox", _BERT | _ENDS),
     "mixtral": ("mixtral", _LLAMA | {"num_local_experts": 2, "num_experts_per_tok": 1}),
     "t5": (

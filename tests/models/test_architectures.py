@@ -1,5 +1,8 @@
 """Every architecture that the app trains: targets, gradients, runs, and those that are refused."""
 
+import functools
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -8,11 +11,13 @@ from torch import Tensor, nn
 
 from conftest import ROOT, WORDS, save_tokenizer, timm_class
 from helpers.architectures import IMAGE_MODELS, save_image_model, save_text_model
-from helpers.model_checks import normalised, pixels, refusal
+from helpers.model_checks import normalised, pixels, randomised, refusal
 from helpers.oracle import assert_engine_is_right, randomise, without_engine
 from lalora_app.adapter.factors import kind as kind_of
 from lalora_app.data.encoding import EncodedTexts
+from lalora_app.data.examples import split
 from lalora_app.models.backbone import Backbone, build
+from lalora_app.private_step.attach import LayoutError
 
 FUSED = (("fused", False),)
 PHASES = [("AB", 3), ("B", 4), ("A", 1)]
@@ -46,6 +51,7 @@ WIDE = {
     "opt": "q_proj v_proj",
     "bloom": "query_key_value",
     "gpt-neox": "query_key_value",
+    "falcon": "query_key_value",
     "mixtral": "q_proj v_proj",
 }
 IMAGES = {
@@ -241,8 +247,6 @@ def test_its_gradients_are_those_of_one_text_at_a_time(no_padding, tiny):
 def test_texts_are_encoded_with_that_padding(no_padding, tiny):
     config = tiny(**{"model.name": no_padding})
     backbone, _ = build(config)
-    from lalora_app.data.examples import split
-
     data = backbone.encode(split(config.data)[0])
     batch = data.batch([0, 1], width=16)
     assert data.pad == END
@@ -287,9 +291,6 @@ def test_convolutions_are_one_line(images, tmp_path):
 
 
 def test_quantised_weights_are_one_line(tiny, tiny_model, tmp_path):
-    import json
-    import shutil
-
     folder = Path(shutil.copytree(tiny_model, tmp_path / "copy"))
     settings = json.loads((folder / "config.json").read_text("utf-8"))
     settings["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
@@ -314,15 +315,64 @@ def test_names_of_layers_do_not_reach_into_a_head_that_trains_whole(tiny, tmp_pa
     assert line.startswith('lora.targets="classifier.dense" must name Linear layers')
 
 
+def test_layers_with_the_tokens_before_the_examples_are_one_line(tiny, tmp_path):
+    """Longformer: its rows would be divided wrongly wherever the numbers divide."""
+    folder = save_text_model("longformer", tmp_path)
+    with pytest.raises(
+        LayoutError, match=r"^lora\.targets=.* rows of shape \(8, 3\) do not divide"
+    ):
+        build(tiny(**{"model.name": folder}))
+
+
+def test_a_model_that_cannot_compute_random_inputs_is_one_line(tiny, tmp_path, monkeypatch):
+    from transformers import BertForSequenceClassification
+
+    def fails(self, *_, **__):
+        raise RuntimeError("no\nsuch thing")
+
+    monkeypatch.setattr(BertForSequenceClassification, "forward", fails)
+    folder = save_text_model("bert", tmp_path)
+    line = refusal(tiny(**{"model.name": folder}))
+    assert line == f'model.name="{folder}" cannot compute random inputs: no'
+
+
 def test_a_layer_before_frozen_zeros_is_told_as_one(images, tiny_timm, tmp_path):
-    import shutil
-
-    from lalora_app.private_step.attach import LayoutError
-
     shutil.copy(Path(tiny_timm["swinv2"]) / "config.json", tmp_path)
     config = images(f"timm:{tmp_path}", **{"model.weights": "random"})  # its norms begin at zero
-    with pytest.raises(LayoutError, match="frozen weights behind it may be zero"):
+    with pytest.raises(LayoutError, match="frozen weights behind it may be zero") as caught:
         build(config)
+    assert str(caught.value).startswith('lora.targets="auto" does not fit model.name="timm:')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("kind", "compiles"), [("deberta-v3", True), ("deberta", False)])
+def test_deberta_under_torch_compile(kind, compiles, tiny, tmp_path, monkeypatch):
+    """By graph capture only, which needs no C++ compiler; it cannot capture the first DeBERTa."""
+    eager = functools.partial(torch.compile, backend="aot_eager")
+    monkeypatch.setattr(torch, "compile", eager)
+    folder = save_text_model(kind, tmp_path)
+    config = tiny(**{"model.name": folder, "lora.kernel": "compiled"})
+    if not compiles:
+        assert refusal(config).startswith('lora.kernel="compiled" must be another one')
+        return
+    backbones = [randomised(config), randomised(tiny(**{"model.name": folder}))]
+    batch = TEXTS.batch([0, 1, 2])
+    found, plain = (b.engine.gradients(lambda b=b: b.losses(batch), 3).dense() for b in backbones)
+    for name, grad in plain.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["deberta", "deberta-v3"])
+def test_checkpointing_changes_no_gradient_of_shared_rows(kind, tiny, tmp_path):
+    folder, grads = save_text_model(kind, tmp_path), []
+    batch = TEXTS.batch([0, 1, 2])
+    for again in (False, True):
+        keys = {"model.checkpointing": again, "lora.targets": "all-linear"}
+        backbone = randomised(tiny(**keys, **{"model.name": folder}))
+        steps = backbone.engine.gradients(lambda b=backbone: b.losses(batch), 3)
+        grads.append(steps.dense())
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grads[1][name], grad, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["opt"])
