@@ -26,7 +26,6 @@ _MARKS = {  # of an encoding, at the start of a file
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-_NAMES = {",": "comma", ";": "semicolon", "\t": "tab", "|": "pipe"}
 TextColumns = dict[str, list[str | None]]
 
 csv.field_size_limit(min(sys.maxsize, 2**31 - 1))  # the default refuses texts above 128 KiB
@@ -120,10 +119,10 @@ def _rows(text: str, separator: str) -> list[list[str]]:
     fields = len(numbered[0][1]) if numbered else 0
     for line, row in numbered:
         if len(row) != fields:
-            name = _NAMES.get(separator, repr(separator))
+            used = "tab" if separator == "\t" else separator
             raise ValueError(
-                f"line {line} has {len(row)} fields and the header has {fields}, with the "
-                f"separator {name} (data.separator)"
+                f"line {line} has {len(row)} fields and the header has {fields}, with "
+                f'data.separator="{used}"'
             )
     return [row for _, row in numbered]
 

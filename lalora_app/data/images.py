@@ -32,8 +32,17 @@ def _image(examples: Examples, index: int) -> Any:
     try:
         return decoded(content, examples.white_level)
     except Exception as error:  # decoders raise many kinds of errors for damaged files
-        place, reason = examples.place(index), first_line(error)
+        place, reason = examples.place(index), _reason(error, content)
         raise DataError("data.input-column", f": {place} is no readable image: {reason}") from error
+
+
+def _reason(error: Exception, content: bytes) -> str:
+    """Return a decoder's reason; Pillow names an object in memory if it knows no format."""
+    from PIL import UnidentifiedImageError
+
+    if isinstance(error, UnidentifiedImageError):
+        return f"its {len(content)} bytes are damaged, or of no image format that Pillow knows"
+    return first_line(error)
 
 
 def _stored(image: Any, resize: int, size: int) -> np.ndarray:

@@ -87,6 +87,8 @@ def stamp(name: str) -> str:
 
 def _source(key: str, path: Path, split: str) -> dict[str, Any]:
     if path.is_dir():
+        if glob.has_magic(str(path)):  # datasets would take it for a pattern, and find no file
+            raise DataError(key, f'="{path}" must be a path without * ? [ for a folder')
         return {"path": str(path)}
     if not path.is_absolute():
         raise DataError(
@@ -105,7 +107,7 @@ def _load_local(key: str, path: Path, split: str, form: TextFormat) -> tuple[Any
     disable_progress_bars()
     quiet_hub()
     source = _source(key, path, split)
-    kind = path.suffix or "a folder of data files or images"
+    kind = "a folder of data files or images" if path.is_dir() else kind_of(path)
     try:
         return load_in_memory(source, split, form)
     except Exception as error:  # the readers raise many kinds of errors

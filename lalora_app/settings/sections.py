@@ -103,8 +103,9 @@ class Data:
     """The dataset, its public test split, and the partition into simulated clients."""
 
     name: str = non_empty(
-        meaning="Dataset: a Hugging Face id, a `.parquet`, `.csv`, `.json` or `.jsonl` file, a "
-        "folder of them, a folder of images by class, or the bundled `demo:sms-spam`."
+        meaning="Dataset: a Hugging Face id; a `.csv`, `.tsv`, `.txt`, `.json`, `.jsonl` (all also "
+        "with `.gz`) or `.parquet` file; a folder of them, or of images by class; or the bundled "
+        "`demo:sms-spam`."
     )
     subset: str = non_empty(
         meaning="Subset of a Hugging Face dataset, such as `sst2`; `none` for a dataset with "

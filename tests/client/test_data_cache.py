@@ -105,6 +105,19 @@ def test_a_change_of_data_or_keys_is_another_fingerprint(data_file):
     assert seen() != plain
 
 
+def test_another_file_format_in_the_node_config_is_another_fingerprint(tiny, data_file, tmp_path):
+    node = {"data-path": str(data_file), "max-epsilon": float("inf"), "data-cache": str(tmp_path)}
+
+    def seen(run=None, **said):
+        config = tiny(**open_run() | (run or {}))
+        return data_cache.cache_file(admit(config, node | said, 1), config).fingerprint
+
+    changes = ({"encoding": "cp1252"}, {"separator": ";"}, {"white-level": 4095})
+    assert len({seen(), *(seen(**change) for change in changes)}) == 4
+    # The run's own keys decide on nothing at a site.
+    assert seen({"data.encoding": "cp1252", "data.white-level": 255.0}) == seen()
+
+
 def test_a_file_with_other_content_and_the_old_time_is_another_fingerprint(data_file):
     config, before = make_config(), data_file.stat()
     plain = fingerprint(config, str(data_file))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from conftest import described
+from conftest import described, make_config
 from lalora_app.data.delimited import TextFormat, kind_of, parse
 from lalora_app.data.examples import split, with_classes
 from lalora_app.settings.errors import DataError
@@ -60,6 +60,30 @@ def test_a_folder_of_files_means_the_same_as_one_file(tmp_path):
     (tmp_path / "train-0.csv").write_text(content(ROWS[:20], ";"), "utf-8")
     (tmp_path / "train-1.csv").write_text(content(ROWS[20:], ";"), "utf-8")
     assert examples(tmp_path) == EXPECTED
+
+
+def test_a_folder_whose_name_is_a_pattern_is_refused(tmp_path):
+    (tmp_path / "a[1]").mkdir()
+    (tmp_path / "a[1]" / "train.csv").write_text(content(ROWS), "utf-8")
+    with pytest.raises(DataError, match=r'a\[1\]" must be a path without \* \? \[ for a folder$'):
+        examples(tmp_path / "a[1]")
+    assert examples(tmp_path / "a[1]" / "train.csv") == EXPECTED  # of a file it is no pattern
+
+
+def test_a_damaged_gz_file_is_told_by_its_kind(tmp_path):
+    path = tmp_path / "x.csv.gz"
+    path.write_bytes(gzip.compress(content(ROWS).encode())[:-15])
+    with pytest.raises(DataError, match=r" cannot be read as \.csv: Compressed file ended"):
+        examples(path)
+
+
+@pytest.mark.parametrize(("separator", "named"), [(",", ","), ("\t", "tab"), ("|", "|")])
+def test_an_uneven_row_is_told_with_the_separator_as_the_key_takes_it(separator, named, tmp_path):
+    raw = content([*ROWS, ["a", "1", "more"]], separator).encode()
+    with pytest.raises(ValueError, match=r"^line 42 ") as caught:
+        parse(raw, ".csv", TextFormat(wanted=WANTED))
+    assert str(caught.value).endswith(f'the header has 2, with data.separator="{named}"')
+    make_config(**{"data.separator": named})  # the key takes it
 
 
 def test_an_unknown_separator_is_seen_in_the_column_s_name(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from conftest import described
-from lalora_app.data.examples import split
+from lalora_app.data.examples import Examples, split
 from lalora_app.data.images import encode_images
 from lalora_app.data.pixels import decoded
 from lalora_app.settings.errors import DataError
@@ -184,6 +184,39 @@ def test_a_bad_image_is_told_with_row_and_file(tmp_path):
         f"data.input-column: row {train.row(first)} (a/{train.names[first].split('/')[1]}) is no "
         "readable image: its 16-bit values end at"
     )
+
+
+PNG = stored(np.zeros((32, 32), np.uint8), "PNG")
+UNKNOWN = "its 5 bytes are damaged, or of no image format that Pillow knows"
+DAMAGED = {
+    "no image": (b"hello", UNKNOWN),
+    "a cut PNG": (PNG[:50], "truncated"),
+    "a cut JPEG": (stored(ramp(255, np.uint8), "JPEG")[:-100], "truncated"),
+    "a cut TIFF": (stored(ramp(255, np.uint8))[:-100], "truncated"),
+}
+
+
+@pytest.mark.parametrize("case", list(DAMAGED))
+def test_a_damaged_image_is_told_with_a_reason_that_is_the_same_each_time(case):
+    content, reason = DAMAGED[case]
+    examples = Examples((PNG, content), (0, 1), names=("a/0.png", "b/1.png"))
+    with pytest.raises(DataError, match=r": row 1 \(b/1\.png\) is no readable image: ") as caught:
+        encode_images(examples, 32, 32)
+    assert reason in str(caught.value).replace("Truncated", "truncated")
+    assert "object at" not in str(caught.value)
+
+
+MODES = ["1", "L", "LA", "P", "PA", "RGBA", "CMYK", "LAB"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_kind_of_colour_comes_as_pillow_converts_it(mode):
+    image = Image.fromarray(ramp(255, np.uint8)).convert("P" if mode == "PA" else "RGB")
+    file = io.BytesIO()
+    image.convert(mode).save(file, "PNG" if mode in ("1", "L", "LA", "P", "RGBA") else "TIFF")
+    shown = np.asarray(decoded(file.getvalue()))
+    assert np.array_equal(shown, np.asarray(Image.open(file).convert("RGB")))
+    assert len(np.unique(shown)) > 1
 
 
 def test_the_white_level_of_the_config_reaches_the_images(tmp_path):

@@ -331,7 +331,7 @@ def test_an_error_without_a_word_is_named_by_its_kind():
 
 # --- what a refusal may tell ------------------------------------------------------------------
 
-MODULES = ("sources", "examples", "labels", "partition", "encoding", "images")
+MODULES = ("sources", "contents", "examples", "labels", "partition", "encoding", "images")
 KEY = re.compile(r"data|data-path|(data|train|privacy|model)\.[a-z-]+")
 
 
