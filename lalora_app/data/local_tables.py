@@ -18,11 +18,22 @@ Tables = dict[str, pa.Table]  # of each split
 
 
 def _split_files(builder: Any) -> dict[str, list[Path]]:
-    """Return the delimited text files of each split; empty: the data is of another kind."""
+    """Return the delimited text files of each split; empty: the data is of another kind.
+
+    Raises:
+        ValueError: for a text file in an archive other than .gz, in which `datasets` would choose
+            the types, and would take texts such as ``NA`` for missing.
+    """
+    from datasets.packaged_modules.csv.csv import Csv
+    from datasets.packaged_modules.text.text import Text
+
     found = builder.config.data_files or {}
     files = {str(name): [Path(str(file)) for file in paths] for name, paths in found.items()}
     every = [file for paths in files.values() for file in paths]
-    return files if every and all(kind_of(file) in SUFFIXES for file in every) else {}
+    other = [file.name for file in every if kind_of(file) not in SUFFIXES]
+    if other and isinstance(builder, Csv | Text):
+        raise ValueError(f"{other[0]} must end in {', '.join(SUFFIXES)}, or one of them with .gz")
+    return files if every and not other else {}
 
 
 def _text_tables(files: dict[str, list[Path]], form: TextFormat) -> Tables:

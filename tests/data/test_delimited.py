@@ -70,6 +70,24 @@ def test_a_folder_whose_name_is_a_pattern_is_refused(tmp_path):
     assert examples(tmp_path / "a[1]" / "train.csv") == EXPECTED  # of a file it is no pattern
 
 
+@pytest.mark.parametrize("packed", ["train.csv.bz2", "train.csv.xz", "train.zip"])
+def test_other_archives_of_text_files_are_refused_by_name(packed, tmp_path):
+    """The reader of datasets would take them, with NA for a missing text."""
+    import bz2
+    import lzma
+    import zipfile
+
+    path, raw = tmp_path / packed, content([["NA", "0"], *ROWS]).encode()
+    if path.suffix == ".zip":
+        with zipfile.ZipFile(path, "w") as file:
+            file.writestr("train.csv", raw)
+    else:
+        path.write_bytes({".bz2": bz2, ".xz": lzma}[path.suffix].compress(raw))
+    words = rf": {packed} must end in \.csv, \.tsv, \.txt, or one of them with \.gz$"
+    with pytest.raises(DataError, match=words):
+        examples(tmp_path)
+
+
 def test_a_damaged_gz_file_is_told_by_its_kind(tmp_path):
     path = tmp_path / "x.csv.gz"
     path.write_bytes(gzip.compress(content(ROWS).encode())[:-15])
