@@ -120,7 +120,8 @@ def tokens_of(folder: Path, texts: list[Any]) -> dict[str, Tensor]:
     """The texts or pairs of texts by the folder's own tokenizer."""
     import transformers
 
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    # else transformers asks on the terminal whether it may run the code of the head
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     pairs = isinstance(texts[0], tuple)
     columns = [list(column) for column in zip(*texts, strict=True)] if pairs else [texts]
     return dict(tokenizer(*columns, padding=True, truncation=True, return_tensors="pt"))
