@@ -58,14 +58,14 @@ writes the whole model.
 _TRANSFORMERS = """\
 import transformers
 
-base = transformers.{auto}.from_pretrained("{base}"{labels})"""
+base = transformers.{auto}.from_pretrained("{base}", dtype="float32"{labels})"""
 
 _TOKENS = """\
-tokenizer = transformers.AutoTokenizer.from_pretrained("{base}")
-tokens = tokenizer(
-    {texts}, padding=True, padding_side="right", truncation=True, max_length={longest},
-    return_token_type_ids={segmented}, return_tensors="pt",
+tokenizer = transformers.AutoTokenizer.from_pretrained(
+    "path/to/this/folder", trust_remote_code=False
 )
+model.config.pad_token_id = tokenizer.pad_token_id
+tokens = tokenizer({texts}, padding=True, truncation=True, return_tensors="pt")
 """
 
 _TIMM = """\
@@ -82,7 +82,10 @@ logits = (out * mask).sum(1) / mask.sum(1)      # the mean over the tokens class
     ("image-classification", "model"): """\
 processor = transformers.AutoImageProcessor.from_pretrained("path/to/this/folder")
 logits = model(**processor(images, return_tensors="pt")).logits""",
-    ("causal-lm", "model"): "logits = model(**tokens).logits",
+    ("causal-lm", "model"): """\
+tokenizer = transformers.AutoTokenizer.from_pretrained("{base}")
+tokens = tokenizer(text, return_tensors="pt")
+logits = model(input_ids=tokens.input_ids).logits    # (1, tokens, vocabulary)""",
 }
 
 _PRIVATE = """
@@ -130,22 +133,21 @@ def _load_code(config: Config, base: str) -> str:
     return _TRANSFORMERS.format(auto=auto_class(model), base=base, labels=head)
 
 
-def _logits_code(config: Config, base: str, segmented: bool) -> str:
+def _logits_code(config: Config, base: str) -> str:
     model = config.model
     if model.name.startswith(TIMM):
         return "logits = model(images)"
+    logits = _LOGITS[model.task, model.pooling].replace("{base}", base)
     texts = "texts, others" if "," in config.data.input_column else "texts"
-    tokens = _TOKENS.format(base=base, texts=texts, longest=model.max_length, segmented=segmented)
-    logits = _LOGITS[model.task, model.pooling]
-    return tokens + logits if "**tokens" in logits else logits
+    return _TOKENS.format(texts=texts) + logits if "**tokens" in logits else logits
 
 
-def _code(config: Config, base: str, segmented: bool) -> str:
+def _code(config: Config, base: str) -> str:
     """Return the code that loads the adapter, or the reason why nothing can load it."""
     model = config.model
     if model.weights == "random":
         return _RANDOM
-    code = _CODE.format(load=_load_code(config, base), logits=_logits_code(config, base, segmented))
+    code = _CODE.format(load=_load_code(config, base), logits=_logits_code(config, base))
     if model.task == "causal-lm" or model.name.startswith(TIMM):
         return code
     return code + _PIPELINE.format(task=model.task)
@@ -159,19 +161,18 @@ def _classes(config: Config) -> str:
     return f"Classes: {listed}.\n"
 
 
-def model_card(config: Config, row: Mapping[str, Any], segmented: bool) -> str:
+def model_card(config: Config, row: Mapping[str, Any]) -> str:
     """Return the whole model card as Markdown.
 
     Args:
         config: the run's config.
         row: the last row of the history.
-        segmented: whether the model takes the segment ids of a pair of texts.
     """
     base = public_name(config.model.name)
     return _CARD.format(
         base=base,
         classes=_classes(config),
-        code=_code(config, base, segmented),
+        code=_code(config, base),
         method=config.method,
         rounds=row["round"],
         data=config.data.name,

@@ -11,7 +11,6 @@ from lalora_app.adapter.factors import Adapter, factor_pairs
 from lalora_app.adapter.low_rank import balanced_factors, numerical_rank, sum_of_products, svd
 from lalora_app.aggregation.server_state import ServerState
 from lalora_app.models.backbone import Backbone
-from lalora_app.models.forwards import Segmented
 from lalora_app.models.pretrained import public_name
 from lalora_app.models.transformers_models import conv1d_layers
 from lalora_app.results.model_card import model_card
@@ -118,5 +117,5 @@ def export(
         _with_drift(folder, state.drift)
     _write_settings(folder, _stock_base(model, config), conv1d=bool(conv1d_layers(model)))
     _write_model_files(folder, backbone, config)
-    card = model_card(config, row, isinstance(backbone.forward, Segmented))
+    card = model_card(config, row)
     (folder / "README.md").write_text(card, encoding="utf-8")

@@ -8,6 +8,7 @@ differences are printed at the end (``pytest -s``).
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from conftest import save_tokenizer
+from conftest import WORDS, save_tokenizer
 from helpers.architectures import save_image_model, save_text_model, text_model
 from helpers.exported import (
     CLASSES,
@@ -84,12 +85,20 @@ def with_adapter(done: Exported, base: nn.Module) -> nn.Module:
     return PeftModel.from_pretrained(base, done.adapter).eval()
 
 
+def card_logits(done: Exported, **inputs: Any) -> Tensor:
+    """By the code of the model card: the adapter on the stock model."""
+    card = (done.adapter / "README.md").read_text("utf-8")
+    code = re.findall("```python\n(.*?)```", card, re.DOTALL)[0]
+    with torch.no_grad():
+        exec(code.replace("path/to/this/folder", str(done.adapter)), inputs)
+    logits: Tensor = inputs["logits"]
+    return logits
+
+
 def adapter_on_stock(done: Exported, texts: list[Any]) -> Tensor:
-    base = stock_base(done.config)
-    if base.config.pad_token_id is None:
-        base.config.pad_token_id = done.backbone.processor.pad_token_id
-    mean = done.config.model.pooling == "mean"
-    return logits_of(with_adapter(done, base), tokens_of(done.adapter, texts), mean)
+    pairs = isinstance(texts[0], tuple)
+    columns = [list(column) for column in zip(*texts, strict=True)] if pairs else [texts]
+    return card_logits(done, **dict(zip(("texts", "others"), columns, strict=False)))
 
 
 def piped(folder: Path, texts: list[Any], **options: Any) -> Tensor:
@@ -116,6 +125,14 @@ def assert_classifies_alike(done: Exported, texts: list[Any], kind: str) -> None
     assert_same(found, expected, f"{kind} {pooling} merged, pipeline")
 
 
+def save_letters(folder: Path) -> None:
+    """A tokenizer of letters: transformers gives Qwen2 no other class than this."""
+    from transformers import Qwen2Tokenizer
+
+    ids = {token: i for i, token in enumerate(["<|endoftext|>", *sorted({*"".join(WORDS)}), "Ġ"])}
+    Qwen2Tokenizer(vocab=ids, merges=[]).save_pretrained(folder)
+
+
 @pytest.fixture
 def classifier(tiny, tmp_path):
     """A random result of a text classifier, written and merged."""
@@ -125,7 +142,10 @@ def classifier(tiny, tmp_path):
             key: changes.pop(key) for key in ("head", "num_labels", "id2label") if key in changes
         }
         # larger than the usual 0.02, so that texts differ in their logits
-        name = save_text_model(kind, tmp_path / "base", initializer_range=0.3, **model)
+        size = {"vocab_size": 64} if kind == "qwen2" else {}
+        name = save_text_model(kind, tmp_path / "base", initializer_range=0.3, **size, **model)
+        if kind == "qwen2":
+            save_letters(Path(name))
         keys = {"model.name": name, "model.pooling": pooling, "lora.alpha": 3.0}
         return exported(tiny(**keys | CLASSES | changes), tmp_path, **STATES[state])
 
@@ -301,6 +321,11 @@ def test_a_language_model(kind, state, texts, tmp_path):
         with torch.no_grad():
             logits = model(input_ids=batch.inputs, attention_mask=kept.long()).logits
         assert_same(logits[kept], expected, f"{kind} language model {label}")
+    assert_same(
+        card_logits(done, text=TEXTS[5])[0],
+        done.logits(TEXTS[5:6])[0],
+        f"{kind} language model card",
+    )
 
 
 # --- images -----------------------------------------------------------------------------------
