@@ -68,10 +68,12 @@ def write_code(folder: Path) -> None:
 
 def _save_tokenizer(folder: Path, backbone: Backbone, config: Config) -> None:
     tokenizer = copy.deepcopy(backbone.processor)
-    settings: dict[str, Any] = {"model_max_length": config.model.max_length}
+    segment = ["token_type_ids"] if isinstance(backbone.forward, Segmented) else []
+    settings: dict[str, Any] = {
+        "model_max_length": config.model.max_length,
+        "model_input_names": ["input_ids", *segment, "attention_mask"],
+    }
     if config.model.task == "text-classification":
-        segment = ["token_type_ids"] if isinstance(backbone.forward, Segmented) else []
-        settings["model_input_names"] = ["input_ids", *segment, "attention_mask"]
         settings["padding_side"] = "right"
     for name, value in settings.items():
         setattr(tokenizer, name, value)

@@ -308,6 +308,7 @@ def test_a_language_model(kind, state, texts, tmp_path):
     targets = "all-linear" if kind == "gpt2" else "auto"
     config = texts("llama", **{"model.name": name, "lora.targets": targets, "lora.alpha": 3.0})
     done = exported(config, tmp_path, **STATES[state])
+    assert tokens_of(done.merged, TEXTS[:1]).keys() == {"input_ids", "attention_mask"}
     batch = done.batch(TEXTS)
     kept = batch.labels != -100
     expected = done.backbone.logits(batch)[kept].detach()
