@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 _TIFF_BITS = 258  # tag BitsPerSample
+_TIFF_MEANING, _WHITE_IS_ZERO = 262, 0  # tag PhotometricInterpretation, and one of its values
 _FLOAT_WHITE, _WHITE_16, _WHITE_12 = 1.0, 65535.0, 4095.0
 HELP = 'name the value of white in data.white-level, such as "data.white-level=4095.0"'
 
@@ -46,6 +47,18 @@ def _require_upper_bits(colours: Any, white: float) -> None:
 def _is_wide(image: Any) -> bool:
     """Tell whether an image has one channel of more than 8 bits, or of floats."""
     return image.mode in ("I", "F") or image.mode.startswith("I;16")
+
+
+def _wide_values(image: Any, upright: Any) -> np.ndarray:
+    """Return the values of an image with one channel of more than 8 bits, (height, width).
+
+    Raises:
+        ValueError: for a TIFF whose value 0 is white. Pillow inverts such a file only if it has 8
+            bits or fewer.
+    """
+    if getattr(image, "tag_v2", {}).get(_TIFF_MEANING) == _WHITE_IS_ZERO:
+        raise ValueError("its value 0 is white (WhiteIsZero): save it with 0 as black")
+    return np.asarray(upright).astype(np.float64)
 
 
 def _white_of(image: Any, values: np.ndarray) -> float:
@@ -103,8 +116,9 @@ def decoded(content: bytes, white: float = 0.0) -> Any:
     has_16_bit_colours = _has_16_bit_colours(image)
     upright = ImageOps.exif_transpose(image)
     if _is_wide(image):
-        values = np.asarray(upright).astype(np.float64)
+        values = _wide_values(image, upright)
         upright = _to_8_bits(values, white or _white_of(image, values))
+    upright.info.pop("transparency", None)  # RGB has none; Pillow warns of one in a palette
     colours = upright.convert("RGB")
     if has_16_bit_colours:
         _require_upper_bits(colours, white)
