@@ -18,7 +18,7 @@ from lalora_app.settings.names import FILE_KINDS, NONE, full_path, has_file_kind
 
 DEMO = "demo:sms-spam"
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # of datasets; others: csv
-_KNOWN = f"one of {', '.join(FILE_KINDS)} (also with .gz)"
+_KNOWN = f"one of {', '.join(FILE_KINDS)} (all but .parquet also with .gz)"
 
 
 class Columns(dict[str, list[Any]]):

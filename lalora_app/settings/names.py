@@ -9,7 +9,8 @@ from lalora_app.settings.errors import ConfigError
 NONE = "none"  # the value of a key that is switched off
 AUTO = "auto"  # the value of a key that the app chooses
 
-FILE_KINDS = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt")  # each also with .gz
+FILE_KINDS = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt")
+_PACKED = tuple(f"{kind}.gz" for kind in FILE_KINDS if kind != ".parquet")  # parquet packs itself
 
 TIMM = "timm:"  # prefix of a timm architecture or of a folder with timm weights
 
@@ -49,7 +50,7 @@ def full_path(text: str) -> Path:
 
 def has_file_kind(name: str) -> bool:
     """Tell whether a name ends as a data file does, in small or large letters."""
-    return name.lower().removesuffix(".gz").endswith(FILE_KINDS)
+    return name.lower().endswith(FILE_KINDS + _PACKED)
 
 
 def is_local(name: str) -> bool:

@@ -281,12 +281,15 @@ def test_17_a_relative_file_is_not_asked_of_the_hub(name, monkeypatch):
         read("data.name", name, "none", "train", WANTED)
 
 
-@pytest.mark.parametrize("name", ["no/such.csv", "no-such-folder", "rows.doc", "rows"])
+@pytest.mark.parametrize(
+    "name", ["no/such.csv", "no-such-folder", "rows.doc", "rows", "a.parquet.gz"]
+)
 def test_what_is_no_data_is_one_line(name, tmp_path):
     (tmp_path / "rows.doc").write_text("x", "utf-8")
     (tmp_path / "rows").write_text("x", "utf-8")
+    (tmp_path / "a.parquet.gz").write_bytes(b"x")
     endings = "must be an existing folder, or a file ending in one of .jsonl, .json, .parquet, "
-    endings += ".csv, .tsv, .txt (also with .gz)"
+    endings += ".csv, .tsv, .txt (all but .parquet also with .gz)"
     with one_line("data.name", f'="{tmp_path / name}" {endings}'):
         read_local(tmp_path / name)
 
