@@ -191,9 +191,21 @@ MUTANTS = {
     ),
     "columns of the server's choice": Mutant(
         "client/site.py",
-        "    _check_columns(config, node)\n    rank",
+        "    check_columns(config, node)\n    rank",
         "    rank",
         "tests/client/test_site.py::test_a_run_with_other_columns_is_refused_before_any_data_is_read",
+    ),
+    "classes of the server's choice": Mutant(
+        "client/own_data.py",
+        "    if set(names) != set(own):\n",
+        "    if not names:\n",
+        "tests/client/test_site.py::test_a_run_with_other_classes_is_refused_before_any_data_is_read",
+    ),
+    "shared rows counted as rows of examples": Mutant(
+        "private_step/attach.py",
+        "    if x.shape[0] % examples:\n",
+        "    if (x.numel() // x.shape[-1]) % examples:\n",
+        "tests/private_step/test_shared_rows.py::test_rows_that_are_not_expanded_are_refused_also_where_they_divide",
     ),
     "resting factor steps": Mutant(
         "client/local_round.py",
