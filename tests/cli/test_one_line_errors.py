@@ -78,7 +78,7 @@ def test_the_checkpoint_before_a_damaged_last_one_is_not_taken(
     folder = next(Path(config.output).glob("*/summary.json")).parent
     last = sorted((folder / "checkpoints").glob("*.safetensors"))[-1]
     last.write_bytes(b"damaged")
-    out = [str(tmp_path / "out")] if command == "merge" else []
+    out = [str(tmp_path / "merged")] if command == "merge" else []
     line = one_line(capsys, [command, str(folder), *out])
     assert "undamaged checkpoint of its last attempt, 2" in line
 
@@ -107,7 +107,7 @@ def test_a_locked_ledger_is_one_line(action, tmp_path, capsys, monkeypatch):
 def test_weights_that_cannot_be_written_are_one_line(finished, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way", "utf-8")
     out = tmp_path / "file" / "out"
-    assert f"{out}: Not a directory" in one_line(capsys, ["merge", str(finished), str(out)])
+    assert f"{tmp_path / 'file'}: File exists" in one_line(capsys, ["merge", str(finished), str(out)])
 
 
 def test_a_damaged_summary_of_a_comparison_is_one_line(tmp_path, capsys):
