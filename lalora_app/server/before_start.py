@@ -77,10 +77,13 @@ def check_epsilon(config: Config, sizes: list[int]) -> None:
     if math.isinf(privacy.epsilon):
         return
     rounds = Counter(client for cohort in planned_cohorts(config, len(sizes)) for client in cohort)
-    largest = {(train.batch_size / n, rounds[i] * train.local_steps) for i, n in enumerate(sizes)}
+    largest: dict[int, float] = {}  # steps -> largest sampling rate; ε grows with both
+    for i, n in enumerate(sizes):
+        steps = rounds[i] * train.local_steps
+        largest[steps] = max(largest.get(steps, 0.0), train.batch_size / n)
     smallest, q, steps = max(
         (smallest_epsilon(privacy.delta, sampling_rate=q, steps=steps), q, steps)
-        for q, steps in largest
+        for steps, q in largest.items()
     )
     if privacy.epsilon < smallest:
         raise ConfigError(
