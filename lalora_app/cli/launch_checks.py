@@ -8,6 +8,7 @@ import contextlib
 import json
 import os
 import pickle
+import selectors
 import subprocess
 import sys
 import traceback
@@ -16,7 +17,7 @@ import urllib.request
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, cast
 
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.names import NONE, TIMM, full_path, is_local
@@ -93,6 +94,19 @@ def _result(process: subprocess.Popen[bytes]) -> Any:
     return value
 
 
+def _results(running: list[subprocess.Popen[bytes]]) -> list[Any]:
+    """Return the results in the order of the processes; an error is raised when it arrives."""
+    found: dict[int, Any] = {}
+    with selectors.DefaultSelector() as selector:
+        for index, process in enumerate(running):
+            selector.register(cast(IO[bytes], process.stdout), selectors.EVENT_READ, index)
+        while len(found) < len(running):
+            key, _ = selector.select()[0]
+            found[key.data] = _result(running[key.data])
+            selector.unregister(key.fileobj)
+    return [found[index] for index in range(len(running))]
+
+
 def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
     process.wait()
@@ -109,12 +123,12 @@ def call_in_own_processes(*calls: Call) -> list[Any]:
 
     Raises:
         ProcessEndedError: if a process was ended from outside.
-        Exception: the error of the first call that fails, in the order of the calls.
+        Exception: the error of the call that fails first; the others are ended.
     """
     running: list[subprocess.Popen[bytes]] = []
     try:
         running.extend(map(_start, calls))
-        return [_result(process) for process in running]
+        return _results(running)
     finally:
         for process in running:
             _end(process)

@@ -107,7 +107,8 @@ def test_a_locked_ledger_is_one_line(action, tmp_path, capsys, monkeypatch):
 def test_weights_that_cannot_be_written_are_one_line(finished, tmp_path, capsys):
     (tmp_path / "file").write_text("in the way", "utf-8")
     out = tmp_path / "file" / "out"
-    assert f"{tmp_path / 'file'}: File exists" in one_line(capsys, ["merge", str(finished), str(out)])
+    line = one_line(capsys, ["merge", str(finished), str(out)])
+    assert f"{tmp_path / 'file'}: File exists" in line
 
 
 def test_a_damaged_summary_of_a_comparison_is_one_line(tmp_path, capsys):
