@@ -6,7 +6,7 @@ import os
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -35,6 +35,7 @@ def same(one, other, size=3):
         assert a.mask is None or torch.equal(a.mask, b.mask)
 
 
+@settings(deadline=None)  # it syncs files
 @given(TOKENS, st.integers(0, 9))
 def test_texts_come_back(tmp_path_factory, tokens, pad):
     rows = tuple(map(tuple, tokens))
