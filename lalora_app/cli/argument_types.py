@@ -25,6 +25,18 @@ def _number(text: str, kind: Callable[[str], T], law: str, holds: Callable[[T], 
     return value
 
 
+def add_run_config(command: argparse.ArgumentParser) -> None:
+    """Add the option ``-c``, a part of the run config."""
+    command.add_argument(
+        "-c",
+        "--run-config",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="value of a key of the run config; may be repeated",
+    )
+
+
 def to_delta(text: str) -> float:
     """Return a number in (0, 1)."""
     return _number(text, float, "a number in (0, 1)", lambda value: 0 < value < 1)

@@ -9,7 +9,7 @@ from pathlib import Path
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from lalora_app.cli.argument_types import at_least_one
+from lalora_app.cli.argument_types import add_run_config, at_least_one
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.names import NONE
 from lalora_app.settings.run_config import Config, parse
@@ -195,14 +195,7 @@ def add_check(commands: Any) -> None:
         "check", help="check a run or a site's own data, and print what was found; starts nothing"
     )
     check.add_argument("app", nargs="?", type=Path, default=Path(), help="folder of the app")
-    check.add_argument(
-        "-c",
-        "--run-config",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="value of a key of the run config; may be repeated",
-    )
+    add_run_config(check)
     check.add_argument(
         "--nodes", type=at_least_one, help="number of simulated clients of a run (default 4)"
     )

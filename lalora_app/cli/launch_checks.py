@@ -134,8 +134,13 @@ def call_in_own_processes(*calls: Call) -> list[Any]:
             _end(process)
 
 
-def needs_hub(config: Config) -> bool:
-    """Tell whether a run may fetch its model or its data from the hub."""
+def needs_hub(launch: Launch) -> bool:
+    """Return whether a run, or one run of a comparison, fetches a model or data from the hub."""
+    return any(_fetches(config) for _, config, _ in _configs(launch))
+
+
+def _fetches(config: Config) -> bool:
+    """Return whether the name of model or data is an id of the hub."""
     model = config.model.name.removeprefix(TIMM)
     timm_code = model != config.model.name and config.model.weights == "random"
     return not (

@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from lalora_app.cli.argument_types import at_least_one, list_of, to_limit, to_seed
+from lalora_app.cli.argument_types import add_run_config, at_least_one, list_of, to_limit, to_seed
 from lalora_app.cli.audit_command import add_audit
 from lalora_app.cli.check_command import add_check
 from lalora_app.cli.credentials_command import add_credentials
@@ -100,14 +100,7 @@ def _add_verbose(command: argparse.ArgumentParser) -> None:
 def _add_run(commands: Any) -> None:
     run = commands.add_parser("run", help="run in simulation; fails when the run fails")
     run.add_argument("app", nargs="?", type=Path, default=Path(), help="folder of the app")
-    run.add_argument(
-        "-c",
-        "--run-config",
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="value of a key of the run config; may be repeated",
-    )
+    add_run_config(run)
     run.add_argument(
         "--nodes",
         type=at_least_one,

@@ -213,7 +213,7 @@ def launch(
 def _check(launch: Launch, display: RunDisplay) -> None:
     """Check a run, and say so: the checks take seconds."""
     display.print("checking data, model and privacy budget")
-    if needs_hub(launch.config) and go_offline_without_hub():
+    if needs_hub(launch) and go_offline_without_hub():
         display.print("warning: the model hub does not answer: only its local cache is used")
     check_launch(launch)
 

@@ -15,7 +15,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 
 class RunConfig(transformers.PreTrainedConfig):  # type: ignore[misc]
-    """What a run's classifier is made of.
+    """The config of a run's classifier: its model, its head, and the base of an adapter.
 
     Args:
         auto: the class of transformers that loads the run's model.

@@ -1,5 +1,6 @@
 """The process that checks a launch, the config of a resumed run, and a hub that does not answer."""
 
+import json
 import math
 import os
 import signal
@@ -11,7 +12,7 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 import psutil
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, defaults
 from lalora_app.cli import launch_checks, main, simulation
 from lalora_app.cli.launch_checks import (
     Launch,
@@ -133,7 +134,16 @@ def test_an_unfinished_run_with_a_checkpoint_tells_how_it_goes_on(checkpoint, sa
     ],
 )
 def test_only_names_of_the_hub_need_the_hub(changes, asked, tiny):
-    assert needs_hub(tiny(**changes)) is asked
+    assert needs_hub(Launch(tiny(**changes), {}, 2)) is asked
+
+
+@pytest.mark.parametrize(("data", "asked"), [("demo:sms-spam", False), ("imdb", True)])
+def test_a_comparison_needs_the_hub_if_one_of_its_runs_does(data, asked, tiny, tmp_path):
+    file = tmp_path / "plan.json"
+    own = {"seeds": [0], "methods": ["dp-lora"], "epsilons": [1.0]}
+    file.write_text(json.dumps({"compare": own, "data.name": data}), "utf-8")
+    launch = Launch(tiny(compare=str(file)), defaults(), 2)
+    assert needs_hub(launch) is asked
 
 
 @pytest.fixture
