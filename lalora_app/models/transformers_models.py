@@ -233,7 +233,6 @@ def load_transformers(model: Model, num_labels: int) -> Base:
     Raises:
         ConfigError: if it cannot be found or loaded, or does not fit the config.
     """
-    import transformers
     from transformers.utils import logging
 
     quiet_hub()
@@ -242,7 +241,6 @@ def load_transformers(model: Model, num_labels: int) -> Base:
     logging.disable_progress_bar()
     finish = _image_base if model.task == "image-classification" else _text_base
     try:
-        transformers.AutoConfig.from_pretrained(where)  # a missing model: before seconds of imports
         base, fresh = _load(model, where, num_labels)
         _without_conv1d(base)
         expand_shared_rows(base)

@@ -122,11 +122,13 @@ def check_model(config: Config, clients: int) -> "Backbone":
         clients: the number of simulated clients, which has no effect here.
 
     Raises:
-        ConfigError: if the method, the model or its targets do not fit.
+        ConfigError: if the method, the model, its targets or its device do not fit.
         LayoutError: if the model gives no per-example gradients.
     """
     from lalora_app.models.backbone import build
+    from lalora_app.models.device import pick_device
 
+    pick_device(config.model.device)
     data = config.data if config.data.class_names else replace(config.data, num_labels=_ANY_NUMBER)
     on_cpu = replace(config.model, device="cpu", dtype="float32")
     return build(replace(config, model=on_cpu, data=data))[0]

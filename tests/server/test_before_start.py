@@ -29,6 +29,10 @@ REFUSED = {
         {"method": "la-lora-full", "train.local-steps": 1},
         r"^train\.local-steps=1 must be at least 2",
     ),
+    "no such device": (
+        {"model.device": "cuda:63"},
+        r'^model\.device="cuda:63" must be one of auto',
+    ),
     "no such target": ({"lora.targets": "nothing"}, r'^lora\.targets="nothing" must name'),
     "too large a rank": ({"lora.rank": 999}, r"^lora\.rank=999 must be at most"),
     "too long a text": ({"model.max-length": 10_000}, r"^model\.max-length=10000 must be at most"),
