@@ -2,5 +2,5 @@
 
 In: a request of the server, and the site's own configuration. Out: a reply with clipped and noised
 tensors, or an error, which `client_app.py` replaces by a fixed sentence. `requests.py` reserves the
-budget in the ledger and trains.
+budget in the ledger and trains; `own_data.py` says how the site's own files are read.
 """
