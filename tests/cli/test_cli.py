@@ -313,7 +313,7 @@ def flower(monkeypatch):
 
     monkeypatch.setattr(simulation, "start_run", run)
     monkeypatch.setattr(simulation, "check_launch", lambda launch: None)
-    monkeypatch.setattr(simulation, "go_offline_without_hub", lambda: False)
+    monkeypatch.setattr(simulation, "needs_hub", lambda launch: False)
     monkeypatch.setattr(simulation, "follow", lambda *args: ("completed", ""))
     return read
 
