@@ -14,7 +14,6 @@ from functools import lru_cache
 from typing import Any
 
 import numpy as np
-from scipy.optimize import brentq
 
 EPSILON_ERROR = 0.003  # additive; both accountants then agree to 1 % from ε = 0.3 upwards
 # Above this ε, PRV needs seconds and gigabytes and reaches the limit of floating-point numbers: use
@@ -133,6 +132,8 @@ def _smallest(excess: Callable[[float], float], high: float) -> float:
         if low < SMALLEST_NOISE:
             return low
         low, high = low / 2, low
+    from scipy.optimize import brentq  # takes half a second to import
+
     found = float(brentq(excess, low, high, xtol=RELATIVE_TOLERANCE * low))
     while excess(found) > 0:  # the root is only approximate; the target is a strict limit
         found *= 1 + RELATIVE_TOLERANCE
