@@ -14,8 +14,8 @@ from pathlib import Path
 
 from lalora_app.audit.one_audit import FULL
 from lalora_app.audit.run_attack import audit_run
-from lalora_app.cli.simulation import app_defaults
 from lalora_app.settings.run_config import parse
+from lalora_app.simulation.launch import app_defaults
 
 ROOT = Path(__file__).resolve().parents[1]
 

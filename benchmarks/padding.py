@@ -17,13 +17,13 @@ from pathlib import Path
 
 import numpy as np
 
-from lalora_app.cli.simulation import app_defaults
 from lalora_app.data.encoding import Batch, Encoded
 from lalora_app.data.examples import split, with_classes
 from lalora_app.models.backbone import Backbone, build
 from lalora_app.private_step.step import _clipped_batch_sum
 from lalora_app.settings.overrides import merged
 from lalora_app.settings.run_config import Config, parse
+from lalora_app.simulation.launch import app_defaults
 
 APP = Path(__file__).resolve().parents[1]
 

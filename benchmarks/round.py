@@ -10,8 +10,8 @@ import statistics
 import tempfile
 from pathlib import Path
 
-from lalora_app.cli.simulation import launch
 from lalora_app.settings.run_config import parse
+from lalora_app.simulation.start import launch
 
 APP = Path(__file__).resolve().parents[1]
 

@@ -4,6 +4,7 @@ import logging
 import secrets
 import time
 import tomllib
+from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
 from typing import Any
@@ -19,7 +20,6 @@ from lalora_app.data.partition import label_counts
 from lalora_app.methods.compatibility import method_of
 from lalora_app.methods.unread_keys import unread_keys
 from lalora_app.models import backbone as backbones
-from lalora_app.private_step.attach import LayoutError
 from lalora_app.results.run_folder import (
     ResumePoint,
     RunFolder,
@@ -166,18 +166,29 @@ def run(grid: Grid, config: Config, settle: float = 0.0) -> None:
         raise
 
 
-@app.main()
-def main(grid: Grid, context: Context) -> None:
-    """Flower's entry point."""
+def serve(grid: Grid, run_config: Mapping[str, Any], settle: float) -> None:
+    """Run a flat config, or the comparison that it names; log the reason of a failure.
+
+    Args:
+        grid: connection to the clients.
+        run_config: the app's flat run config.
+        settle: seconds for which the list of nodes must stay the same before the run starts.
+    """
     try:
-        config = parse(context.run_config)
+        config = parse(run_config)
         if config.compare == NONE:
-            run(grid, config, SETTLE_SECONDS)
+            run(grid, config, settle)
         else:
-            run_plan(grid, config.compare, context.run_config, run, SETTLE_SECONDS)
-    except (ConfigError, LayoutError) as error:  # no traceback: the message says everything
+            run_plan(grid, config.compare, run_config, run, settle)
+    except ConfigError as error:  # no traceback: the message says everything
         _log.error("LaLoRA: %s", error)
         raise ConfigError(str(error)) from None
     except Exception as error:
         _log.error("LaLoRA: %s: %s", type(error).__name__, first_line(error))
         raise
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Flower's entry point."""
+    serve(grid, context.run_config, SETTLE_SECONDS)

@@ -14,10 +14,10 @@ import tomllib
 from dataclasses import replace
 from pathlib import Path
 
-from lalora_app.cli.simulation import app_defaults
 from lalora_app.data.examples import Examples, with_classes
 from lalora_app.data.partition import partition
 from lalora_app.settings.run_config import Config, from_tables, parse
+from lalora_app.simulation.launch import app_defaults
 
 ROOT = Path(__file__).resolve().parents[1]
 

@@ -25,6 +25,17 @@ def _number(text: str, kind: Callable[[str], T], law: str, holds: Callable[[T], 
     return value
 
 
+def one_of(*names: str) -> Callable[[str], str]:
+    """Return a type that takes one of these names."""
+
+    def named(text: str) -> str:
+        if text not in names:
+            raise argparse.ArgumentTypeError(f"{text!r} must be one of {', '.join(names)}")
+        return text
+
+    return named
+
+
 def add_run_config(command: argparse.ArgumentParser) -> None:
     """Add the option ``-c``, a part of the run config."""
     command.add_argument(

@@ -30,8 +30,8 @@ def _audit(args: argparse.Namespace) -> int:
 def _audited_config(args: argparse.Namespace) -> tuple[Config, int]:
     """Return config and number of clients of the audited run, or the app's defaults."""
     from lalora_app.audit.write_to_run import check_finished
-    from lalora_app.cli.simulation import app_defaults
     from lalora_app.results.run_folder import RunFolder, read_config
+    from lalora_app.simulation.launch import app_defaults
 
     given = {"privacy.epsilon": args.epsilon, "privacy.delta": args.delta}
     changed = {key: value for key, value in given.items() if value is not None}

@@ -35,10 +35,10 @@ def _check(args: argparse.Namespace) -> int:
 
 def _of_run(args: argparse.Namespace) -> Iterator[str]:
     """Check a simulated run and describe it."""
-    from lalora_app.cli.simulation import read_launch
     from lalora_app.server.before_start import check_data, check_model
+    from lalora_app.simulation.launch import read_launch
 
-    launch, _ = read_launch(args.app, args.run_config, args.nodes)
+    launch = read_launch(args.app, args.run_config, args.nodes)
     if launch.config.compare != NONE:
         raise ConfigError('compare must be "none": lalora compare checks all runs of its plan')
     found = check_data(launch.config, launch.nodes)
@@ -120,8 +120,8 @@ def _node(args: argparse.Namespace) -> dict[str, Any]:
 
 def _config_of_site(args: argparse.Namespace, node: Mapping[str, Any]) -> Config:
     """Return the run's config; columns and labels that ``-c`` leaves out are the site's own."""
-    from lalora_app.cli.simulation import app_defaults
     from lalora_app.settings.overrides import merged
+    from lalora_app.simulation.launch import app_defaults
 
     own = {f"data.{key}": node[key] for key in _SITE_KEYS if key in node}
     return parse(app_defaults(args.app) | own | merged(args.run_config))

@@ -9,7 +9,14 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from lalora_app.cli.argument_types import add_run_config, at_least_one, list_of, to_limit, to_seed
+from lalora_app.cli.argument_types import (
+    add_run_config,
+    at_least_one,
+    list_of,
+    one_of,
+    to_limit,
+    to_seed,
+)
 from lalora_app.cli.audit_command import add_audit
 from lalora_app.cli.check_command import add_check
 from lalora_app.cli.credentials_command import add_credentials
@@ -41,21 +48,24 @@ def _methods(args: argparse.Namespace) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    from lalora_app.cli.simulation import launch
+    from lalora_app.simulation.start import launch
 
     return launch(
         args.app,
         args.run_config,
+        engine=args.engine,
         nodes=args.nodes,
+        workers=args.workers,
         clients_per_gpu=args.clients_per_gpu,
         verbose=args.verbose,
     )
 
 
 def _compare(args: argparse.Namespace) -> int:
-    from lalora_app.cli.simulation import app_defaults, launch
     from lalora_app.comparison.plan_file import narrowed
     from lalora_app.comparison.summary import prepare, read_file, summarise
+    from lalora_app.simulation.launch import app_defaults
+    from lalora_app.simulation.start import launch
 
     tables = read_file(args.plan)
     axes = ("name", "methods", "epsilons", "seeds", "nodes")
@@ -68,7 +78,9 @@ def _compare(args: argparse.Namespace) -> int:
             code = launch(
                 args.app,
                 [f'compare="{folder / "plan.json"}"'],
+                engine=args.engine,
                 nodes=plan.nodes,
+                workers=args.workers,
                 clients_per_gpu=args.clients_per_gpu,
                 verbose=args.verbose,
             )
@@ -92,7 +104,28 @@ def _merge(args: argparse.Namespace) -> int:
     return 0
 
 
-def _add_verbose(command: argparse.ArgumentParser) -> None:
+def _add_simulation(command: argparse.ArgumentParser) -> None:
+    """Add the options that say how clients are simulated and what is printed."""
+    command.add_argument(
+        "--engine",
+        type=one_of("local", "flower"),
+        default="local",
+        metavar="{local,flower}",
+        help="simulate in worker processes (local, the default) or by Flower and Ray (flower)",
+    )
+    command.add_argument(
+        "--workers",
+        type=at_least_one,
+        default=0,
+        help="number of worker processes of the engine local (default: one per core, or one per "
+        "share of a GPU)",
+    )
+    command.add_argument(
+        "--clients-per-gpu",
+        type=at_least_one,
+        default=4,
+        help="number of clients that train on a GPU at the same time (default 4)",
+    )
     text = "print every line of Flower and Ray as well"
     command.add_argument("--verbose", action="store_true", help=text)
 
@@ -106,13 +139,7 @@ def _add_run(commands: Any) -> None:
         type=at_least_one,
         help="number of simulated clients (default 4, or that of the resumed run)",
     )
-    run.add_argument(
-        "--clients-per-gpu",
-        type=at_least_one,
-        default=4,
-        help="number of clients that train on a GPU at the same time (default 4)",
-    )
-    _add_verbose(run)
+    _add_simulation(run)
     run.set_defaults(act=_run)
 
 
@@ -144,18 +171,12 @@ def _add_compare(commands: Any) -> None:
         "--nodes", type=at_least_one, help="number of simulated clients (default: the plan's)"
     )
     compare.add_argument(
-        "--clients-per-gpu",
-        type=at_least_one,
-        default=4,
-        help="number of clients that train on a GPU at the same time (default 4)",
-    )
-    compare.add_argument(
         "--table-only",
         action="store_true",
         help="print the table of the finished runs; run nothing",
     )
     compare.add_argument("--latex", action="store_true", help="print the table in LaTeX as well")
-    _add_verbose(compare)
+    _add_simulation(compare)
     compare.set_defaults(act=_compare)
 
 
@@ -221,9 +242,8 @@ def _exit_codes() -> dict[type[Exception], int]:
     codes: dict[type[Exception], int] = {ConfigError: 2, OSError: 2, SafetensorError: 2}
     codes[sqlite3.DatabaseError] = 2
     optional = {
-        ("lalora_app.private_step.attach", "LayoutError"): 2,
-        ("lalora_app.cli.flower_commands", "FlowerError"): 1,
-        ("lalora_app.cli.launch_checks", "ProcessEndedError"): 1,
+        ("lalora_app.simulation.flower_commands", "FlowerError"): 1,
+        ("lalora_app.simulation.own_processes", "ProcessEndedError"): 1,
         ("lalora_app.privacy.ledger", "LedgerBusyError"): 1,
     }
     for (module, name), code in optional.items():

@@ -17,11 +17,12 @@ from lalora_app.private_step.kernels import (
     PlainLinear,
     compute_dtype,
 )
+from lalora_app.settings.errors import ConfigError
 
 LayerForward = Callable[[Any, Tensor], Tensor]
 
 
-class LayoutError(ValueError):
+class LayoutError(ConfigError):
     """The model's layout does not allow per-example gradients."""
 
 

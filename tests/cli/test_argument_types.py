@@ -14,12 +14,15 @@ BAD = {
     "limit": [*NO_NUMBERS[:-1], "0", "-1", "-inf"],
     "limits": [*NO_NUMBERS[:-1], "1,,2", "1,0", "3,nan", "1,"],
     "count": [*NO_INTEGERS, "0", "-1"],
+    "engine": ["ray", "Local", "", " "],
     "seeds": [*NO_INTEGERS, "-1", "1,-2", "1,,2"],
     "ranges": [*NO_INTEGERS, "-1", "5..2", "..", "1..", "0..x", "-2..2", "1...3"],
 }
 KINDS = {
     "--nodes": "count",
     "--clients-per-gpu": "count",
+    "--workers": "count",
+    "--engine": "engine",
     "--days": "count",
     "--delta": "delta",
     "--confidence": "delta",

@@ -16,7 +16,7 @@ from flwr.common.config import parse_config_args
 
 import helpers.shared_accounting  # noqa: F401
 from conftest import ROOT
-from lalora_app.cli import ledger_command, main, simulation
+from lalora_app.cli import ledger_command, main
 from lalora_app.methods.table import METHODS
 from lalora_app.privacy import accounting
 from lalora_app.privacy.accounting import Release
@@ -24,6 +24,7 @@ from lalora_app.privacy.budget import Limit
 from lalora_app.privacy.ledger import Ledger
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.overrides import absolute
+from lalora_app.simulation import flower_engine, launch, start
 
 NO_LIMIT = Limit(float("inf"), 1e-5)
 RELEASE = Release(0.05, 2.0, 4)
@@ -277,7 +278,7 @@ BAD = {
 def test_a_bad_override_is_one_line_before_anything_starts(case, nothing_starts, capsys):
     override, words = BAD[case]
     with pytest.raises(ConfigError) as caught:
-        simulation.read_launch(ROOT, [override], None)
+        launch.read_launch(ROOT, [override], None)
     message = str(caught.value)
     assert all(word in message for word in words)
     assert "\n" not in message
@@ -288,17 +289,17 @@ def test_a_bad_override_is_one_line_before_anything_starts(case, nothing_starts,
 def test_good_overrides_pass(nothing_starts, tmp_path):
     preset = tmp_path / "preset.toml"
     preset.write_text('method = "rolora"\n[lora]\nrank = 4\n', "utf-8")
-    simulation.read_launch(ROOT, [], None)
-    simulation.read_launch(ROOT, ['method="dp-lora" privacy.epsilon=inf', "seed=3"], None)
-    simulation.read_launch(ROOT, [str(preset)], None)
+    launch.read_launch(ROOT, [], None)
+    launch.read_launch(ROOT, ['method="dp-lora" privacy.epsilon=inf', "seed=3"], None)
+    launch.read_launch(ROOT, [str(preset)], None)
 
 
 def test_a_later_override_wins(nothing_starts, tmp_path):
     preset = tmp_path / "preset.toml"
     preset.write_text("[lora]\nrank = 0\n", "utf-8")
     with pytest.raises(ConfigError, match=r"lora\.rank=0"):
-        simulation.read_launch(ROOT, ["lora.rank=4", str(preset)], None)
-    simulation.read_launch(ROOT, [str(preset), "lora.rank=4"], None)
+        launch.read_launch(ROOT, ["lora.rank=4", str(preset)], None)
+    launch.read_launch(ROOT, [str(preset), "lora.rank=4"], None)
 
 
 @pytest.fixture
@@ -311,10 +312,10 @@ def flower(monkeypatch):
         read.update(parse_config_args(given))
         return "1"
 
-    monkeypatch.setattr(simulation, "start_run", run)
-    monkeypatch.setattr(simulation, "check_launch", lambda launch: None)
-    monkeypatch.setattr(simulation, "needs_hub", lambda launch: False)
-    monkeypatch.setattr(simulation, "follow", lambda *args: ("completed", ""))
+    monkeypatch.setattr(flower_engine, "start_run", run)
+    monkeypatch.setattr(flower_engine, "check_launch", lambda launch: None)
+    monkeypatch.setattr(start, "needs_hub", lambda launch: False)
+    monkeypatch.setattr(flower_engine, "follow", lambda *args: ("completed", ""))
     return read
 
 
@@ -339,14 +340,14 @@ def test_what_was_checked_is_what_runs(case, flower, tmp_path):
     preset = tmp_path / "preset.toml"
     preset.write_text("[lora]\nrank = 4\n", "utf-8")
     given = [str(preset) if text == "FILE" else text for text in overrides]
-    assert simulation.launch(ROOT, given, nodes=2) == 0
+    assert start.launch(ROOT, given, nodes=2, engine="flower") == 0
     assert flower == expected
     assert all(type(flower[key]) is type(value) for key, value in expected.items())
 
 
 def test_a_preset_of_the_repository_passes(flower):
     smoke = str(ROOT / "configs" / "smoke.toml")
-    assert simulation.launch(ROOT, [smoke], nodes=2) == 0
+    assert start.launch(ROOT, [smoke], nodes=2, engine="flower") == 0
     assert flower == {"num-server-rounds": 2, "train.local-steps": 2, "train.batch-size": 16}
 
 
@@ -355,10 +356,10 @@ def test_names_with_a_dot_are_seen_from_the_file_or_from_here(flower, tmp_path, 
     preset = tmp_path / "sets" / "mine.toml"
     preset.write_text('[model]\nname = "timm:../m"\n[data]\nname = "./d"\n', "utf-8")
     monkeypatch.chdir(tmp_path)
-    assert simulation.launch(ROOT, ["sets/mine.toml"], nodes=2) == 0
+    assert start.launch(ROOT, ["sets/mine.toml"], nodes=2, engine="flower") == 0
     assert flower["model.name"] == f"timm:{tmp_path / 'm'}"
     assert flower["data.name"] == str(tmp_path / "sets" / "d")
-    assert simulation.launch(ROOT, ['data.name="./e" model.name="a/b"'], nodes=2) == 0
+    assert start.launch(ROOT, ['data.name="./e" model.name="a/b"'], nodes=2, engine="flower") == 0
     assert flower["data.name"] == str(tmp_path / "e")
     assert flower["model.name"] == "a/b"
 
@@ -367,10 +368,16 @@ def test_17_a_bare_name_of_an_existing_file_or_folder_is_a_path(flower, tmp_path
     (tmp_path / "file.csv").touch()
     (tmp_path / "model").mkdir()
     monkeypatch.chdir(tmp_path)
-    assert simulation.launch(ROOT, ['data.name="file.csv" model.name="model"'], nodes=2) == 0
+    assert (
+        start.launch(ROOT, ['data.name="file.csv" model.name="model"'], nodes=2, engine="flower")
+        == 0
+    )
     assert flower["data.name"] == str(tmp_path / "file.csv")
     assert flower["model.name"] == str(tmp_path / "model")
-    assert simulation.launch(ROOT, ['data.name="imdb" model.name="timm:model"'], nodes=2) == 0
+    assert (
+        start.launch(ROOT, ['data.name="imdb" model.name="timm:model"'], nodes=2, engine="flower")
+        == 0
+    )
     assert flower["data.name"] == "imdb"
     assert flower["model.name"] == f"timm:{tmp_path / 'model'}"
     assert absolute({"data.name": "new.csv.gz"}, tmp_path)["data.name"] == f"{tmp_path}/new.csv.gz"
@@ -405,25 +412,25 @@ def test_a_preset_that_cannot_be_read_is_one_line(nothing_starts, tmp_path, cont
     if content:
         file.write_bytes(content)
     with pytest.raises(ConfigError, match=r"-c .*preset\.toml must be") as caught:
-        simulation.read_launch(ROOT, [str(file)], None)
+        launch.read_launch(ROOT, [str(file)], None)
     assert "\n" not in str(caught.value)
 
 
 def test_clients_get_a_core_and_where_there_is_a_gpu_a_share_of_it(monkeypatch):
     plain = "num-supernodes=8 client-resources-num-cpus=1"
-    assert simulation.resources(8, 0, 4) == plain
-    assert simulation.resources(8, 1, 4) == f"{plain} client-resources-num-gpus=0.25"
-    assert simulation.resources(8, 2, 3) == f"{plain} client-resources-num-gpus=0.3333"
-    monkeypatch.setattr(simulation.shutil, "which", lambda tool: None)
-    assert simulation._gpus() == 0
+    assert flower_engine.resources(8, 0, 4) == plain
+    assert flower_engine.resources(8, 1, 4) == f"{plain} client-resources-num-gpus=0.25"
+    assert flower_engine.resources(8, 2, 3) == f"{plain} client-resources-num-gpus=0.3333"
+    monkeypatch.setattr(flower_engine.shutil, "which", lambda tool: None)
+    assert flower_engine._gpus() == 0
 
 
 def test_gpus_are_counted_from_the_drivers_own_list(monkeypatch, tmp_path):
     tool = tmp_path / "nvidia-smi"
     tool.write_text("#!/bin/sh\necho 'GPU 0: A (UUID: 1)'\necho 'GPU 1: A (UUID: 2)'\n", "utf-8")
     tool.chmod(0o755)
-    monkeypatch.setattr(simulation.shutil, "which", lambda name: str(tool))
-    assert simulation._gpus() == 2
+    monkeypatch.setattr(flower_engine.shutil, "which", lambda name: str(tool))
+    assert flower_engine._gpus() == 2
 
 
 @pytest.mark.parametrize("number", ["0", "-1", "many"])
@@ -446,7 +453,7 @@ def test_an_option_with_two_dashes_as_its_value_is_refused(command, capsys):
 @pytest.mark.parametrize("text", ["lora.rank", "seed 3", "seed=3 and more", "=3"])
 def test_text_that_is_no_pair_is_told(nothing_starts, text):
     with pytest.raises(ConfigError, match="-c"):
-        simulation.read_launch(ROOT, [text], None)
+        launch.read_launch(ROOT, [text], None)
 
 
 def send_and_wait(end):
@@ -458,7 +465,7 @@ def send_and_wait(end):
 def test_a_launch_is_ended_by_either_signal_and_leaves_the_handlers_as_they_were(end):
     before = signal.signal(end, signal.SIG_IGN)  # as under nohup
     try:
-        with pytest.raises(KeyboardInterrupt), simulation._interruptible():
+        with pytest.raises(KeyboardInterrupt), start._interruptible():
             send_and_wait(end)
         assert signal.getsignal(end) is signal.SIG_IGN
     finally:
@@ -469,7 +476,7 @@ def test_an_interrupted_command_has_the_exit_code_of_an_interruption(monkeypatch
     def interrupted(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(simulation, "launch", interrupted)
+    monkeypatch.setattr(start, "launch", interrupted)
     assert main.main(["run", str(ROOT)]) == 130
     assert "interrupted" in capsys.readouterr().err
 

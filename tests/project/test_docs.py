@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 from conftest import ROOT
-from lalora_app.cli import simulation
+from lalora_app.simulation import launch
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
@@ -35,4 +35,4 @@ def test_the_example_of_make_help_is_a_run():
     (example,) = re.findall(r"make run ARGS=.*", said("make help"))
     command = shlex.split(said(f"{example} --dry-run --no-print-directory").splitlines()[-1])
     assert command[-4:] == ["run", ".", "-c", 'method="rolora"']
-    assert simulation.read_launch(ROOT, command[-1:], None)[1] == {"method": "rolora"}
+    assert launch.read_launch(ROOT, command[-1:], None).values == {"method": "rolora"}

@@ -12,12 +12,12 @@ import pytest
 
 from conftest import ROOT, defaults
 from helpers.documents import DOCUMENTS, commands, inline
-from lalora_app.cli import simulation
 from lalora_app.cli.main import _parser
 from lalora_app.client.own_data import _COLUMNS, _FORMAT, _LABELS
 from lalora_app.comparison.plan_file import _DEFAULTS, _TUNE
 from lalora_app.privacy.policy import _KEYS
 from lalora_app.server.strategy import Attempt
+from lalora_app.simulation import launch
 
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 EXAMPLE = "lalora_app/aggregation/forget.py"  # CONTRIBUTING tells the reader to write it
@@ -62,11 +62,11 @@ def test_a_command_that_is_only_named_exists(path):
 
 @each_document
 def test_every_override_is_a_run_that_could_start(path, monkeypatch):
-    monkeypatch.setattr(simulation, "resumed_config", lambda own: ({}, None))  # of no real folder
+    monkeypatch.setattr(launch, "resumed_config", lambda own: ({}, None))  # of no real folder
     for argv in [*commands(path, "lalora run"), *commands(path, "flwr run")]:
         found = overrides(argv)
         if found and 'method="forgetful"' not in found:  # CONTRIBUTING's example adds this one
-            assert simulation.read_launch(ROOT, found, None)[1], argv
+            assert launch.read_launch(ROOT, found, None).values, argv
 
 
 @each_document

@@ -19,8 +19,8 @@ from flwr.app import Array, Message, RecordDict
 
 from conftest import ROOT
 from helpers import fake_grid
-from lalora_app.cli import flower_commands, simulation
-from lalora_app.cli.run_log import Kind, read_line
+from lalora_app.simulation import flower_commands, flower_engine
+from lalora_app.simulation.run_log import Kind, read_line
 
 FLOWER = f"Flower {version('flwr')}"
 SECAGG = "flwr.common.secure_aggregation"
@@ -187,7 +187,7 @@ def test_a_superlink_that_starts_too_slowly_is_recognised():
 
 @pytest.mark.parametrize("name", ["FLWR_HOME", "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"])
 def test_the_environment_variables_of_a_launch_are_flower_s(name, tmp_path):
-    assert name in simulation._environment(tmp_path)
+    assert name in flower_engine._environment(tmp_path)
     folder = importlib.import_module("flwr").__path__[0]
     texts = (path.read_text("utf-8") for path in sorted(Path(folder).rglob("*.py")))
     feature = "lalora run beside another SuperLink of the same user"

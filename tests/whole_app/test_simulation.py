@@ -12,9 +12,9 @@ from conftest import make_config
 from helpers.fake_grid import FakeGrid
 from helpers.simulation_runs import run_toml, summaries
 from lalora_app import server_app
-from lalora_app.cli import simulation
 from lalora_app.data.examples import split
 from lalora_app.models.pretrained import public_name, source
+from lalora_app.simulation import flower_engine
 
 KEYS = {
     "method",
@@ -59,7 +59,7 @@ def test_a_simulated_run_ends_with_results_and_leaves_no_process(tiny, tmp_path,
 @pytest.mark.quiet
 def test_a_failed_run_has_a_failing_exit_code(tiny, tmp_path, monkeypatch):
     # Without the checks before the launch, only the running ServerApp finds out.
-    monkeypatch.setattr(simulation, "check_launch", lambda launch: None)
+    monkeypatch.setattr(flower_engine, "check_launch", lambda launch: None)
     config = tiny(**{"train.batch-size": 350})
     assert run_toml(config, tmp_path) == 1
     assert all(summary["status"].startswith("failed") for summary in summaries(config))

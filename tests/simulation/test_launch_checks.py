@@ -13,18 +13,14 @@ import psutil
 import pytest
 
 from conftest import ROOT, defaults
-from lalora_app.cli import launch_checks, main, simulation
-from lalora_app.cli.launch_checks import (
-    Launch,
-    ProcessEndedError,
-    call_in_own_processes,
-    check_launch,
-    go_offline_without_hub,
-    needs_hub,
-)
+from lalora_app.cli import main
 from lalora_app.data.labels import positions
 from lalora_app.results.run_folder import RunFolder, to_toml
 from lalora_app.settings.errors import ConfigError, DataError
+from lalora_app.simulation import launch_checks, start
+from lalora_app.simulation.launch import Launch, read_launch
+from lalora_app.simulation.launch_checks import check_launch, go_offline_without_hub, needs_hub
+from lalora_app.simulation.own_processes import ProcessEndedError, call_in_own_processes
 
 
 def test_a_result_and_an_error_come_back_from_the_other_process():
@@ -51,7 +47,7 @@ def test_an_interrupted_check_leaves_no_process():
     before = {child.pid for child in psutil.Process().children(recursive=True)}
     timer = threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT))
     timer.start()
-    with pytest.raises(KeyboardInterrupt), simulation._interruptible():  # as a launch is
+    with pytest.raises(KeyboardInterrupt), start._interruptible():  # as a launch is
         call_in_own_processes((time.sleep, (60,)), (time.sleep, (60,)))
     after = psutil.Process().children(recursive=True)
     assert {child.pid for child in after if child.name().startswith("python")} <= before
@@ -85,25 +81,24 @@ def saved(tiny, tmp_path):
 
 def test_a_resumed_run_takes_its_own_config_and_number_of_clients(saved):
     folder, config = saved
-    launch, values = simulation.read_launch(ROOT, [f'resume-from="{folder}"'], None)
-    assert launch.config.num_server_rounds == 6
-    assert launch.config.model == config.model
-    assert launch.nodes == 3
-    assert values["lora.rank"] == 3
-    assert values["resume-from"] == str(folder)
+    read = read_launch(ROOT, [f'resume-from="{folder}"'])
+    assert read.config.num_server_rounds == 6
+    assert read.config.model == config.model
+    assert read.nodes == 3
+    assert read.values["lora.rank"] == 3
+    assert read.values["resume-from"] == str(folder)
 
 
 def test_a_resumed_run_is_not_given_another_value(saved):
     folder, _ = saved
     with pytest.raises(ConfigError, match=r"^lora\.rank=5 must be 3, as in resume-from$"):
-        simulation.read_launch(ROOT, [f'resume-from="{folder}" lora.rank=5'], None)
-    launch, _ = simulation.read_launch(ROOT, [f'resume-from="{folder}" lora.rank=3'], 4)
-    assert launch.nodes == 4
+        read_launch(ROOT, [f'resume-from="{folder}" lora.rank=5'], None)
+    assert read_launch(ROOT, [f'resume-from="{folder}" lora.rank=3'], 4).nodes == 4
 
 
 def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):
     with pytest.raises(ConfigError, match=r"^resume-from=.* must be the folder of a run$"):
-        simulation.read_launch(ROOT, [f'resume-from="{tmp_path}"'], None)
+        read_launch(ROOT, [f'resume-from="{tmp_path}"'], None)
 
 
 @pytest.mark.parametrize("checkpoint", [True, False])
@@ -112,10 +107,11 @@ def test_an_unfinished_run_with_a_checkpoint_tells_how_it_goes_on(checkpoint, sa
     if checkpoint:
         (folder / "checkpoints").mkdir()
         (folder / "checkpoints" / "attempt-1.safetensors").touch()
-    lines = simulation._how_to_go_on(ROOT, Launch(config, {}, 3), str(folder))
+    launch = Launch(config, {}, 3, ROOT)
+    lines = start._how_to_go_on(launch, str(folder))
     expected = f"to continue the run: lalora run {ROOT} -c 'resume-from=\"{folder}\"'"
     assert lines == ([expected] if checkpoint else [])
-    assert simulation._how_to_go_on(ROOT, Launch(config, {}, 3), "") == []
+    assert start._how_to_go_on(launch, "") == []
 
 
 # --- the hub ----------------------------------------------------------------------------------

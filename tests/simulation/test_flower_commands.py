@@ -6,9 +6,10 @@ import json
 import pytest
 
 from conftest import ROOT
-from lalora_app.cli import flower_commands, main, simulation
-from lalora_app.cli.flower_commands import FlowerError, follow, start_run
-from lalora_app.cli.run_log import Kind, read_line
+from lalora_app.cli import main
+from lalora_app.simulation import flower_commands, flower_engine
+from lalora_app.simulation.flower_commands import FlowerError, follow, start_run
+from lalora_app.simulation.run_log import Kind, read_line
 
 STATUS_SECONDS = flower_commands._STATUS_SECONDS
 
@@ -124,7 +125,7 @@ def test_only_a_superlink_that_starts_too_slowly_is_started_again(flwr, message,
 
 def test_an_error_of_flower_is_one_line_and_exit_code_1(flwr, monkeypatch, capsys):
     flwr(status=listed("paused"))
-    monkeypatch.setattr(simulation, "_stop", lambda home: None)
+    monkeypatch.setattr(flower_engine, "_stop", lambda home: None)
     assert main.main(["run", str(ROOT)]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("lalora: flwr list: status='paused' must be")

@@ -8,8 +8,9 @@ from rich.console import Console
 
 from conftest import ROOT
 from helpers.flower_log import ERROR, INFO, LOG, NOTES, RESULTS, ROUNDS, WARNINGS
-from lalora_app.cli import main, simulation
-from lalora_app.cli.run_display import RunDisplay
+from lalora_app.cli import main
+from lalora_app.simulation import flower_engine
+from lalora_app.simulation.run_display import RunDisplay
 
 ANSI = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]")
 FAILED_ROUND = (
@@ -113,9 +114,9 @@ def run(monkeypatch, capsys):
                 show(line)
             return status, details
 
-        monkeypatch.setattr(simulation, "start_run", lambda *args: "1")
-        monkeypatch.setattr(simulation, "follow", follow)
-        monkeypatch.setattr(simulation, "check_launch", lambda launch: None)
+        monkeypatch.setattr(flower_engine, "start_run", lambda *args: "1")
+        monkeypatch.setattr(flower_engine, "follow", follow)
+        monkeypatch.setattr(flower_engine, "check_launch", lambda launch: None)
         code = main.main(["run", str(ROOT), "--nodes", "3", *options])
         return code, *capsys.readouterr()
 

@@ -3,8 +3,8 @@
 import pytest
 
 from helpers.flower_log import ERROR, INFO, LOG, NOTES, RESULTS, ROUNDS, WARNING, WARNINGS
-from lalora_app.cli.run_log import Kind, read_line
 from lalora_app.server.log_lines import RoundLine
+from lalora_app.simulation.run_log import Kind, read_line
 
 EVENTS = [read_line(line) for line in LOG.splitlines()]
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
-from lalora_app.cli.run_log import Kind, LogEvent, read_line
 from lalora_app.server.log_lines import START, RoundLine, parse_folder
+from lalora_app.simulation.run_log import Kind, LogEvent, read_line
 
 _BAR_WIDTH = 20  # characters; the whole line fits into a terminal of 80
 _KEPT_LINES = 30  # of other programs, shown when a run fails without a reason
@@ -43,6 +43,7 @@ class _RoundsBar:
         self._task = self._progress.add_task("starting", total=None, scores="", end=None)
 
     def start(self) -> None:
+        """Show the bar, unless it is there already."""
         self._progress.start()
 
     def stop(self) -> None:
@@ -80,8 +81,6 @@ class RunDisplay:
         self.folder = ""  # of the run's results, once the server has made it
 
     def __enter__(self) -> Self:
-        if self._bar:
-            self._bar.start()
         return self
 
     def __exit__(
@@ -138,6 +137,7 @@ class RunDisplay:
         if self._bar is None:
             self.print(event.text)
         elif event.progress:
+            self._bar.start()
             self._bar.update(event.progress)
             if event.progress.failed:
                 self.print(event.text)
