@@ -102,19 +102,33 @@ def read_launch(
     return Launch(config, defaults, nodes or clients or _NODES), values
 
 
-def _started_here(home: Path) -> list[psutil.Process]:
-    """Return the running processes that this launch started, found by their FLWR_HOME."""
-    return [
+def _started_here(home: Path) -> set[psutil.Process]:
+    """Return the running processes that this launch started.
+
+    They are found by their FLWR_HOME; their children too, as Ray's agents overwrite their own
+    environment.
+    """
+    found = {
         process
         for process in psutil.process_iter(["environ"])
         if (process.info["environ"] or {}).get("FLWR_HOME") == str(home)
-    ]
+    }
+    return found.union(*map(_children, found))
+
+
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        found: list[psutil.Process] = process.children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+    return found
 
 
 def _stop(home: Path) -> None:
     """Terminate the processes of this launch, kill those that remain, and wait for their end."""
+    processes: set[psutil.Process] = set()
     for end in (psutil.Process.terminate, psutil.Process.kill):
-        processes = _started_here(home)
+        processes |= _started_here(home)  # those found before may have lost their parent
         for process in processes:
             _send(end, process)
         psutil.wait_procs(processes, timeout=_GRACE)
