@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 _SHOWN_CLASSES = 12
 _WHOLE = 1_000_000  # tokens; longer than any text
-_SITE_KEYS = ("input-column", "label-column", "labels", "num-labels")  # of a node config
 _NO_LIMIT = "warning   no limit: a site must set max-epsilon with delta, or policy, to take part"
 
 
@@ -119,12 +118,14 @@ def _node(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _config_of_site(args: argparse.Namespace, node: Mapping[str, Any]) -> Config:
-    """Return the run's config; columns and labels that ``-c`` leaves out are the site's own."""
+    """Return the run's config; columns and classes that ``-c`` leaves out are the site's own."""
     from lalora_app.cli.simulation import app_defaults
+    from lalora_app.client.own_data import keys_of_run
     from lalora_app.settings.overrides import merged
 
-    own = {f"data.{key}": node[key] for key in _SITE_KEYS if key in node}
-    return parse(app_defaults(args.app) | own | merged(args.run_config))
+    config = parse(app_defaults(args.app) | keys_of_run(node, merged(args.run_config)))
+    # As the server does: a run that reaches a site has the number of its classes.
+    return replace(config, data=replace(config.data, num_labels=len(config.data.class_names)))
 
 
 def _described(config: Config, examples: "Examples", model: "Backbone") -> Iterator[str]:
