@@ -235,7 +235,7 @@ def test_class_folders_of_a_site_must_be_named_in_its_node_config(
     keys |= {"model.image-size": 16, "model.image-resize": 16, "train.batch-size": 4}
     config = tiny(**keys)
     assert refusal(config, node, "query") == "rows"
-    assert "has label 'dark', and must have one of '0', '1', '2'" in caplog.text
+    assert "has label 'dark', which must be one of '0', '1', '2'" in caplog.text
     named = {key: node[key] for key in node if key != "num-labels"} | {"labels": "dark,grey,light"}
     examples = admit(config, named, 1).examples(config)
     assert set(examples.labels) == {0, 2}
