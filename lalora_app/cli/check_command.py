@@ -96,7 +96,7 @@ def _left_of_limit(config: Config, site: "Site", size: int) -> str:
 def _plan(config: Config, size: int) -> tuple[float, float, int]:
     """Return sampling rate, noise multiplier and steps of a client with ``size`` rows.
 
-    It takes part in all rounds, more than ``fraction-train`` may ask of it.
+    The client is assumed to take part in all rounds: an upper limit.
     """
     from lalora_app.privacy.accounting import calibrate
 
@@ -157,7 +157,7 @@ def _label_counts(names: tuple[str, ...], labels: tuple[int, ...]) -> str:
 
 
 def _lengths(examples: "Examples", model: "Backbone") -> list[int] | None:
-    """Return the tokens of each text before any is cut; None for images."""
+    """Return the number of tokens of each text before any is cut; None for images."""
     encode: Any = model.encode
     if "tokenizer" not in encode.keywords:
         return None
@@ -187,7 +187,7 @@ def _costs(config: Config, model: "Backbone", data: "Encoded", size: int) -> Ite
         f"step      {each} with {train.batch_size} rows on {model.device}; largest memory "
         f"{cost.peak_bytes / 2**30:.1f} GiB"
     )
-    yield "ok        nothing was sent or written, no privacy budget was spent"
+    yield "ok        no data was sent or written, no privacy budget was spent"
 
 
 def add_check(commands: Any) -> None:
