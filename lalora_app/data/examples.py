@@ -223,7 +223,7 @@ def _found_names(data: Data) -> tuple[str, ...]:
     train, test = _run_rows(_without_classes(data))
     if train.classes:
         return train.classes
-    require_classes(train.labels)
+    require_classes(train.labels, data.label_column)
     found = sorted_names({*train.labels, *(test.labels if test else ())})
     counted = tuple(map(str, range(data.num_labels)))
     return counted if set(found) <= set(counted) else found
