@@ -47,6 +47,7 @@ def _of_run(args: argparse.Namespace) -> Iterator[str]:
     yield f"data      {config.data.name}: {rows}"
     yield f"clients   {len(found.sizes)}, with {least} to {most} rows each"
     yield from _described(config, found.train, model)
+    model.encode(found.test)  # an image that cannot be read is told here
     yield from _costs(config, model, model.encode(found.train), least)
 
 

@@ -41,8 +41,18 @@ def text_of(value: object) -> str:
 
 
 def class_of(position: int | None, classes: Sequence[str]) -> str | None:
-    """Return the class name at a position; None for a missing label (None or -1)."""
-    return None if position is None or position < 0 else classes[position]
+    """Return the class name at a position; None for a missing label (None or -1).
+
+    Raises:
+        ValueError: for a position without a name, described as a label.
+    """
+    if position is None or position < 0:
+        return None
+    if position >= len(classes):
+        raise ValueError(
+            f"the class position {position}, and the file names {len(classes)} classes,"
+        )
+    return classes[position]
 
 
 def is_integer(text: str) -> bool:

@@ -122,6 +122,10 @@ def _of_config(
     linear = f"Linear layers of the model, such as {_last_names(reasons)}"
     if not outside or any(path not in reasons for path in outside):
         raise ConfigError(f'lora.targets="{lora.targets}" must name {linear}')
+    if unused := [name for name in names if not any(_is_target(p, [name]) for p in outside)]:
+        raise ConfigError(
+            f'lora.targets="{lora.targets}" must name {linear}, and "{unused[0]}" names none'
+        )
     for path in outside:
         if reasons[path]:
             raise ConfigError(

@@ -99,6 +99,8 @@ def test_classes_are_sorted_as_numbers_if_all_are_numbers():
 
 def test_a_position_of_data_with_class_names_is_its_name():
     assert [class_of(i, ["a", "b"]) for i in (0, 1, -1, None)] == ["a", "b", None, None]
+    with pytest.raises(ValueError, match="the class position 2, and the file names 2 classes"):
+        class_of(2, ["a", "b"])
 
 
 @pytest.mark.parametrize("names", [("ham", "spam"), ("spam", "ham")])
