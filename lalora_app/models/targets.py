@@ -22,7 +22,7 @@ def _names(targets: str) -> list[str]:
 
 
 def _is_target(path: str, names: Sequence[str]) -> bool:
-    """Tell whether PEFT adapts the module: its path is a target, or ends in one."""
+    """Return whether PEFT adapts the module at a path, which is a target or ends in one."""
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
@@ -58,9 +58,9 @@ def rows_per_call(base: Base, examples: int) -> dict[str, list[int]]:
 
 
 def _trains_whole(path: str, trained: Sequence[str]) -> bool:
-    """Tell whether PEFT trains the module whole.
+    """Return whether PEFT trains all weights of a module, without LoRA.
 
-    It does if the path of it or of a parent ends in a name of ``trained``.
+    PEFT does so if the path of the module or of a parent ends in a name of ``trained``.
     """
     outer = [path[: m.start()] for m in re.finditer(r"\.|$", path)]
     return any(part.endswith(name) for part in outer for name in trained)
