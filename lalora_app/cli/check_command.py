@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 _SHOWN_CLASSES = 12
 _WHOLE = 1_000_000  # tokens; longer than any text
-_SITE_KEYS = ("input-column", "label-column", "labels", "num-labels")  # of a node config
 _NO_LIMIT = "warning   no limit: a site must set max-epsilon with delta, or policy, to take part"
 
 
@@ -48,6 +47,7 @@ def _of_run(args: argparse.Namespace) -> Iterator[str]:
     yield f"data      {config.data.name}: {rows}"
     yield f"clients   {len(found.sizes)}, with {least} to {most} rows each"
     yield from _described(config, found.train, model)
+    model.encode(found.test)  # an image that cannot be read is told here
     yield from _costs(config, model, model.encode(found.train), least)
 
 
@@ -97,7 +97,7 @@ def _left_of_limit(config: Config, site: "Site", size: int) -> str:
 def _plan(config: Config, size: int) -> tuple[float, float, int]:
     """Return sampling rate, noise multiplier and steps of a client with ``size`` rows.
 
-    It takes part in all rounds, more than ``fraction-train`` may ask of it.
+    The client is assumed to take part in all rounds: an upper limit.
     """
     from lalora_app.privacy.accounting import calibrate
 
@@ -119,12 +119,14 @@ def _node(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _config_of_site(args: argparse.Namespace, node: Mapping[str, Any]) -> Config:
-    """Return the run's config; columns and labels that ``-c`` leaves out are the site's own."""
+    """Return the run's config; columns and classes that ``-c`` leaves out are the site's own."""
+    from lalora_app.client.own_data import keys_of_run
     from lalora_app.settings.overrides import merged
     from lalora_app.simulation.launch import app_defaults
 
-    own = {f"data.{key}": node[key] for key in _SITE_KEYS if key in node}
-    return parse(app_defaults(args.app) | own | merged(args.run_config))
+    config = parse(app_defaults(args.app) | keys_of_run(node, merged(args.run_config)))
+    # As the server does: a run that reaches a site has the number of its classes.
+    return replace(config, data=replace(config.data, num_labels=len(config.data.class_names)))
 
 
 def _described(config: Config, examples: "Examples", model: "Backbone") -> Iterator[str]:
@@ -156,7 +158,7 @@ def _label_counts(names: tuple[str, ...], labels: tuple[int, ...]) -> str:
 
 
 def _lengths(examples: "Examples", model: "Backbone") -> list[int] | None:
-    """Return the tokens of each text before any is cut; None for images."""
+    """Return the number of tokens of each text before any is cut; None for images."""
     encode: Any = model.encode
     if "tokenizer" not in encode.keywords:
         return None
@@ -186,7 +188,7 @@ def _costs(config: Config, model: "Backbone", data: "Encoded", size: int) -> Ite
         f"step      {each} with {train.batch_size} rows on {model.device}; largest memory "
         f"{cost.peak_bytes / 2**30:.1f} GiB"
     )
-    yield "ok        nothing was sent or written, no privacy budget was spent"
+    yield "ok        no data was sent or written, no privacy budget was spent"
 
 
 def add_check(commands: Any) -> None:

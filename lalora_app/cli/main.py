@@ -21,7 +21,7 @@ from lalora_app.cli.audit_command import add_audit
 from lalora_app.cli.check_command import add_check
 from lalora_app.cli.credentials_command import add_credentials
 from lalora_app.cli.ledger_command import add_ledger
-from lalora_app.privacy.policy import read_policy_file
+from lalora_app.privacy.policy import PolicyError, read_policy_file
 from lalora_app.settings.errors import ConfigError, first_line
 
 
@@ -240,7 +240,7 @@ def _exit_codes() -> dict[type[Exception], int]:
     Modules that take seconds to import are looked up only if the command has imported them.
     """
     codes: dict[type[Exception], int] = {ConfigError: 2, OSError: 2, SafetensorError: 2}
-    codes[sqlite3.DatabaseError] = 2
+    codes |= {sqlite3.DatabaseError: 2, PolicyError: 2}
     optional = {
         ("lalora_app.simulation.flower_commands", "FlowerError"): 1,
         ("lalora_app.simulation.own_processes", "ProcessEndedError"): 1,

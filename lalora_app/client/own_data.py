@@ -1,7 +1,7 @@
 """How a site's own files are read: columns, classes and file format, by its node config.
 
-The server chooses none of it: from its refusals it would learn, without noise or ledger, whether a
-column holds the server's labels.
+The server chooses only the order of the classes. Otherwise a site's refusals would tell the server,
+without noise, whether a column holds its labels.
 """
 
 import json
@@ -20,6 +20,7 @@ from lalora_app.settings.value_rules import CLASSES_LAW, are_classes, class_name
 _COLUMNS = {"input-column": "text", "label-column": "label"}
 _NUM_LABELS = 2
 _LABELS = ("labels", "num-labels")
+_OPEN = {"data.labels": AUTO, "data.num-labels": 0}  # what a run leaves to the data
 _FORMAT: dict[str, str | float] = {"encoding": AUTO, "separator": AUTO, "white-level": 0.0}
 
 
@@ -35,7 +36,7 @@ def _require_equal(key: str, wanted: object, own: object) -> None:
     if wanted != own:
         raise PolicyError(
             f"data.{key}={json.dumps(wanted)} must be {json.dumps(own)}, "
-            "the value in the node config"
+            "the node config's value or its default"
         )
 
 
@@ -43,12 +44,13 @@ def check_columns(config: Config, node: Mapping[str, object]) -> None:
     """Check that a run names the same columns of a node's own data as the node config.
 
     Raises:
-        ConfigError: if the node config has such keys without own data, or one of a wrong type.
+        ConfigError: if the node config has keys on data without ``data-path``, or one of a wrong
+            type.
         PolicyError: if the run names another column.
     """
     if "data-path" not in node:
         for key in {*_COLUMNS, *_LABELS, *_FORMAT} & node.keys():
-            raise ConfigError(f"node config {key} needs data-path")
+            raise ConfigError(f"node config {key}={node[key]!r} needs data-path")
         return
     asked = flatten(config)
     for key, default in _COLUMNS.items():
@@ -69,41 +71,54 @@ def _own_format(node: Mapping[str, object]) -> dict[str, Any]:
     return found
 
 
-def _own_classes(config: Config, node: Mapping[str, object]) -> Data:
-    """Return how a site's own labels are read: the run's classes, in the run's order.
+def _with_counted_classes(data: Data, node: Mapping[str, object]) -> Data:
+    """Return how labels that are the integers from 0 are read, in the run's order of the classes.
 
     Raises:
-        ConfigError: if the node config names no classes that fit each other.
-        PolicyError: if the run has other classes than the node config.
+        ConfigError: if the node config's number of classes is no integer.
+        PolicyError: if the run has another number of classes, or other integers.
     """
-    data = config.data
-    if data.label_column == NONE:
-        return data
-    names = data.class_names
-    if "labels" not in node:
-        count = _own_value(node, "num-labels", _NUM_LABELS)
-        _require_equal("num-labels", data.num_labels, count)
-        own = tuple(map(str, range(count)))
-        if any(map(is_integer, names)) and set(names) != set(own):
-            raise PolicyError(
-                f"data.labels={json.dumps(data.labels)} must be the integers from 0 to "
-                f"{count - 1}, as the node config has no labels"
-            )
-        integers = names if set(names) == set(own) else own
-        return replace(data, labels=listed(integers))
+    count = _own_value(node, "num-labels", _NUM_LABELS)
+    _require_equal("num-labels", data.num_labels, count)
+    names, own = data.class_names, tuple(map(str, range(count)))
+    if any(map(is_integer, names)) and set(names) != set(own):
+        raise PolicyError(
+            f"data.labels={json.dumps(data.labels)} must be the integers from 0 to "
+            f"{count - 1}, as the node config has no labels"
+        )
+    return replace(data, labels=listed(names if set(names) == set(own) else own))
+
+
+def _require_named_classes(data: Data, node: Mapping[str, object]) -> None:
+    """Check that a run has the classes that a node config names, in any order.
+
+    Raises:
+        ConfigError: if ``labels`` breaks its law, or ``num-labels`` is another number.
+        PolicyError: if the run has other classes.
+    """
     text = _own_value(node, "labels", "")
     if not are_classes(text) or text == AUTO:
         raise ConfigError(f"node config labels={text!r} {CLASSES_LAW}")
     own = class_names_in(text)
     if "num-labels" in node and _own_value(node, "num-labels", 0) != len(own):
         raise ConfigError(
-            f"node config num-labels={node['num-labels']} must be {len(own)}, as labels"
+            f"node config num-labels={node['num-labels']} must be {len(own)}, the number of names "
+            "in labels"
         )
-    if set(names) != set(own):
+    if set(data.class_names) != set(own):
         raise PolicyError(
             f"data.labels={json.dumps(data.labels)} must be the names {json.dumps(text)}, "
             "the value in the node config"
         )
+
+
+def _with_own_classes(data: Data, node: Mapping[str, object]) -> Data:
+    """Return how a site's own labels are read: the run's classes, in the run's order."""
+    if data.label_column == NONE:
+        return data
+    if "labels" not in node:
+        return _with_counted_classes(data, node)
+    _require_named_classes(data, node)
     return data
 
 
@@ -114,4 +129,21 @@ def own_data(config: Config, node: Mapping[str, object]) -> Data:
         ConfigError: if a key of the node config breaks its law.
         PolicyError: if the run has other classes than the node config.
     """
-    return replace(_own_classes(config, node), **_own_format(node))
+    return replace(_with_own_classes(config.data, node), **_own_format(node))
+
+
+def keys_of_run(node: Mapping[str, object], given: Mapping[str, object]) -> dict[str, Any]:
+    """Return the keys on columns and classes of a run that a site checks by itself.
+
+    A server takes the classes that its config leaves open from its own data, which a site does not
+    have. Here the site's own classes stand in their place.
+
+    Args:
+        node: the node config.
+        given: the keys that the run's config sets.
+    """
+    own = {f"data.{key}": node.get(key, default) for key, default in _COLUMNS.items()}
+    found = own | {key: value for key, value in given.items() if _OPEN.get(key) != value}
+    labels = found.setdefault("data.labels", node.get("labels", AUTO))
+    count = node.get("num-labels", _NUM_LABELS) if labels == AUTO else 0
+    return {"data.num-labels": count} | found

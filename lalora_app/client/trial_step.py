@@ -19,7 +19,7 @@ from lalora_app.privacy.ledger import Reservation
 from lalora_app.private_step.step import RandomStreams, private_gradient
 from lalora_app.settings.run_config import Config
 
-_REPEATS = 3  # the first one is not counted: it allocates memory
+_REPEATS = 3  # counted steps; one step before them allocates memory
 _PEAK_UNIT = 1 if sys.platform == "darwin" else 1024  # bytes in one unit of ru_maxrss
 
 
@@ -67,7 +67,7 @@ def _peak(model: Backbone) -> int:
 
 
 def measure_step(config: Config, model: Backbone, start: Adapter, data: Encoded) -> StepCost:
-    """Run a few private steps and return their cost; the model's tensors do not change.
+    """Run a few private steps and return their cost; the model then holds ``start``.
 
     Args:
         config: the run's config; its expected batch is at most the number of examples.

@@ -62,7 +62,7 @@ def content_of(values: tuple[Any, ...], data: Data, row: int) -> tuple[Content, 
         row: the position of the row, for errors.
 
     Raises:
-        DataError: for a missing value or one of another type, with a description of it.
+        DataError: if all values are missing or blank, or one is neither text nor image.
     """
     if len(values) == 1 and _is_image(values[0]):
         return _image(values[0], data, row)
@@ -76,7 +76,7 @@ def content_of(values: tuple[Any, ...], data: Data, row: int) -> tuple[Content, 
 
 
 def require_texts(columns: Columns, data: Data) -> None:
-    """Refuse input columns of a file without types that hold nothing but numbers.
+    """Refuse input columns with nothing but numbers in a file without types.
 
     Such a column is seldom meant: it holds identifiers or the labels.
 

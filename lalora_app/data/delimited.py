@@ -47,16 +47,16 @@ class TextFormat:
     wanted: tuple[str, ...] = ()
 
     def require_unused(self) -> None:
-        """Refuse an encoding or a separator for data that is no text file.
+        """Refuse an encoding or a separator for data that is no delimited text.
 
         Raises:
             ValueError: if one is named.
         """
-        if (self.encoding, self.separator) != (AUTO, AUTO):
-            raise ValueError(
-                'data.encoding and data.separator must be "auto" for data other than '
-                f"{', '.join(SUFFIXES)}"
-            )
+        for key, value in {"encoding": self.encoding, "separator": self.separator}.items():
+            if value != AUTO:
+                raise ValueError(
+                    f'data.{key}="{value}" must be "auto" for data other than {", ".join(SUFFIXES)}'
+                )
 
 
 def kind_of(path: Path) -> str:
@@ -98,15 +98,16 @@ def _separator(text: str, form: TextFormat, kind: str) -> str:
     for candidate, names in headers.items():
         if set(form.wanted) <= set(names):
             return candidate
-    return max(headers, key=lambda candidate: len(headers[candidate]))  # read() names its columns
+    # The error of sources.read() lists the columns that this one finds.
+    return max(headers, key=lambda candidate: len(headers[candidate]))
 
 
 def _rows(text: str, separator: str) -> list[list[str]]:
-    """Return the header and the rows; empty lines are none.
+    """Return the header and the rows, without empty lines.
 
     Raises:
-        ValueError: naming the first line of a row with more or fewer fields than the header. A
-            stray quote joins lines to one row, and is on its first line.
+        ValueError: naming the first line of a row whose number of fields differs from the
+            header's. An unclosed quote is on this line too.
     """
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator, strict=True)
     numbered, first = [], 1

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import Any
 
 from lalora_app.data.contents import Content, content_of, inputs_of, require_texts
 from lalora_app.data.delimited import TextFormat
@@ -110,10 +111,11 @@ class _Rows:
         return Examples(self.contents, labels, self.groups, (), self.names, white)
 
 
-def _label(value: object, data: Data, row: int) -> str:
+def _label(value: Any, classes: Sequence[str], data: Data, row: int) -> str:
+    """Return a label's text; with ``classes`` it is a position in them."""
     where = f'="{data.label_column}": row {row} has '
     try:
-        text = text_of(value)
+        text = text_of(class_of(value, classes) if classes else value)
     except ValueError as error:
         law = "must be a name, a boolean or a whole number"
         raise DataError("data.label-column", f"{where}{error} as its label, and {law}") from error
@@ -134,8 +136,7 @@ def _rows(
     contents, names = (tuple(part) for part in zip(*found, strict=True))
     raw = columns.get(data.label_column, [])
     classes = tuple(map(class_name, columns.classes.get(data.label_column, ())))
-    named = (class_of(label, classes) for label in raw) if classes else raw
-    labels = tuple(_label(label, data, row) for row, label in enumerate(named))
+    labels = tuple(_label(label, classes, data, row) for row, label in enumerate(raw))
     groups = tuple(map(str, columns[data.client_column])) if natural else ()
     return _Rows(contents, names, labels, classes, groups)
 
@@ -223,7 +224,7 @@ def _found_names(data: Data) -> tuple[str, ...]:
     train, test = _run_rows(_without_classes(data))
     if train.classes:
         return train.classes
-    require_classes(train.labels)
+    require_classes(train.labels, data.label_column)
     found = sorted_names({*train.labels, *(test.labels if test else ())})
     counted = tuple(map(str, range(data.num_labels)))
     return counted if set(found) <= set(counted) else found

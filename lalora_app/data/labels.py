@@ -1,7 +1,9 @@
 """Labels as texts, and the position of each class among the model's outputs.
 
-A label is a text, a boolean or a whole number. Equal labels have equal texts in every kind of file,
-and different ones never do, so all clients number the classes alike.
+A label is a text, a boolean or a whole number. Equal names and equal whole numbers have equal texts
+in every kind of file, and different ones never do, so all clients number the classes alike. A
+boolean of a typed file is "True" or "False"; a file without types keeps its spelling, such as
+"true".
 """
 
 import json
@@ -39,8 +41,18 @@ def text_of(value: object) -> str:
 
 
 def class_of(position: int | None, classes: Sequence[str]) -> str | None:
-    """Return the class name at a position; None for a missing label (None or -1)."""
-    return None if position is None or position < 0 else classes[position]
+    """Return the class name at a position; None for a missing label (None or -1).
+
+    Raises:
+        ValueError: for a position without a name, described as a label.
+    """
+    if position is None or position < 0:
+        return None
+    if position >= len(classes):
+        raise ValueError(
+            f"the class position {position}, and the file names {len(classes)} classes,"
+        )
+    return classes[position]
 
 
 def is_integer(text: str) -> bool:
@@ -69,18 +81,25 @@ def sorted_names(labels: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def require_classes(labels: Sequence[str]) -> None:
-    """Refuse labels that are all numbers, and not all of them whole: they are measured values.
+def require_classes(labels: Sequence[str], column: str) -> None:
+    """Refuse labels that are all numbers, some of them not written as integers.
+
+    They are measured values, or one number may have several spellings, such as 1 and 01.
+
+    Args:
+        labels: the text of each row's label.
+        column: the name of their column.
 
     Raises:
-        DataError: naming the first row with a number that is not whole.
+        DataError: naming the first row with a number that is not written as an integer.
     """
     if all(map(_NUMBER.fullmatch, labels)) and not all(map(is_integer, labels)):
         row = next(row for row, label in enumerate(labels) if not is_integer(label))
         raise DataError(
             "data.label-column",
-            f": row {row} has label {labels[row]}, and all labels are numbers, so they must be "
-            "whole; if they are names of classes, list them in data.labels",
+            f'="{column}": row {row} has label {labels[row]}, and labels that are all numbers must '
+            "be written as integers such as 1 or -1; if they are names of classes, list them in "
+            "data.labels",
         )
 
 
@@ -100,6 +119,6 @@ def positions(labels: Sequence[str], names: Sequence[str]) -> tuple[int, ...]:
         if label not in known:
             raise DataError(
                 "data.labels",
-                f": row {row} has label {label!r}, and must have one of {shown(names)}",
+                f": row {row} has label {label!r}, which must be one of {shown(names)}",
             )
     return tuple(known[label] for label in labels)

@@ -1,8 +1,8 @@
 """Local files as tables in this process's memory: no copy of private data is written to a disk.
 
-The readers of the `datasets` library decide on the types, as they do in `load_dataset`. That
-function keeps its table in a cache folder, which a killed process leaves behind. Here the readers
-write their table to fsspec's memory file system instead, and archives are read without unpacking.
+For typed files, the readers of `datasets` choose the types, as in `load_dataset`. That function
+keeps its table in a cache folder, which a killed process leaves behind. Here the readers write
+their table to fsspec's memory file system instead, and archives are read without unpacking.
 """
 
 import uuid
@@ -53,7 +53,7 @@ def _prepared_tables(memory: Any, where: str, builder: Any) -> Tables:
     from datasets.packaged_modules.json.json import JsonConfig
 
     if isinstance(builder.config, JsonConfig):
-        # A byte order mark is no part of the data. And for "utf-8" the reader checks no byte.
+        # A byte order mark is no part of the data. For "utf-8" the reader does not check the bytes.
         builder.config.encoding = "utf-8-sig"
     manager = StreamingDownloadManager(
         base_path=builder.base_path, dataset_name=builder.dataset_name

@@ -135,6 +135,12 @@ def partition(data: Data, seed: int, clients: int) -> tuple[Examples, ...]:
         DataError: if the partitioner cannot divide this data among this number of clients.
     """
     train, _ = split(data)
+    if clients > len(train):
+        raise DataError(
+            "data.partitioner",
+            f'="{data.partitioner}" must deal from at least one example per client: there are '
+            f"{len(train)} for {clients} clients",
+        )
     dealer = MAKERS[data.partitioner](data, seed, clients)
     dealer.dataset = _table(train, data, seed, clients)
     try:

@@ -9,9 +9,7 @@ _TIFF_BITS = 258  # tag BitsPerSample
 _TIFF_MEANING, _WHITE_IS_ZERO = 262, 0  # tag PhotometricInterpretation, and one of its values
 _FLOAT_WHITE, _WHITE_16, _WHITE_12 = 1.0, 65535.0, 4095.0
 HELP = 'name the value of white in data.white-level, such as "data.white-level=4095.0"'
-
-
-_DARKEST_16 = 16  # of 8-bit values: 12 bits or fewer in 16 end below it
+_END_OF_12_BITS = 16  # 4096 / 256: upper 8 bits of the first value above 12 bits
 
 
 def _has_16_bit_colours(image: Any) -> bool:
@@ -22,14 +20,17 @@ def _has_16_bit_colours(image: Any) -> bool:
 
 
 def _require_upper_bits(colours: Any, white: float) -> None:
-    """Refuse 16-bit colours whose content is in the lower 8 bits, which Pillow does not read.
+    """Refuse 16-bit colours that end below 4096, or a white level other than 0 and 65535.
+
+    Pillow reads only the upper 8 bits of such colours. A white level of 65535 confirms that an
+    image is dark; an image that is black in these bits is accepted.
 
     Args:
         colours: the image in RGB, with the upper 8 bits of each value.
         white: ``data.white-level``.
 
     Raises:
-        ValueError: with what helps.
+        ValueError: with a remedy.
     """
     if white not in (0.0, _WHITE_16):
         raise ValueError(
@@ -37,7 +38,7 @@ def _require_upper_bits(colours: Any, white: float) -> None:
             "upper 8 bits are read; save it with 8 bits"
         )
     highest = int(np.asarray(colours).max())
-    if not white and 0 < highest < _DARKEST_16:
+    if not white and 0 < highest < _END_OF_12_BITS:
         raise ValueError(
             "its 16-bit colours end below 4096, as if they had 12 bits or fewer: save it with 8 "
             'bits, or, if it is dark, name "data.white-level=65535.0"'
@@ -62,7 +63,7 @@ def _wide_values(image: Any, upright: Any) -> np.ndarray:
 
 
 def _white_of(image: Any, values: np.ndarray) -> float:
-    """Return the largest value of an image's type.
+    """Return the value of white of an image's type.
 
     Raises:
         ValueError: if the type does not tell which value is white.

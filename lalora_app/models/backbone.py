@@ -227,7 +227,7 @@ def _check_or_refuse(backbone: Backbone, probe: Batch, model: Model, lora: Lora)
     """Check the layout; name the keys of a model that fails.
 
     Raises:
-        ConfigError: if the model cannot compute random inputs, or torch.compile the model.
+        ConfigError: if the model fails on random inputs, or torch.compile refuses it.
         LayoutError: if the model gives no per-example gradients.
     """
     from torch._dynamo.exc import TorchDynamoException
@@ -245,7 +245,7 @@ def _check_or_refuse(backbone: Backbone, probe: Batch, model: Model, lora: Lora)
         ) from error
     except Exception as error:  # whatever a model may raise on inputs like those of training
         raise ConfigError(
-            f'model.name="{model.name}" cannot compute random inputs: {first_line(error)}'
+            f'model.name="{model.name}" fails on random inputs: {first_line(error)}'
         ) from error
 
 

@@ -22,7 +22,7 @@ def _names(targets: str) -> list[str]:
 
 
 def _is_target(path: str, names: Sequence[str]) -> bool:
-    """Tell whether PEFT adapts the module: its path is a target, or ends in one."""
+    """Return whether PEFT adapts the module at a path, which is a target or ends in one."""
     return any(path == name or path.endswith(f".{name}") for name in names)
 
 
@@ -58,7 +58,10 @@ def rows_per_call(base: Base, examples: int) -> dict[str, list[int]]:
 
 
 def _trains_whole(path: str, trained: Sequence[str]) -> bool:
-    """Tell whether PEFT trains the module whole: its path, or that of an outer one, ends so."""
+    """Return whether PEFT trains all weights of a module, without LoRA.
+
+    PEFT does so if the path of the module or of a parent ends in a name of ``trained``.
+    """
     outer = [path[: m.start()] for m in re.finditer(r"\.|$", path)]
     return any(part.endswith(name) for part in outer for name in trained)
 
@@ -112,13 +115,17 @@ def _of_config(
 ) -> list[str]:
     """Return the names; or the paths of their layers, where a name also fits a layer of the head.
 
-    The head trains whole, so names such as ``dense`` do not reach into it.
+    The head trains whole, so names such as ``dense`` do not select its layers.
     """
     matches = [path for path, _ in base.model.named_modules() if _is_target(path, names)]
     outside = [path for path in matches if reasons.get(path) != _HEAD]
-    linear = f"Linear layers of the model; it has {_last_names(reasons)}"
+    linear = f"Linear layers of the model, such as {_last_names(reasons)}"
     if not outside or any(path not in reasons for path in outside):
         raise ConfigError(f'lora.targets="{lora.targets}" must name {linear}')
+    if unused := [name for name in names if not any(_is_target(p, [name]) for p in outside)]:
+        raise ConfigError(
+            f'lora.targets="{lora.targets}" must name {linear}, and "{unused[0]}" names none'
+        )
     for path in outside:
         if reasons[path]:
             raise ConfigError(
@@ -146,7 +153,7 @@ def choose_targets(base: Base, model: Model, lora: Lora) -> list[str]:
         reasons = reasons_against(base)
     except Exception as error:  # whatever a model may raise: it cannot be run as it is
         raise ConfigError(
-            f'model.name="{model.name}" cannot compute random inputs: {first_line(error)}'
+            f'model.name="{model.name}" fails on random inputs: {first_line(error)}'
         ) from error
     if all(reasons.values()):
         raise ConfigError(

@@ -12,7 +12,7 @@ from lalora_app.settings.run_config import Model
 
 
 def _position_offset(base: Any) -> int | None:
-    """Return the padding token after which a model numbers its positions; None for most models.
+    """Return the id of the padding token from which positions are counted; None for most models.
 
     RoBERTa and similar models number positions from padding_idx + 1.
     """
@@ -46,35 +46,21 @@ def _require_padding(tokenizer: Any, model: Model) -> None:
         tokenizer.pad_token = tokenizer.eos_token
 
 
-def load_tokenizer(where: str, model: Model, base: Any) -> Any:
-    """Return the tokenizer of a model, and tell the model its padding token.
+def _require_embedded(tokenizer: Any, model: Model, base: Any) -> None:
+    """Refuse a tokenizer with a token outside the model's embedding table.
 
-    Args:
-        where: a folder or a Hugging Face id.
-        model: the run config's table ``model``.
-        base: the model of transformers; its config is changed.
-
-    Raises:
-        ConfigError: if it does not fit the model, or ``model.max-length`` fits neither.
+    Such a token crashes the forward pass; the failed round would reveal that a text contains it.
     """
-    import transformers
-
-    tokenizer = transformers.AutoTokenizer.from_pretrained(where)
-    # Without tokenizer files, transformers returns a tokenizer with special tokens only.
-    if len(tokenizer) <= len(tokenizer.all_special_ids):
-        raise ConfigError(f'model.name="{model.name}" must come with a tokenizer')
-    if model.task == "text-classification":
-        _require_padding(tokenizer, model)
-    # A token outside the embedding table crashes the forward pass; the failed round would reveal
-    # that a text contains it.
     largest, rows = max(tokenizer.get_vocab().values()), base.get_input_embeddings().num_embeddings
     if largest >= rows:
         raise ConfigError(
             f'model.name="{model.name}" must embed every token of its tokenizer: token {largest} '
             f"is outside its table of {rows} rows"
         )
-    if _position_offset(base) is None:  # its positions would change when it is saved and loaded
-        base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+
+
+def _require_length(tokenizer: Any, model: Model, base: Any) -> None:
+    """Refuse a ``model.max-length`` that the model cannot take, or that leaves no room for text."""
     longest = _longest(base, tokenizer)
     if model.max_length > longest:
         raise ConfigError(
@@ -86,6 +72,32 @@ def load_tokenizer(where: str, model: Model, base: Any) -> Any:
             f"model.max-length={model.max_length} must be above {added}, the tokens that the "
             "tokenizer adds to a pair of texts"
         )
+
+
+def load_tokenizer(where: str, model: Model, base: Any) -> Any:
+    """Return the tokenizer of a model, and tell the model its padding token.
+
+    Args:
+        where: a folder or a Hugging Face id.
+        model: the run config's table ``model``.
+        base: the model of transformers; its config is changed.
+
+    Raises:
+        ConfigError: if the tokenizer or ``model.max-length`` does not fit the model.
+    """
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(where)
+    # Without tokenizer files, transformers returns a tokenizer with special tokens only.
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        raise ConfigError(f'model.name="{model.name}" must come with a tokenizer')
+    if model.task == "text-classification":
+        _require_padding(tokenizer, model)
+    _require_embedded(tokenizer, model, base)
+    # RoBERTa keeps its own token: another one would shift its positions when loaded.
+    if _position_offset(base) is None:
+        base.config.get_text_config().pad_token_id = tokenizer.pad_token_id
+    _require_length(tokenizer, model, base)
     return tokenizer
 
 

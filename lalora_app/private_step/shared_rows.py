@@ -58,8 +58,9 @@ class _AttentionView:
 class _FlatHeadsView(_AttentionView):
     """The view for DeBERTa-v2, whose states are (examples·heads, tokens, features).
 
-    Its method repeats the positions (states' first axis / heads) times, after the projection. They
-    are expanded before it, so the number of heads is given as the first axis: repeat once.
+    DeBERTa-v2 repeats the projected positions (first axis / heads) times. Here the rows are
+    repeated before the projection, so ``num_attention_heads`` is the first axis, and the factor is
+    1.
 
     Args:
         attention: the attention layer.

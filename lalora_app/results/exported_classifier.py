@@ -1,8 +1,8 @@
 """The classifier of a LaLoRA run as a model of transformers, read with ``trust_remote_code=True``.
 
 This file is copied next to the config.json that names it. transformers has no class for a run whose
-head classifies the mean over the tokens, and none for an adapter with its own labels: without this
-code it would compute the logits of another head, so it must refuse the folder instead.
+head classifies the mean over the tokens, and none for an adapter with its own labels.
+transformers would compute another head's logits, so without this code the folder is refused.
 """
 
 import importlib
@@ -20,8 +20,8 @@ class RunConfig(transformers.PreTrainedConfig):  # type: ignore[misc]
     Args:
         auto: the class of transformers that loads the run's model.
         whole: the config of that model, with its ``model_type``.
-        base: the base model of an adapter, a folder or a Hugging Face id; None: the folder holds
-            all weights.
+        base: the base model of an adapter, a folder or a Hugging Face id; None: no base model is
+            loaded.
         mean: whether the mean of the token logits classifies a text.
         separator: the id of the token that ends the first text of a pair; None: the model takes no
             segments.
@@ -84,7 +84,7 @@ class RunClassifier(transformers.PreTrainedModel):  # type: ignore[misc]
         )
         peft = importlib.import_module("peft")  # only here: merged weights do not need it
         merged = peft.PeftModel.from_pretrained(base, folder).merge_and_unload()
-        config.base = None  # what save_pretrained writes is whole
+        config.base = None  # save_pretrained writes all weights
         classifier: RunClassifier = cls(config, merged).eval()
         return classifier
 

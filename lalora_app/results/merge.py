@@ -52,7 +52,7 @@ def _plain(model: nn.Module) -> Any:
     """Return a copy of a PEFT model without LoRA layers, its adapter merged into the weights."""
     own = copy.deepcopy(model)
     for module in own.modules():
-        vars(module).pop("forward", None)  # set by the engine; plain weights need none
+        vars(module).pop("forward", None)  # the engine set it; a merged model uses its class's own
     return own.merge_and_unload()  # type: ignore[operator]
 
 
@@ -101,7 +101,7 @@ def _timm_settings(model: Any, pixels: Pixels, names: Sequence[str]) -> dict[str
 
 
 def _save_timm(folder: Path, model: Any, pixels: Pixels, config: Config) -> None:
-    """Write a timm model as its hub has it; or, of a folder with a ``class``, as that folder."""
+    """Write a timm model in the hub's format, or in that of the source folder with a ``class``."""
     from safetensors.torch import save_file
 
     names = config.data.class_names

@@ -38,7 +38,7 @@ def classifier_config(
         whole: the config of the run's model.
         backbone: the run's model.
         config: the run's config.
-        base: the base model of an adapter; None: the folder holds all weights.
+        base: the base model of an adapter; None: no base model is loaded.
     """
     own = copy.deepcopy(whole)
     name_classes(own, config)
@@ -96,8 +96,8 @@ def _save_pixels(folder: Path, pixels: Pixels) -> None:
 def write_processor(folder: Path, backbone: Backbone, config: Config) -> None:
     """Write the tokenizer or the image processor as the run used it.
 
-    The tokenizer pads on the right, cuts at ``model.max-length``, and returns the inputs that the
-    run gave its model.
+    The tokenizer cuts at ``model.max-length`` and returns the inputs that the run gave its model.
+    That of a text classifier pads on the right.
     """
     if config.model.task == "image-classification":
         _save_pixels(folder, backbone.processor)

@@ -56,11 +56,12 @@ def _has_other_names(model: Any, config: Config) -> bool:
 
 
 def _stock_base(model: Any, config: Config) -> str | None:
-    """Return the base model that transformers may load by itself for the adapter; None: none.
+    """Return the base that transformers may load by itself; None: no stock base fits.
 
     Without a config.json, as on the hub, transformers loads this model with its own head and names
-    and then the adapter. That head computes other logits than the mean over the tokens. And the
-    weights of a random base model are nowhere to load.
+    and then the adapter. None for the mean over the tokens: the stock head computes other logits.
+    None for random weights: no one can load them. None for other class names: transformers would
+    show the base's names.
     """
     if config.model.pooling == "mean" or config.model.weights == "random":
         return None
@@ -68,7 +69,7 @@ def _stock_base(model: Any, config: Config) -> str | None:
 
 
 def _write_settings(folder: Path, base: str | None, *, conv1d: bool) -> None:
-    """Write what PEFT cannot know: the base model, and whether its layers are Conv1D."""
+    """Write the base model, and whether its layers are Conv1D: PEFT does not know them."""
     settings = LoraConfig.from_pretrained(str(folder))
     settings.base_model_name_or_path = base
     settings.fan_in_fan_out = conv1d
@@ -79,7 +80,8 @@ def _write_model_files(folder: Path, backbone: Backbone, config: Config) -> None
     """Write config.json, its code, and the tokenizer or image processor of a classifier.
 
     transformers takes the config.json of a local folder in the place of the base model's, so that
-    it computes the run's own head with the run's class names, or refuses.
+    it computes the run's own head with the run's class names, or refuses. For random weights the
+    config.json names no code and none is written, so that every loader refuses the folder.
     """
     model = config.model
     if model.task == "causal-lm" or model.name.startswith(TIMM):
@@ -87,9 +89,10 @@ def _write_model_files(folder: Path, backbone: Backbone, config: Config) -> None
     base = None if model.weights == "random" else public_name(model.name)
     written = classifier_config(cast(Any, backbone.model).config, backbone, config, base)
     if base is None:
-        del written.auto_map  # no code can load it
+        del written.auto_map, written.custom_pipelines
+    else:
+        write_code(folder)
     written.save_pretrained(str(folder))
-    write_code(folder)
     write_processor(folder, backbone, config)
 
 
@@ -99,8 +102,9 @@ def export(
     """Save the run's result so that ``PeftModel.from_pretrained(base, folder)`` loads it.
 
     The drift of the frozen base becomes part of the adapter, which then has a larger rank. A folder
-    of a transformers classifier also has a config.json with the class names, and the code of the
-    run's head, for ``pipeline(model=folder, trust_remote_code=True)``.
+    of a transformers classifier also has a config.json with the class names, and, unless the base
+    weights were random, the code of the run's head, for ``pipeline(model=folder,
+    trust_remote_code=True)``.
 
     Args:
         backbone: the run's model; its adapter is overwritten.

@@ -118,9 +118,18 @@ class RunFolder:
         return rows
 
     def num_clients(self) -> int | None:
-        """Return the number of clients at the start of the run; None: it had not started."""
+        """Return the number of clients at the start of the run; None: it had not started.
+
+        Raises:
+            ConfigError: for a damaged file.
+        """
         path = self.path / "clients.json"
-        return int(json.loads(path.read_text("utf-8"))["clients"]) if path.is_file() else None
+        if not path.is_file():
+            return None
+        try:
+            return int(json.loads(path.read_text("utf-8"))["clients"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError(f"{path} must be an object with the number of clients") from error
 
     def write_history(self, rows: list[Row]) -> None:
         """Replace the history."""

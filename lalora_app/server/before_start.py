@@ -69,7 +69,8 @@ def check_epsilon(config: Config, sizes: list[int]) -> None:
     Raises:
         ConfigError: with the smallest possible ε of the run.
 
-    Privacy: sizes of simulated clients only; a real client checks its own limit by itself.
+    Privacy: the error tells a client's sampling rate; that of a site's own data must be shown at
+    that site only.
     """
     from lalora_app.privacy.accounting import smallest_epsilon
 
@@ -115,7 +116,7 @@ def check_data(config: Config, clients: int) -> CheckedData:
 
 
 def check_model(config: Config, clients: int) -> "Backbone":
-    """Check method and model of a run on the CPU; a GPU is left to the run itself.
+    """Check the device of a run, and its method and model on the CPU.
 
     Args:
         config: the parsed config.

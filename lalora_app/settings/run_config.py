@@ -99,8 +99,8 @@ class Config:
         meaning="Number of clients with wrong numbers that `trimmed-mean` or `krum` tolerates.",
     )
     seed: int = law(
-        "must not be negative",
-        lambda v: v >= 0,
+        "must be from 0 to 9223372036854775807",
+        lambda v: 0 <= v < 2**63,
         meaning="Seed of the partition, the initial adapter and the selection of clients. Noise "
         'and Poisson sampling depend on it only with `privacy.noise="seeded"`.',
     )

@@ -73,7 +73,7 @@ def _stop(home: Path) -> None:
     """Terminate the processes of this launch, kill those that remain, and wait for their end."""
     processes: set[psutil.Process] = set()
     for end in (psutil.Process.terminate, psutil.Process.kill):
-        processes |= _started_here(home)  # those of before have no parent to be found by any more
+        processes |= _started_here(home)  # those found before may have lost their parent
         for process in processes:
             _send(end, process)
         psutil.wait_procs(processes, timeout=_GRACE)

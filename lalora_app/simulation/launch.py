@@ -93,6 +93,8 @@ def read_launch(app: Path, overrides: Iterable[str], nodes: int | None = None) -
     if own.get("resume-from", NONE) != NONE:
         saved, clients = resumed_config(own)
         own = saved | own
+        if nodes and clients and nodes != clients:
+            raise ConfigError(f"--nodes {nodes} must be {clients}, as in resume-from")
     config = parse(defaults | own)
     values = {key: value for key, value in flatten(config).items() if key in own}
     return Launch(config, defaults, nodes or clients or _NODES, app, values)

@@ -54,7 +54,7 @@ def test_a_run_is_described_and_leaves_nothing(check, tiny):
     assert f" {backbone.targets} layers with LoRA (" in found["model"]
     assert f" {sum(array.size for array in start.values()):,} of " in found["model"]
     assert re.search(r"step      [\d.e-]+ s \(B\), [\d.e-]+ s \(A\) with", found["step"])
-    assert "ok" in found
+    assert found["ok"] == "ok        no data was sent or written, no privacy budget was spent"
     assert not state_folder({}).exists() or not list(state_folder({}).iterdir())
 
 
@@ -81,6 +81,53 @@ def test_what_earlier_runs_have_spent_counts(check, own_file, tmp_path):
     code, _, err = check("--node-config", node, **PRIVATE)
     assert code == 2
     assert "max-epsilon=1 does not allow this run" in err
+
+
+@pytest.fixture
+def check_csv(tiny, tiny_keys, tmp_path, capsys):
+    """Check a .csv file of two labels as a site, with no key of the data but those of the test."""
+    tiny()  # sets the folder of the ledger
+
+    def call(labels=("0", "1"), node="", given=""):
+        file = tmp_path / "own.csv"
+        rows = "".join(f"good film {i},{labels[i % 2]}\n" for i in range(60))
+        file.write_text(f"text,label\n{rows}", "utf-8")
+        keys = {key: value for key, value in tiny_keys.items() if not key.startswith("data.")}
+        run = " ".join(f"{key}={json.dumps(value)}" for key, value in keys.items())
+        site = ["--data-path", str(file), "--node-config", node]
+        code = main.main(["check", str(ROOT), *site, "-c", f"{run} {given}"])
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return call
+
+
+@pytest.mark.parametrize("given", ["", 'data.labels="auto" data.num-labels=0'])
+def test_a_site_that_says_nothing_has_the_defaults_of_its_node_config(check_csv, given):
+    code, out, err = check_csv(given=given)
+    assert (code, err) == (0, "")
+    assert "labels    0 30, 1 30\n" in out
+
+
+@pytest.mark.parametrize("given", ["", 'data.labels="auto"', "data.num-labels=2"])
+def test_names_of_a_site_stand_in_for_those_that_a_run_leaves_open(check_csv, given):
+    code, out, err = check_csv(("ham", "spam"), "labels='spam,ham'", given)
+    assert (code, err) == (0, "")
+    assert "labels    spam 30, ham 30\n" in out
+
+
+OTHER_RUNS = {
+    "data.num-labels=3": "data.num-labels=3 must be 2",
+    'data.labels="a,b,c"': "data.num-labels=3 must be 2",
+    'data.input-column="review"': 'data.input-column="review" must be "text"',
+}
+
+
+@pytest.mark.parametrize("given", list(OTHER_RUNS))
+def test_a_run_that_the_site_would_refuse_is_one_line(check_csv, given):
+    code, _, err = check_csv(given=given)
+    assert code == 2
+    assert err == f"lalora: {OTHER_RUNS[given]}, the node config's value or its default\n"
 
 
 REFUSED = {

@@ -11,6 +11,7 @@ import sys
 import time
 from itertools import pairwise
 
+import psutil
 import pytest
 from flwr.common.config import parse_config_args
 
@@ -454,6 +455,23 @@ def test_an_option_with_two_dashes_as_its_value_is_refused(command, capsys):
 def test_text_that_is_no_pair_is_told(nothing_starts, text):
     with pytest.raises(ConfigError, match="-c"):
         launch.read_launch(ROOT, [text], None)
+
+
+def test_a_child_without_the_environment_of_its_parent_is_stopped_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(simulation, "_GRACE", 1.0)
+    ignore = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
+    # The pid is written once the child ignores SIGTERM: it then outlives its parent.
+    child = f"{ignore}; print(os.getpid(), flush=True); time.sleep(60)"
+    run = f"subprocess.run([sys.executable, '-c', {child!r}], env={{}})"
+    with subprocess.Popen(
+        [sys.executable, "-c", f"import subprocess, sys; {run}"],
+        env={"FLWR_HOME": str(tmp_path)},
+        stdout=subprocess.PIPE,
+        text=True,
+    ) as parent:
+        pid = int(parent.stdout.readline())
+        flower_engine._stop(tmp_path)
+    assert not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def send_and_wait(end):

@@ -9,6 +9,7 @@ from helpers.fake_grid import FakeGrid
 from lalora_app import server_app
 from lalora_app.cli import main
 from lalora_app.privacy.ledger import Ledger, LedgerBusyError
+from lalora_app.privacy.policy import PolicyError
 from lalora_app.private_step.attach import LayoutError
 from lalora_app.server import ending
 
@@ -131,6 +132,7 @@ RAISED = {
     "OSError of a library": (OSError("no such model\nTry again"), "no such model"),
     "OSError without text": (TimeoutError(), "TimeoutError"),
     "LayoutError": (LayoutError("a.weight: mixes examples"), "a.weight: mixes examples"),
+    "PolicyError": (PolicyError("method must be one of"), "method must be one of"),
 }
 COMMANDS = [
     ["diagnose", "x"],

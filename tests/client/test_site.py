@@ -3,6 +3,7 @@
 import io
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from conftest import defaults, written
 from helpers.fake_grid import FakeGrid
 from lalora_app import client_app
 from lalora_app.client.site import admit
+from lalora_app.data.examples import with_classes
 from lalora_app.privacy.policy import PolicyError
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import flatten
@@ -50,6 +52,12 @@ def test_a_site_that_says_nothing_means_the_apps_own_columns(tiny):
     keys = of_run(ASKED)
     found = {key: defaults()[key] for key in keys} | {"data.num-labels": 2}  # as the server finds
     admit(tiny(**found), OWN, 1)
+
+
+def test_a_site_that_says_nothing_takes_part_where_the_server_counts_two_classes(tiny):
+    config = tiny(**{"data.num-labels": 0})
+    counted = replace(config, data=with_classes(config.data))
+    assert admit(counted, OWN, 1).data.class_names == ("0", "1")
 
 
 @pytest.mark.parametrize("kind", ["query", "train"])
@@ -96,7 +104,8 @@ def test_a_word_of_the_wrong_type_is_named_in_one_line(tiny, key, value):
 def test_a_simulated_client_has_the_runs_columns_and_no_own(tiny, said):
     node = {"partition-id": 0, "num-partitions": 2}
     admit(tiny(**of_run(said)), node, 1)
-    with pytest.raises(ConfigError, match="needs data-path"):
+    ((key, value),) = said.items()
+    with pytest.raises(ConfigError, match=f"^node config {key}={value!r} needs data-path$"):
         admit(tiny(**of_run(said)), node | said, 1)
 
 
@@ -226,7 +235,7 @@ def test_class_folders_of_a_site_must_be_named_in_its_node_config(
     keys |= {"model.image-size": 16, "model.image-resize": 16, "train.batch-size": 4}
     config = tiny(**keys)
     assert refusal(config, node, "query") == "rows"
-    assert "has label 'dark', and must have one of '0', '1', '2'" in caplog.text
+    assert "has label 'dark', which must be one of '0', '1', '2'" in caplog.text
     named = {key: node[key] for key in node if key != "num-labels"} | {"labels": "dark,grey,light"}
     examples = admit(config, named, 1).examples(config)
     assert set(examples.labels) == {0, 2}

@@ -103,7 +103,7 @@ def test_a_test_split_is_checked_too_and_needs_no_clients(tmp_path):
     assert test.groups == ()
     assert len(test) == len(GOOD)
     written(tmp_path / "test.jsonl", [{"text": "x", "label": 7}])
-    with one_line("data.labels", ": row 0 has label '7', and must have one of '0', '1'"):
+    with one_line("data.labels", ": row 0 has label '7', which must be one of '0', '1'"):
         datasets.split(described(tmp_path, test_split="test", test_fraction=0.3))
 
 

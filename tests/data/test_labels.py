@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import numpy as np
 import pytest
@@ -98,6 +99,8 @@ def test_classes_are_sorted_as_numbers_if_all_are_numbers():
 
 def test_a_position_of_data_with_class_names_is_its_name():
     assert [class_of(i, ["a", "b"]) for i in (0, 1, -1, None)] == ["a", "b", None, None]
+    with pytest.raises(ValueError, match="the class position 2, and the file names 2 classes"):
+        class_of(2, ["a", "b"])
 
 
 @pytest.mark.parametrize("names", [("ham", "spam"), ("spam", "ham")])
@@ -177,10 +180,17 @@ def test_one_class_must_be_named(tmp_path):
     assert with_classes(described(path, num_labels=0, labels="a,b")).num_labels == 2
 
 
-def test_measured_values_are_no_classes(tmp_path):
-    path = written(tmp_path / "x.jsonl", ["1", "0.25", "2.0"] * 20)
-    with pytest.raises(DataError, match=r"^data\.label-column: row 1 has label 0\.25, .* whole;"):
+@pytest.mark.parametrize("labels", [["1", "0.25", "2.0"], ["1", "02"], ["-1", "+1"], ["1", "1e3"]])
+def test_numbers_that_are_not_written_as_integers_are_no_classes_until_they_are_named(
+    labels, tmp_path
+):
+    path = written(tmp_path / "x.jsonl", labels * 20)
+    law = rf'^data\.label-column="label": row 1 has label {re.escape(labels[1])}, .* as integers'
+    with pytest.raises(DataError, match=law):
         with_classes(described(path, num_labels=0))
+    data = described(path, num_labels=0, labels=",".join(labels))
+    train, test = split(with_classes(data))
+    assert {*train.labels, *test.labels} == set(range(len(labels)))
 
 
 def test_two_spellings_of_one_name_are_refused(tmp_path):
@@ -231,6 +241,14 @@ def test_a_client_s_row_with_an_unknown_class_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"^data\.labels: row 0 has label 'c'") as caught:
         private_file(written(tmp_path / "own.jsonl", ["c", "a"]), data)
     assert caught.value.key == "data.labels"
+
+
+def test_a_boolean_has_the_spelling_of_a_file_without_types(tmp_path):
+    (tmp_path / "x.csv").write_text("text,label\n" + "good,true\nbad,false\n" * 20, "utf-8")
+    typed = written(tmp_path / "x.jsonl", [True, False] * 20)
+    names = {"x.csv": ("false", "true"), "x.jsonl": ("False", "True")}
+    assert with_classes(described(tmp_path / "x.csv", num_labels=0)).class_names == names["x.csv"]
+    assert with_classes(described(typed, num_labels=0)).class_names == names["x.jsonl"]
 
 
 def test_integers_are_recognised():

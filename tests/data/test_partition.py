@@ -216,13 +216,21 @@ IMPOSSIBLE = {
         ["pathological"],
     ),
     "more shards' clients than examples": ({"partitioner": "shard"}, ["shard"]),
-    "more linear clients than examples": ({"partitioner": "linear"}, ["linear", "=80"]),
+    "more linear clients than examples": (
+        {"partitioner": "linear"},
+        ["linear", "there are 60 for 80 clients"],
+    ),
+    "more equal clients than examples": (
+        {"partitioner": "iid"},
+        ["iid", "there are 60 for 80 clients"],
+    ),
     "a smallest client without one": ({"partitioner": "exponential"}, ["exponential", "=20"]),
 }
 CLIENTS = {
     "more clients than examples": 80,
     "more shards' clients than examples": 80,
     "more linear clients than examples": 80,
+    "more equal clients than examples": 80,
     "a smallest client without one": 20,
 }
 

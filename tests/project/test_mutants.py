@@ -197,8 +197,8 @@ MUTANTS = {
     ),
     "classes of the server's choice": Mutant(
         "client/own_data.py",
-        "    if set(names) != set(own):\n",
-        "    if not names:\n",
+        "    if set(data.class_names) != set(own):\n",
+        "    if not data.class_names:\n",
         "tests/client/test_site.py::test_a_run_with_other_classes_is_refused_before_any_data_is_read",
     ),
     "shared rows counted as rows of examples": Mutant(

@@ -55,6 +55,8 @@ def test_an_adapter_on_random_weights_is_refused_and_merged(pooling, tiny, tmp_p
             )
     settings = json.loads((done.adapter / "adapter_config.json").read_text("utf-8"))
     assert settings["base_model_name_or_path"] is None
+    assert "exported_classifier" not in (done.adapter / "config.json").read_text("utf-8")
+    assert not (done.adapter / "exported_classifier.py").exists()
     card = (done.adapter / "README.md").read_text("utf-8")
     assert "The base model's weights were random" in card
     assert "```python" not in card

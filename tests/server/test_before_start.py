@@ -34,6 +34,11 @@ REFUSED = {
         r'^model\.device="cuda:63" must be one of auto',
     ),
     "no such target": ({"lora.targets": "nothing"}, r'^lora\.targets="nothing" must name'),
+    "one of two targets": (
+        {"lora.targets": "query,valeu"},
+        r'^lora\.targets="query,valeu" must name .*, and "valeu" names none$',
+    ),
+    "auto among targets": ({"lora.targets": "auto,query"}, r'and "auto" names none$'),
     "too large a rank": ({"lora.rank": 999}, r"^lora\.rank=999 must be at most"),
     "too long a text": ({"model.max-length": 10_000}, r"^model\.max-length=10000 must be at most"),
     "a missing model": ({"model.name": "/no/model"}, r'^model\.name="/no/model" must be a folder'),
@@ -55,6 +60,14 @@ def test_what_cannot_run_is_refused_and_leaves_nothing(case, tiny):
     assert "\n" not in str(caught.value)
     assert not Path(config.output).exists()
     assert not (state_folder({}) / "ledger.sqlite").exists()
+
+
+def test_more_clients_than_examples_are_refused(tiny):
+    config = tiny(**{"data.partitioner": "iid", "train.batch-size": 1})
+    with pytest.raises(
+        ConfigError, match=r'^data\.partitioner="iid" must deal .* for 500 clients$'
+    ):
+        check_data(config, 500)
 
 
 def test_a_run_that_can_start_leaves_nothing_either(tiny):

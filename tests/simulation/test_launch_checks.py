@@ -93,7 +93,22 @@ def test_a_resumed_run_is_not_given_another_value(saved):
     folder, _ = saved
     with pytest.raises(ConfigError, match=r"^lora\.rank=5 must be 3, as in resume-from$"):
         read_launch(ROOT, [f'resume-from="{folder}" lora.rank=5'], None)
-    assert read_launch(ROOT, [f'resume-from="{folder}" lora.rank=3'], 4).nodes == 4
+    launch = read_launch(ROOT, [f'resume-from="{folder}" lora.rank=3'], 3)
+    assert launch.nodes == 3
+
+
+def test_a_resumed_run_is_not_given_another_number_of_clients(saved):
+    folder, _ = saved
+    with pytest.raises(ConfigError, match=r"^--nodes 7 must be 3, as in resume-from$"):
+        read_launch(ROOT, [f'resume-from="{folder}"'], 7)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"clients": "x"}', "{}", ""])
+def test_a_damaged_file_of_the_number_of_clients_is_named(text, saved):
+    folder, _ = saved
+    (folder / "clients.json").write_text(text, "utf-8")
+    with pytest.raises(ConfigError, match=r"clients\.json must be an object"):
+        read_launch(ROOT, [f'resume-from="{folder}"'], None)
 
 
 def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):
