@@ -458,7 +458,7 @@ def test_text_that_is_no_pair_is_told(nothing_starts, text):
 
 
 def test_a_child_without_the_environment_of_its_parent_is_stopped_too(tmp_path, monkeypatch):
-    monkeypatch.setattr(simulation, "_GRACE", 1.0)
+    monkeypatch.setattr(flower_engine, "_GRACE", 1.0)
     ignore = "import os, signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN)"
     # The pid is written once the child ignores SIGTERM: it then outlives its parent.
     child = f"{ignore}; print(os.getpid(), flush=True); time.sleep(60)"
