@@ -45,35 +45,22 @@ def _end_with_launcher() -> None:
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _gpus(device: str) -> list[str]:
-    """Return the names of the visible GPUs, as ``CUDA_VISIBLE_DEVICES`` has them."""
-    import torch
-
-    count = 0 if device == "cpu" else torch.cuda.device_count()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return (visible.split(",") if visible else [str(index) for index in range(count)])[:count]
-
-
 def _run(launch: Launch) -> None:
     """Run the ServerApp with its clients in worker processes."""
     from lalora_app import server_app
     from lalora_app.workers.local_grid import LocalGrid
-    from lalora_app.workers.places import places
+    from lalora_app.workers.places import all_cores, places, visible_gpus
     from lalora_app.workers.worker_pool import WorkerPool
 
-    gpus = _gpus(launch.config.model.device)
+    cores, gpus = all_cores(), visible_gpus(launch.config.model.device)
     found = places(
         launch.nodes,
-        cores=_cores(),
+        cores=cores,
         gpus=gpus,
         workers=launch.workers,
         clients_per_gpu=launch.clients_per_gpu,
     )
-    where = f"{len(gpus)} GPUs" if gpus else f"{_cores()} cores"
+    where = f"{len(gpus)} GPUs" if gpus else f"{cores} cores"
     _log.info("LaLoRA %d clients in %d processes on %s", *(launch.nodes, len(found), where))
     run_config = launch.defaults | launch.values
     with WorkerPool(found, run_config) as pool:
