@@ -42,9 +42,11 @@ THEMES: Mapping[str, Theme] = {
     },
 }
 LEVELS: Sequence[tuple[str, Sequence[str]]] = (
-    ("10", ("cli", "server_app.py")),
+    ("12", ("cli",)),
+    ("11", ("simulation",)),
+    ("10", ("server_app.py",)),
     ("9", ("audit",)),
-    ("8", ("comparison", "server")),
+    ("8", ("comparison", "server", "workers")),
     ("7", ("reports", "client_app.py")),
     ("6", ("client", "results")),
     ("5", ("models",)),

@@ -7,12 +7,15 @@ import signal
 import sys
 import threading
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import parse
 from lalora_app.simulation.launch import Launch
 from lalora_app.simulation.launch_checks import check_here
+
+if TYPE_CHECKING:
+    from lalora_app.workers.worker import Place
 
 COMPLETED, FAILED, BAD_INPUT = 0, 1, 2  # exit codes
 _log = logging.getLogger("flwr")
@@ -45,38 +48,35 @@ def _end_with_launcher() -> None:
     os.killpg(os.getpgid(0), signal.SIGKILL)
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _places(launch: Launch) -> "list[Place]":
+    """Return where the worker processes compute, and log it.
 
+    Raises:
+        ConfigError: for more workers than cores, or than shares of GPUs.
+    """
+    from lalora_app.workers.places import all_cores, places, visible_gpus
 
-def _gpus(device: str) -> list[str]:
-    """Return the names of the visible GPUs, as ``CUDA_VISIBLE_DEVICES`` has them."""
-    import torch
-
-    count = 0 if device == "cpu" else torch.cuda.device_count()
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return (visible.split(",") if visible else [str(index) for index in range(count)])[:count]
-
-
-def _run(launch: Launch) -> None:
-    """Run the ServerApp with its clients in worker processes."""
-    from lalora_app import server_app
-    from lalora_app.workers.local_grid import LocalGrid
-    from lalora_app.workers.places import places
-    from lalora_app.workers.worker_pool import WorkerPool
-
-    gpus = _gpus(launch.config.model.device)
+    cores, gpus = all_cores(), visible_gpus(launch.config.model.device)
     found = places(
         launch.nodes,
-        cores=_cores(),
+        cores=cores,
         gpus=gpus,
         workers=launch.workers,
         clients_per_gpu=launch.clients_per_gpu,
     )
-    where = f"{len(gpus)} GPUs" if gpus else f"{_cores()} cores"
-    _log.info("LaLoRA %d clients in %d processes on %s", *(launch.nodes, len(found), where))
+    where = f"{len(gpus)} GPUs" if gpus else f"{cores} cores"
+    _log.info("LaLoRA %d clients in %d processes on %s", launch.nodes, len(found), where)
+    return found
+
+
+def _run(launch: Launch, where: "list[Place]") -> None:
+    """Run the ServerApp with its clients in worker processes."""
+    from lalora_app import server_app
+    from lalora_app.workers.local_grid import LocalGrid
+    from lalora_app.workers.worker_pool import WorkerPool
+
     run_config = launch.defaults | launch.values
-    with WorkerPool(found, run_config) as pool:
+    with WorkerPool(where, run_config) as pool:
         server_app.serve(LocalGrid(pool, launch.nodes), run_config, settle=0.0)
 
 
@@ -92,12 +92,13 @@ def main() -> int:
 
     prepare_start()
     try:
+        where = _places(launch)
         check_here(launch)
     except ConfigError as error:
         _log.error("LaLoRA: %s", error)
         return BAD_INPUT
     try:
-        _run(launch)
+        _run(launch, where)
     except Exception:
         _log.exception("the run failed")
         return FAILED

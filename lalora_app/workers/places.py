@@ -1,9 +1,28 @@
 """Where the worker processes of a simulation compute."""
 
+import os
 from collections.abc import Sequence
+
+import torch
 
 from lalora_app.settings.errors import ConfigError
 from lalora_app.workers.worker import Place
+
+
+def all_cores() -> int:
+    """Return the number of cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def visible_gpus(device: str) -> list[str]:
+    """Return the names of the visible GPUs, as ``CUDA_VISIBLE_DEVICES`` has them.
+
+    Args:
+        device: ``model.device``; none is taken for "cpu".
+    """
+    count = 0 if device == "cpu" else torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return (visible.split(",") if visible else [str(index) for index in range(count)])[:count]
 
 
 def places(

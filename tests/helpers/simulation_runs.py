@@ -1,4 +1,4 @@
-"""Runs through Flower's simulation, by the command line."""
+"""Simulated runs by the command line."""
 
 import json
 from pathlib import Path
@@ -9,11 +9,12 @@ from lalora_app.results.run_folder import to_toml
 from lalora_app.settings.run_config import Config
 
 
-def run_toml(config: Config, folder: Path) -> int:
-    """Run a config by the command line, as a file, with two simulated clients."""
+def run_toml(config: Config, folder: Path, engine: str = "flower", nodes: int = 2) -> int:
+    """Run a config by the command line, as a file, with simulated clients."""
     file = folder / "run.toml"
     file.write_text(to_toml(config), "utf-8")
-    return main.main(["run", str(ROOT), "--nodes", "2", "-c", str(file)])
+    command = ["run", str(ROOT), "--engine", engine, "--nodes", str(nodes), "-c", str(file)]
+    return main.main(command)
 
 
 def summaries(config: Config) -> list[dict]:

@@ -126,6 +126,6 @@ def test_only_a_superlink_that_starts_too_slowly_is_started_again(flwr, message,
 def test_an_error_of_flower_is_one_line_and_exit_code_1(flwr, monkeypatch, capsys):
     flwr(status=listed("paused"))
     monkeypatch.setattr(flower_engine, "_stop", lambda home: None)
-    assert main.main(["run", str(ROOT)]) == 1
+    assert main.main(["run", str(ROOT), "--engine", "flower"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("lalora: flwr list: status='paused' must be")

@@ -117,7 +117,7 @@ def run(monkeypatch, capsys):
         monkeypatch.setattr(flower_engine, "start_run", lambda *args: "1")
         monkeypatch.setattr(flower_engine, "follow", follow)
         monkeypatch.setattr(flower_engine, "check_launch", lambda launch: None)
-        code = main.main(["run", str(ROOT), "--nodes", "3", *options])
+        code = main.main(["run", str(ROOT), "--engine", "flower", "--nodes", "3", *options])
         return code, *capsys.readouterr()
 
     return started
