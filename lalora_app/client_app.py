@@ -5,6 +5,7 @@ from flwr.clientapp import ClientApp
 
 from lalora_app.client import answers
 from lalora_app.secagg import client as secagg
+from lalora_app.site_worker.hand_over import by_site_worker
 
 app = ClientApp()
 
@@ -20,13 +21,13 @@ def query(message: Message, context: Context) -> Message:
 
     Privacy: spends nothing.
     """
-    return _answer(message, context, answers.hello)
+    return _answer(message, context, by_site_worker("query", answers.hello))
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train one round under the client's own ledger and policy, or refuse."""
-    return _answer(message, context, answers.train)
+    return _answer(message, context, by_site_worker("train", answers.train))
 
 
 @app.train("advertise")

@@ -1,19 +1,13 @@
 """Messages that need no model import neither torch nor the other libraries of a model."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
-from flwr.common.serde import context_from_proto, context_to_proto
+from flwr.app import ConfigRecord, RecordDict
 
-from conftest import written
-from helpers.app_runs import DELTA, INF, contents, open_run, sized
-from helpers.fake_grid import FakeGrid, over_the_wire
-from helpers.message_process import Case, answered
-from lalora_app import server_app
+from helpers.app_runs import DELTA, contents, open_run, sized
+from helpers.message_process import answered
+from helpers.recorded_messages import moved, recorded
 from lalora_app.wire import messages
 from lalora_app.wire.downlink import LEFT_OUT
 
@@ -21,75 +15,9 @@ pytestmark = pytest.mark.usefixtures("no_waiting", "no_report")
 WAVES = ("train.advertise", "train.share", "train.unmask")
 
 
-def copied(context: Context) -> Context:
-    return context_from_proto(context_to_proto(context))
-
-
-class RecordingGrid(FakeGrid):
-    """It keeps every request with the context of its site as it was before."""
-
-    def _deliver(self, message: Message, message_id: str) -> None:
-        before = copied(self.contexts[message.metadata.dst_node_id])
-        super()._deliver(message, message_id)
-        request = over_the_wire(message)
-        self.kept = [*getattr(self, "kept", []), (request, before)]
-
-    def of_kind(self, kind: str) -> list[tuple[Message, Context]]:
-        return [
-            (over_the_wire(m), copied(c)) for m, c in self.kept if m.metadata.message_type == kind
-        ]
-
-
-def own_sites(tmp_path, count: int, **more):
-    texts = [f"free call {i}" if i % 2 else f"see you {i}" for i in range(180)]
-    rows = [{"text": text, "label": i % 2} for i, text in enumerate(texts)]
-    own = {"delta": DELTA, "max-epsilon": INF, **more}
-    return [
-        {
-            **own,
-            "name": f"site-{i}",
-            "data-path": str(written(tmp_path / f"own-{i}.jsonl", rows)),
-            "state-path": str(tmp_path / f"state-{i}"),
-        }
-        for i in range(count)
-    ]
-
-
-@dataclass
-class Recorded:
-    """A finished run of sites with own data, in folders of its own."""
-
-    grid: RecordingGrid
-    folder: Path
-
-    def case(self, name: str, kind: str, place: int = -1, **node) -> Case:
-        message, context = self.grid.of_kind(kind)[place]
-        context.node_config |= node
-        return Case(self.folder / "messages" / name, message, context)
-
-
-@pytest.fixture
-def recorded(tiny, tmp_path) -> Callable[..., Recorded]:
-    def make(config, count: int) -> Recorded:
-        grid = RecordingGrid(config, own_sites(tmp_path, count))
-        server_app.run(grid, config)
-        return Recorded(grid, tmp_path)
-
-    return make
-
-
-def moved(message: Message) -> Message:
-    """The request with one other number: it has no saved reply."""
-    arrays = dict(message.content[messages.ARRAYS])
-    name = sorted(arrays)[0]
-    arrays[name] = Array(arrays[name].numpy() + np.float32(1e-6))
-    content = RecordDict({**message.content, messages.ARRAYS: ArrayRecord(arrays)})
-    return Message(content, dst_node_id=message.metadata.dst_node_id, message_type="train")
-
-
-def test_repeated_answers_and_refusals_import_no_library_of_a_model(tiny, tmp_path, recorded):
+def test_repeated_answers_and_refusals_import_no_library_of_a_model(tiny, tmp_path):
     one = {"min-clients": 1, "min-replies": 1, "num-server-rounds": 1}
-    run = recorded(tiny(**sized(1, **one)), 1)
+    run = recorded(tiny(**sized(1, **one)), 1, tmp_path)
     policy = tmp_path / "policy.toml"
     policy.write_text(f'max-epsilon = 50.0\ndelta = {DELTA}\nmethods = ["rolora"]\n')
     last = run.case("repeated", "train")
@@ -116,9 +44,9 @@ def test_repeated_answers_and_refusals_import_no_library_of_a_model(tiny, tmp_pa
     )
 
 
-def test_waves_of_secure_aggregation_import_no_library_of_a_model(tiny, recorded):
+def test_waves_of_secure_aggregation_import_no_library_of_a_model(tiny, tmp_path):
     on = {"secure-aggregation": "secagg+", "num-server-rounds": 1, "min-clients": 3}
-    run = recorded(tiny(**open_run(3, **on)), 3)
+    run = recorded(tiny(**open_run(3, **on)), 3, tmp_path)
     waves = [run.case(kind, kind, 0) for kind in WAVES]
     stage = run.case("stage", "train", 0)
     stage.context.state = RecordDict()
@@ -128,10 +56,10 @@ def test_waves_of_secure_aggregation_import_no_library_of_a_model(tiny, recorded
     assert stage.refusal == "stage"
 
 
-def test_a_message_that_trains_does_import_them(tiny, recorded):
+def test_a_message_that_trains_does_import_them(tiny, tmp_path):
     """The list of the other tests is not empty for want of looking."""
     one = {"min-clients": 1, "min-replies": 1, "num-server-rounds": 1}
-    run = recorded(tiny(**open_run(1, **one)), 1)
+    run = recorded(tiny(**open_run(1, **one)), 1, tmp_path)
     case = run.case("train", "train")
     case.message = moved(case.message)
     heavy, log = answered([case])
@@ -139,10 +67,10 @@ def test_a_message_that_trains_does_import_them(tiny, recorded):
     assert set(heavy[0]) >= {"torch", "transformers", "peft"}
 
 
-def test_a_limit_is_checked_before_the_model_only_while_the_data_is_the_same(tiny, recorded):
+def test_a_limit_is_checked_before_the_model_only_while_the_data_is_the_same(tiny, tmp_path):
     """Rows that were added change the sampling rate, so their number is read again."""
     one = {"min-clients": 1, "min-replies": 1, "num-server-rounds": 1}
-    run = recorded(tiny(**sized(1, **one)), 1)
+    run = recorded(tiny(**sized(1, **one)), 1, tmp_path)
     case = run.case("budget", "train", **{"max-epsilon": 0.01})
     case.message = moved(case.message)
     with Path(case.context.node_config["data-path"]).open("a") as file:

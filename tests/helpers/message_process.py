@@ -88,6 +88,10 @@ def answered(cases: Sequence[Case]) -> tuple[list[list[str]], str]:
 def main() -> None:
     from lalora_app import client_app
 
+    if "DIE_AT" in os.environ:
+        from helpers.site_worker_process import patch
+
+        patch(os.environ["DIE_AT"], Path(os.environ["MARK"]))
     TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
     for folder in map(Path, sys.argv[1:]):
         context = read_context(folder / "context")
