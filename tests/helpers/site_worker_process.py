@@ -60,8 +60,13 @@ def patch(asked: str, mark: Path) -> None:
         "saved": (received_round.Round, "save_files", False),
         "answered": (process, "records_to_bytes", True),
     }[moment]
-    inner = getattr(owner, name)
-    setattr(owner, name, _with(lambda: _act(asked, mark), inner, before=before))
+    moments = iter([moment])  # it comes once
+
+    def act() -> None:
+        if next(moments, None):
+            _act(asked, mark)
+
+    setattr(owner, name, _with(act, getattr(owner, name), before=before))
 
 
 def main() -> int:
