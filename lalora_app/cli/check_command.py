@@ -56,8 +56,10 @@ def _of_site(args: argparse.Namespace) -> Iterator[str]:
     from lalora_app.client.site import admit
     from lalora_app.models.backbone import build
     from lalora_app.server.before_start import check_epsilon
+    from lalora_app.site_worker.handshake import idle_seconds
 
     node = _node(args)
+    idle_seconds(node)  # the laws of worker and worker-idle
     config = _config_of_site(args, node)
     if not node.keys() & {"policy", "max-epsilon"}:
         yield _NO_LIMIT

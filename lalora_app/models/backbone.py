@@ -254,9 +254,7 @@ Built = tuple[Backbone, Adapter]
 
 
 @lru_cache(maxsize=1)
-def _by_rank(
-    model: Model, files: str, lora: Lora, num_labels: int, seed: int
-) -> dict[tuple[int, float], Built]:
+def _by_rank(*model_and_files: object) -> dict[tuple[int, float], Built]:
     """Return this process's cache of one model by rank; other files or another model replace it."""
     return {}
 

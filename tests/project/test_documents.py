@@ -140,7 +140,8 @@ def first_cells(path: Path, heading: str) -> set[str]:
 def test_the_page_of_the_node_config_has_every_key_that_is_read():
     found = first_cells(ROOT / "docs" / "node-config.md", "# Configuration of a site")
     mapping = {"node", "node_config"}
-    known = keys_read_by("client", mapping) | keys_read_by("privacy", mapping)
+    rooms = ("client", "privacy", "site_worker")
+    known = set().union(*(keys_read_by(room, mapping) for room in rooms))
     columns = {*_COLUMNS, *_LABELS, *_FORMAT}
     limits = {"max-epsilon", "delta", "public-size"}
     assert found == (known | columns | limits) - FLOWER_SETS

@@ -177,6 +177,21 @@ MUTANTS = {
         "        return RecordDict({messages.CONFIG: messages.ConfigRecord({'refusal': str(error)})})\n",
         "tests/whole_app/test_reply_contents.py::test_every_exception_becomes_a_fixed_refusal",
     ),
+    "trained again after the site worker has died": Mutant(
+        "site_worker/hand_over.py",
+        "        return exchange(connection, name, message, context)\n",
+        "        try:\n"
+        "            return exchange(connection, name, message, context)\n"
+        "        except WorkerLostError:\n"
+        "            return own(message, context)\n",
+        "tests/site_worker/test_handshake.py::test_a_site_worker_that_dies_with_the_message_is_an_error_and_nothing_is_done_again[3]",
+    ),
+    "another user at the site worker's socket": Mutant(
+        "site_worker/handshake.py",
+        "    if user != os.geteuid():\n",
+        "    if False:\n",
+        "tests/site_worker/test_handshake.py::test_the_process_at_the_other_end_must_be_this_users",
+    ),
     "padded to the longest of the batch": Mutant(
         "data/encoding.py",
         "yield self.batch(part[start : start + size], width)",

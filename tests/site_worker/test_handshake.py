@@ -11,13 +11,20 @@ import pytest
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from helpers.fake_grid import identify
+from lalora_app.client import answers
 from lalora_app.settings.errors import ConfigError
 from lalora_app.site_worker import hand_over, handshake, process
 from lalora_app.site_worker.handshake import UnusableError
-from lalora_app.wire.flower_bytes import context_from_bytes, records_to_bytes
+from lalora_app.wire import messages
+from lalora_app.wire.flower_bytes import (
+    context_from_bytes,
+    context_to_bytes,
+    message_to_bytes,
+    records_to_bytes,
+)
 
 NOBODY = 65534
-OWN, THEIRS = RecordDict({"config": ConfigRecord({"from": "own"})}), "from the worker"
+OWN = RecordDict({"config": ConfigRecord({"from": "own"})})
 
 
 @pytest.fixture
@@ -45,12 +52,16 @@ def no_start(monkeypatch):
     return begun
 
 
-def handed_over(node) -> tuple[RecordDict, Context]:
-    """The content for a message of a site, and the context afterwards."""
+def a_message(node) -> tuple[Message, Context]:
     identify()
     message = Message(RecordDict(), dst_node_id=7, message_type="train")
     message.metadata.__dict__["_message_id"] = "1"
-    context = Context(1, 7, dict(node), RecordDict(), {})
+    return message, Context(1, 7, dict(node), RecordDict(), {})
+
+
+def handed_over(node) -> tuple[RecordDict, Context]:
+    """The content for a message of a site, and the context afterwards."""
+    message, context = a_message(node)
     return hand_over.by_site_worker("train", lambda *_: OWN)(message, context), context
 
 
@@ -335,6 +346,38 @@ def test_the_socket_is_this_users_only_and_replaces_one_of_a_dead_process(folder
             assert (folder / "worker.sock").stat().st_mode & 0o777 == 0o600
     finally:
         assert os.umask(before) == 0
+
+
+@pytest.mark.parametrize("parts", [0, 1, 2])
+def test_a_caller_that_dies_before_its_message_is_whole_costs_nothing(parts, monkeypatch):
+    monkeypatch.setattr(
+        answers, "content_or_refusal", lambda *_: pytest.fail("it must not be answered")
+    )
+    message, context = a_message({})
+    whole = [b"train", message_to_bytes(message), context_to_bytes(context)]
+    one, other = socket.socketpair(socket.AF_UNIX)
+    caller = handshake.as_connection(other)
+    for part in [b"x" * 64, *whole[:parts]]:
+        caller.send_bytes(part)
+    caller.close()
+    assert process.serve_caller(handshake.as_connection(one), b"x" * 64)
+
+
+@pytest.mark.parametrize(
+    ("refusal", "goes_on"), [(None, True), ("policy", True), ("internal", False)]
+)
+def test_a_site_worker_ends_after_an_unexpected_error(refusal, goes_on, monkeypatch):
+    """A library or a GPU may be unusable then; the next message starts another process."""
+    content = messages.refusal(refusal) if refusal else OWN
+    monkeypatch.setattr(answers, "content_or_refusal", lambda *_: content)
+    message, context = a_message({})
+    one, other = socket.socketpair(socket.AF_UNIX)
+    caller = handshake.as_connection(other)
+    for part in (b"x" * 64, b"train", message_to_bytes(message), context_to_bytes(context)):
+        caller.send_bytes(part)
+    assert process.serve_caller(handshake.as_connection(one), b"x" * 64) is goes_on
+    assert caller.recv_bytes() == handshake.READY
+    assert caller.recv_bytes() == handshake.CONTENT + records_to_bytes(content)
 
 
 def test_a_caller_that_sends_nothing_does_not_block_the_next_one(monkeypatch):
