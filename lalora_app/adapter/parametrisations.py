@@ -5,15 +5,18 @@ adapter (``Method.start``). The other maps all tensors to the factors and heads 
 (``Method.effective``). Neither reads data.
 """
 
+from __future__ import annotations
+
 from collections.abc import Mapping
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from lalora_app.adapter.factors import Adapter, factor_pairs, kind, sibling
 from lalora_app.settings.run_config import MethodNumbers
+
+if TYPE_CHECKING:  # the table of methods is read in processes that do not compute
+    from torch import Tensor
 
 T = TypeVar("T")
 
@@ -38,6 +41,8 @@ def gated_factors(theta: Mapping[str, Tensor], numbers: MethodNumbers) -> dict[s
 
     Privacy: gates are clipped, noised and sent together with the factors.
     """
+    import torch
+
     tensors = _factors_and_heads(theta)
     for _, a in factor_pairs(tensors):
         gate = theta[sibling(a, "gate")]
@@ -82,6 +87,8 @@ def factors_with_task_directions(
     Privacy: magnitudes are clipped and noised with the factors; frozen directions are computed
     from noised factors.
     """
+    import torch
+
     tensors = _factors_and_heads(theta)
     for b, a in factor_pairs(tensors):
         rank, magnitudes = theta[a].shape[0], theta[sibling(a, "gate")]
@@ -159,6 +166,8 @@ def projected_factors(theta: Mapping[str, Tensor], numbers: MethodNumbers) -> di
 
     Privacy: Φ is computed from noised factors.
     """
+    import torch
+
     tensors = _factors_and_heads(theta)
     for _, a in factor_pairs(tensors):
         tensors[a] = torch.cat(split_rows_by_basis(theta[a], theta[sibling(a, "fixed")]))

@@ -13,7 +13,7 @@ import numpy as np
 
 from lalora_app.adapter.factors import Adapter, Kind, active_names, kind, select
 from lalora_app.aggregation.server_state import ServerState
-from lalora_app.client import requests
+from lalora_app.client import limits, requests
 from lalora_app.client.received_round import Received, Round
 from lalora_app.client.site import Site, admit
 from lalora_app.data.encoding import Batch, Encoded, Indices
@@ -207,7 +207,7 @@ class Federation:
             Received(server.download(index), self.state.drift, digest=""),
         )
         start, before = current.start(), len(client.data.drawn)
-        reservation = requests.reserve(current)
+        reservation = limits.reserve(self.config, client.site, current.request, len(client.data))
         streams = self.streams(index, current.request.attempt)
         result = requests.run_local_steps(current, start, reservation, streams)
         current.save_residents(result)

@@ -6,11 +6,8 @@ holds private data, so it is written only into a folder that the site names.
 """
 
 import contextlib
-import hashlib
-import json
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from importlib.metadata import version
+from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
 
@@ -22,28 +19,9 @@ from torch import Tensor
 from lalora_app.adapter.atomic_files import file_name, replace_atomically
 from lalora_app.client.site import Site
 from lalora_app.data.encoding import Encoded, EncodedImages, EncodedSequences, EncodedTexts
-from lalora_app.data.sources import stamp
-from lalora_app.models.pretrained import revision
-from lalora_app.settings.run_config import Config, flatten
-from lalora_app.wire.code_version import code_hash
+from lalora_app.settings.run_config import Config
 
-# Prefixes of the keys that decide on the encoding of an example.
-_KEYS = ("data.", "model.name", "model.task", "model.max-length", "model.image-", "model.weights")
 _STACK = "pixels."  # prefix of the tensors of images of one size
-_LIBRARIES = ("transformers", "tokenizers", "pillow")
-
-
-def fingerprint(config: Config, data_path: str) -> str:
-    """Return a SHA-256 of everything that decides on the encoding of a client's own data.
-
-    Args:
-        config: the run's config.
-        data_path: the path of the client's file or folder.
-    """
-    keys = {key: value for key, value in flatten(config).items() if key.startswith(_KEYS)}
-    libraries = [version(library) for library in _LIBRARIES]
-    parts = [code_hash(), libraries, keys, stamp(data_path), revision(config.model.name)]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 def _flat(rows: Sequence[Sequence[int]]) -> dict[str, Tensor]:
@@ -116,9 +94,7 @@ class CacheFile:
 
 def cache_file(site: Site, config: Config) -> CacheFile | None:
     """Return a client's file in the folder that its site names; None: the site names no folder."""
-    if site.cache is None:
+    fingerprint = site.fingerprint(config)
+    if site.cache is None or fingerprint is None:
         return None
-    folder, data_path = site.cache
-    name = file_name(site.dataset, site.client)
-    read_as = replace(config, data=site.data)  # the site's own classes and file format
-    return CacheFile(folder / name, fingerprint(read_as, data_path))
+    return CacheFile(site.cache / file_name(site.dataset, site.client), fingerprint)

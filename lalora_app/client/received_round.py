@@ -1,28 +1,39 @@
 """One checked train request, and the files that the site keeps for it.
 
+The first checks need neither model nor data, so this module imports no torch: :class:`Asked` is a
+request after them, :class:`Round` is the request with everything that its training needs.
 Every saved tensor was sent by the server or is made of noised gradients, so saving it costs no
 privacy.
 """
 
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from flwr.app import RecordDict
+from flwr.app import Context, Message, RecordDict
 from safetensors import SafetensorError
 
 from lalora_app.adapter.factors import Adapter, Factors
 from lalora_app.client import held_download, last_reply, resident_factors
-from lalora_app.client.site import Site
-from lalora_app.data.encoding import Encoded
+from lalora_app.client.site import Site, admit
+from lalora_app.methods.compatibility import method_of
 from lalora_app.methods.method import Method
-from lalora_app.models.backbone import Backbone
+from lalora_app.privacy.accounting import epsilon
 from lalora_app.secagg.client import Upload
+from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.names import NONE
-from lalora_app.settings.run_config import Config
+from lalora_app.settings.run_config import Config, parse
+from lalora_app.settings.value_rules import DEVICE_LAW, is_device
 from lalora_app.wire import messages
+from lalora_app.wire.same_model import model_of
+
+if TYPE_CHECKING:
+    from lalora_app.data.encoding import Encoded
+    from lalora_app.models.backbone import Backbone
 
 _log = logging.getLogger("flwr")
 
@@ -40,6 +51,95 @@ def ignoring_disk_errors() -> Iterator[None]:
         _log.error("LaLoRA client: files for the next round cannot be saved: %s", error)
 
 
+def run_config_of(message: Message, context: Context) -> Config:
+    """Return the config of the message's run, with the node's own device if it has one.
+
+    Raises:
+        ConfigError: if a key of the run or the node's device breaks its law.
+    """
+    node = context.node_config
+    if "device" in node and not is_device(node["device"]):
+        raise ConfigError(f"node config device={node['device']!r} {DEVICE_LAW}")
+    own = {"model.device": node["device"]} if "device" in node else {}
+    return parse({**context.run_config, **messages.run_config_of(message.content), **own})
+
+
+def _keeps_reply(config: Config) -> bool:
+    """Tell whether a repeated request may be answered with the saved reply.
+
+    Under secure aggregation every reply has masks of its own: two sums of one round over different
+    clients would reveal the difference between them.
+    """
+    return config.secure_aggregation == NONE
+
+
+def _reply_file(site: Site) -> Path:
+    return last_reply.reply_file(site.state, site.dataset, site.client)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One train request after the checks that need neither model nor data.
+
+    Attributes:
+        config: the run's config.
+        method: the run's method.
+        site: this client.
+        request: the server's order.
+        model: the SHA-256 of each part of the server's base model.
+        content: the request's records, with the tensors that it left out; not trusted.
+        digest: a SHA-256 of the whole request.
+    """
+
+    config: Config
+    method: Method
+    site: Site
+    request: messages.TrainRequest
+    model: Mapping[str, str]
+    content: RecordDict
+    digest: str
+
+    def repeated_reply(self) -> RecordDict | None:
+        """Return the reply that has answered the same request before; None: it is new."""
+        if not _keeps_reply(self.config):
+            return None
+        saved = last_reply.load_if_same_request(_reply_file(self.site), self.digest)
+        return None if saved is None else self.reply(saved.upload, saved.num_examples)
+
+    def reply(self, upload: Upload, num_examples: int) -> RecordDict:
+        """Return the reply with these tensors and the ε spent so far, rounded up to 0.01."""
+        site, run = self.site, self.request.run
+        spent = epsilon(site.ledger.releases(site.dataset, run), self.config.privacy.delta)
+        return messages.TrainReply(
+            upload=upload,
+            round=self.request.round,
+            epsilon=spent if math.isinf(spent) else math.ceil(spent * 100) / 100,
+            num_examples=num_examples if site.policy.public_size else None,
+        ).record()
+
+
+def read_request(message: Message, context: Context) -> Asked:
+    """Check a train request as far as that needs neither model nor data; nothing is spent.
+
+    Raises:
+        ConfigError: if the run config or the node config breaks a law.
+        PolicyError: if the run is outside the site's policy.
+        HeldError: if the site does not hold the tensors that were left out.
+        WireError: if the order does not fit the run config, or has no hashes of a base model.
+    """
+    config = run_config_of(message, context)
+    method = method_of(config)
+    site = admit(config, context.node_config, context.node_id)
+    request, model = messages.parse_request(message.content, config), model_of(message.content)
+    whole = held_download.completed(message.content, _download_file(site, request))
+    return Asked(config, method, site, request, model, whole, messages.digest(whole, config))
+
+
+def _download_file(site: Site, request: messages.TrainRequest) -> Path:
+    """Return the file of the server's last tensors in the request's run."""
+    return held_download.download_file(site.state, site.dataset, site.client, request.run)
+
+
 @dataclass(frozen=True)
 class Received:
     """The server's tensors, with the parts that the request left out.
@@ -55,26 +155,18 @@ class Received:
     digest: str
 
 
-def download_file(site: Site, request: messages.TrainRequest) -> Path:
-    """Return the file of the server's last tensors in the request's run."""
-    return held_download.download_file(site.state, site.dataset, site.client, request.run)
-
-
-def receive(content: RecordDict, config: Config, like: Adapter, download: Path) -> Received:
-    """Return a request's tensors; tensors that it left out come from the site's own file.
+def receive(asked: Asked, like: Adapter) -> Received:
+    """Return a request's tensors after checking them.
 
     Args:
-        content: the request's records; none of them is trusted.
-        config: the run's config.
+        asked: the request.
         like: the site's own adapter, for names and shapes.
-        download: the file from :func:`download_file`.
 
     Raises:
-        WireError: if a tensor does not fit, or was left out and is not in the file.
+        WireError: if a tensor does not fit.
     """
-    whole = held_download.completed(content, download)
-    adapter, drift = messages.adapter_of(whole, like), messages.drift_of(whole, like)
-    return Received(adapter, drift, messages.digest(whole, config))
+    adapter = messages.adapter_of(asked.content, like)
+    return Received(adapter, messages.drift_of(asked.content, like), asked.digest)
 
 
 @dataclass(frozen=True)
@@ -95,8 +187,8 @@ class Round:
     method: Method
     site: Site
     request: messages.TrainRequest
-    model: Backbone
-    data: Encoded
+    model: "Backbone"
+    data: "Encoded"
     received: Received
 
     @property
@@ -104,27 +196,8 @@ class Round:
         return self.request.steps_left <= self.config.train.local_steps
 
     @property
-    def _keeps_reply(self) -> bool:
-        """Whether a repeated request may be answered with the saved reply.
-
-        Under secure aggregation every reply has masks of its own: two sums of one round over
-        different clients would reveal the difference between them.
-        """
-        return self.config.secure_aggregation == NONE
-
-    @property
-    def _reply_file(self) -> Path:
-        return last_reply.reply_file(self.site.state, self.site.dataset, self.site.client)
-
-    @property
     def _resident_file(self) -> Path:
         return resident_factors.resident_file(self.site.state, self.site.dataset, self.request.run)
-
-    def saved_reply(self) -> Adapter | None:
-        """Return the upload that has answered the same request before; None: it is new."""
-        if not self._keeps_reply:
-            return None
-        return last_reply.load_if_same_request(self._reply_file, self.received.digest)
 
     def start(self) -> Adapter:
         """Return the server's adapter with the site's own resident factors."""
@@ -151,8 +224,9 @@ class Round:
         """
         with ignoring_disk_errors():  # a failure here must not prevent the second block
             self.save_residents(result)
-            if self._keeps_reply:
-                last_reply.save_reply(self._reply_file, self.received.digest, dict(upload))
+            if _keeps_reply(self.config):
+                saved = last_reply.SavedReply(dict(upload), len(self.data))
+                last_reply.save_reply(_reply_file(self.site), self.received.digest, saved)
         with ignoring_disk_errors():
             self._save_download()
 
@@ -166,7 +240,7 @@ class Round:
         )
 
     def _save_download(self) -> None:
-        file = download_file(self.site, self.request)
+        file = _download_file(self.site, self.request)
         if self._is_last_of_site:
             file.unlink(missing_ok=True)
         else:

@@ -1,19 +1,42 @@
 """One client as its node config describes it: data, name, rank and policy."""
 
+import hashlib
+import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 
 from lalora_app.client.own_data import check_columns, own_data
 from lalora_app.data.examples import Examples, check_client
 from lalora_app.data.examples import private_file as read_private_file
 from lalora_app.data.partition import CLIENT_NAME, deal_name, partition
+from lalora_app.data.sources import stamp
 from lalora_app.methods.compatibility import checked_rank
+from lalora_app.models.pretrained import revision
 from lalora_app.privacy.ledger import Ledger, state_folder
 from lalora_app.privacy.policy import Policy, read_policy
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.names import full_path
-from lalora_app.settings.run_config import Config, Data
+from lalora_app.settings.run_config import Config, Data, flatten
+from lalora_app.wire.code_version import code_hash
+
+# Prefixes of the keys that decide on the encoding of an example.
+_KEYS = ("data.", "model.name", "model.task", "model.max-length", "model.image-", "model.weights")
+_LIBRARIES = ("transformers", "tokenizers", "pillow")
+
+
+def fingerprint(config: Config, data_path: str) -> str:
+    """Return a SHA-256 of everything that decides on the encoding of a client's own data.
+
+    Args:
+        config: the run's config.
+        data_path: the path of the client's file or folder.
+    """
+    keys = {key: value for key, value in flatten(config).items() if key.startswith(_KEYS)}
+    libraries = [version(library) for library in _LIBRARIES]
+    parts = [code_hash(), libraries, keys, stamp(data_path), revision(config.model.name)]
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -29,7 +52,8 @@ class Site:
         load: a function that reads its examples.
         data: how its examples are read: the run's table ``data``, with the site's own classes and
             file format where it has own data.
-        cache: the folder for encoded examples, and the path of the data; None: no cache.
+        data_path: the path of its own data; None: its data is part of the simulated split.
+        cache: the folder for encoded examples; None: no cache.
     """
 
     client: str
@@ -39,7 +63,8 @@ class Site:
     state: Path
     load: Callable[[], Examples]
     data: Data
-    cache: tuple[Path, str] | None = None
+    data_path: str | None = None
+    cache: Path | None = None
 
     @property
     def ledger(self) -> Ledger:
@@ -49,6 +74,13 @@ class Site:
     def config_at_rank(self, config: Config) -> Config:
         """Return the run's config with this client's own rank."""
         return replace(config, lora=replace(config.lora, rank=self.rank))
+
+    def fingerprint(self, config: Config) -> str | None:
+        """Return the fingerprint of this client's own data as it is read; None: it has none."""
+        if self.data_path is None:
+            return None
+        read_as = replace(config, data=self.data)  # the site's own classes and file format
+        return fingerprint(read_as, self.data_path)
 
     def examples(self, config: Config) -> Examples:
         """Return the client's examples.
@@ -106,12 +138,16 @@ def _data(config: Config, node: Mapping[str, object], node_id: int) -> SiteData:
     raise ConfigError("node config must have data-path, or partition-id and num-partitions")
 
 
-def _cache(node: Mapping[str, object]) -> tuple[Path, str] | None:
+def _data_path(node: Mapping[str, object]) -> str | None:
+    return str(node["data-path"]) if "data-path" in node else None
+
+
+def _cache(node: Mapping[str, object]) -> Path | None:
     if "data-cache" not in node:
         return None
     if "data-path" not in node:
         raise ConfigError("node config data-cache needs data-path")
-    return full_path(str(node["data-cache"])), str(node["data-path"])
+    return full_path(str(node["data-cache"]))
 
 
 def admit(config: Config, node: Mapping[str, object], node_id: int) -> Site:
@@ -131,4 +167,5 @@ def admit(config: Config, node: Mapping[str, object], node_id: int) -> Site:
     policy.check_run(config)
     check_columns(config, node)
     rank, state = _rank(config, node), state_folder(node)
-    return Site(client, dataset, rank, policy, state, load, data, _cache(node))
+    own = _data_path(node), _cache(node)
+    return Site(client, dataset, rank, policy, state, load, data, *own)

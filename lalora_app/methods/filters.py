@@ -3,15 +3,20 @@
 A control replaces the filter in an experiment that measures the filter's effect.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from functools import lru_cache
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lalora_app.adapter.factors import Kind, kind
 from lalora_app.privacy.randomness import seeded
-from lalora_app.private_step.gradients import NoisedGrads
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from lalora_app.private_step.gradients import NoisedGrads
 
 TAPS = (1 / 16, 4 / 16, 6 / 16, 4 / 16, 1 / 16)
 # Ratio of the noise's standard deviation after and before the filter, except near the borders:
@@ -30,6 +35,8 @@ def smooth(x: Tensor, dim: int = -1) -> Tensor:
     Limit: an axis of length 1 is returned unchanged. The convolution is a sum of slices, which is
     20 times as fast as PyTorch's 1-channel convolution.
     """
+    import torch
+
     length = x.shape[dim]
     second = min(1, length - 1)
     ends = [(second, 1), (0, 1), (0, length), (length - 1, 1), (length - 1 - second, 1)]
@@ -51,6 +58,10 @@ def _filter_factors(grads: NoisedGrads, smoothing: Callable[[Tensor, int], Tenso
         grads: noised gradients; heads and gates are returned unchanged.
         smoothing: function (tensor, dimension) -> smoothed tensor.
     """
+    import torch
+
+    from lalora_app.private_step.gradients import NoisedGrads
+
     groups: dict[tuple[Kind, torch.Size], list[str]] = {}
     for name, grad in grads.items():
         groups.setdefault((kind(name), grad.shape), []).append(name)
@@ -74,10 +85,14 @@ def binomial(grads: NoisedGrads) -> NoisedGrads:
 @lru_cache(maxsize=64)
 def _random_order(length: int, device: torch.device) -> Tensor:
     """Return the random order of ``length`` features, the same for all steps and clients."""
+    import torch
+
     return torch.from_numpy(seeded(0, "filter order", length).permutation(length)).to(device)
 
 
 def _smooth_in_random_order(x: Tensor, dim: int) -> Tensor:
+    import torch
+
     order = _random_order(x.shape[dim], x.device)
     smoothed = smooth(x.index_select(dim, order), dim)
     return torch.empty_like(x).index_copy_(dim, order, smoothed)
@@ -98,5 +113,7 @@ def scaled(grads: NoisedGrads) -> NoisedGrads:
 
     Privacy: a fixed linear map of noised gradients; no extra cost.
     """
+    from lalora_app.private_step.gradients import NoisedGrads
+
     factors = {"A": NOISE_FACTOR, "B": NOISE_FACTOR}
     return NoisedGrads({name: factors.get(kind(name), 1.0) * g for name, g in grads.items()})

@@ -1,9 +1,14 @@
-"""The type of a federated LoRA method: a value made of plain functions."""
+"""The type of a federated LoRA method: a value made of plain functions.
+
+No module of this folder imports torch before a function computes: a client looks a method up in
+messages that it answers without a model, and torch takes two seconds to import.
+"""
+
+from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from lalora_app.adapter.factors import Adapter, Factor, Factors
 from lalora_app.aggregation.average import federated_averaging
@@ -11,9 +16,13 @@ from lalora_app.aggregation.rule import ServerRule as ServerRule
 from lalora_app.methods import alignment, optimizers, schedule
 from lalora_app.methods.filters import identity
 from lalora_app.methods.schedule import SyncSchedule, TrainSchedule
-from lalora_app.methods.weight_noise import Perturbation
-from lalora_app.private_step.gradients import NoisedGrads
 from lalora_app.settings.run_config import MethodNumbers
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from lalora_app.methods.weight_noise import Perturbation
+    from lalora_app.private_step.gradients import NoisedGrads
 
 
 def _unchanged(start: Adapter, rule: MethodNumbers) -> Adapter:

@@ -1,13 +1,17 @@
 """Random perturbations of the frozen weights during a gradient computation; no data is read."""
 
+from __future__ import annotations
+
 import math
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
-# (weight W0 + s·B·A (m, n), share of finished steps from 0 to 1, radius, generator) -> (m, n)
-Perturbation = Callable[[Tensor, float, float, torch.Generator], Tensor]
+    # (weight W0 + s·B·A (m, n), share of finished steps from 0 to 1, radius, generator) -> (m, n)
+    Perturbation = Callable[[Tensor, float, float, torch.Generator], Tensor]
 
 
 def row_scaled_noise(
@@ -25,6 +29,8 @@ def row_scaled_noise(
 
     Privacy: independent of the batch; no extra cost. All examples of a batch get the same ε.
     """
+    import torch
+
     ramp = (1 - math.cos(math.pi * progress)) / 2
     spread = ramp * radius * weight.norm(dim=1, keepdim=True) / math.sqrt(weight.shape[1])
     noise = torch.empty_like(weight).normal_(generator=generator)

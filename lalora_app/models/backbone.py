@@ -19,6 +19,7 @@ from lalora_app.models.device import autocast, narrow_frozen, pick_device, pick_
 from lalora_app.models.fingerprint import fingerprint
 from lalora_app.models.forwards import Forward
 from lalora_app.models.frozen_weights import FrozenWeights, base_layers
+from lalora_app.models.pretrained import revision
 from lalora_app.models.scores import Metrics, Task
 from lalora_app.models.targets import choose_targets, smaller_sides
 from lalora_app.models.timm_models import load_timm
@@ -254,14 +255,15 @@ Built = tuple[Backbone, Adapter]
 
 @lru_cache(maxsize=1)
 def _by_rank(
-    model: Model, lora: Lora, num_labels: int, seed: int
+    model: Model, files: str, lora: Lora, num_labels: int, seed: int
 ) -> dict[tuple[int, float], Built]:
-    """Return this process's cache of one model by rank; another model replaces it."""
+    """Return this process's cache of one model by rank; other files or another model replace it."""
     return {}
 
 
 def _checked(model: Model, lora: Lora, num_labels: int, seed: int) -> Built:
-    built = _by_rank(model, replace(lora, rank=1, alpha=1.0, ranks="none"), num_labels, seed)
+    any_rank, files = replace(lora, rank=1, alpha=1.0, ranks="none"), revision(model.name)
+    built = _by_rank(model, files, any_rank, num_labels, seed)
     key = (lora.rank, lora.alpha)
     if key not in built:
         backbone, probe = _build(model, lora, num_labels, seed)

@@ -15,6 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from lalora_app.privacy.opacus_accountants import accountants
+
 EPSILON_ERROR = 0.003  # additive; both accountants then agree to 1 % from ε = 0.3 upwards
 # Above this ε, PRV needs seconds and gigabytes and reaches the limit of floating-point numbers: use
 # RDP, a larger bound that is still valid.
@@ -53,11 +55,8 @@ def _grouped(releases: Sequence[Release]) -> tuple[tuple[float, float, int], ...
 @lru_cache(maxsize=4096)
 def _upper_bound(groups: tuple[tuple[float, float, int], ...], delta: float) -> tuple[float, bool]:
     """Return ε, and whether it is the tight bound of PRV."""
-    # takes 3 s to import
-    from opacus.accountants import PRVAccountant, RDPAccountant
-
     history = [(z, q, n) for q, z, n in groups]
-    tight, loose = PRVAccountant(), RDPAccountant()
+    tight, loose = (kind() for kind in accountants())
     tight.history = loose.history = history
     # Opacus warns of log(0) at q = 1 and of RDP orders; its bounds are valid in both cases.
     with warnings.catch_warnings(), np.errstate(divide="ignore"):

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import NotRequired, TypedDict, Unpack
 
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.budget import BudgetError, Limit, check_limit
@@ -55,6 +56,16 @@ class LedgerEntry:
     round: int
     release: Release
     uid: str
+
+
+class Limits(TypedDict):
+    """The limits of a round, see :meth:`Ledger.check`."""
+
+    planned: int
+    run_limit: Limit
+    node_limit: Limit
+    max_rounds: NotRequired[int | None]
+    per_day: NotRequired[int | None]
 
 
 class Ledger:
@@ -129,11 +140,10 @@ class Ledger:
                 _write(db, entry)
         return new
 
-    def reserve(
+    def check(
         self,
         dataset: str,
         run: str,
-        round_: int,
         release: Release,
         *,
         planned: int,
@@ -141,13 +151,12 @@ class Ledger:
         node_limit: Limit,
         max_rounds: int | None = None,
         per_day: int | None = None,
-    ) -> Reservation:
-        """Commit ``release`` durably, then return the right to draw it.
+    ) -> list[LedgerEntry]:
+        """Check that :meth:`reserve` would not refuse, and write nothing.
 
         Args:
             dataset: name of the client's data in the ledger; ε is composed over all its lines.
             run: the run's name, stable over restarts and resumes.
-            round_: number of the round, for readers of the ledger only.
             release: the releases of this round.
             planned: number of such releases from this round to the end of the run; a run that
                 cannot end within the limits is refused at its first round.
@@ -157,24 +166,45 @@ class Ledger:
             per_day: largest number of rounds of this dataset in 24 hours; None: any number. A line
                 with a later time counts, so a clock that was set back only delays a client.
 
+        Returns:
+            The lines of the dataset with which the checks were made.
+
+        Raises:
+            BudgetError: if a limit would be exceeded.
+            LedgerBusyError: if another process keeps the file locked.
+        """
+        count = max(planned, release.count)
+        plan = Release(release.sampling_rate, release.noise_multiplier, count)
+        seen = self.entries(dataset)
+        own = [entry for entry in seen if entry.run == run]
+        if max_rounds is not None:
+            _check_run(own, max_rounds)
+        if per_day is not None:
+            _check_day(seen, datetime.now(UTC), per_day)
+        check_limit(_releases(own), plan, run_limit, "run")
+        check_limit(_releases(seen), plan, node_limit, "node")
+        return seen
+
+    def reserve(
+        self, dataset: str, run: str, round_: int, release: Release, **limits: Unpack[Limits]
+    ) -> Reservation:
+        """Commit ``release`` durably, then return the right to draw it.
+
+        Args:
+            dataset: name of the client's data in the ledger.
+            run: the run's name.
+            round_: number of the round, for readers of the ledger only.
+            release: the releases of this round.
+            limits: the other arguments of :meth:`check`.
+
         Raises:
             BudgetError: if a limit would be exceeded; nothing is written then.
             LedgerBusyError: if another process keeps the file locked; nothing is written then.
         """
-        count = max(planned, release.count)
-        plan = Release(release.sampling_rate, release.noise_multiplier, count)
         while True:
             # Accounting takes seconds: outside of the transaction, other processes may write.
-            seen = self.entries(dataset)
-            own = [entry for entry in seen if entry.run == run]
-            check_limit(_releases(own), plan, run_limit, "run")
-            check_limit(_releases(seen), plan, node_limit, "node")
-            now = datetime.now(UTC)
-            if max_rounds is not None:
-                _check_run(own, max_rounds)
-            if per_day is not None:
-                _check_day(seen, now, per_day)
-            uid = secrets.token_hex(16)
+            seen = self.check(dataset, run, release, **limits)
+            now, uid = datetime.now(UTC), secrets.token_hex(16)
             entry = LedgerEntry(_stamp(now), dataset, run, round_, release, uid)
             if self._append_after(seen, entry):
                 return Reservation(release)

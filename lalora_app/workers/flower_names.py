@@ -1,18 +1,14 @@
-"""The private names of Flower that messages outside a SuperLink need, and nothing else.
+"""What messages outside a SuperLink need of Flower, with private names; see also `wire`.
 
 `tests/project/test_flower_private_names.py` tells which feature breaks when one of them changes.
 """
 
 from flwr.app import Context, Error, Message, RecordDict
-from flwr.common.serde import (
-    message_from_proto,
-    message_to_proto,
-    recorddict_from_proto,
-    recorddict_to_proto,
-)
-from flwr.proto.message_pb2 import Message as MessageProto
-from flwr.proto.recorddict_pb2 import RecordDict as RecordDictProto
 from flwr.supercore.task_identity import TaskIdentity
+
+from lalora_app.wire.flower_bytes import message_from_bytes as message_from_bytes
+from lalora_app.wire.flower_bytes import message_to_bytes as message_to_bytes
+from lalora_app.wire.flower_bytes import records_from_bytes, records_to_bytes
 
 RAISED = 2  # Flower's error code of a ClientApp that raised
 LOST = 0  # and of a simulated client whose process has ended
@@ -27,17 +23,6 @@ def identify() -> None:
 def set_message_id(message: Message, message_id: str) -> None:
     """Give a message its id, which its reply names."""
     message.metadata.__dict__["_message_id"] = message_id
-
-
-def message_to_bytes(message: Message) -> bytes:
-    """Return a message as it is sent."""
-    data: bytes = message_to_proto(message).SerializeToString()
-    return data
-
-
-def message_from_bytes(data: bytes) -> Message:
-    """Return the message of :func:`message_to_bytes`."""
-    return message_from_proto(MessageProto.FromString(data))
 
 
 def error_reply(message: Message, code: int, reason: str) -> Message:
@@ -60,10 +45,9 @@ def new_context(
 
 def state_to_bytes(context: Context) -> bytes:
     """Return the state of a node's context between two messages."""
-    data: bytes = recorddict_to_proto(context.state).SerializeToString()
-    return data
+    return records_to_bytes(context.state)
 
 
 def load_state(context: Context, data: bytes) -> None:
     """Set the state of a context from the bytes of :func:`state_to_bytes`; b"" is no state."""
-    context.state = recorddict_from_proto(RecordDictProto.FromString(data))
+    context.state = records_from_bytes(data)

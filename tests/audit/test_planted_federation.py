@@ -13,7 +13,7 @@ from helpers.app_runs import do_not_wait_for_nodes, of_kind, run, same_bits
 from lalora_app.audit import draw_estimates
 from lalora_app.audit.planted_federation import Federation, mislabelled
 from lalora_app.audit.run_attack import audit_run
-from lalora_app.client import local_round, requests
+from lalora_app.client import limits, local_round, requests
 from lalora_app.methods.method import Method
 from lalora_app.methods.schedule import only_b
 from lalora_app.methods.table import METHODS
@@ -164,7 +164,7 @@ def test_a_change_of_the_reservation_changes_the_audit(config_of, tmp_path, monk
         assert own.reservation.noise_multiplier == pytest.approx(noise)
     spent = epsilon([Release(rate, noise, ROUNDS * steps)], config.privacy.delta)
     assert federation.epsilon == pytest.approx(spent)
-    monkeypatch.setattr(requests, "noise_for", lambda *args, **kwargs: 7.0)
+    monkeypatch.setattr(limits, "noise_for", lambda *args, **kwargs: 7.0)
     changed = without_canaries(config, tmp_path / "changed")
     assert {own.reservation.noise_multiplier for own in changed.rounds()} == {7.0}
 

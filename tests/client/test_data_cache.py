@@ -14,8 +14,8 @@ from conftest import make_config
 from helpers.app_runs import open_run
 from helpers.fake_grid import FakeGrid
 from lalora_app.client import data_cache, requests
-from lalora_app.client.data_cache import CacheFile, fingerprint
-from lalora_app.client.site import Site, admit
+from lalora_app.client.data_cache import CacheFile
+from lalora_app.client.site import Site, admit, fingerprint
 from lalora_app.data.encoding import EncodedSequences, EncodedTexts
 from lalora_app.data.examples import Examples
 from lalora_app.data.images import encode_images

@@ -6,6 +6,7 @@ import pytest
 from lalora_app.client import last_reply
 
 UPLOAD = {"m.lora_B.weight": np.arange(6, dtype=np.float32).reshape(3, 2), "head": np.ones(2)}
+REPLY = last_reply.SavedReply(UPLOAD, 400)
 
 
 @pytest.fixture
@@ -14,20 +15,24 @@ def path(tmp_path):
 
 
 def test_the_same_request_gets_the_same_bytes(path):
-    last_reply.save_reply(path, "one", UPLOAD)
+    last_reply.save_reply(path, "one", REPLY)
     again = last_reply.load_if_same_request(path, "one")
-    assert {n: a.tobytes() for n, a in again.items()} == {n: a.tobytes() for n, a in UPLOAD.items()}
+    upload, size = again.upload, again.num_examples
+    assert {n: a.tobytes() for n, a in upload.items()} == {
+        n: a.tobytes() for n, a in UPLOAD.items()
+    }
+    assert size == 400
 
 
 def test_another_request_gets_none(path):
     assert last_reply.load_if_same_request(path, "one") is None
-    last_reply.save_reply(path, "one", UPLOAD)
+    last_reply.save_reply(path, "one", REPLY)
     assert last_reply.load_if_same_request(path, "two") is None
 
 
 def test_only_the_last_reply_is_kept_and_no_other_file(path):
-    last_reply.save_reply(path, "one", UPLOAD)
-    last_reply.save_reply(path, "two", UPLOAD)
+    last_reply.save_reply(path, "one", REPLY)
+    last_reply.save_reply(path, "two", REPLY)
     assert last_reply.load_if_same_request(path, "one") is None
     assert last_reply.load_if_same_request(path, "two") is not None
     assert list(path.parent.iterdir()) == [path]
@@ -35,7 +40,7 @@ def test_only_the_last_reply_is_kept_and_no_other_file(path):
 
 @pytest.mark.parametrize("harm", [b"", b"{", b"\xff" * 100])
 def test_a_damaged_file_means_a_new_answer(path, harm):
-    last_reply.save_reply(path, "one", UPLOAD)
+    last_reply.save_reply(path, "one", REPLY)
     path.write_bytes(harm)
     assert last_reply.load_if_same_request(path, "one") is None
 

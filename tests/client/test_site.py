@@ -19,6 +19,7 @@ from lalora_app.privacy.policy import PolicyError
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import flatten
 from lalora_app.wire import messages
+from lalora_app.wire.same_model import MODEL, model_record
 
 OWN = {"data-path": "/no/such/own.jsonl", "max-epsilon": float("inf")}
 ASKED = {"input-column": "diagnosis", "label-column": "age", "num-labels": 50}
@@ -35,7 +36,8 @@ def refusal(config, node, kind):
     ((name, context),) = grid.contexts.items()
     order = messages.TrainRequest("run", 1, 1, 1, {"A": 0, "B": 0}).record()
     run = messages.run_config(flatten(config))
-    content = RecordDict({messages.RUN_CONFIG: run, messages.CONFIG: order})
+    model = model_record({"weights": "0" * 64})
+    content = RecordDict({messages.RUN_CONFIG: run, messages.CONFIG: order, MODEL: model})
     message = Message(content, dst_node_id=name, message_type=kind)
     return client_app.app(message, context).content[messages.CONFIG].get("refusal")
 

@@ -12,10 +12,9 @@ from torch import Tensor
 
 from conftest import make_config
 from lalora_app.client.local_round import LocalSettings, make_optimizer
+from lalora_app.methods.noised_optimizers import LowPassSGD, UnbiasedAdamW
 from lalora_app.methods.optimizers import (
-    LowPassSGD,
     OptimizerSettings,
-    UnbiasedAdamW,
     configured_optimizer,
     lora_plus,
     low_pass_sgd,

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lalora_app import client_app
+from lalora_app.client import answers
 from lalora_app.privacy import budget
 from lalora_app.privacy import ledger as ledger_module
 from lalora_app.privacy.accounting import Release
@@ -227,5 +227,5 @@ def test_the_server_is_told_that_the_ledger_is_busy_and_no_more(locked):
 
     with pytest.raises(LedgerBusyError) as caught:
         handle(None, None)
-    key = client_app._refusal_key(caught.value, SimpleNamespace())
+    key = answers.refusal_key(caught.value, SimpleNamespace())
     assert REFUSALS[key] == "the client's ledger is in use by another process; try again later"

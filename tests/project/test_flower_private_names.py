@@ -46,6 +46,7 @@ NAMES = {
     "flwr.common.serde.context_to_proto": "contexts in tests",
     "flwr.common.serde.context_from_proto": "contexts in tests",
     "flwr.proto.message_pb2.Message": "lalora run --engine local: receiving messages",
+    "flwr.proto.message_pb2.Context": "worker=true in a node config: handing a message over",
     "flwr.common.config.parse_config_args": "the tests of lalora run's overrides",
 }
 

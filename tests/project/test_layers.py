@@ -25,8 +25,9 @@ LINES = {
     "comparison": 8,
     "server": 8,
     "reports": 7,
-    "workers": 8,
-    "client_app": 7,
+    "workers": 9,
+    "client_app": 8,
+    "site_worker": 7,
     "client": 6,
     "results": 6,
     "models": 5,
@@ -41,9 +42,9 @@ LINES = {
     "settings": 1,
 }
 USES_FLWR = {"wire", "secagg", "client", "server", "client_app", "server_app", "comparison"}
-USES_FLWR |= {"workers"}
+USES_FLWR |= {"workers", "site_worker"}
 NO_TORCH = {"settings", "privacy", "wire", "aggregation", "reports", "comparison", "cli"}
-NO_TORCH |= {"simulation"}
+NO_TORCH |= {"simulation", "site_worker"}
 MODULES_PER_FOLDER, LINES_PER_MODULE = 12, 300
 TOP = {"__init__.py", "client_app.py", "server_app.py"}
 

@@ -1,11 +1,15 @@
 """Parts of transformers, PEFT, torch and Opacus that are not public, by the feature that breaks."""
 
 import importlib
+import subprocess
+import sys
 from importlib.metadata import version
 
 import pytest
 import torch
 from torch import nn
+
+from conftest import ROOT
 
 
 def breaks(library: str, feature: str, detail: str = "") -> str:
@@ -123,3 +127,25 @@ def test_opacus_s_accountants_read_noise_rate_and_count_from_their_history(kind)
     assert known.history == [(1.5, 0.1, 5)], breaks(
         "opacus", "every epsilon of lalora_app/privacy/accounting.py", str(known.history)
     )
+
+
+ALONE = """
+import sys
+from lalora_app.privacy.accounting import Release, epsilon
+found = epsilon([Release(0.01, 1.0, 100), Release(0.02, 2.0, 50)], 1e-5)
+heavy = [name for name in sys.modules if name.split(".")[0] in ("torch", "opacus")]
+from opacus import PrivacyEngine
+from opacus.accountants import PRVAccountant
+whole = PRVAccountant()
+whole.history = [(1.0, 0.01, 100), (2.0, 0.02, 50)]
+print(heavy, found.hex(), float(whole.get_epsilon(delta=1e-5, eps_error=0.003)).hex())
+"""
+
+
+def test_opacus_s_accountants_work_without_torch_and_are_those_of_the_whole_package():
+    done = subprocess.run([sys.executable, "-c", ALONE], capture_output=True, text=True, cwd=ROOT)
+    feature = "refusals without torch (lalora_app/privacy/opacus_accountants.py)"
+    assert done.returncode == 0, breaks("opacus", feature, done.stderr[-500:])
+    heavy, alone, whole = done.stdout.split()
+    assert heavy == "[]", breaks("opacus", feature, done.stdout)
+    assert alone == whole

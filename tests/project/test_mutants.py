@@ -106,9 +106,9 @@ MUTANTS = {
         "tests/private_step/test_mechanism.py::test_the_sum_is_divided_by_the_expected_and_not_by_the_realised_batch",
     ),
     "a step not counted": Mutant(
-        "client/requests.py",
-        "        Release(q, noise_multiplier, steps),\n",
-        "        Release(q, noise_multiplier, steps - 1),\n",
+        "client/limits.py",
+        "    return Release(q, noise_multiplier, steps), limits\n",
+        "    return Release(q, noise_multiplier, steps - 1), limits\n",
         "tests/whole_app/test_contract.py::test_the_ledger_counts_every_step_of_every_client[la-lora]",
     ),
     "a step not counted, and the guard gone": Mutant(
@@ -126,7 +126,7 @@ MUTANTS = {
     ),
     "ledger written after training": Mutant(
         "client/requests.py",
-        "    reservation = reserve(current)\n"
+        "    reservation = reserve(current.config, current.site, current.request, len(current.data))\n"
         "    clock.append(time.monotonic())\n"
         "    streams = _streams(current.config, current.site.client, current.request.attempt)\n"
         "    result = run_local_steps(current, start, reservation, streams)\n",
@@ -136,7 +136,7 @@ MUTANTS = {
         "    clock.append(time.monotonic())\n"
         "    streams = _streams(current.config, current.site.client, current.request.attempt)\n"
         "    result = run_local_steps(current, start, reservation, streams)\n"
-        "    reserve(current)\n",
+        "    reserve(current.config, current.site, current.request, len(current.data))\n",
         "tests/client/test_kill.py::test_the_ledger_never_under_reports_when_the_client_is_killed",
     ),
     "ledger not committed": Mutant(
@@ -172,9 +172,9 @@ MUTANTS = {
         "tests/whole_app/test_reply_contents.py::test_nothing_but_the_allowed_keys_leaves_a_client[False]",
     ),
     "exception text in the reply": Mutant(
-        "client_app.py",
-        "        content = messages.refusal(_refusal_key(error, context.node_config))\n",
-        "        content = RecordDict({messages.CONFIG: messages.ConfigRecord({'refusal': str(error)})})\n",
+        "client/answers.py",
+        "        return messages.refusal(refusal_key(error, context.node_config))\n",
+        "        return RecordDict({messages.CONFIG: messages.ConfigRecord({'refusal': str(error)})})\n",
         "tests/whole_app/test_reply_contents.py::test_every_exception_becomes_a_fixed_refusal",
     ),
     "padded to the longest of the batch": Mutant(

@@ -21,6 +21,7 @@ from lalora_app import client_app, server_app
 from lalora_app.adapter.factors import kind
 from lalora_app.client import local_round, resident_factors, site
 from lalora_app.methods.table import METHODS
+from lalora_app.privacy.budget import BudgetError
 from lalora_app.settings.errors import ConfigError, DataError
 from lalora_app.wire import refusals, tensors
 
@@ -75,7 +76,7 @@ FAILURES = [
     DataError(SECRET, "a key that nobody knows"),
     ConfigError(SECRET),
     tensors.WireError(SECRET),
-    client_app.BudgetError(SECRET),
+    BudgetError(SECRET),
     KeyError(SECRET),
     ExceptionGroup(SECRET, [ValueError(SECRET)]),
 ]

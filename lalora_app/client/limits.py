@@ -1,0 +1,87 @@
+"""The noise of a round and the limits on it: checked before the model is loaded, then reserved.
+
+The first check needs the number of the site's examples. It is in a file that is valid while nothing
+changes that decides on reading them, so a refusal reads neither data nor model.
+Privacy: the number stays on the site's own disk, where the ledger's sampling rates tell it as well.
+"""
+
+import contextlib
+import json
+
+from lalora_app.adapter.atomic_files import file_name, replace_atomically
+from lalora_app.client.site import Site
+from lalora_app.privacy.accounting import Release
+from lalora_app.privacy.budget import Limit, noise_for
+from lalora_app.privacy.ledger import Limits, Reservation
+from lalora_app.settings.run_config import Config
+from lalora_app.wire.messages import TrainRequest
+
+
+def remembered_size(site: Site, config: Config) -> int | None:
+    """Return the number of the site's own examples; None: it must be read from the data."""
+    path = site.state / "sizes" / file_name(site.dataset, site.client)
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        saved = json.loads(path.read_text("utf-8"))
+        if saved["fingerprint"] == site.fingerprint(config):
+            return int(saved["examples"])
+    return None
+
+
+def remember_size(site: Site, config: Config, size: int) -> None:
+    """Save the number of the site's own examples, if it is new.
+
+    Limit: for a simulated client, whose data has no file of its own, nothing is saved.
+    """
+    fingerprint = site.fingerprint(config)
+    if fingerprint is None or remembered_size(site, config) == size:
+        return
+    with replace_atomically(
+        site.state / "sizes" / file_name(site.dataset, site.client), mode=0o700
+    ) as new:
+        new.write_text(json.dumps({"fingerprint": fingerprint, "examples": size}), "utf-8")
+
+
+def _planned(
+    config: Config, site: Site, request: TrainRequest, size: int
+) -> tuple[Release, Limits]:
+    """Choose the noise of a round with ``size`` examples, and return its releases and limits."""
+    privacy, steps, policy = config.privacy, config.train.local_steps, site.policy
+    limit = Limit(privacy.epsilon, privacy.delta)
+    q = config.train.batch_size / size
+    past = site.ledger.releases(site.dataset, request.run)
+    planned = max(request.steps_left, steps)
+    noise_multiplier = noise_for(past, limit, sampling_rate=q, steps=planned)
+    policy.check_noise(noise_multiplier)
+    limits = Limits(
+        planned=planned,
+        run_limit=limit,
+        node_limit=policy.limit,
+        max_rounds=policy.max_rounds,
+        per_day=policy.max_rounds_per_day,
+    )
+    return Release(q, noise_multiplier, steps), limits
+
+
+def check_limits(config: Config, site: Site, request: TrainRequest) -> None:
+    """Check a round's limits without data and model, if the number of examples is remembered.
+
+    Raises:
+        BudgetError: if a limit would be exceeded.
+        PolicyError: if the noise would be too small for the site.
+    """
+    size = remembered_size(site, config)
+    if size is not None:
+        site.require_size(size, config)
+        release, limits = _planned(config, site, request, size)
+        site.ledger.check(site.dataset, request.run, release, **limits)
+
+
+def reserve(config: Config, site: Site, request: TrainRequest, size: int) -> Reservation:
+    """Choose the noise, check the limits, and commit the round's releases to the ledger.
+
+    Raises:
+        BudgetError: if a limit would be exceeded; nothing is written then.
+        PolicyError: if the noise would be too small for the site; nothing is written then.
+    """
+    release, limits = _planned(config, site, request, size)
+    return site.ledger.reserve(site.dataset, request.run, request.round, release, **limits)
