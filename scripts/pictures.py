@@ -48,7 +48,7 @@ LEVELS: Sequence[tuple[str, Sequence[str]]] = (
     ("7", ("reports", "client_app.py")),
     ("6", ("client", "results")),
     ("5", ("models",)),
-    ("4", ("methods", "secagg")),
+    ("4", ("methods", "secagg", "blocks")),
     ("3", ("private_step", "aggregation", "wire")),
     ("2", ("adapter", "privacy", "data")),
     ("1", ("settings",)),

@@ -1,7 +1,6 @@
 """The frozen backbone with its LoRA layers: built once per process, checked, evaluated."""
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from lalora_app.adapter.factors import Adapter
+from lalora_app.blocks.adapters import with_adapters
 from lalora_app.data.encoding import Batch, Encoded
 from lalora_app.data.examples import Examples
 from lalora_app.methods.compatibility import method_of
@@ -132,46 +132,6 @@ def _load(model: Model, num_labels: int) -> Base:
     return load_transformers(model, num_labels)
 
 
-def _drop_nothing(layer: nn.Module) -> None:
-    """Set the layer's own dropout rates to 0; OPT has such rates and no module for them."""
-    rates = [name for name, value in vars(layer).items() if isinstance(value, float)]
-    for name in rates:
-        if "dropout" in name:
-            setattr(layer, name, 0.0)
-
-
-def _let_checkpoint(model: nn.Module) -> None:
-    """Let transformers' layers recompute: they do so in training mode only, and nothing below."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
-            _drop_nothing(module)
-
-
-def _with_adapters(base: Base, lora: Lora, targets: list[str]) -> nn.Module:
-    """Return the PEFT model, in eval mode for good.
-
-    The frozen backbone trains no statistics and drops nothing: the noise of the private step
-    regularises more than dropout would.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    settings = LoraConfig(
-        task_type=base.task_type,
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        target_modules=targets,
-        modules_to_save=list(base.trained) or None,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own names
-        adapted: nn.Module = get_peft_model(base.model, settings).eval()
-    _let_checkpoint(adapted)
-    return adapted
-
-
 def _engine(model: nn.Module, parameters: dict[str, nn.Parameter], kernel: str) -> Engine:
     if kernel == "compiled":
         return CompiledEngine(model, parameters)
@@ -190,7 +150,9 @@ def _build(model: Model, lora: Lora, num_labels: int, seed: int) -> tuple[Backbo
             raise ConfigError(
                 f"lora.rank={lora.rank} must be at most {min(sizes)}, the smallest target layer"
             )
-        adapted = _with_adapters(base, lora, targets)
+        adapted = with_adapters(
+            base.model, lora, targets, trained=base.trained, task_type=base.task_type
+        )
     # Before the move and the narrowing: sites with a GPU and sites without one must agree.
     hashes = fingerprint(adapted, base.preprocessing)
     adapted.to(device)

@@ -69,6 +69,13 @@ OUT_OF_RANGE = [
     ("lora.alpha", INF),
     ("lora.targets", ""),
     ("lora.kernel", "fast"),
+    ("lora.layers", "last"),
+    ("lora.layers", "last:0"),
+    ("lora.layers", "last:02"),
+    ("lora.layers", "last:-1"),
+    ("lora.layers", "last:2 "),
+    ("lora.layers", "first:2"),
+    ("lora.layers", "2"),
     ("data.name", ""),
     ("data.input-column", ""),
     ("data.label-column", ""),
@@ -138,6 +145,8 @@ AT_THE_EDGE = [
     ("train.momentum", 0.0),
     ("train.weight-decay", 0.0),
     ("output", "/results"),
+    ("lora.layers", "last:1"),
+    ("lora.layers", "last:100"),
 ]
 
 
