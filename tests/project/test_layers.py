@@ -33,6 +33,7 @@ LINES = {
     "models": 5,
     "methods": 4,
     "secagg": 4,
+    "blocks": 4,
     "private_step": 3,
     "aggregation": 3,
     "wire": 3,
