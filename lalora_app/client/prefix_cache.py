@@ -67,5 +67,5 @@ def with_states(model: Backbone, encoded: Encoded, site: Site) -> Encoded:
             f"the prefix cache holds {room} of {len(sizes)} examples in its {limit >> 30} GiB; the "
             "others are computed whenever they are drawn"
         )
-    kept = _states_file(site.cache[0], site, prefix, sizes) if site.cache else _IN_MEMORY
+    kept = _states_file(site.cache, site, prefix, sizes) if site.cache else _IN_MEMORY
     return WithStates(encoded, prefix, model.states, kept)

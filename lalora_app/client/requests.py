@@ -39,23 +39,17 @@ Loaded = tuple[backbone.Backbone, Adapter, Encoded]
 
 
 def _load(config: Config, site: Site) -> Loaded:
-    """Return the model, its initial adapter and the examples that its training takes."""
+    """Return the model, its initial adapter and the examples that its training takes.
+
+    Loading can fail on this side, and a failure here must not cost privacy budget.
+    """
     model, start, encoded = _model_and_data(config, site)
+    with ignoring_disk_errors():
+        remember_size(site, config, len(encoded))
     return model, start, prefix_cache.with_states(model, encoded, site)
 
 
 def _model_and_data(config: Config, site: Site) -> Loaded:
-    """Return the model, its initial adapter and the encoded examples.
-
-    Loading can fail on this side, and a failure here must not cost privacy budget.
-    """
-    loaded = _loaded(config, site)
-    with ignoring_disk_errors():
-        remember_size(site, config, len(loaded[2]))
-    return loaded
-
-
-def _loaded(config: Config, site: Site) -> Loaded:
     own = site.config_at_rank(config)
     cache = data_cache.cache_file(site, config)
     cached = cache.read() if cache else None

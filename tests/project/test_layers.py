@@ -31,6 +31,7 @@ LINES = {
     "client": 6,
     "results": 6,
     "models": 5,
+    "site_files": 5,
     "methods": 4,
     "secagg": 4,
     "blocks": 4,
@@ -43,7 +44,7 @@ LINES = {
     "settings": 1,
 }
 USES_FLWR = {"wire", "secagg", "client", "server", "client_app", "server_app", "comparison"}
-USES_FLWR |= {"workers", "site_worker"}
+USES_FLWR |= {"workers", "site_files", "site_worker"}
 NO_TORCH = {"settings", "privacy", "wire", "aggregation", "reports", "comparison", "cli"}
 NO_TORCH |= {"simulation", "site_worker"}
 MODULES_PER_FOLDER, LINES_PER_MODULE = 12, 300
