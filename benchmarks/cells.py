@@ -1,5 +1,6 @@
 """Check, count and time all variants of one benchmark cell, in random order per repetition."""
 
+import math
 import random
 import statistics
 import time
@@ -10,10 +11,12 @@ from typing import Any
 import measure
 import torch
 from models import build
-from variants import PRIVATE, VARIANTS, Cell, Sums, Variant, median_norm
+from one_step import Cell, Sums, Variant
+from variants import PRIVATE, VARIANTS, median_norm
 
 Ratios = list[float]
 COUNTS = ("flops", "kernel", "saved", "peak")
+_LEAST_REPETITIONS = 5
 SLOW = frozenset({"peft-both", "merged", "plain", "vmap"})  # no gate hangs on their exact time
 
 
@@ -29,12 +32,23 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Plan:
-    """Settings of a measurement; ``slow_repetitions`` is for variants without a required speed."""
+    """Settings of a measurement.
+
+    Attributes:
+        repetitions: the number of timed steps of a variant.
+        slow_repetitions: the same for variants without a required speed.
+        device: the device.
+        dtype: the number type of autocast.
+        counts: the counted values; the others are None.
+        seconds: after this time, no repetition beyond the fifth begins.
+    """
 
     repetitions: int
     slow_repetitions: int
     device: torch.device
     dtype: torch.dtype
+    counts: tuple[str, ...] = COUNTS
+    seconds: float = math.inf
 
     def repetitions_of(self, variant: str) -> int:
         """Return the number of repetitions of a variant."""
@@ -61,22 +75,23 @@ def _count(step: Callable[[], None], counter: Callable[..., int], *arguments: An
         return None
 
 
-def _counts(name: str, variant: Variant, device: torch.device) -> dict[str, int | None]:
+def _counts(name: str, variant: Variant, plan: Plan) -> dict[str, int | None]:
     counters = {
         "flops": (measure.flops,),
         "kernel": (measure.kernels,),
         "saved": (measure.saved_bytes, variant.model),
-        "peak": (measure.peak_bytes, device),
+        "peak": (measure.peak_bytes, plan.device),
     }
-    found = {}
-    for count, (counter, *arguments) in counters.items():
+    found: dict[str, int | None] = dict.fromkeys(COUNTS)
+    for count in plan.counts:
+        counter, *arguments = counters[count]
         if name == "merged":  # an update under a dispatch mode leaves its cached weights valid
             variant.step()
         found[count] = _count(variant.step, counter, *arguments)
     return found
 
 
-def _prepared(name: str, cell: Cell, expected: Sums) -> tuple[Variant | None, Outcome]:
+def _prepared(name: str, cell: Cell, expected: Sums, plan: Plan) -> tuple[Variant | None, Outcome]:
     """Build a variant, compare its clipped sum with the reference, and count its step."""
     tolerance = 1e-3 if cell.dtype == torch.float32 else 5e-2
     try:
@@ -87,10 +102,10 @@ def _prepared(name: str, cell: Cell, expected: Sums) -> tuple[Variant | None, Ou
         return None, Outcome(error=_first_words(error))
     if not off <= tolerance:
         return None, Outcome(error=f"wrong: clipped sum off by {off:.2g}")
-    return variant, Outcome(counts=_counts(name, variant, cell.device))
+    return variant, Outcome(counts=_counts(name, variant, plan))
 
 
-def _timed(step: Callable[[], None], device: torch.device) -> tuple[float, float]:
+def timed(step: Callable[[], None], device: torch.device) -> tuple[float, float]:
     """Return a step's CPU seconds on the host, and its wall-clock seconds (GPU: device seconds)."""
     if device.type != "cuda":
         cpu, wall = time.process_time(), time.perf_counter()
@@ -115,15 +130,17 @@ def measure_cell(
     cell = Cell(row, phase, row.make_batch(batch, plan.device), dtype=plan.dtype)
     cell = replace(cell, clip_norm=median_norm(cell))
     expected = VARIANTS["plain"](cell).sums()
-    prepared = {name: _prepared(name, cell, expected) for name in names}
+    prepared = {name: _prepared(name, cell, expected, plan) for name in names}
     running = {name: variant for name, (variant, _) in prepared.items() if variant}
     outcomes = {name: outcome for name, (_, outcome) in prepared.items()}
-    shuffle = random.Random(0).shuffle
+    shuffle, began = random.Random(0).shuffle, time.monotonic()
     for repetition in range(plan.repetitions):
+        if repetition >= _LEAST_REPETITIONS and time.monotonic() - began > plan.seconds:
+            break
         order = [n for n in running if repetition < plan.repetitions_of(n)]
         shuffle(order)
         for name in order:
-            cpu, wall = _timed(running[name].step, plan.device)
+            cpu, wall = timed(running[name].step, plan.device)
             outcomes[name].cpu[repetition], outcomes[name].wall[repetition] = cpu, wall
     return outcomes
 

@@ -1,12 +1,17 @@
 """Print the tables of docs/performance.md and docs/results.md about the measurements on a GPU.
 
-python benchmarks/gpu_summary.py
+python benchmarks/gpu_summary.py            # of the runs in benchmarks/results/gpu/
+python benchmarks/gpu_summary.py FOLDER     # of a run of benchmarks/gpu.py with --out FOLDER
 """
 
+import argparse
 import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from gpu_parts import tables
+from gpu_parts.tables import to_table
 
 RESULTS = Path(__file__).parent / "results" / "gpu"
 NAMES = {
@@ -23,15 +28,6 @@ Rows = list[dict[str, Any]]
 def _read(name: str) -> Rows:
     rows: Rows = json.loads((RESULTS / name).read_text("utf-8"))
     return rows
-
-
-def _table(head: list[str], lines: Iterable[list[str]]) -> str:
-    ruler = "|" + "---|" * len(head)
-    return "\n".join([_line(head), ruler, *map(_line, lines)])
-
-
-def _line(cells: list[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 def _cells(rows: Rows) -> dict[tuple[str, str], dict[str, Any]]:
@@ -64,7 +60,7 @@ def eager_table() -> str:
             ghost = _ratio(by.get("opacus-ghost"))
             yield [NAMES[model], phase, milliseconds, *timed, ghost, f"{host:.2f}", f"{peak:.3f}"]
 
-    return _table(head, lines())
+    return to_table(head, lines())
 
 
 def compiled_table() -> str:
@@ -79,7 +75,7 @@ def compiled_table() -> str:
             peaks = [f"{row['peak_ratio']:.2f}" for row in (stock, own)]
             yield [NAMES[model], phase, _ratio(stock), _ratio(own), quotient, *peaks]
 
-    return _table(head, lines())
+    return to_table(head, lines())
 
 
 def busy_table() -> str:
@@ -104,7 +100,7 @@ def busy_table() -> str:
             peft = [f"{busy['peft']['ms']:.1f}", f"{large['peft']['ms']:.0f}"]
             yield [NAMES[model], peft[0], *gpu, peft[1], *wall]
 
-    return _table(head, lines())
+    return to_table(head, lines())
 
 
 def study_table() -> str:
@@ -120,11 +116,17 @@ def study_table() -> str:
         [*map(str, line), *(f"{100 * runs[line][method]:.1f}" for method in METHODS)]
         for line in order
     )
-    return _table(["ε", "LoRA on", "optimiser", "seed", *METHODS], lines)
+    return to_table(["ε", "LoRA on", "optimiser", "seed", *METHODS], lines)
 
 
 def main() -> None:
-    """Print the tables."""
+    """Print the tables of the published runs, or of one folder."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", nargs="?", type=Path, help="results of benchmarks/gpu.py")
+    folder = parser.parse_args().folder
+    if folder is not None:
+        print(tables.page(folder))
+        return
     for table in (eager_table, busy_table, compiled_table, study_table):
         print(f"{table.__name__}\n{table()}\n")
 

@@ -112,7 +112,28 @@ def minilm(layers: int = 6, width: int = 384, heads: int = 12, tokens: int = 32)
     return Row(model, _mean_pooled_losses, _token_batches(tokens))
 
 
-def llama(layers: int = 2, width: int = 512, heads: int = 8, tokens: int = 128) -> Row:
+def _checkpoint(model: nn.Module) -> None:
+    """Compute the activations of every block twice; transformers does so in training mode only."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    base = model.base_model.model
+    base.gradient_checkpointing_enable({"use_reentrant": False})
+    base.disable_input_require_grads()  # PEFT enables it, and torch.compile refuses it
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+
+
+def llama(
+    layers: int = 2,
+    width: int = 512,
+    heads: int = 8,
+    tokens: int = 128,
+    *,
+    key_value_heads: int | None = None,
+    inner: int | None = None,
+    checkpointing: bool = False,
+) -> Row:
     """A stack of two small Llama blocks with a sequence classifier. LoRA on q_proj and v_proj."""
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
@@ -121,7 +142,8 @@ def llama(layers: int = 2, width: int = 512, heads: int = 8, tokens: int = 128) 
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        intermediate_size=1376 * width // 512,
+        num_key_value_heads=key_value_heads,
+        intermediate_size=inner or 1376 * width // 512,
         max_position_embeddings=tokens,
         num_labels=LABELS,
         pad_token_id=0,
@@ -129,6 +151,8 @@ def llama(layers: int = 2, width: int = 512, heads: int = 8, tokens: int = 128) 
     )
     base = LlamaForSequenceClassification(config)
     model = _adapted(base, task_type="SEQ_CLS", target_modules=["q_proj", "v_proj"])
+    if checkpointing:
+        _checkpoint(model)
     return Row(model, _text_losses, _token_batches(tokens))
 
 
@@ -148,13 +172,15 @@ def swin(pixels: int, window: int, depths: Sequence[int], width: int = 96) -> Ro
     return Row(model, _image_losses, _image_batches(pixels))
 
 
-def vit(layers: int = 4, width: int = 384, heads: int = 6, pixels: int = 112) -> Row:
+def vit(
+    layers: int = 4, width: int = 384, heads: int = 6, pixels: int = 112, patch: int = 14
+) -> Row:
     """ViT-S/14 on small images, 4 of its 12 layers. LoRA on the attention's two Linear layers."""
     from timm.models.vision_transformer import VisionTransformer
 
     base = VisionTransformer(
         img_size=pixels,
-        patch_size=14,
+        patch_size=patch,
         embed_dim=width,
         depth=layers,
         num_heads=heads,
@@ -179,12 +205,24 @@ WHOLE_ROWS: dict[str, Callable[[], Row]] = {
     "roberta-base-whole": lambda: roberta(layers=12),
     "swin-tiny-whole": lambda: swin(224, 7, (2, 2, 6, 2)),
     "swin-base-whole": lambda: swin(224, 7, (2, 2, 18, 2), width=128),
+    "vit-base-whole": lambda: vit(12, 768, 12, pixels=224, patch=16),
+    # The blocks of Llama 3.2 1B.
+    "llama-1b-whole": lambda: llama(
+        16, 2048, 32, key_value_heads=8, inner=8192, checkpointing=True
+    ),
+}
+# The same architectures in a size that takes no time, to try a benchmark itself.
+TINY_ROWS: dict[str, Callable[[], Row]] = {
+    "roberta-tiny": lambda: roberta(1, 32, 2, tokens=16),
+    "swin-tiny-32": lambda: swin(32, 4, (2,), width=32),
+    "vit-tiny": lambda: vit(2, 32, 2, pixels=28),
+    "llama-tiny": lambda: llama(2, 32, 2, tokens=16, checkpointing=True),
 }
 
 
 def build(name: str, device: torch.device, dtype: torch.dtype) -> Row:
     """Build one model of the benchmark, with reproducible weights, on the app's device."""
     torch.manual_seed(0)
-    row = (ROWS | WHOLE_ROWS)[name]()
+    row = (ROWS | WHOLE_ROWS | TINY_ROWS)[name]()
     narrow_frozen(row.model.to(device), dtype)
     return row

@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from cells import COUNTS, Outcome, Plan, measure_cell, ratios, to_rows
 from models import ROWS, WHOLE_ROWS
-from variants import COMPILED, PHASES, VARIANTS
+from one_step import PHASES
+from variants import COMPILED, GRAPHS, VARIANTS
 
 OUTPUT = Path(__file__).parent / "results" / "private_step.json"
 KEY = ("model", "phase", "batch", "variant")
@@ -123,7 +124,8 @@ def _arguments() -> argparse.Namespace:
     add("--models", type=_names(ROWS | WHOLE_ROWS), default=list(ROWS))
     add("--phases", type=_names(PHASES), default=list(PHASES))
     add("--batches", type=_sizes, default=[16, 64])
-    add("--variants", type=_names(VARIANTS), default=[n for n in VARIANTS if n not in COMPILED])
+    default = [name for name in VARIANTS if name not in COMPILED | GRAPHS]
+    add("--variants", type=_names(VARIANTS), default=default)
     add("--repetitions", type=int, default=20)
     add("--slow-repetitions", type=int, default=5, help="of variants that no gate hangs on")
     add("--device", choices=["cpu", "cuda"], default="cpu")

@@ -1,96 +1,17 @@
 """The variants of one training step: stock PEFT, this package, Opacus and torch.func."""
 
-import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 
 import torch
-from models import Batch, Row
+from models import Batch
+from one_step import Cell, Parameters, Sums, Variant, copied, in_cuda_graph
 from torch import Tensor, nn
 
-from lalora_app.adapter.factors import active_names
 from lalora_app.models.backbone import wire_name
-from lalora_app.privacy.randomness import secure
 from lalora_app.private_step.attach import attach_kernels
 from lalora_app.private_step.compiled_engine import CompiledEngine
 from lalora_app.private_step.engine import KernelEngine
-from lalora_app.private_step.mechanism import CLIP_MARGIN, add_noise, clipped_sum
-
-PHASES = {"A": frozenset("A"), "B": frozenset("B"), "both": frozenset("AB")}
-LEARNING_RATE, NOISE_STD = 1e-9, 1e-3  # keeps the weights unchanged at equal work
-Parameters = dict[str, nn.Parameter]  # by wire name
-Sums = Mapping[str, Tensor]  # wire name -> gradient sum of the step, before noise
-
-
-@dataclass(frozen=True)
-class Cell:
-    """The settings that all variants of one comparison share."""
-
-    row: Row
-    phase: str
-    batch: Batch
-    clip_norm: float = 1.0
-    dtype: torch.dtype = torch.float32
-
-    @property
-    def examples(self) -> int:
-        """Return the number of examples."""
-        return len(self.batch["labels"])
-
-    @property
-    def device(self) -> torch.device:
-        """Return the device of the batch."""
-        return self.batch["labels"].device
-
-    def losses(self, model: Callable[..., object], batch: Batch | None = None) -> Tensor:
-        """Return (examples,): one loss per example, under autocast if the cell says so."""
-        enabled = self.dtype != torch.float32
-        with torch.autocast(self.device.type, self.dtype, enabled=enabled):
-            return self.row.losses(model, self.batch if batch is None else batch)
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One variant of a step: ``sums``, noise if it is private, and the optimiser's update."""
-
-    model: nn.Module
-    step: Callable[[], None]
-    sums: Callable[[], Sums]  # returns gradient sums; clipped in a private variant
-
-
-def _trained(model: nn.Module) -> Parameters:
-    return {wire_name(name): p for name, p in model.named_parameters() if p.requires_grad}
-
-
-def _copied(cell: Cell, *, both: bool = False) -> tuple[nn.Module, Parameters, Parameters]:
-    """Return a copy of the model, its adapter, and the active tensors, made trainable."""
-    model = copy.deepcopy(cell.row.model)
-    parameters = _trained(model)
-    factors = PHASES["both" if both else cell.phase]
-    names = active_names(parameters, factors)
-    for name, parameter in parameters.items():
-        parameter.requires_grad_(name in names)
-    return model, parameters, {name: parameters[name] for name in parameters if name in names}
-
-
-def _variant(
-    cell: Cell, model: nn.Module, active: Parameters, sums: Callable[[], Sums], *, private: bool
-) -> Variant:
-    optimizer = torch.optim.SGD(active.values(), lr=LEARNING_RATE, foreach=True)
-    rng = secure()
-
-    def step() -> None:
-        optimizer.zero_grad(set_to_none=True)
-        grads = sums()
-        if private:
-            grads = add_noise(
-                grads, noise_std=NOISE_STD, expected_batch=float(cell.examples), rng=rng
-            )
-        for name, grad in grads.items():
-            active[name].grad = grad
-        optimizer.step()
-
-    return Variant(model, step, sums)
+from lalora_app.private_step.mechanism import CLIP_MARGIN, clipped_sum
 
 
 def _summed(cell: Cell, model: Callable[..., object], active: Parameters) -> Callable[[], Sums]:
@@ -103,8 +24,8 @@ def _summed(cell: Cell, model: Callable[..., object], active: Parameters) -> Cal
 
 def peft(cell: Cell, *, both: bool = False) -> Variant:
     """Stock PEFT without privacy, on the factors of the phase, or on both with ``both``."""
-    model, _, active = _copied(cell, both=both)
-    return _variant(cell, model, active, _summed(cell, model, active), private=False)
+    model, _, active = copied(cell, both=both)
+    return Variant(model, active, _summed(cell, model, active), cell.examples, private=False)
 
 
 def _product(weight: Tensor, g: Tensor, x: Tensor, scale: float) -> Tensor:
@@ -118,7 +39,7 @@ def _product(weight: Tensor, g: Tensor, x: Tensor, scale: float) -> Tensor:
 
 def nonprivate(cell: Cell, kernel: str) -> Variant:
     """This package's kernels with the ordinary summed gradient, without privacy."""
-    model, parameters, active = _copied(cell)
+    model, parameters, active = copied(cell)
 
     def record(name: str, g: Tensor, x: Tensor | None, scale: float = 1.0) -> None:
         weight = active[name]
@@ -128,12 +49,12 @@ def nonprivate(cell: Cell, kernel: str) -> Variant:
         weight.grad = grad if weight.grad is None else weight.grad + grad
 
     attach_kernels(model, parameters, kernel, record)
-    return _variant(cell, model, active, _summed(cell, model, active), private=False)
+    return Variant(model, active, _summed(cell, model, active), cell.examples, private=False)
 
 
 def engine(cell: Cell, kernel: str, *, flat: bool | None = None) -> Variant:
     """This package's private step."""
-    model, parameters, active = _copied(cell)
+    model, parameters, active = copied(cell)
     keeper = KernelEngine(model, parameters, kernel, flat=flat)
     keeper.activate(frozenset(active))
 
@@ -141,19 +62,19 @@ def engine(cell: Cell, kernel: str, *, flat: bool | None = None) -> Variant:
         grads = keeper.gradients(lambda: cell.losses(model), cell.examples)
         return clipped_sum(grads, cell.clip_norm)
 
-    return _variant(cell, model, active, sums, private=True)
+    return Variant(model, active, sums, cell.examples, private=True)
 
 
 def peft_compiled(cell: Cell) -> Variant:
     """Stock PEFT with torch.compile, without privacy."""
-    model, _, active = _copied(cell)
+    model, _, active = copied(cell)
     forward = torch.compile(model, fullgraph=True)
-    return _variant(cell, model, active, _summed(cell, forward, active), private=False)
+    return Variant(model, active, _summed(cell, forward, active), cell.examples, private=False)
 
 
 def compiled(cell: Cell) -> Variant:
     """This package's private step with torch.compile."""
-    model, parameters, active = _copied(cell)
+    model, parameters, active = copied(cell)
     keeper = CompiledEngine(model, parameters)
     keeper.activate(frozenset(active))
     forward = keeper.prepare_forward(lambda batch: cell.losses(model, batch))
@@ -162,7 +83,7 @@ def compiled(cell: Cell) -> Variant:
         grads = keeper.gradients(lambda: forward(cell.batch), cell.examples)
         return clipped_sum(grads, cell.clip_norm)
 
-    return _variant(cell, model, active, sums, private=True)
+    return Variant(model, active, sums, cell.examples, private=True)
 
 
 def _clipped(cell: Cell, grads: Mapping[str, Tensor]) -> Sums:
@@ -184,7 +105,7 @@ def opacus_hooks(cell: Cell) -> Variant:
     """Opacus' per-sample gradients, with the phase's factors trainable before wrapping."""
     from opacus.grad_sample import GradSampleModule
 
-    model, _, active = _copied(cell)
+    model, _, active = copied(cell)
     _train_mode(model)
     wrapped = GradSampleModule(model, batch_first=True, loss_reduction="sum", strict=False)
 
@@ -195,14 +116,14 @@ def opacus_hooks(cell: Cell) -> Variant:
             parameter.grad_sample = None
         return clipped
 
-    return _variant(cell, model, active, sums, private=True)
+    return Variant(model, active, sums, cell.examples, private=True)
 
 
 def opacus_ghost(cell: Cell) -> Variant:
     """Opacus' ghost clipping: one backward for the norms, a second for the reweighted loss."""
     from opacus.grad_sample import GradSampleModuleFastGradientClipping
 
-    model, _, active = _copied(cell)
+    model, _, active = copied(cell)
     _train_mode(model)
     wrapped = GradSampleModuleFastGradientClipping(
         model,
@@ -224,12 +145,12 @@ def opacus_ghost(cell: Cell) -> Variant:
         wrapped.enable_hooks()
         return {name: parameter.grad for name, parameter in active.items()}
 
-    return _variant(cell, model, active, sums, private=True)
+    return Variant(model, active, sums, cell.examples, private=True)
 
 
 def vmap(cell: Cell) -> Variant:
     """torch.func: the gradient of one example's loss, vectorised over the examples."""
-    model, _, active = _copied(cell)
+    model, _, active = copied(cell)
     names = {wire_name(name): name for name, p in model.named_parameters() if p.requires_grad}
 
     def loss(values: Mapping[str, Tensor], example: Batch) -> Tensor:
@@ -246,7 +167,7 @@ def vmap(cell: Cell) -> Variant:
         values = {name: parameter.detach() for name, parameter in active.items()}
         return _clipped(cell, each(values, cell.batch))
 
-    return _variant(cell, model, active, sums, private=True)
+    return Variant(model, active, sums, cell.examples, private=True)
 
 
 VARIANTS: dict[str, Callable[[Cell], Variant]] = {
@@ -261,15 +182,18 @@ VARIANTS: dict[str, Callable[[Cell], Variant]] = {
     "vmap": vmap,
     "peft-compiled": peft_compiled,
     "compiled": compiled,
+    "peft-graph": lambda cell: in_cuda_graph(peft(cell)),
+    "fused-graph": lambda cell: in_cuda_graph(engine(cell, "fused")),
 }
 COMPILED = frozenset({"peft-compiled", "compiled"})  # compiling takes a minute or more per cell
-NOT_PRIVATE = frozenset({"peft", "peft-both", "fused-nonprivate", "peft-compiled"})
+GRAPHS = frozenset({"peft-graph", "fused-graph"})  # on a GPU only
+NOT_PRIVATE = frozenset({"peft", "peft-both", "fused-nonprivate", "peft-compiled", "peft-graph"})
 PRIVATE = VARIANTS.keys() - NOT_PRIVATE
 
 
 def median_norm(cell: Cell) -> float:
     """Return the median gradient norm of the examples, so that half of them are clipped."""
-    model, parameters, active = _copied(cell)
+    model, parameters, active = copied(cell)
     keeper = KernelEngine(model, parameters, "plain")
     keeper.activate(frozenset(active))
     norms = keeper.gradients(lambda: cell.losses(model), cell.examples).norms()

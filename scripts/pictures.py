@@ -49,8 +49,8 @@ LEVELS: Sequence[tuple[str, Sequence[str]]] = (
     ("8", ("comparison", "server", "client_app.py")),
     ("7", ("reports", "site_worker")),
     ("6", ("client", "results")),
-    ("5", ("models",)),
-    ("4", ("methods", "secagg")),
+    ("5", ("models", "site_files")),
+    ("4", ("methods", "secagg", "blocks")),
     ("3", ("private_step", "aggregation", "wire")),
     ("2", ("adapter", "privacy", "data")),
     ("1", ("settings",)),
@@ -161,10 +161,12 @@ def folders(theme: Theme) -> tuple[int, str, list[str]]:
             if step:
                 parts.append(f'<circle cx="{left + 14:.1f}" cy="{top + 17}" r="9" fill="{line}"/>')
                 parts.append(centered(round(left + 14, 1), top + 21, step, theme["page"], size=12))
-    parts.append(text(28, 486, "A folder imports only folders on lower levels.", theme["muted"]))
-    parts.append(text(28, 505, "1–6: one private record. Noise is added at 3.", theme["muted"]))
+    end = 10 + 46 * len(LEVELS)
+    below = ("A folder imports only folders on lower levels.",)
+    below += ("1–6: one private record. Noise is added at 3.",)
+    parts += [text(28, end + 16 + 19 * i, line, theme["muted"]) for i, line in enumerate(below)]
     about = "The folders of the package by level; the numbers show the path of one private record."
-    return 514, about, parts
+    return end + 44, about, parts
 
 
 def _panel(theme: Theme, top: float, title: str, found: Sequence[Score]) -> list[str]:

@@ -386,3 +386,12 @@ def code_of_models(tmp_path, monkeypatch) -> None:
     from transformers import dynamic_module_utils
 
     monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+
+
+@pytest.fixture
+def wide_softmax(monkeypatch) -> None:
+    """Gemma-2 and Bloom ask for a softmax in float32: compute it in float64."""
+    from torch.nn import functional
+
+    plain = functional.softmax
+    monkeypatch.setattr(functional, "softmax", lambda x, dim=None, dtype=None: plain(x, dim))

@@ -10,7 +10,6 @@ from collections.abc import Callable, Mapping
 
 from flwr.app import Context, Message, RecordDict
 
-from lalora_app.client import held_download
 from lalora_app.client.limits import check_limits
 from lalora_app.client.received_round import read_request
 from lalora_app.privacy.budget import BudgetError
@@ -20,6 +19,7 @@ from lalora_app.secagg import client as secagg
 from lalora_app.secagg.fixed_point import RangeError
 from lalora_app.secagg.messages import StageError
 from lalora_app.settings.errors import ConfigError, DataError
+from lalora_app.site_files import held_download
 from lalora_app.wire import messages, tensors
 from lalora_app.wire.same_model import OtherModelError
 

@@ -18,7 +18,6 @@ from flwr.app import Context, Message, RecordDict
 from safetensors import SafetensorError
 
 from lalora_app.adapter.factors import Adapter, Factors
-from lalora_app.client import held_download, last_reply, resident_factors
 from lalora_app.client.site import Site, admit
 from lalora_app.methods.compatibility import method_of
 from lalora_app.methods.method import Method
@@ -28,6 +27,7 @@ from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.names import NONE
 from lalora_app.settings.run_config import Config, parse
 from lalora_app.settings.value_rules import DEVICE_LAW, is_device
+from lalora_app.site_files import held_download, last_reply, resident_factors
 from lalora_app.wire import messages
 from lalora_app.wire.same_model import model_of
 

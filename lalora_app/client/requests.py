@@ -13,7 +13,7 @@ from itertools import pairwise
 from flwr.app import Context, Message, RecordDict
 
 from lalora_app.adapter.factors import Adapter, select
-from lalora_app.client import data_cache, local_round
+from lalora_app.client import data_cache, local_round, prefix_cache
 from lalora_app.client.limits import remember_size, reserve
 from lalora_app.client.received_round import (
     Asked,
@@ -39,17 +39,17 @@ Loaded = tuple[backbone.Backbone, Adapter, Encoded]
 
 
 def _load(config: Config, site: Site) -> Loaded:
-    """Return the model, its initial adapter and the encoded examples.
+    """Return the model, its initial adapter and the examples that its training takes.
 
     Loading can fail on this side, and a failure here must not cost privacy budget.
     """
-    loaded = _loaded(config, site)
+    model, start, encoded = _model_and_data(config, site)
     with ignoring_disk_errors():
-        remember_size(site, config, len(loaded[2]))
-    return loaded
+        remember_size(site, config, len(encoded))
+    return model, start, prefix_cache.with_states(model, encoded, site)
 
 
-def _loaded(config: Config, site: Site) -> Loaded:
+def _model_and_data(config: Config, site: Site) -> Loaded:
     own = site.config_at_rank(config)
     cache = data_cache.cache_file(site, config)
     cached = cache.read() if cache else None

@@ -1,27 +1,30 @@
 """The frozen backbone with its LoRA layers: built once per process, checked, evaluated."""
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from lalora_app.adapter.factors import Adapter
+from lalora_app.blocks.adapters import with_adapters
+from lalora_app.blocks.prefix import Prefix
+from lalora_app.blocks.prefix_checks import check_prefix, division_of
 from lalora_app.data.encoding import Batch, Encoded
 from lalora_app.data.examples import Examples
 from lalora_app.methods.compatibility import method_of
 from lalora_app.models.base import Base
 from lalora_app.models.device import autocast, narrow_frozen, pick_device, pick_dtype, to_device
-from lalora_app.models.fingerprint import fingerprint
+from lalora_app.models.fingerprint import fingerprint, states_identity
 from lalora_app.models.forwards import Forward
 from lalora_app.models.frozen_weights import FrozenWeights, base_layers
 from lalora_app.models.pretrained import revision
 from lalora_app.models.scores import Metrics, Task
-from lalora_app.models.targets import choose_targets, smaller_sides
+from lalora_app.models.targets import choose_targets, smaller_sides, stack_of
 from lalora_app.models.timm_models import load_timm
 from lalora_app.models.transformers_models import load_transformers
 from lalora_app.private_step.attach import LayoutError
@@ -52,6 +55,7 @@ class Backbone:
         frozen_weights: the frozen weights of the adapted layers.
         fingerprint: the SHA-256 of each part of the base model, the same for all ranks.
         processor: the tokenizer of texts, or the ``Pixels`` of images; None: not known.
+        prefix: the blocks below the first adapted one, for ``model.prefix-cache``; None: no cache.
     """
 
     model: nn.Module
@@ -65,6 +69,7 @@ class Backbone:
     frozen_weights: FrozenWeights
     fingerprint: Mapping[str, str]
     processor: Any = None
+    prefix: Prefix | None = None
 
     def __post_init__(self) -> None:
         """Let the engine prepare the forward pass of training; evaluation uses it unchanged."""
@@ -109,8 +114,27 @@ class Backbone:
 
     def losses(self, batch: Batch) -> Tensor:
         """Return (examples,): the loss of each example on its own."""
-        logits = self._train_forward(*self._inputs(batch))
+        with self._starting_from(batch.states):
+            logits = self._train_forward(*self._inputs(batch))
         return self.task.losses(logits, to_device(batch.labels, self.device))
+
+    def _starting_from(self, states: Tensor | None) -> AbstractContextManager[None]:
+        if self.prefix is None or states is None:
+            return nullcontext()
+        return self.prefix.starting_from(to_device(states, self.device))
+
+    @torch.no_grad()
+    def states(self, batch: Batch) -> Tensor:
+        """Return (examples, tokens, features): the input of the first adapted block.
+
+        Raises:
+            ValueError: without ``model.prefix-cache``.
+
+        Privacy: the result is as private as the examples.
+        """
+        if self.prefix is None:
+            raise ValueError("model.prefix-cache=false: the model is not divided")
+        return self.prefix.states(partial(self.logits, batch))
 
     @torch.inference_mode()
     def evaluate(self, batches: Iterable[Batch]) -> Metrics:
@@ -133,46 +157,6 @@ def _load(model: Model, num_labels: int) -> Base:
     return load_transformers(model, num_labels)
 
 
-def _drop_nothing(layer: nn.Module) -> None:
-    """Set the layer's own dropout rates to 0; OPT has such rates and no module for them."""
-    rates = [name for name, value in vars(layer).items() if isinstance(value, float)]
-    for name in rates:
-        if "dropout" in name:
-            setattr(layer, name, 0.0)
-
-
-def _let_checkpoint(model: nn.Module) -> None:
-    """Let transformers' layers recompute: they do so in training mode only, and nothing below."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
-            _drop_nothing(module)
-
-
-def _with_adapters(base: Base, lora: Lora, targets: list[str]) -> nn.Module:
-    """Return the PEFT model, in eval mode for good.
-
-    The frozen backbone trains no statistics and drops nothing: the noise of the private step
-    regularises more than dropout would.
-    """
-    from peft import LoraConfig, get_peft_model
-
-    settings = LoraConfig(
-        task_type=base.task_type,
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        target_modules=targets,
-        modules_to_save=list(base.trained) or None,
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own names
-        adapted: nn.Module = get_peft_model(base.model, settings).eval()
-    _let_checkpoint(adapted)
-    return adapted
-
-
 def _engine(model: nn.Module, parameters: dict[str, nn.Parameter], kernel: str) -> Engine:
     if kernel == "compiled":
         return CompiledEngine(model, parameters)
@@ -186,12 +170,15 @@ def _build(model: Model, lora: Lora, num_labels: int, seed: int) -> tuple[Backbo
         torch.manual_seed(seed)
         base = _load(model, num_labels)
         targets = choose_targets(base, model, lora)
+        division = division_of(stack_of(base), targets, model, lora) if model.prefix_cache else None
         sizes = smaller_sides(base, targets)
         if lora.rank > min(sizes):
             raise ConfigError(
                 f"lora.rank={lora.rank} must be at most {min(sizes)}, the smallest target layer"
             )
-        adapted = _with_adapters(base, lora, targets)
+        adapted = with_adapters(
+            base.model, lora, targets, trained=base.trained, task_type=base.task_type
+        )
     # Before the move and the narrowing: sites with a GPU and sites without one must agree.
     hashes = fingerprint(adapted, base.preprocessing)
     adapted.to(device)
@@ -211,6 +198,12 @@ def _build(model: Model, lora: Lora, num_labels: int, seed: int) -> tuple[Backbo
         fingerprint=hashes,
         processor=base.processor,
     )
+    if division is not None:
+        backbone.prefix = Prefix(*division, states_identity(model, hashes, dtype))
+        mask = None if base.probe.mask is None else to_device(base.probe.mask, device)
+        logits = partial(backbone.logits, base.probe)
+        trained = list(trainable.values())
+        check_prefix(backbone.prefix, logits, mask, trained, model=model, dtype=dtype)
     return backbone, base.probe
 
 
@@ -254,7 +247,9 @@ Built = tuple[Backbone, Adapter]
 
 
 @lru_cache(maxsize=1)
-def _by_rank(*model_and_files: object) -> dict[tuple[int, float], Built]:
+def _by_rank(
+    model: Model, files: str, lora: Lora, num_labels: int, seed: int
+) -> dict[tuple[int, float], Built]:
     """Return this process's cache of one model by rank; other files or another model replace it."""
     return {}
 

@@ -6,6 +6,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from lalora_app.blocks.adapters import Targets, targets_in
+from lalora_app.blocks.stack import Stack, find_stack
 from lalora_app.models.base import Base
 from lalora_app.settings.errors import ConfigError, first_line
 from lalora_app.settings.run_config import Lora, Model
@@ -135,8 +137,56 @@ def _of_config(
     return names if outside == matches else outside
 
 
-def choose_targets(base: Base, model: Model, lora: Lora) -> list[str]:
-    """Return PEFT's target names: those of the config, the architecture's own, or all layers.
+def _target_names(base: Base, lora: Lora, reasons: Mapping[str, str | None]) -> list[str]:
+    """Return the names or paths of the layers that ``lora.targets`` selects in the whole model."""
+    if lora.targets == ALL_LINEAR:
+        return [path for path, reason in reasons.items() if not reason]
+    names = _of_auto(base, reasons) if lora.targets == "auto" else _names(lora.targets)
+    return _of_config(base, lora, names or [], reasons)
+
+
+def stack_of(base: Base) -> Stack | None:
+    """Return the single stack of equal blocks of a base model in eval mode; None: no such stack."""
+    mask = None if base.probe.mask is None else base.probe.mask[:1]
+    return find_stack(base.model, lambda: base.forward(base.model, base.probe.inputs[:1], mask))
+
+
+def _require_stack(base: Base, model: Model, lora: Lora, last: int) -> Stack:
+    stack, here = stack_of(base), f'lora.layers="{lora.layers}"'
+    if stack is None:
+        raise ConfigError(
+            f'{here} must be "all" for model.name="{model.name}": it has no single stack of equal '
+            "blocks, such as the layers of BERT; Swin and ConvNeXt have several, and ALBERT calls "
+            "one block several times"
+        )
+    if last > len(stack.blocks):
+        raise ConfigError(
+            f'{here} must be at most "last:{len(stack.blocks)}", the number of blocks of '
+            f'model.name="{model.name}"'
+        )
+    return stack
+
+
+def _in_last_blocks(
+    base: Base, model: Model, lora: Lora, last: int, names: list[str], paths: list[str]
+) -> Targets:
+    stack = _require_stack(base, model, lora, last)
+    count = len(stack.blocks)
+    found = targets_in(stack, range(count - last, count), names, paths)
+    asked = [] if lora.targets in ("auto", ALL_LINEAR) else _names(lora.targets)
+    unused = [name for name in asked if not any(_is_target(p, [name]) for p in found.paths)]
+    if unused or not found.paths:
+        where = f"{stack.path}.{count - last}" + (f" to {count - 1}" if last > 1 else "")
+        what = f', and "{unused[0]}" names none' if unused else ""
+        raise ConfigError(
+            f'lora.targets="{lora.targets}" must name Linear layers of the blocks {where} for '
+            f'lora.layers="{lora.layers}"{what}'
+        )
+    return found
+
+
+def choose_targets(base: Base, model: Model, lora: Lora) -> Targets:
+    """Return the layers to adapt: those of the config, the architecture's own, or all.
 
     With ``all-linear`` these are the paths of all Linear layers but the head, the output layer of a
     language model, and the layers that LoRA cannot train, see :func:`reasons_against`.
@@ -147,7 +197,8 @@ def choose_targets(base: Base, model: Model, lora: Lora) -> list[str]:
         lora: the run config's table ``lora``.
 
     Raises:
-        ConfigError: if a target is no Linear layer, cannot be trained, or no layer can be.
+        ConfigError: if a target is no Linear layer, cannot be trained, or no layer can be; if
+            ``lora.layers`` names blocks that the model does not have.
     """
     try:
         reasons = reasons_against(base)
@@ -160,13 +211,14 @@ def choose_targets(base: Base, model: Model, lora: Lora) -> list[str]:
             f'model.name="{model.name}" must have Linear layers outside its head: LoRA trains no '
             "convolutions; ViT, Swin and ConvNeXt have such layers"
         )
-    if lora.targets == ALL_LINEAR:
-        return [path for path, reason in reasons.items() if not reason]
-    names = _of_auto(base, reasons) if lora.targets == "auto" else _names(lora.targets)
-    return _of_config(base, lora, names or [], reasons)
+    names = _target_names(base, lora, reasons)
+    paths = [path for path in reasons if _is_target(path, names)]
+    if lora.last_blocks is None:
+        return Targets(paths, names)
+    return _in_last_blocks(base, model, lora, lora.last_blocks, names, paths)
 
 
-def smaller_sides(base: Base, targets: Sequence[str]) -> list[int]:
+def smaller_sides(base: Base, targets: Targets) -> list[int]:
     """Return the smaller side of every target layer: the largest rank that it allows."""
-    layers = linear_layers(base.model).items()
-    return [min(m.in_features, m.out_features) for path, m in layers if _is_target(path, targets)]
+    layers = map(linear_layers(base.model).__getitem__, targets.paths)
+    return [min(layer.in_features, layer.out_features) for layer in layers]

@@ -7,6 +7,7 @@ also of heads with one position per example.
 """
 
 from collections.abc import Callable, Mapping
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -44,6 +45,17 @@ def _expanded_linear(leaves: dict[str, Tensor], names: Names) -> Callable[[Any, 
         return y.reshape(*x.shape[:-1], y.shape[-1])
 
     return forward
+
+
+def _with_own_code(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a copy of a function that shares no code object with it.
+
+    torch.compile compiles a code object at most eight times in a process. The copies of a nested
+    function share one code object, so models of several LoRA ranks would share this limit.
+    """
+    assert isinstance(function, FunctionType)
+    code, name = function.__code__.replace(), function.__name__
+    return FunctionType(code, function.__globals__, name, None, function.__closure__)
 
 
 class CompiledEngine:
@@ -92,7 +104,7 @@ class CompiledEngine:
             self._leaves.update(leaves)
             return forward(*inputs)
 
-        whole = torch.compile(with_leaves, fullgraph=True, dynamic=True)
+        whole = torch.compile(_with_own_code(with_leaves), fullgraph=True, dynamic=True)
 
         def compiled(*inputs: Tensor) -> Tensor:
             leaves = dict(self._leaves)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 from lalora_app.settings.names import AUTO
 from lalora_app.settings.value_rules import (
+    LAST,
     are_ranks,
     class_list,
     class_names_in,
@@ -14,6 +15,7 @@ from lalora_app.settings.value_rules import (
     device,
     encoding,
     law,
+    layers,
     non_empty,
     not_negative,
     one_of,
@@ -69,6 +71,11 @@ class Model:
     checkpointing: bool = switch(
         meaning="Compute activations a second time in the backward pass, to need less memory."
     )
+    prefix_cache: bool = switch(
+        meaning="Keep each example's hidden states at the first adapted block, in bfloat16, and "
+        "start training steps there; needs `lora.layers` such as `last:2` "
+        "([performance](performance.md#a-cache-below-the-adapters))."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,6 +88,10 @@ class Lora:
         meaning="Names of the Linear layers with an adapter, separated by commas; `auto` takes the "
         "usual ones of the architecture, `all-linear` all of them but the head, the output layer "
         "of a language model and layers that LoRA cannot train ([models](models.md))."
+    )
+    layers: str = layers(
+        meaning="Blocks of the model with an adapter: `all`, or only the last ones, such as "
+        "`last:2`. Layers outside of the blocks then have none."
     )
     ranks: str = law(
         'must be "none" or ranks such as "4,8,16"',
@@ -96,6 +107,12 @@ class Lora:
         meaning="Implementation of the private step: `fused` is the usual choice, `merged` uses "
         "more memory for speed, `plain` is the reference, `compiled` uses torch.compile.",
     )
+
+    @property
+    def last_blocks(self) -> int | None:
+        """Number of last blocks with an adapter; None: all layers, of blocks or not."""
+        found = LAST.fullmatch(self.layers)
+        return int(found[1]) if found else None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -162,6 +162,18 @@ def are_ranks(text: str) -> bool:
     return text == "none" or all(part.strip().isdigit() and int(part) for part in text.split(","))
 
 
+LAST = re.compile(r"last:([1-9][0-9]*)")  # the last blocks of a model, such as "last:2"
+
+
+def layers(*, meaning: str) -> Any:
+    """Declare "all", or a number of last blocks."""
+    return law(
+        'must be "all", or "last:K" with a number K of blocks of at least 1, such as "last:2"',
+        lambda v: v == "all" or LAST.fullmatch(v) is not None,
+        meaning=meaning,
+    )
+
+
 def switch(*, meaning: str) -> Any:
     """Declare true or false, which the type alone checks."""
     return law("", lambda v: True, meaning=meaning)

@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from conftest import timm_class
+from helpers.oracle import randomise, without_engine
 from lalora_app.data.encoding import EncodedImages, EncodedSequences, EncodedTexts
 from lalora_app.models.backbone import Backbone, build
 from lalora_app.settings.errors import ConfigError
@@ -77,3 +78,36 @@ def damaged(folder: str, copy: Path, file: str, content: bytes | None) -> str:
     if content is not None:
         (copy / file).write_bytes(content)
     return str(copy)
+
+
+# --- losses of tiny models in float64 ---
+
+FUSED = (("fused", False),)
+PHASES = [("AB", 3), ("B", 4), ("A", 1)]
+TEXTS = EncodedTexts(
+    ((2, 5, 6, 7, 3), (2, 7, 3), (2, 8, 9, 10, 11, 12, 9, 3), (2, 8, 5, 3)), (0, 1, 0, 1), pad=0
+)
+
+
+def text_losses(model: nn.Module, indices: list[int]) -> Tensor:
+    batch = TEXTS.batch(indices)  # padded to the longest; a single text has no padding
+    logits = model(input_ids=batch.inputs, attention_mask=batch.mask).logits
+    return nn.functional.cross_entropy(logits, batch.labels, reduction="none")
+
+
+PIXELS = normalised(pixels(4, 16).double(), [0.4] * 3, [0.2] * 3)
+LABELS = torch.tensor([0, 1, 1, 0])
+
+
+def image_losses(model: nn.Module, indices: list[int]) -> Tensor:
+    out = model(PIXELS[indices])
+    logits = getattr(out, "logits", out)
+    return nn.functional.cross_entropy(logits, LABELS[indices], reduction="none")
+
+
+def active(backbone: Backbone) -> nn.Module:
+    """The model in float64, every factor random and active."""
+    backbone.engine.activate(frozenset(backbone.engine.parameters))
+    model = randomise(without_engine(backbone.model))
+    getattr(model, "config", model)._experts_implementation = "eager"  # the other takes no float64
+    return model

@@ -11,19 +11,23 @@ from torch import Tensor, nn
 
 from conftest import ROOT, WORDS, save_tokenizer, timm_class
 from helpers.architectures import IMAGE_MODELS, save_image_model, save_text_model
-from helpers.model_checks import normalised, pixels, randomised, refusal
-from helpers.oracle import assert_engine_is_right, randomise, without_engine
+from helpers.model_checks import (
+    FUSED,
+    PHASES,
+    TEXTS,
+    active,
+    image_losses,
+    randomised,
+    refusal,
+    text_losses,
+)
+from helpers.oracle import assert_engine_is_right, randomise
 from lalora_app.adapter.factors import kind as kind_of
 from lalora_app.data.encoding import EncodedTexts
 from lalora_app.data.examples import split
 from lalora_app.models.backbone import Backbone, build
 from lalora_app.private_step.attach import LayoutError
 
-FUSED = (("fused", False),)
-PHASES = [("AB", 3), ("B", 4), ("A", 1)]
-TEXTS = EncodedTexts(
-    ((2, 5, 6, 7, 3), (2, 7, 3), (2, 8, 9, 10, 11, 12, 9, 3), (2, 8, 5, 3)), (0, 1, 0, 1), pad=0
-)
 # architecture -> the layers that "auto" adapts; the ones that differ most from BERT run always
 AUTO = {
     "albert": "query value",
@@ -82,37 +86,6 @@ def adapted(backbone: Backbone) -> set[str]:
     """The last names of the layers with LoRA."""
     paths = [n.split(".lora_A.")[0] for n in backbone.engine.parameters if ".lora_A." in n]
     return {path.split(".")[-1] for path in paths}
-
-
-def text_losses(model: nn.Module, indices: list[int]) -> Tensor:
-    batch = TEXTS.batch(indices)  # padded to the longest; a single text has no padding
-    logits = model(input_ids=batch.inputs, attention_mask=batch.mask).logits
-    return nn.functional.cross_entropy(logits, batch.labels, reduction="none")
-
-
-PIXELS = normalised(pixels(4, 16).double(), [0.4] * 3, [0.2] * 3)
-LABELS = torch.tensor([0, 1, 1, 0])
-
-
-def image_losses(model: nn.Module, indices: list[int]) -> Tensor:
-    out = model(PIXELS[indices])
-    logits = getattr(out, "logits", out)
-    return nn.functional.cross_entropy(logits, LABELS[indices], reduction="none")
-
-
-def active(backbone: Backbone) -> nn.Module:
-    """The model in float64, every factor random and active."""
-    backbone.engine.activate(frozenset(backbone.engine.parameters))
-    model = randomise(without_engine(backbone.model))
-    getattr(model, "config", model)._experts_implementation = "eager"  # the other takes no float64
-    return model
-
-
-@pytest.fixture
-def wide_softmax(monkeypatch):
-    """Gemma-2 and Bloom ask for a softmax in float32: compute it in float64."""
-    plain = nn.functional.softmax
-    monkeypatch.setattr(nn.functional, "softmax", lambda x, dim=None, dtype=None: plain(x, dim))
 
 
 @pytest.mark.parametrize(("kind", "names"), with_wide(AUTO, WIDE))

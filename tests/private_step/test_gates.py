@@ -18,6 +18,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import measure
 import models
+import one_step
 import variants
 
 EXAMPLES = 2
@@ -37,18 +38,18 @@ STEPS = {
 }
 every_row = pytest.mark.parametrize("row", ["roberta", "swin"])
 every_deep_row = pytest.mark.parametrize("row", ["roberta-deep", "swin-deep"])
-every_phase = pytest.mark.parametrize("phase", variants.PHASES)
+every_phase = pytest.mark.parametrize("phase", one_step.PHASES)
 each_kernel = pytest.mark.parametrize("kernel", ["plain", "fused"])
 
 
 @cache
-def cell(row: str, phase: str) -> variants.Cell:
+def cell(row: str, phase: str) -> one_step.Cell:
     built = BUILDERS[row]()
-    return variants.Cell(built, phase, built.make_batch(EXAMPLES, torch.device("cpu")))
+    return one_step.Cell(built, phase, built.make_batch(EXAMPLES, torch.device("cpu")))
 
 
 @cache
-def variant(row: str, phase: str, name: str) -> variants.Variant:
+def variant(row: str, phase: str, name: str) -> one_step.Variant:
     return STEPS[name](cell(row, phase))
 
 

@@ -246,6 +246,37 @@ def test_the_compiled_form_is_one_graph_and_is_not_compiled_again_for_other_size
     assert graphs[-1] == graphs[1] <= 2
 
 
+def test_models_of_many_ranks_are_compiled_in_one_process(no_compiler):
+    for rank in (1, 2, 3, 4):  # 24 graphs, where torch compiles one function at most 8 times
+        exact = adapted(Net(), r=rank)
+        model = copy.deepcopy(exact).float()
+        engine = make_engine(model, "expanded")
+        forward = engine.prepare_forward(lambda x, labels, of=model: _cross_entropy(of, x, labels))
+        for active in (_kinds(exact, "A"), _kinds(exact, "B"), _kinds(exact, "AB")):
+            engine.activate(active)
+            for examples in (4, 1, 3):
+                batch = torch.randn(examples, 5, WIDTH), torch.arange(examples) % 3
+                found = engine.gradients(lambda f=forward, b=batch: f(*b), examples).dense()
+
+                def losses(of, chosen, batch=batch) -> Tensor:
+                    x, labels = batch
+                    return _cross_entropy(of, x[chosen].double(), labels[chosen])
+
+                expected = loop_gradients(exact, losses, list(range(examples)))
+                assert found.keys() == active
+                assert_equal(found, {name: expected[name] for name in active}, 5e-6)
+
+
+def _cross_entropy(model: nn.Module, x: Tensor, labels: Tensor) -> Tensor:
+    return nn.functional.cross_entropy(model(x), labels, reduction="none")
+
+
+def _kinds(model: nn.Module, factors: str) -> frozenset[str]:
+    """The names of the named factors and of the head."""
+    parts = ["head", *(f".lora_{factor}." for factor in factors)]
+    return frozenset(name for name in trained(model) if any(part in name for part in parts))
+
+
 @pytest.fixture
 def no_compiler(monkeypatch):
     """Use torch.compile's graph capture only, which needs no C++ compiler."""

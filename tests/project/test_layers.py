@@ -31,8 +31,10 @@ LINES = {
     "client": 6,
     "results": 6,
     "models": 5,
+    "site_files": 5,
     "methods": 4,
     "secagg": 4,
+    "blocks": 4,
     "private_step": 3,
     "aggregation": 3,
     "wire": 3,
@@ -42,7 +44,7 @@ LINES = {
     "settings": 1,
 }
 USES_FLWR = {"wire", "secagg", "client", "server", "client_app", "server_app", "comparison"}
-USES_FLWR |= {"workers", "site_worker"}
+USES_FLWR |= {"workers", "site_files", "site_worker"}
 NO_TORCH = {"settings", "privacy", "wire", "aggregation", "reports", "comparison", "cli"}
 NO_TORCH |= {"simulation", "site_worker"}
 MODULES_PER_FOLDER, LINES_PER_MODULE = 12, 300

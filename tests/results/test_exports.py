@@ -180,6 +180,23 @@ def test_all_linear_layers(kind, classifier):
     assert_classifies_alike(done, TEXTS, f"{kind} all-linear")
 
 
+@pytest.mark.parametrize(
+    ("kind", "pooling", "state"),
+    [
+        ("bert", "mean", "drift"),
+        pytest.param("gpt2", "model", "plain", marks=pytest.mark.wide),
+        pytest.param("deberta-v3", "model", "mixed ranks", marks=pytest.mark.wide),
+    ],
+)
+def test_adapters_in_the_last_block_alone(kind, pooling, state, classifier):
+    """Stock PEFT adapts the same layers by the saved config, and finds a tensor for each."""
+    done = classifier(kind, pooling, state, **{"lora.layers": "last:1"})
+    saved = json.loads((done.adapter / "adapter_config.json").read_text("utf-8"))
+    assert saved["layers_to_transform"] == [1]
+    assert saved["layers_pattern"] == ("h" if kind == "gpt2" else "layer")
+    assert_classifies_alike(done, TEXTS, f"{kind} last block")
+
+
 @pytest.mark.wide
 @pytest.mark.parametrize("method", ["beamlora", "sd-lora", "duallora", "losa"])
 def test_methods_that_train_other_tensors(method, classifier):
@@ -304,9 +321,19 @@ def generator(folder: Path) -> nn.Module:
 )
 def test_a_language_model(kind, state, texts, tmp_path):
     """Tied embeddings and output layers among them: GPT-2, Qwen2, Gemma, Bloom and OPT."""
+    check_language_model(kind, state, texts, tmp_path)
+
+
+def test_a_language_model_with_adapters_in_its_last_block(texts, tmp_path):
+    done = check_language_model("llama", "plain", texts, tmp_path, **{"lora.layers": "last:1"})
+    assert done.backbone.targets == 2
+
+
+def check_language_model(kind, state, texts, tmp_path, **changes) -> Exported:
     name = save_text_model(kind, tmp_path / "base", head="CausalLM", initializer_range=0.1)
     targets = "all-linear" if kind == "gpt2" else "auto"
-    config = texts("llama", **{"model.name": name, "lora.targets": targets, "lora.alpha": 3.0})
+    keys = {"model.name": name, "lora.targets": targets, "lora.alpha": 3.0}
+    config = texts("llama", **keys | changes)
     done = exported(config, tmp_path, **STATES[state])
     assert tokens_of(done.merged, TEXTS[:1]).keys() == {"input_ids", "attention_mask"}
     batch = done.batch(TEXTS)
@@ -327,6 +354,7 @@ def test_a_language_model(kind, state, texts, tmp_path):
         done.logits(TEXTS[5:6])[0],
         f"{kind} language model card",
     )
+    return done
 
 
 # --- images -----------------------------------------------------------------------------------
@@ -376,8 +404,17 @@ IMAGE_KINDS = ["vit", "deit", "beit", "dinov2", "swin", "swinv2", "convnext", "c
     ],
 )
 def test_an_image_classifier(kind, state, images, tmp_path):
+    check_image_classifier(kind, state, images, tmp_path)
+
+
+def test_an_image_classifier_with_adapters_in_its_last_block(images, tmp_path):
+    done = check_image_classifier("vit", "plain", images, tmp_path, **{"lora.layers": "last:1"})
+    assert done.backbone.targets == 2
+
+
+def check_image_classifier(kind, state, images, tmp_path, **changes) -> Exported:
     name = save_image_model(kind, tmp_path / "base")
-    done = exported(images(name, **CLASSES), tmp_path, **STATES[state])
+    done = exported(images(name, **CLASSES | changes), tmp_path, **STATES[state])
     files = png_files(16, 16)
     expected = done.logits(files)
     inputs = {"pixel_values": normalised(done.batch(files).inputs, [0.4] * 3, [0.2] * 3)}
@@ -389,6 +426,7 @@ def test_an_image_classifier(kind, state, images, tmp_path):
     assert_same(found, expected, f"{kind} adapter, pipeline")
     found = piped_images(done.merged, files)
     assert_same(found, expected, f"{kind} merged, pipeline")
+    return done
 
 
 @pytest.mark.parametrize(("height", "width"), [(24, 20), (40, 58)])
@@ -413,7 +451,16 @@ def test_the_image_processor_cuts_as_the_run_does(height, width, images, tmp_pat
     ],
 )
 def test_a_timm_classifier(kind, state, images, tmp_path):
-    done = exported(images(kind, **CLASSES), tmp_path, **STATES[state])
+    check_timm_classifier(kind, state, images, tmp_path)
+
+
+def test_a_timm_classifier_with_adapters_in_its_last_block(images, tmp_path):
+    done = check_timm_classifier("vit", "drift", images, tmp_path, **{"lora.layers": "last:1"})
+    assert done.backbone.targets == 2
+
+
+def check_timm_classifier(kind, state, images, tmp_path, **changes) -> Exported:
+    done = exported(images(kind, **CLASSES | changes), tmp_path, **STATES[state])
     files = png_files(16, 16)
     expected = done.logits(files)
     inputs = normalised(done.batch(files).inputs, [0.4] * 3, [0.2] * 3)
@@ -422,3 +469,4 @@ def test_a_timm_classifier(kind, state, images, tmp_path):
         found = with_adapter(done, stock_image_model(kind, folder, len(NAMES)))(inputs)
         assert_same(found, expected, f"timm {kind} adapter")
         assert_same(done.load_merged()(inputs), expected, f"timm {kind} merged")
+    return done

@@ -69,6 +69,13 @@ OUT_OF_RANGE = [
     ("lora.alpha", INF),
     ("lora.targets", ""),
     ("lora.kernel", "fast"),
+    ("lora.layers", "last"),
+    ("lora.layers", "last:0"),
+    ("lora.layers", "last:02"),
+    ("lora.layers", "last:-1"),
+    ("lora.layers", "last:2 "),
+    ("lora.layers", "first:2"),
+    ("lora.layers", "2"),
     ("data.name", ""),
     ("data.input-column", ""),
     ("data.label-column", ""),
@@ -138,6 +145,8 @@ AT_THE_EDGE = [
     ("train.momentum", 0.0),
     ("train.weight-decay", 0.0),
     ("output", "/results"),
+    ("lora.layers", "last:1"),
+    ("lora.layers", "last:100"),
 ]
 
 
@@ -190,7 +199,11 @@ def test_values_at_the_edge_of_a_law_are_taken(key, value):
 
 
 def test_every_key_has_a_default_and_a_law_that_some_value_breaks():
-    lawless = {"data.public-size", "model.checkpointing"}  # only their type can be wrong
+    lawless = {
+        "data.public-size",
+        "model.checkpointing",
+        "model.prefix-cache",
+    }  # only their type can be wrong
     assert {key for key, _ in OUT_OF_RANGE} == set(defaults()) - lawless
 
 

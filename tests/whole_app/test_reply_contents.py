@@ -19,10 +19,11 @@ from helpers.app_runs import (
 from helpers.fake_grid import FakeGrid, identify, wire_bytes
 from lalora_app import client_app, server_app
 from lalora_app.adapter.factors import kind
-from lalora_app.client import local_round, resident_factors, site
+from lalora_app.client import local_round, site
 from lalora_app.methods.table import METHODS
 from lalora_app.privacy.budget import BudgetError
 from lalora_app.settings.errors import ConfigError, DataError
+from lalora_app.site_files import resident_factors
 from lalora_app.wire import refusals, tensors
 
 pytestmark = pytest.mark.usefixtures("no_waiting", "no_report")

@@ -8,8 +8,8 @@ from hypothesis import strategies as st
 
 from helpers.app_runs import by_dataset, fresh, ledger_entries, open_run, run, same_bits
 from lalora_app.adapter.factors import kind
-from lalora_app.client.held_download import HeldError, completed, save_download
 from lalora_app.privacy.ledger import state_folder
+from lalora_app.site_files.held_download import HeldError, completed, save_download
 from lalora_app.wire import messages, tensors
 from lalora_app.wire.downlink import DRIFT, LEFT_OUT, Downlink
 

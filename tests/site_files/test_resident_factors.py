@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from lalora_app.client import resident_factors
-from lalora_app.client.resident_factors import resident_file
+from lalora_app.site_files import resident_factors
+from lalora_app.site_files.resident_factors import resident_file
 
 A_NAME, B_NAME, HEAD = "q.lora_A.weight", "q.lora_B.weight", "classifier.weight"
 

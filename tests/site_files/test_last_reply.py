@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lalora_app.client import last_reply
+from lalora_app.site_files import last_reply
 
 UPLOAD = {"m.lora_B.weight": np.arange(6, dtype=np.float32).reshape(3, 2), "head": np.ones(2)}
 REPLY = last_reply.SavedReply(UPLOAD, 400)

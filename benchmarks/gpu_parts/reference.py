@@ -1,4 +1,4 @@
-"""Small models for `gpu_checks.py`, and the clipped sums that their results are compared with.
+"""Small models for `correctness.py`, and the clipped sums that their results are compared with.
 
 The reference is stock PEFT in float64 on the CPU: one batch per example, each gradient clipped,
 then summed. The same loop on the device and in the checked number type gives the error of rounding
@@ -6,8 +6,8 @@ alone.
 """
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
-from functools import partial
+from collections.abc import Callable, Mapping
+from functools import cache, partial
 
 import torch
 from models import Batch, Row, llama, minilm, roberta, swin
@@ -76,14 +76,14 @@ FORWARDS: dict[str, Forward] = {
 }
 
 
-def rows(start: str = "") -> Iterator[tuple[str, Row]]:
-    """Yield the small models whose names begin with ``start``; no trained tensor is zero."""
-    for name in [name for name in MAKERS if name.startswith(start)]:
-        torch.manual_seed(0)
-        row = MAKERS[name]()
-        for parameter in trained(row.model).values():
-            nn.init.normal_(parameter, std=0.1)
-        yield name, row
+@cache
+def small_model(name: str) -> Row:
+    """Build the small model of that name; no trained tensor is zero. Callers copy the model."""
+    torch.manual_seed(0)
+    row = MAKERS[name]()
+    for parameter in trained(row.model).values():
+        nn.init.normal_(parameter, std=0.1)
+    return row
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

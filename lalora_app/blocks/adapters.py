@@ -1,0 +1,95 @@
+"""Add LoRA to the chosen layers of a model, by a config of PEFT that names exactly these layers."""
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import nn
+
+from lalora_app.blocks.stack import Stack
+from lalora_app.settings.run_config import Lora
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The Linear layers with an adapter, and how PEFT's config names them.
+
+    Attributes:
+        paths: the path of every layer.
+        names: PEFT's ``target_modules``: names, or paths.
+        blocks: PEFT's ``layers_to_transform``: the blocks in which names count; None: in all, and
+            outside of them.
+        pattern: PEFT's ``layers_pattern``: the name of the list of blocks; None with ``blocks``.
+    """
+
+    paths: list[str]
+    names: list[str]
+    blocks: list[int] | None = None
+    pattern: str | None = None
+
+
+def targets_in(stack: Stack, blocks: range, names: list[str], paths: list[str]) -> Targets:
+    """Return the layers in some blocks of a stack.
+
+    PEFT looks for the block's number behind ``.pattern.``, and a path among its names counts in any
+    block. Where this does not select exactly these layers, they are named by their paths.
+    """
+    kept = [path for path in paths if stack.block_of(path) in blocks]
+    before, _, pattern = stack.path.rpartition(".")
+    in_stack = [stack.block_of(path) is not None for path in paths]
+    found = [path.count(f".{pattern}.") for path in paths]
+    if not before or found != [int(inside) for inside in in_stack] or set(names) & set(paths):
+        return Targets(kept, kept)
+    return Targets(kept, names, list(blocks), pattern)
+
+
+def _drop_nothing(layer: nn.Module) -> None:
+    """Set the layer's own dropout rates to 0; OPT has such rates and no module for them."""
+    rates = [name for name, value in vars(layer).items() if isinstance(value, float)]
+    for name in rates:
+        if "dropout" in name:
+            setattr(layer, name, 0.0)
+
+
+def _let_checkpoint(model: nn.Module) -> None:
+    """Let transformers' layers recompute: they do so in training mode only, and nothing below."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
+            _drop_nothing(module)
+
+
+def with_adapters(
+    base: nn.Module, lora: Lora, targets: Targets, *, trained: Sequence[str], task_type: str | None
+) -> nn.Module:
+    """Return the PEFT model of a base model, in eval mode for good.
+
+    The frozen backbone trains no statistics and drops nothing: the noise of the private step
+    regularises more than dropout would.
+
+    Args:
+        base: the base model, changed in place.
+        lora: the run config's table ``lora``.
+        targets: the layers to adapt.
+        trained: the names of the modules that train whole.
+        task_type: PEFT's name of the task, or None.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    settings = LoraConfig(
+        task_type=task_type,
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=targets.names,
+        layers_to_transform=targets.blocks,
+        layers_pattern=targets.pattern,
+        modules_to_save=list(trained) or None,
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own names
+        adapted: nn.Module = get_peft_model(cast(Any, base), settings).eval()
+    _let_checkpoint(adapted)
+    return adapted
