@@ -1,5 +1,5 @@
-"""The stack of equal blocks of a model, such as the layers of BERT, and LoRA on some of them.
+"""The stack of equal blocks of a model: LoRA on the last ones, and a cache of what is below them.
 
-In: a model and one forward pass on random inputs. Out: its `Stack`, and a PEFT model whose config
-names exactly the adapted layers.
+In: a model and its forward pass. Out: its `Stack`; a PEFT model whose config names exactly the
+adapted layers; and encoded examples with kept hidden states, from which a pass can start.
 """

@@ -15,7 +15,7 @@ import numpy as np
 from flwr.app import Context, Message, RecordDict
 
 from lalora_app.adapter.factors import Adapter, select
-from lalora_app.client import data_cache, local_round
+from lalora_app.client import data_cache, local_round, prefix_cache
 from lalora_app.client.received_round import Round, download_file, ignoring_disk_errors, receive
 from lalora_app.client.site import Site, admit
 from lalora_app.data.encoding import Encoded
@@ -39,6 +39,12 @@ Loaded = tuple[backbone.Backbone, Adapter, Encoded]
 
 
 def _load(config: Config, site: Site) -> Loaded:
+    """Return the model, its initial adapter and the examples that its training takes."""
+    model, start, encoded = _model_and_data(config, site)
+    return model, start, prefix_cache.with_states(model, encoded, site)
+
+
+def _model_and_data(config: Config, site: Site) -> Loaded:
     """Return the model, its initial adapter and the encoded examples.
 
     Loading can fail on this side, and a failure here must not cost privacy budget.

@@ -31,11 +31,14 @@ class Batch:
         inputs: token ids (examples, tokens), or pixels (examples, 3, height, width) of 0 to 255.
         mask: (examples, tokens), 1 on tokens and 0 on padding; None: nothing is masked.
         labels: (examples,), or (examples, tokens) for a language model.
+        states: (examples, tokens, features), the input of the first adapted block; None: the whole
+            model computes.
     """
 
     inputs: Tensor
     mask: Tensor | None
     labels: Tensor
+    states: Tensor | None = None
 
 
 class Encoded(ABC):

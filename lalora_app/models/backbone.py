@@ -2,8 +2,9 @@
 
 import copy
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
@@ -11,16 +12,18 @@ from torch import Tensor, nn
 
 from lalora_app.adapter.factors import Adapter
 from lalora_app.blocks.adapters import with_adapters
+from lalora_app.blocks.prefix import Prefix
+from lalora_app.blocks.prefix_checks import check_prefix, division_of
 from lalora_app.data.encoding import Batch, Encoded
 from lalora_app.data.examples import Examples
 from lalora_app.methods.compatibility import method_of
 from lalora_app.models.base import Base
 from lalora_app.models.device import autocast, narrow_frozen, pick_device, pick_dtype, to_device
-from lalora_app.models.fingerprint import fingerprint
+from lalora_app.models.fingerprint import fingerprint, states_identity
 from lalora_app.models.forwards import Forward
 from lalora_app.models.frozen_weights import FrozenWeights, base_layers
 from lalora_app.models.scores import Metrics, Task
-from lalora_app.models.targets import choose_targets, smaller_sides
+from lalora_app.models.targets import choose_targets, smaller_sides, stack_of
 from lalora_app.models.timm_models import load_timm
 from lalora_app.models.transformers_models import load_transformers
 from lalora_app.private_step.attach import LayoutError
@@ -51,6 +54,7 @@ class Backbone:
         frozen_weights: the frozen weights of the adapted layers.
         fingerprint: the SHA-256 of each part of the base model, the same for all ranks.
         processor: the tokenizer of texts, or the ``Pixels`` of images; None: not known.
+        prefix: the blocks below the first adapted one, for ``model.prefix-cache``; None: no cache.
     """
 
     model: nn.Module
@@ -64,6 +68,7 @@ class Backbone:
     frozen_weights: FrozenWeights
     fingerprint: Mapping[str, str]
     processor: Any = None
+    prefix: Prefix | None = None
 
     def __post_init__(self) -> None:
         """Let the engine prepare the forward pass of training; evaluation uses it unchanged."""
@@ -108,8 +113,27 @@ class Backbone:
 
     def losses(self, batch: Batch) -> Tensor:
         """Return (examples,): the loss of each example on its own."""
-        logits = self._train_forward(*self._inputs(batch))
+        with self._starting_from(batch.states):
+            logits = self._train_forward(*self._inputs(batch))
         return self.task.losses(logits, to_device(batch.labels, self.device))
+
+    def _starting_from(self, states: Tensor | None) -> AbstractContextManager[None]:
+        if self.prefix is None or states is None:
+            return nullcontext()
+        return self.prefix.starting_from(to_device(states, self.device))
+
+    @torch.no_grad()
+    def states(self, batch: Batch) -> Tensor:
+        """Return (examples, tokens, features): the input of the first adapted block.
+
+        Raises:
+            ValueError: without ``model.prefix-cache``.
+
+        Privacy: the result is as private as the examples.
+        """
+        if self.prefix is None:
+            raise ValueError("model.prefix-cache=false: the model is not divided")
+        return self.prefix.states(partial(self.logits, batch))
 
     @torch.inference_mode()
     def evaluate(self, batches: Iterable[Batch]) -> Metrics:
@@ -145,6 +169,7 @@ def _build(model: Model, lora: Lora, num_labels: int, seed: int) -> tuple[Backbo
         torch.manual_seed(seed)
         base = _load(model, num_labels)
         targets = choose_targets(base, model, lora)
+        division = division_of(stack_of(base), targets, model, lora) if model.prefix_cache else None
         sizes = smaller_sides(base, targets)
         if lora.rank > min(sizes):
             raise ConfigError(
@@ -172,6 +197,12 @@ def _build(model: Model, lora: Lora, num_labels: int, seed: int) -> tuple[Backbo
         fingerprint=hashes,
         processor=base.processor,
     )
+    if division is not None:
+        backbone.prefix = Prefix(*division, states_identity(model, hashes, dtype))
+        mask = None if base.probe.mask is None else to_device(base.probe.mask, device)
+        logits = partial(backbone.logits, base.probe)
+        trained = list(trainable.values())
+        check_prefix(backbone.prefix, logits, mask, trained, model=model, dtype=dtype)
     return backbone, base.probe
 
 

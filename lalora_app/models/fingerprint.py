@@ -7,10 +7,15 @@ Privacy: only public files are hashed; no private data is involved.
 import hashlib
 import json
 from collections.abc import Iterator, Mapping
+from importlib.metadata import version
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from lalora_app.models.pretrained import revision
+from lalora_app.settings.run_config import Model
+from lalora_app.wire.code_version import code_hash
 
 _UNUSED_HEAD = ".original_module."  # PEFT's copy of a head that is trained whole
 WEIGHTS, TOKENIZER, NORMALISATION = "weights", "tokenizer", "normalisation"
@@ -72,3 +77,17 @@ def fingerprint(model: nn.Module, preprocessing: Mapping[str, str]) -> dict[str,
     """
     hashes = {name: hashlib.sha256(text.encode()) for name, text in preprocessing.items()}
     return {WEIGHTS: weights_hash(model)} | {name: h.hexdigest() for name, h in hashes.items()}
+
+
+def states_identity(model: Model, hashes: Mapping[str, str], dtype: torch.dtype) -> str:
+    """Return a text that changes whenever the hidden states of an example may change.
+
+    Args:
+        model: the run config's table ``model``.
+        hashes: the fingerprint of the base model, which does not cover settings without a tensor.
+        dtype: the type of the model's matrix products.
+    """
+    settings = {name: value for name, value in vars(model).items() if name != "device"}
+    versions = [code_hash(), *map(version, ("torch", "transformers", "timm"))]
+    parts = [dict(hashes), settings, revision(model.name), str(dtype), versions]
+    return json.dumps(parts, sort_keys=True)

@@ -71,6 +71,11 @@ class Model:
     checkpointing: bool = switch(
         meaning="Compute activations a second time in the backward pass, to need less memory."
     )
+    prefix_cache: bool = switch(
+        meaning="Keep each example's hidden states at the first adapted block, in bfloat16, and "
+        "start training steps there; needs `lora.layers` such as `last:2` "
+        "([performance](performance.md#a-cache-below-the-adapters))."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -199,7 +199,11 @@ def test_values_at_the_edge_of_a_law_are_taken(key, value):
 
 
 def test_every_key_has_a_default_and_a_law_that_some_value_breaks():
-    lawless = {"data.public-size", "model.checkpointing"}  # only their type can be wrong
+    lawless = {
+        "data.public-size",
+        "model.checkpointing",
+        "model.prefix-cache",
+    }  # only their type can be wrong
     assert {key for key, _ in OUT_OF_RANGE} == set(defaults()) - lawless
 
 
