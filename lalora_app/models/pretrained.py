@@ -54,7 +54,8 @@ def source(name: str) -> str:
 def revision(name: str) -> str:
     """Return a text that changes with a model's files, without loading them.
 
-    Limit: for a hub id that is not in the local cache yet it is "None".
+    Limit: for a hub id that is not in the local cache yet, and for a name that is none, it is
+    "None".
     """
     plain = name.removeprefix(TIMM)
     if name == DEMO:
@@ -62,8 +63,12 @@ def revision(name: str) -> str:
     if is_local(plain):
         return stamp(plain)
     from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
 
-    return str(try_to_load_from_cache(plain, "config.json"))  # the path names the commit
+    try:
+        return str(try_to_load_from_cache(plain, "config.json"))  # the path names the commit
+    except HFValidationError:  # loading the model tells it
+        return "None"
 
 
 def public_name(name: str) -> str:

@@ -16,10 +16,6 @@ from lalora_app.workers.worker import Place, Task, serve
 # Imported once, in the process from which the workers are forked.
 _PRELOADED = ["lalora_app.workers.preloaded"]
 _END_SECONDS = 5.0  # for a worker to end by itself
-_ENDED = (
-    "LaLoRA a worker process has ended with exit code %s, perhaps for want of memory: its client "
-    "gives no reply, and it is started again"
-)
 _log = logging.getLogger("flwr")
 
 Main = Callable[[Connection, Place, Mapping[str, Any]], None]
@@ -163,7 +159,11 @@ class WorkerPool:
         except (EOFError, OSError):
             worker.process.join()
             worker.connection.close()
-            _log.warning(_ENDED, worker.process.exitcode)
+            _log.warning(
+                "LaLoRA a worker process has ended with exit code %s, perhaps for want of memory: "
+                "its client gives no reply, and it is started again",
+                worker.process.exitcode,
+            )
             fresh = self._start(worker.place)
             worker.process, worker.connection = fresh.process, fresh.connection
             return None

@@ -87,9 +87,11 @@ def test_a_site_that_names_a_folder_computes_states_once(config, node, said):
 
 def test_without_a_folder_nothing_is_written(config, node, tmp_path):
     del node["data-cache"]
+    loaded(config, node)
     before = sorted(tmp_path.rglob("*"))
     expected = whole(loaded(config, node))
     assert sorted(tmp_path.rglob("*")) == before
+    assert {path.name for path in (tmp_path / "home").iterdir()} == {"sizes"}  # no states
     assert torch.equal(whole(replace(loaded(config, node), compute=never)), expected)
     # the true tokens of each text, 16 features of two bytes, and a key of 32 bytes
     tokens = [loaded(config, node).length(index) for index in ALL]

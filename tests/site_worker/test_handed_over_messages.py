@@ -46,10 +46,16 @@ def content(case: Case) -> bytes:
     return records_to_bytes(case.reply.content)
 
 
-def files(case: Case) -> dict[str, bytes]:
+def parts(path: Path) -> tuple:
+    """Header and tensors of a safetensors file, whose metadata has no fixed order."""
+    data = path.read_bytes()
+    end = 8 + int.from_bytes(data[:8], "little")
+    return json.loads(data[8:end]), data[end:]
+
+
+def files(case: Case) -> dict[str, tuple]:
     folder = Path(case.context.node_config["state-path"])
-    found = {str(p.relative_to(folder)): p.read_bytes() for p in folder.glob("*/*")}
-    return {name: data for name, data in found.items() if not name.startswith("sizes/")}
+    return {str(p.relative_to(folder)): parts(p) for p in folder.glob("*/*.safetensors")}
 
 
 def until(holds, what: str) -> None:
