@@ -4,6 +4,7 @@ The time of a step does not depend on the values of the weights. The ratio of tw
 little on the depth, so deep models are reduced to a few layers of the published width.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -118,7 +119,8 @@ def _checkpoint(model: nn.Module) -> None:
 
     base = model.base_model.model
     base.gradient_checkpointing_enable({"use_reentrant": False})
-    base.disable_input_require_grads()  # PEFT enables it, and torch.compile refuses it
+    with contextlib.suppress(AttributeError):  # some versions raise it where none are enabled
+        base.disable_input_require_grads()  # torch.compile refuses them
     for module in model.modules():
         if isinstance(module, GradientCheckpointingLayer):
             module.training = True

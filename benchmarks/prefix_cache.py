@@ -1,12 +1,14 @@
 """Measure a private step with and without ``model.prefix-cache``, in turn in one process.
 
 python benchmarks/prefix_cache.py                    # MiniLM-L6, its last two of six blocks, SST-2
-python benchmarks/prefix_cache.py -c train.batch-size=32 --repeats 40 --output mine.json
+python benchmarks/prefix_cache.py -c train.batch-size=64 --repeats 40 --output mine.json
+python benchmarks/prefix_cache.py --threads 1        # on a shared machine
 
 Both steps have the same Poisson batches and the same adapters in the last blocks. The time is that
 of ``private_gradient``: batches, forward, backward, clip and noise. The states of all examples are
-kept before the clock starts; the time of computing them is told apart. The error is that of the
-clipped sum, relative to the sum without the cache; in float32 it is the rounding of another order.
+kept before the clock starts; the time of computing them is told apart. ``flops`` and ``peak_bytes``
+are exact counts of the clipped sum of one batch. The error is that of this sum, relative to the sum
+without the cache; with states kept in float32 it is 0 or rounding.
 """
 
 import argparse
@@ -16,17 +18,20 @@ import platform
 import statistics
 import tempfile
 import time
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from measure import flops, peak_bytes
 from torch import Tensor
 
-from lalora_app.adapter.factors import active_names
-from lalora_app.blocks.kept_states import KeptStates, StatesInFile, StatesInMemory
+from lalora_app.adapter.factors import Adapter, active_names
+from lalora_app.blocks.kept_states import StatesInFile, StatesInMemory
 from lalora_app.blocks.with_states import STATES_DTYPE, WithStates, size_of
 from lalora_app.cli.simulation import app_defaults
 from lalora_app.data.encoding import Encoded
@@ -41,7 +46,16 @@ from lalora_app.settings.run_config import Config, parse
 
 APP = Path(__file__).resolve().parents[1]
 RESULTS = APP / "benchmarks" / "results" / "prefix_cache.json"
-PHASES = ("B", "A", "AB")
+# lora.targets, the place of the states and the trained factors of each row
+ROWS = (
+    ("auto", "memory", "B"),
+    ("auto", "memory", "A"),
+    ("auto", "memory", "AB"),
+    ("auto", "file", "B"),
+    ("auto", "file", "A"),
+    ("intermediate.dense", "memory", "B"),
+    ("intermediate.dense", "memory", "A"),
+)
 KEYS = {
     "model.name": str(APP.parent / "shared" / "models" / "minilm-l6-h384"),
     "model.max-length": 64,
@@ -50,14 +64,16 @@ KEYS = {
     "data.input-column": "sentence",
     "lora.layers": "last:2",
     "model.prefix-cache": True,
+    "train.batch-size": 256,
+    "train.micro-batch": 64,
 }
 
 
-def seconds(model: Backbone, data: Encoded, config: Config, repeat: int) -> float:
-    """Return the duration of one private step; equal repeats draw equal batches."""
+def seconds(model: Backbone, data: Encoded, config: Config, repeat: int) -> tuple[float, float]:
+    """Return the elapsed and the CPU time of one private step; equal repeats draw equal batches."""
     q = config.train.batch_size / len(data)
     streams = (randomness.seeded(0, name, "client", repeat) for name in ("sampling", "noise"))
-    began = time.perf_counter()
+    began, cpu = time.perf_counter(), time.process_time()
     private_gradient(
         model,
         data,
@@ -66,16 +82,18 @@ def seconds(model: Backbone, data: Encoded, config: Config, repeat: int) -> floa
         micro_batch=config.train.micro_batch,
         streams=RandomStreams(*streams),
     )
-    return time.perf_counter() - began
+    return time.perf_counter() - began, time.process_time() - cpu
+
+
+def batch_sum(model: Backbone, data: Encoded, config: Config) -> dict[str, Tensor]:
+    """Return the clipped sum of the first examples."""
+    indices, train = np.arange(config.train.batch_size), config.train
+    return _clipped_batch_sum(model, data, indices, config.privacy.clip_norm, train.micro_batch)
 
 
 def sum_error(model: Backbone, plain: Encoded, cached: Encoded, config: Config) -> float:
     """Return the relative error of the clipped sum of one batch."""
-    indices = np.arange(config.train.batch_size)
-    found, wanted = (
-        _clipped_batch_sum(model, d, indices, config.privacy.clip_norm, config.train.micro_batch)
-        for d in (cached, plain)
-    )
+    found, wanted = (batch_sum(model, data, config) for data in (cached, plain))
 
     def norm(tensors: list[Tensor]) -> float:
         return float(torch.stack([t.double().norm() for t in tensors]).norm())
@@ -83,25 +101,37 @@ def sum_error(model: Backbone, plain: Encoded, cached: Encoded, config: Config) 
     return norm([found[n] - wanted[n] for n in wanted]) / norm(list(wanted.values()))
 
 
+def ratios(without: list[float], cached: list[float], name: str) -> dict[str, float]:
+    """Return the medians of two interleaved series, and least, median and largest ratio."""
+    found = sorted(b / a for a, b in zip(without, cached, strict=True))
+    return {
+        f"without_{name}": statistics.median(without),
+        f"with_{name}": statistics.median(cached),
+        f"ratio_{name}": statistics.median(found),
+        f"ratio_{name}_least": found[0],
+        f"ratio_{name}_largest": found[-1],
+    }
+
+
 def row(
     model: Backbone, plain: Encoded, cached: WithStates, config: Config, repeats: int
 ) -> dict[str, float]:
     """Return the times of one phase and the errors of its sum."""
-    pairs = [
-        tuple(seconds(model, data, config, repeat) for data in (plain, cached))
+    steps = [
+        [seconds(model, data, config, repeat) for data in (plain, cached)]
         for repeat in range(repeats + 2)
     ][2:]  # the first steps allocate memory
-    ratios = sorted(with_cache / without for without, with_cache in pairs)
+    found = {}
+    for kind, name in enumerate(("elapsed_s", "cpu_s")):
+        without, with_cache = ([step[which][kind] for step in steps] for which in (0, 1))
+        found |= ratios(without, with_cache, name)
     wide = replace(cached, kept=StatesInMemory(), dtype=torch.float32)
-    return {
-        "without_s": statistics.median(pair[0] for pair in pairs),
-        "with_s": statistics.median(pair[1] for pair in pairs),
-        "ratio": statistics.median(ratios),
-        "ratio_least": ratios[0],
-        "ratio_largest": ratios[-1],
-        "sum_error": sum_error(model, plain, cached, config),
-        "sum_error_float32": sum_error(model, plain, wide, config),
-    }
+    sums = [partial(batch_sum, model, data, config) for data in (plain, cached)]
+    for count in (flops, peak_bytes):
+        without, with_cache = map(count, sums)
+        found[f"{count.__name__}_without"], found[f"{count.__name__}_with"] = without, with_cache
+    found["sum_error"] = sum_error(model, plain, cached, config)
+    return found | {"sum_error_float32": sum_error(model, plain, wide, config)}
 
 
 def filled(cached: WithStates) -> float:
@@ -112,8 +142,20 @@ def filled(cached: WithStates) -> float:
     return time.perf_counter() - began
 
 
-def measure(config: Config, examples: int, repeats: int, folder: Path) -> dict[str, Any]:
-    """Return the rows of all phases, with states in memory and in a file."""
+@dataclass(frozen=True)
+class Case:
+    """A model with its examples, and the same examples with states in memory and in a file."""
+
+    model: Backbone
+    start: Adapter
+    plain: Encoded
+    cached: Mapping[str, WithStates]
+    seconds_to_keep: Mapping[str, float]
+    bytes_kept: Mapping[str, int]
+
+
+def prepared(config: Config, examples: int, folder: Path) -> Case:
+    """Build the model, and keep the states of all examples in both places."""
     model, start = build(config)
     torch.manual_seed(0)
     for name, parameter in model.engine.parameters.items():
@@ -123,28 +165,33 @@ def measure(config: Config, examples: int, repeats: int, folder: Path) -> dict[s
     plain = model.encode(Examples(train.contents[:examples], train.labels[:examples]))
     sizes = [size_of(plain, model.prefix, index) for index in range(len(plain))]
     memory, path = StatesInMemory(), folder / "x.states"
-    places: dict[str, KeptStates] = {
-        "memory": memory,
-        "file": StatesInFile(path, bytes(32), sizes),
-    }
-    rows, fill = [], {}
-    for place, kept in places.items():
-        cached = WithStates(plain, model.prefix, model.states, kept)
-        fill[place] = filled(cached)
-        for phase in PHASES:
-            model.engine.activate(active_names(start, frozenset(phase)))
-            rows.append(
-                {"kept_in": place, "factors": phase} | row(model, plain, cached, config, repeats)
-            )
-            print(json.dumps(rows[-1]), flush=True)
+    places = {"memory": memory, "file": StatesInFile(path, bytes(32), sizes)}
+    cached = {n: WithStates(plain, model.prefix, model.states, k) for n, k in places.items()}
+    spent = {name: filled(data) for name, data in cached.items()}
+    kept = {"memory": memory.size_in_bytes(), "file": path.stat().st_size}
+    return Case(model, start, plain, cached, spent, kept)
+
+
+def measure(config: Config, examples: int, repeats: int, folder: Path) -> dict[str, Any]:
+    """Return all rows, and the bytes of the kept states."""
+    rows, cases = [], {}
+    for targets, place, phase in ROWS:
+        own = replace(config, lora=replace(config.lora, targets=targets))
+        if targets not in cases:
+            cases[targets] = prepared(own, examples, folder / f"{len(cases)}")
+        case = cases[targets]
+        case.model.engine.activate(active_names(case.start, frozenset(phase)))
+        about = {"targets": targets, "kept_in": place, "factors": phase}
+        rows.append(about | row(case.model, case.plain, case.cached[place], own, repeats))
+        print(json.dumps(rows[-1]), flush=True)
+    case = cases["auto"]
     return {
         "rows": rows,
-        "examples": len(plain),
-        "tokens": sum(map(plain.length, range(len(plain)))),
+        "examples": len(case.plain),
+        "tokens": sum(map(case.plain.length, range(len(case.plain)))),
         "states_dtype": str(STATES_DTYPE),
-        "memory_bytes": memory.size_in_bytes(),
-        "file_bytes": path.stat().st_size,
-        "seconds_to_keep_all": fill,
+        "bytes_kept": case.bytes_kept,
+        "seconds_to_keep": case.seconds_to_keep,
     }
 
 

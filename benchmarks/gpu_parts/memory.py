@@ -1,6 +1,7 @@
 """The largest batch of a step that fits, by doubling and halving.
 
-On a GPU: in its memory. On a CPU, to try the search: the step's own tensors stay below a limit.
+On a GPU: in its memory, with two copies of the model, as every variant copies it. On a CPU, to try
+the search: the step's own tensors stay below a limit.
 """
 
 import functools

@@ -29,22 +29,31 @@ class Prefix:
 
     Attributes:
         fingerprint: the SHA-256 of ``identity`` and ``first``.
-        tokens: the number of tokens in the last states that :meth:`states` has computed.
-        features: their number of features.
+        shape: (tokens, features) of the last states that :meth:`states` has computed.
         dtype: their number type.
     """
 
     def __init__(self, blocks: Sequence[nn.Module], first: int, identity: str):
         text = json.dumps([identity, first])
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
-        self.tokens, self.features, self.dtype = 0, 0, torch.float32
+        self.shape, self.dtype = torch.Size((0, 0)), torch.float32
         self._first = first
         self._given: Tensor | None = None
         self._watches = False
         self._seen: Tensor | None = None
-        self._more = 0  # further entries of a block's output; -1: it is a tensor and no tuple
+        self._entries = 0  # of a block's output; 0: it is a tensor and no tuple
         for index, block in enumerate(blocks):
             cast(Any, block).forward = self._forward(index, block.forward)
+
+    @property
+    def tokens(self) -> int:
+        """Return the number of tokens of the last states."""
+        return self.shape[0]
+
+    @property
+    def features(self) -> int:
+        """Return the width of the model at these states."""
+        return self.shape[1]
 
     def _forward(self, index: int, plain: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*arguments: Any, **named: Any) -> Any:
@@ -55,14 +64,14 @@ class Prefix:
                 self._seen = states if index == self._first else self._seen
                 return self._as_output(states)
             output = plain(*arguments, **named)
-            self._more = len(output) - 1 if isinstance(output, tuple) else -1
+            self._entries = len(output) if isinstance(output, tuple) else 0
             return output
 
         return forward
 
     def _as_output(self, states: Tensor) -> Any:
         """Return states as a block returns them; what else it returns is not used in training."""
-        return states if self._more < 0 else (states, *([None] * self._more))
+        return (states, *([None] * (self._entries - 1))) if self._entries else states
 
     def states(self, run: Callable[[], object]) -> Tensor:
         """Return (examples, tokens, features): the input of the first adapted block.
@@ -78,7 +87,7 @@ class Prefix:
         finally:
             self._watches = False
         states, self._seen = cast(Tensor, self._seen), None
-        self.tokens, self.features, self.dtype = *states.shape[1:], states.dtype
+        self.shape, self.dtype = states.shape[1:], states.dtype
         return states
 
     @contextmanager

@@ -85,13 +85,19 @@ def check_prefix(
         dtype: the type of the model's matrix products.
 
     Raises:
-        ConfigError: if the states change while the model trains, or if the logits differ.
+        ConfigError: if the states have another shape, or change while the model trains, or if the
+            logits differ.
 
     Privacy: the inputs are random; no data is involved.
     """
     here = f'{_HERE} for model.name="{model.name}"'
     expected = logits()
     states = prefix.states(logits)
+    if states.dim() != 3 or (mask is not None and states.shape[:2] != mask.shape):
+        raise ConfigError(
+            f"{here}: hidden states of the shape {tuple(states.shape)} are not (examples, tokens, "
+            "features), so the cache cannot divide it"
+        )
     if not _states_are_constant(prefix, logits, states, trained):
         raise ConfigError(
             f"{here}: what it computes below its first adapted block is not constant: layers there "

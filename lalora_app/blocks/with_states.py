@@ -4,8 +4,11 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
+from torch.nn.utils.rnn import pad_sequence
 
 from lalora_app.blocks.kept_states import KeptStates
 from lalora_app.blocks.prefix import Prefix
@@ -60,23 +63,28 @@ class WithStates(Encoded):
 
     def batch(self, indices: Indices, width: int = 0) -> Batch:
         """Return the given examples with their states, padded as the inputs are."""
-        batch = self.data.batch(indices, width)
-        keys = [self._key(batch.inputs[row], int(i)) for row, i in enumerate(indices)]
-        entries = [self.kept.read(int(i), key) for i, key in zip(indices, keys, strict=True)]
-        missing = [row for row, entry in enumerate(entries) if entry is None]
+        batch, places = self.data.batch(indices, width), [int(index) for index in indices]
+        keys = self._keys(batch.inputs.numpy(), places)
+        found = [self.kept.read(index, key) for index, key in zip(places, keys, strict=True)]
+        missing = [row for row, states in enumerate(found) if states is None]
         if missing:
-            fresh = self._computed([int(indices[row]) for row in missing], width)
-            for row, entry in zip(missing, fresh, strict=True):
-                self.kept.write(int(indices[row]), keys[row], entry)
-                entries[row] = entry
+            fresh = self._computed([places[row] for row in missing], width)
+            for row, states in zip(missing, fresh, strict=True):
+                self.kept.write(places[row], keys[row], states)
+                found[row] = states
         tokens = batch.inputs.shape[1] if batch.inputs.dim() == 2 else self.prefix.tokens
-        return replace(batch, states=self._padded([e for e in entries if e is not None], tokens))
+        return replace(batch, states=self._padded([s for s in found if s is not None], tokens))
 
-    def _key(self, inputs: Tensor, index: int) -> bytes:
-        """Return the SHA-256 of the model below and of an example's inputs without padding."""
-        own = inputs[: self.data.length(index)] if inputs.dim() == 1 else inputs
-        what = f"{self.prefix.fingerprint} {self.dtype} {own.dtype} {tuple(own.shape)}\0".encode()
-        return hashlib.sha256(what + own.contiguous().numpy().tobytes()).digest()
+    def _keys(self, inputs: np.ndarray, indices: list[int]) -> list[bytes]:
+        """Return the SHA-256 of all below the adapters and of each input without its padding."""
+        kind = f"{self.prefix.fingerprint} {self.dtype} {inputs.dtype} {inputs.shape[2:]}\0"
+        below = hashlib.sha256(kind.encode())
+        keys = []
+        for row, index in zip(inputs, indices, strict=True):
+            key = below.copy()
+            key.update(row[: self.data.length(index) or None].tobytes())
+            keys.append(key.digest())
+        return keys
 
     def _computed(self, indices: list[int], width: int) -> list[bytes]:
         """Return the rounded states of examples, without padding."""
@@ -85,10 +93,10 @@ class WithStates(Encoded):
         rows = zip(states, lengths, strict=True)
         return [row[:n].contiguous().view(torch.uint8).numpy().tobytes() for row, n in rows]
 
-    def _padded(self, entries: list[bytes], tokens: int) -> Tensor:
+    def _padded(self, found: list[bytes], tokens: int) -> Tensor:
         """Return (examples, tokens, features), zero behind each example's own tokens."""
-        states = torch.zeros(len(entries), tokens, self.prefix.features, dtype=self.dtype)
-        for row, entry in zip(states, entries, strict=True):
-            own = torch.frombuffer(bytearray(entry), dtype=self.dtype)
-            row.view(-1)[: len(own)] = own
-        return states
+        flat = torch.frombuffer(bytearray(b"".join(found)), dtype=self.dtype)
+        rows = flat.view(-1, self.prefix.features)  # (tokens of all examples, features)
+        sizes = [len(states) // self.dtype.itemsize // rows.shape[1] for states in found]
+        states = pad_sequence(list(torch.split(rows, sizes)), batch_first=True)
+        return pad(states, (0, 0, 0, tokens - states.shape[1]))

@@ -322,7 +322,7 @@ def test_tensors_that_train_below_are_one_line(tiny, tmp_path):
 
 
 class Toy(nn.Module):
-    """Two blocks; the output of the first may reach the head past the second, or be random."""
+    """Two blocks; the first one's output may pass by the second, be random or be longer."""
 
     def __init__(self, kind: str):
         super().__init__()
@@ -332,7 +332,9 @@ class Toy(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         first = self.blocks[0](nn.functional.dropout(x, training=self.kind == "random"))
-        last = self.blocks[1](first)
+        if self.kind == "more tokens":
+            first = torch.cat([first, first[:, :1]], 1)
+        last = self.blocks[1](first)[:, : mask.shape[1]]
         if self.kind == "padding is seen":
             return last.sum(1) + first.sum(1)
         return (last * mask[..., None]).sum(1)
@@ -340,6 +342,7 @@ class Toy(nn.Module):
 
 TOYS = {
     "plain": None,
+    "more tokens": r"hidden states of the shape \(2, 4, 4\) are not \(examples, tokens, features\)",
     "random": "is not constant: layers there train whole, or it draws random numbers",
     "padding is seen": "it computes other logits, so the cache cannot divide it",
 }

@@ -222,6 +222,18 @@ MUTANTS = {
         "    if (x.numel() // x.shape[-1]) % examples:\n",
         "tests/private_step/test_shared_rows.py::test_rows_that_are_not_expanded_are_refused_also_where_they_divide",
     ),
+    "hidden states of other weights used": Mutant(
+        "blocks/with_states.py",
+        'f"{self.prefix.fingerprint} {self.dtype}',
+        'f"{self.dtype}',
+        "tests/blocks/test_prefix.py::test_states_of_other_weights_are_not_used",
+    ),
+    "hidden states of another example used": Mutant(
+        "blocks/with_states.py",
+        "            key.update(row[: self.data.length(index) or None].tobytes())\n",
+        "            key.update(bytes([self.data.length(index)]))\n",
+        "tests/blocks/test_prefix.py::test_states_of_another_example_are_not_used",
+    ),
     "resting factor steps": Mutant(
         "client/local_round.py",
         "        parameter.grad = gradients.get(name)\n",
