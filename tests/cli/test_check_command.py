@@ -133,6 +133,10 @@ def test_a_run_that_the_site_would_refuse_is_one_line(check_csv, given):
 REFUSED = {
     "no data": ({"--node-config": "max-epsilon=1.0 delta=1e-5"}, "must have data-path"),
     "no pair": ({"--node-config": "data-path"}, "--node-config 'data-path' must be key=value"),
+    "no site worker": (
+        {"--node-config": "data-path='FILE' worker=1"},
+        "node config worker=1 must be true or false",
+    ),
     "no file": ({"--data-path": "/no/such.csv"}, "data-path"),
     "a policy of the site": (
         {"--node-config": "data-path='FILE' max-epsilon=0.01 delta=1e-5"},

@@ -87,7 +87,7 @@ def test_a_site_that_names_a_folder_computes_states_once(config, node, said):
 
 def test_without_a_folder_nothing_is_written(config, node, tmp_path):
     del node["data-cache"]
-    loaded(config, node)
+    loaded(config, node)  # remembers the number of examples
     before = sorted(tmp_path.rglob("*"))
     expected = whole(loaded(config, node))
     assert sorted(tmp_path.rglob("*")) == before
