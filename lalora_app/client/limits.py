@@ -7,6 +7,7 @@ Privacy: the number stays on the site's own disk, where the ledger's sampling ra
 
 import contextlib
 import json
+from pathlib import Path
 
 from lalora_app.adapter.atomic_files import file_name, replace_atomically
 from lalora_app.client.site import Site
@@ -17,11 +18,15 @@ from lalora_app.settings.run_config import Config
 from lalora_app.wire.messages import TrainRequest
 
 
+def _size_file(site: Site) -> Path:
+    name = Path(file_name(site.dataset, site.client))
+    return site.state / "sizes" / name.with_suffix(".json")
+
+
 def remembered_size(site: Site, config: Config) -> int | None:
     """Return the number of the site's own examples; None: it must be read from the data."""
-    path = site.state / "sizes" / file_name(site.dataset, site.client)
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        saved = json.loads(path.read_text("utf-8"))
+        saved = json.loads(_size_file(site).read_text("utf-8"))
         if saved["fingerprint"] == site.fingerprint(config):
             return int(saved["examples"])
     return None
@@ -35,9 +40,7 @@ def remember_size(site: Site, config: Config, size: int) -> None:
     fingerprint = site.fingerprint(config)
     if fingerprint is None or remembered_size(site, config) == size:
         return
-    with replace_atomically(
-        site.state / "sizes" / file_name(site.dataset, site.client), mode=0o700
-    ) as new:
+    with replace_atomically(_size_file(site), mode=0o700) as new:
         new.write_text(json.dumps({"fingerprint": fingerprint, "examples": size}), "utf-8")
 
 

@@ -6,6 +6,7 @@ import os
 import signal
 import sys
 import threading
+import traceback
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +101,6 @@ def main() -> int:
     try:
         _run(launch, where)
     except Exception:
-        _log.exception("the run failed")
+        traceback.print_exc()  # the server has logged the reason in one line
         return FAILED
     return COMPLETED

@@ -60,7 +60,7 @@ def answer(task: Task, run_config: Mapping[str, Any]) -> tuple[bytes, bytes]:
     try:
         reply = client_app.app(message, context)
     except Exception as error:
-        _log.exception("the ClientApp raised")
+        _log.exception("LaLoRA the ClientApp raised")
         reason = f"{type(error)}:<{error!r}>"
         reply = flower_names.error_reply(message, flower_names.RAISED, reason)
         return flower_names.message_to_bytes(reply), task.state
