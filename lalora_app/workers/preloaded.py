@@ -5,5 +5,5 @@ import opacus.accountants  # noqa: F401
 import peft  # noqa: F401
 import transformers.modeling_utils  # noqa: F401
 
-import lalora_app.client.requests  # noqa: F401
+import lalora_app.client.requests
 import lalora_app.workers.worker  # noqa: F401

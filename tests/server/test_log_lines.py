@@ -68,7 +68,7 @@ def first_arguments(path):
     for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if not isinstance(node, ast.Call) or not ast.unparse(node.func).startswith("_log."):
             continue
-        if node.func.attr not in ("debug", "log"):  # log: lines of the site worker, as it wrote them
+        if node.func.attr not in ("debug", "log"):  # log: lines that the site worker wrote
             yield node.lineno, ast.literal_eval(node.args[0])
 
 
