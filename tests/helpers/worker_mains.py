@@ -54,9 +54,9 @@ def serve_and_die(connection, place, run_config):
         die_at("before the reply is sent", marker)
         return reply
 
-    def reserving(current):
+    def reserving(*args):
         die_at("before the reservation", marker)
-        reservation = reserve(current)
+        reservation = reserve(*args)
         die_at("after the reservation", marker)
         return reservation
 
