@@ -1,4 +1,4 @@
-"""What all parts share: their settings, and the form of their work."""
+"""The settings of all parts of the GPU measurement, and the units into which a part is cut."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass

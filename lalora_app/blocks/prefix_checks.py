@@ -53,7 +53,7 @@ def division_of(
 def _states_are_constant(
     prefix: Prefix, run: Callable[[], object], states: Tensor, trained: Sequence[nn.Parameter]
 ) -> bool:
-    """Tell whether the states stay the same with other numbers in all trained tensors."""
+    """Return whether the hidden states stay the same when all trained tensors change."""
     numbers = [parameter.detach().clone() for parameter in trained]
     try:
         for parameter in trained:

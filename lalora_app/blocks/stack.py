@@ -55,10 +55,8 @@ def _lists_of_equal_modules(model: nn.Module) -> dict[str, tuple[nn.Module, ...]
         if not isinstance(module, nn.ModuleList | nn.Sequential):
             continue
         children = tuple(module.children())
-        linear = [
-            any(isinstance(m, nn.Linear) for m in c.modules() if m is not c) for c in children
-        ]
-        if linear and all(linear) and len({type(child) for child in children}) == 1:
+        one_type = len({type(child) for child in children}) == 1
+        if one_type and all(map(_has_linear_layers, children)):
             found[path] = children
     return found
 

@@ -1,4 +1,4 @@
-"""What is to be started: a run or a comparison, read from the command and the app's config."""
+"""Read which run or comparison is to be started, from the command and the app's config."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field

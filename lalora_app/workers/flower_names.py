@@ -1,4 +1,4 @@
-"""What messages outside a SuperLink need of Flower, with private names; see also `wire`.
+"""The private names of Flower that messages outside a SuperLink need; `wire` has the others.
 
 `tests/project/test_flower_private_names.py` tells which feature breaks when one of them changes.
 """

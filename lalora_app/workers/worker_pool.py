@@ -42,7 +42,7 @@ class _Queued:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came back for a task.
+    """The answer to a task, or the news that its worker died.
 
     Attributes:
         key: the key of the task.
