@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.names import NONE
 from lalora_app.simulation.flower_engine import run_in_flower
 from lalora_app.simulation.launch import Launch, read_launch
@@ -62,6 +63,10 @@ def launch(
         LayoutError: for a model that gives no per-example gradients, likewise.
         FlowerError: if Flower cannot start the run, or does not tell its end.
     """
+    if workers and engine != "local":
+        raise ConfigError(
+            f"--workers {workers} must be left out with --engine {engine}, which has no workers"
+        )
     read = read_launch(app, overrides, nodes)
     launched = replace(read, clients_per_gpu=clients_per_gpu, workers=workers)
     display = standard_display(verbose=verbose)

@@ -82,6 +82,12 @@ def test_an_engine_that_does_not_exist_is_told(capsys):
     assert "argument --engine: 'ray' must be one of local, flower" in capsys.readouterr().err
 
 
+def test_workers_of_another_engine_are_told(capsys):
+    assert main.main(["run", str(ROOT), "--engine", "flower", "--workers", "1"]) == 2
+    told = "lalora: --workers 1 must be left out with --engine flower, which has no workers\n"
+    assert capsys.readouterr().err == told
+
+
 def test_the_server_process_reads_the_launch_as_it_was():
     launch = read_launch(ROOT, ['method="rolora" privacy.epsilon=inf'], 7)
     assert from_json(to_json(launch)) == launch
