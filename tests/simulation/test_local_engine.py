@@ -75,6 +75,17 @@ def test_a_run_that_cannot_succeed_is_one_line(changes, options, told, tiny, tmp
     assert not (tmp_path / "home" / "ledger.sqlite").exists()
 
 
+@pytest.mark.slow
+def test_a_temporary_folder_with_a_long_path_is_one_line(tiny, tmp_path, capfd, monkeypatch):
+    """The path of a Unix socket has at most about a hundred bytes."""
+    folder = tmp_path / ("long" * 25)
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    assert run_toml(tiny(**SHORT), tmp_path, "local") == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"lalora: TMPDIR={folder} must be a folder that can hold the socket")
+
+
 def test_an_engine_that_does_not_exist_is_told(capsys):
     with pytest.raises(SystemExit) as ended:
         main.main(["run", str(ROOT), "--engine", "ray"])
