@@ -5,6 +5,7 @@ the entry of another example or of other weights is never returned.
 """
 
 import contextlib
+import errno
 import hashlib
 import os
 import weakref
@@ -93,18 +94,20 @@ class StatesInFile:
         emptied: whether the file was one of another name.
 
     Raises:
-        OSError: if the file cannot be opened.
+        OSError: if the file cannot be opened, or is a link or another user's.
     """
 
     def __init__(self, path: Path, name: bytes, sizes: Sequence[int], limit: int = FILE_BYTES):
         make_folder(path.parent, mode=0o700)
         self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         weakref.finalize(self, os.close, self._file)
+        if os.fstat(self._file).st_uid != os.geteuid():
+            raise PermissionError(errno.EPERM, "the file belongs to another user", str(path))
+        os.fchmod(self._file, 0o600)
         self._ends = _ends(sizes, limit)
         found = os.pread(self._file, _DIGEST, 0)
         self.emptied = bool(found) and found != name
         if found != name:
-            os.fchmod(self._file, 0o600)
             os.ftruncate(self._file, 0)
             os.pwrite(self._file, name, 0)
 
@@ -120,7 +123,10 @@ class StatesInFile:
         if place is None:
             return None
         start, size = place
-        found = os.pread(self._file, size, start)
+        try:
+            found = os.pread(self._file, size, start)
+        except OSError:  # of the disk: the states are computed again
+            return None
         digest, states = found[:_DIGEST], found[_DIGEST:]
         whole = len(found) == size and hashlib.sha256(key + states).digest() == digest
         return states if whole else None

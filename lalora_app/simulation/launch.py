@@ -10,6 +10,7 @@ from lalora_app.settings.names import NONE, full_path
 from lalora_app.settings.overrides import merged, read_toml
 from lalora_app.settings.run_config import Config, Scalar, flatten, from_tables, parse
 
+CLIENTS_PER_GPU = 4  # default
 _NODES = 4
 _CONFIG_TABLE = ("tool", "flwr", "app", "config")
 
@@ -25,7 +26,8 @@ class Launch:
         app: the folder of the app.
         values: the values of the keys that are not the app's own.
         clients_per_gpu: the number of clients that train on one GPU at the same time.
-        workers: the number of processes of the engine "local"; 0: as many as the machine has cores.
+        workers: the number of processes of the engine "local"; 0: one per core, or per share of a
+            GPU, and at most one per client.
     """
 
     config: Config
@@ -33,7 +35,7 @@ class Launch:
     nodes: int
     app: Path = Path()
     values: dict[str, Scalar] = field(default_factory=dict)
-    clients_per_gpu: int = 4
+    clients_per_gpu: int = CLIENTS_PER_GPU
     workers: int = 0
 
 

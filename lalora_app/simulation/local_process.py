@@ -91,8 +91,8 @@ def main() -> int:
     threading.Thread(target=_end_with_launcher, daemon=True).start()
     from lalora_app.workers.worker_pool import prepare_start
 
-    prepare_start()
     try:
+        prepare_start()
         where = _places(launch)
         check_here(launch)
     except ConfigError as error:

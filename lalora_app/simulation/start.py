@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.names import NONE
 from lalora_app.simulation.flower_engine import run_in_flower
-from lalora_app.simulation.launch import Launch, read_launch
+from lalora_app.simulation.launch import CLIENTS_PER_GPU, Launch, read_launch
 from lalora_app.simulation.launch_checks import go_offline_without_hub, needs_hub
 from lalora_app.simulation.local_engine import run_in_workers
 from lalora_app.simulation.run_display import RunDisplay, standard_display
@@ -42,7 +43,7 @@ def launch(
     engine: str = "local",
     nodes: int | None = None,
     workers: int = 0,
-    clients_per_gpu: int = 4,
+    clients_per_gpu: int = CLIENTS_PER_GPU,
     verbose: bool = False,
 ) -> int:
     """Run the app in simulation and return 0 only if the run completed.
@@ -62,6 +63,10 @@ def launch(
         LayoutError: for a model that gives no per-example gradients, likewise.
         FlowerError: if Flower cannot start the run, or does not tell its end.
     """
+    if workers and engine != "local":
+        raise ConfigError(
+            f"--workers {workers} must be left out with --engine {engine}, which has no workers"
+        )
     read = read_launch(app, overrides, nodes)
     launched = replace(read, clients_per_gpu=clients_per_gpu, workers=workers)
     display = standard_display(verbose=verbose)
@@ -71,12 +76,12 @@ def launch(
             _look_for_hub(launched, display)
             completed, details = ENGINES[engine](launched, display)
     except KeyboardInterrupt:
-        display.print_all(_how_to_go_on(launched, display.folder))
+        display.print_all(_how_to_go_on(launched, display.folder, engine))
         raise
     if completed:
         return 0
     code = _failed(details, display)
-    display.print_all(_how_to_go_on(launched, display.folder))
+    display.print_all(_how_to_go_on(launched, display.folder, engine))
     return code
 
 
@@ -85,14 +90,26 @@ def _look_for_hub(launch: Launch, display: RunDisplay) -> None:
         display.print("warning: the model hub does not answer: only its local cache is used")
 
 
-def _how_to_go_on(launch: Launch, folder: str) -> list[str]:
+def _options(launch: Launch, engine: str) -> str:
+    """Return the options of the command that are not part of a run's config."""
+    share = launch.clients_per_gpu
+    given = {
+        "engine": "" if engine == "local" else engine,
+        "workers": launch.workers,
+        "clients-per-gpu": 0 if share == CLIENTS_PER_GPU else share,
+    }
+    return "".join(f" --{name} {value}" for name, value in given.items() if value)
+
+
+def _how_to_go_on(launch: Launch, folder: str, engine: str) -> list[str]:
     """Return the lines that tell how an unfinished run goes on, if it can."""
     if launch.config.compare != NONE:
         return ["the same command continues the comparison; finished runs are kept"]
     if not folder or not list(Path(folder).glob("checkpoints/*.safetensors")):
         return []
     resume = shlex.quote(f'resume-from="{folder}"')
-    return [f"to continue the run: lalora run {shlex.quote(str(launch.app))} -c {resume}"]
+    command = f"lalora run {shlex.quote(str(launch.app))}{_options(launch, engine)} -c {resume}"
+    return [f"to continue the run: {command}"]
 
 
 def _failed(details: str, display: RunDisplay) -> int:

@@ -15,12 +15,17 @@ def all_cores() -> int:
 
 
 def visible_gpus(device: str) -> list[str]:
-    """Return the names of the visible GPUs, as ``CUDA_VISIBLE_DEVICES`` has them.
+    """Return the names of the GPUs of the workers, as ``CUDA_VISIBLE_DEVICES`` has them.
+
+    Limit: for "cuda:N" the only name is "": every worker sees all GPUs and finds this one by its
+    number.
 
     Args:
-        device: ``model.device``; none is taken for "cpu".
+        device: ``model.device``; no GPU is taken for "cpu".
     """
     count = 0 if device == "cpu" else torch.cuda.device_count()
+    if count and device.startswith("cuda:"):
+        return [""]
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "")
     return (visible.split(",") if visible else [str(index) for index in range(count)])[:count]
 

@@ -9,8 +9,10 @@ from multiprocessing import get_context
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext, ForkServerProcess
 from multiprocessing.forkserver import ensure_running
+from tempfile import gettempdir
 from typing import Any, Self
 
+from lalora_app.settings.errors import ConfigError
 from lalora_app.workers.worker import Place, Task, serve
 
 # Imported once, in the process from which the workers are forked.
@@ -56,10 +58,18 @@ class Answer:
 
 
 def prepare_start() -> ForkServerContext:
-    """Start the process from which workers are forked; it imports their libraries meanwhile."""
+    """Start the process from which workers are forked; it imports their libraries meanwhile.
+
+    Raises:
+        ConfigError: if the folder of temporary files cannot hold its socket.
+    """
     context = get_context("forkserver")
     context.set_forkserver_preload(_PRELOADED)
-    ensure_running()
+    try:
+        ensure_running()
+    except OSError as error:
+        law = "must be a folder that can hold the socket of the worker processes"
+        raise ConfigError(f"TMPDIR={gettempdir()} {law}: {error}") from error
     return context
 
 

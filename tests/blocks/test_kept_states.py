@@ -63,6 +63,34 @@ def test_a_file_that_others_may_read_and_a_link_are_not_written(tmp_path):
     assert (tmp_path / "elsewhere").read_bytes() == b""
 
 
+def test_a_kept_file_that_others_may_read_is_closed_to_them(tmp_path):
+    path = tmp_path / "x.states"
+    filled(path)
+    path.chmod(0o644)
+    assert read(StatesInFile(path, NAME, SIZES)) == ENTRIES
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_file_of_another_user_is_not_used(tmp_path, monkeypatch):
+    path = tmp_path / "x.states"
+    filled(path)
+    whole, owner = path.read_bytes(), path.stat().st_uid
+    monkeypatch.setattr(os, "geteuid", lambda: owner + 1)
+    with pytest.raises(PermissionError, match="another user"):
+        StatesInFile(path, OTHER, SIZES)
+    assert path.read_bytes() == whole
+
+
+def test_a_disk_that_cannot_be_read_gives_no_entry(tmp_path, monkeypatch):
+    file = filled(tmp_path / "x.states")
+
+    def broken(*_):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", broken)
+    assert read(file) == [None] * 4
+
+
 def test_an_entry_of_another_key_or_place_is_not_read(tmp_path):
     file = filled(tmp_path / "x.states")
     assert read(file) == ENTRIES

@@ -123,10 +123,27 @@ def test_an_unfinished_run_with_a_checkpoint_tells_how_it_goes_on(checkpoint, sa
         (folder / "checkpoints").mkdir()
         (folder / "checkpoints" / "attempt-1.safetensors").touch()
     launch = Launch(config, {}, 3, ROOT)
-    lines = start._how_to_go_on(launch, str(folder))
+    lines = start._how_to_go_on(launch, str(folder), "local")
     expected = f"to continue the run: lalora run {ROOT} -c 'resume-from=\"{folder}\"'"
     assert lines == ([expected] if checkpoint else [])
-    assert start._how_to_go_on(launch, "") == []
+    assert start._how_to_go_on(launch, "", "local") == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "engine", "options"),
+    [
+        ({}, "flower", "--engine flower"),
+        ({"workers": 1}, "local", "--workers 1"),
+        ({"clients_per_gpu": 2}, "flower", "--engine flower --clients-per-gpu 2"),
+    ],
+)
+def test_an_unfinished_run_goes_on_with_the_options_of_its_command(changes, engine, options, saved):
+    folder, config = saved
+    (folder / "checkpoints").mkdir()
+    (folder / "checkpoints" / "attempt-1.safetensors").touch()
+    (line,) = start._how_to_go_on(Launch(config, {}, 3, ROOT, **changes), str(folder), engine)
+    resume = f"-c 'resume-from=\"{folder}\"'"
+    assert line == f"to continue the run: lalora run {ROOT} {options} {resume}"
 
 
 # --- the hub ----------------------------------------------------------------------------------

@@ -75,11 +75,28 @@ def test_a_run_that_cannot_succeed_is_one_line(changes, options, told, tiny, tmp
     assert not (tmp_path / "home" / "ledger.sqlite").exists()
 
 
+@pytest.mark.slow
+def test_a_temporary_folder_with_a_long_path_is_one_line(tiny, tmp_path, capfd, monkeypatch):
+    """The path of a Unix socket has at most about a hundred bytes."""
+    folder = tmp_path / ("long" * 25)
+    folder.mkdir()
+    monkeypatch.setenv("TMPDIR", str(folder))
+    assert run_toml(tiny(**SHORT), tmp_path, "local") == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith(f"lalora: TMPDIR={folder} must be a folder that can hold the socket")
+
+
 def test_an_engine_that_does_not_exist_is_told(capsys):
     with pytest.raises(SystemExit) as ended:
         main.main(["run", str(ROOT), "--engine", "ray"])
     assert ended.value.code == BAD_INPUT
     assert "argument --engine: 'ray' must be one of local, flower" in capsys.readouterr().err
+
+
+def test_workers_of_another_engine_are_told(capsys):
+    assert main.main(["run", str(ROOT), "--engine", "flower", "--workers", "1"]) == 2
+    told = "lalora: --workers 1 must be left out with --engine flower, which has no workers\n"
+    assert capsys.readouterr().err == told
 
 
 def test_the_server_process_reads_the_launch_as_it_was():

@@ -6,7 +6,7 @@ import psutil
 import pytest
 
 from helpers.worker_mains import obey, place_of
-from lalora_app.workers.places import places
+from lalora_app.workers.places import places, visible_gpus
 from lalora_app.workers.worker import Place, Task
 from lalora_app.workers.worker_pool import WorkerPool
 
@@ -145,6 +145,21 @@ def test_a_worker_knows_its_place_and_the_run_config():
 def test_places_share_cores_and_gpus(nodes, cores, gpus, workers, expected):
     found = places(nodes, cores=cores, gpus=gpus, workers=workers, clients_per_gpu=4)
     assert [(place.threads, place.gpu) for place in found] == expected
+
+
+@pytest.mark.parametrize(
+    ("device", "expected"),
+    [("cpu", []), ("auto", ["4", "7"]), ("cuda", ["4", "7"]), ("cuda:1", [""])],
+)
+def test_a_numbered_gpu_is_found_by_its_number_in_every_worker(device, expected, monkeypatch):
+    """A worker that sees one GPU only would look for the second one in vain."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    gpus = visible_gpus(device)
+    assert gpus == expected
+    found = places(8, cores=16, gpus=gpus, workers=0, clients_per_gpu=4)
+    assert {place.gpu for place in found} == set(gpus or [""])
+    assert len(found) == {0: 8, 1: 4, 2: 8}[len(gpus)]
 
 
 def test_more_workers_than_cores_are_refused():
