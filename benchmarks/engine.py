@@ -11,7 +11,7 @@ start_s: from the command to the first message. round_s: from one wave of traini
 the server's own work. training_s: the ClientApp's seconds in the busiest process of a wave.
 rest_s: the wave without training_s, which is the engine's own cost. rss_mb: the largest sum of the
 processes' memory, each shared page counted once. All but rss_mb are medians, over rounds without
-the first one, then over repeats.
+the first one, then over repeats. Rows of the output file whose case is not measured stay.
 """
 
 import argparse
@@ -33,11 +33,11 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 CLOCK = Path(__file__).parent / "engine_clock"
 SHARED = ROOT.parent / "shared"
-SST2 = f"""
+SST2_DATA = f"""
 model.name="{SHARED}/models/minilm-l6-h384" model.max-length=64 data.name="{SHARED}/data/sst2"
-data.test-split="validation" data.input-column="sentence" data.dirichlet-alpha=0.5
-train.batch-size=32 train.micro-batch=16
+data.test-split="validation" data.input-column="sentence"
 """
+SST2 = f"{SST2_DATA} data.dirichlet-alpha=0.5 train.batch-size=32 train.micro-batch=16"
 MANY = "train.batch-size=16 train.local-steps=2 data.dirichlet-alpha=inf"
 FEW = "train.batch-size=8 train.local-steps=2 data.dirichlet-alpha=inf"  # examples per client
 # name -> keys, clients, rounds
@@ -158,6 +158,11 @@ PLAN = """
 output = "{folder}"
 num-server-rounds = 8
 evaluate-every = 8
+[train]
+batch-size = 16
+local-steps = 2
+[data]
+dirichlet-alpha = inf
 [compare]
 nodes = 4
 methods = ["la-lora", "dp-lora"]
@@ -167,7 +172,7 @@ seeds = [{seeds}]
 
 
 def comparison(runs: int) -> Row:
-    """Return the seconds of a comparison of default runs, and of the training in it."""
+    """Return the seconds of a comparison of runs with two steps of 16, and of their training."""
     with tempfile.TemporaryDirectory() as name:
         plan = Path(name) / "plan.toml"
         seeds = ", ".join(map(str, range(runs // 2)))
@@ -196,12 +201,19 @@ def scale(clients: int) -> list[Row]:
     """
     rows = []
     for share in (0.05, 0.1):
-        keys = f"{SST2} {FEW} fraction-train={share}"
+        keys = f"{SST2_DATA} {FEW} fraction-train={share}"
         run = one_run("local", keys, clients, 20)
         figures = {key: round(run[key], 4) for key in run if key != "memory"}
         asked = round(share * clients)
         rows.append({"clients": clients, "asked": asked, **figures, "memory": run["memory"]})
     return rows
+
+
+def _with_other_cases(new: list[Row], output: Path) -> list[Row]:
+    """Return the new rows after those of the file whose case or engine was not measured now."""
+    measured_now = {(row["case"], row["engine"]) for row in new}
+    old = json.loads(output.read_text("utf-8")) if output.exists() else []
+    return [row for row in old if (row["case"], row["engine"]) not in measured_now] + new
 
 
 def main() -> None:
@@ -221,7 +233,8 @@ def main() -> None:
     elif args.scale:
         result = scale(args.scale)
     else:
-        result = measured(names, args.engines, args.repeats)
+        rows = measured(names, args.engines, args.repeats)
+        result = _with_other_cases(rows, args.output)
     args.output.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
     print(json.dumps(result, indent=1))
 

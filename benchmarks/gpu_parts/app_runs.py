@@ -9,18 +9,27 @@ import re
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from overhead import APP, client_times
-
 from lalora_app.results.run_folder import as_toml
 from lalora_app.settings.run_config import Scalar
 
+APP = Path(__file__).resolve().parents[2]
 CLIENTS_PER_GPU = 8
+_TIMING = re.compile(r"LaLoRA timing (\d+) (\S+) ([\d.]+) ([\d.]+)")
 _PROCESSES = re.compile(r"LaLoRA \d+ clients in (\d+) processes")
+
+
+def client_times(log: str) -> dict[int, dict[str, tuple[float, float]]]:
+    """Return attempt -> client -> (seconds for the ledger, seconds for training)."""
+    times: dict[int, dict[str, tuple[float, float]]] = defaultdict(dict)
+    for attempt, client, ledger, training in _TIMING.findall(log):
+        times[int(attempt)][client] = (float(ledger), float(training))
+    return times
 
 
 @dataclass(frozen=True)

@@ -209,7 +209,7 @@ def content_or_raise(reply: Message) -> RecordDict:
         WireError: with the error or refusal, or if the client runs other code.
     """
     if reply.has_error():
-        raise WireError(f"error {reply.error.code} from the network or the client's process")
+        raise WireError(f"error {reply.error.code}: the client's process has ended or is not reachable")
     config = reply.content.config_records.get(CONFIG, ConfigRecord())
     if "refusal" in config:
         raise RefusedError(str(config["refusal"]))
