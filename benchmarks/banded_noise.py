@@ -31,7 +31,7 @@ CASES = {
 
 
 def banded_root(steps: int, bands: int) -> np.ndarray:
-    """Return (steps, steps): the square root of the matrix of sums, b bands, columns of length 1."""
+    """Return (steps, steps): the root of the matrix of sums, b bands, columns of length 1."""
     first = np.zeros(steps)
     first[0] = 1.0
     for k in range(1, min(bands, steps)):

@@ -209,7 +209,8 @@ def content_or_raise(reply: Message) -> RecordDict:
         WireError: with the error or refusal, or if the client runs other code.
     """
     if reply.has_error():
-        raise WireError(f"error {reply.error.code}: the client's process has ended or is not reachable")
+        law = "the client's process has ended or is not reachable"
+        raise WireError(f"error {reply.error.code}: {law}")
     config = reply.content.config_records.get(CONFIG, ConfigRecord())
     if "refusal" in config:
         raise RefusedError(str(config["refusal"]))
