@@ -16,8 +16,9 @@ from lalora_app.aggregation.rule import normalised_weights
 from lalora_app.aggregation.server_state import ServerState
 from lalora_app.settings.run_config import Server
 
-BETA2 = 0.99  # decay of the second moment, as in arXiv:2003.00295, appendix D.1
-TAU = 1e-3  # τ, beside the root of the second moment; the paper's choice for most of its tasks
+# Flower's defaults of FedAdam and FedYogi.
+BETA2 = 0.99  # decay β₂ of the second moment
+TAU = 1e-3  # τ, added to the root of the second moment
 
 # A tensor's step at rate 1, and the new moments that are kept: none, the first, or both.
 Step = tuple[Float64Array, tuple[Float64Array, ...]]
@@ -58,9 +59,9 @@ def server_step(
     * ``sgd``: step = Δ.
     * ``momentum``: m ← βm + Δ, step = m. A constant Δ is multiplied by up to 1/(1 − β).
     * ``adam``: m ← βm + (1 − β)Δ, v ← β₂v + (1 − β₂)Δ², step = m̂/(√v̂ + τ) with
-      m̂ = m/(1 − βᵏ) and v̂ = v/(1 − β₂ᵏ). The paper has no bias correction and starts v at τ² or
-      more; we start at zero, with the correction of the original Adam, so that a run of few rounds
-      does not depend on a start value.
+      m̂ = m/(1 − βᵏ) and v̂ = v/(1 − β₂ᵏ). The paper starts v at τ² or more and corrects no bias.
+      Moments start at zero here, with the correction of arXiv:1412.6980, so that a run of few
+      rounds does not depend on a start value. The first step is Δ/(|Δ| + τ).
     * ``yogi``: as ``adam``, with v ← v − (1 − β₂)Δ²·sign(v − Δ²).
 
     Only tensors that travelled in the round are stepped. The moments of the others stay as they

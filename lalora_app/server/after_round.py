@@ -66,7 +66,7 @@ class AfterRound:
         return MetricRecord(dict(scores))
 
     def _scores(self) -> Metrics:
-        """Return the scores of the current adapter; empty if no evaluation is due."""
+        """Return the scores of the adapter that would be saved now; empty if none are due."""
         attempts, state = self.strategy.attempts, self.strategy.state
         if not self.config.is_evaluated(state.attempts):
             return {}
