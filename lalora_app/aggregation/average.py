@@ -5,7 +5,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from lalora_app.adapter.factors import Adapter
+from lalora_app.adapter.low_rank import Float64Array
 from lalora_app.aggregation.rule import Aggregated, RoundInfo, normalised_weights
+
+
+def mean_in_float64(shares: Float64Array, uploads: Sequence[Adapter], name: str) -> Float64Array:
+    """Return ``Σ p_k X_k`` of one tensor; the shares p_k (clients,) add up to 1."""
+    stack = np.stack([upload[name] for upload in uploads]).astype(np.float64)  # (clients, ...)
+    return np.asarray(np.tensordot(shares, stack, axes=1))
 
 
 def weighted_mean(
@@ -29,8 +36,7 @@ def weighted_mean(
     shares = normalised_weights(weights)
     merged = dict(current)
     for name in uploads[0]:
-        stack = np.stack([upload[name] for upload in uploads]).astype(np.float64)  # (clients, ...)
-        merged[name] = np.tensordot(shares, stack, axes=1).astype(np.float32)
+        merged[name] = mean_in_float64(shares, uploads, name).astype(np.float32)
     return merged
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from lalora_app.adapter.factors import Adapter, Factor, Factors
+from lalora_app.adapter.factors import Adapter, Factor, Factors, kind
 
 
 def _no_versions() -> dict[Factor, int]:
@@ -22,6 +22,12 @@ class ServerState:
         attempts: number of rounds that were requested from clients, including failed ones.
         drift: change of the base weights since the start, ``W = W0 + B·A`` without a scale, of
             any rank.
+        first_moment: the first moments of ``server.optimizer``, by name of the tensor; a tensor
+            that was never stepped has none.
+        second_moment: its second moments, of Adam and Yogi only.
+        average: the running average of ``server.average``: plain means of the head, and factors
+            whose product is the mean of the products, of any rank. Empty before its first round.
+        averaged: number of adapters in ``average``.
     """
 
     adapter: Adapter
@@ -29,6 +35,15 @@ class ServerState:
     versions: Mapping[Factor, int] = field(default_factory=_no_versions)
     attempts: int = 0
     drift: Adapter = field(default_factory=dict)
+    first_moment: Adapter = field(default_factory=dict)
+    second_moment: Adapter = field(default_factory=dict)
+    average: Adapter = field(default_factory=dict)
+    averaged: int = 0
+
+    def aggregations(self, name: str) -> int:
+        """Return how many aggregations have changed a tensor so far; heads travel every round."""
+        part = kind(name)
+        return self.versions[part] if part in ("A", "B") else self.round
 
     def advanced(
         self, adapter: Adapter, synced: Factors, drift: Adapter | None = None
@@ -42,7 +57,14 @@ class ServerState:
         """
         versions: dict[Factor, int] = {f: n + (f in synced) for f, n in self.versions.items()}
         moved = self.drift if drift is None else drift
-        return ServerState(adapter, self.round + 1, versions, self.attempts + 1, moved)
+        return replace(
+            self,
+            adapter=adapter,
+            round=self.round + 1,
+            versions=versions,
+            attempts=self.attempts + 1,
+            drift=moved,
+        )
 
     def failed(self) -> "ServerState":
         """Return the state after a failed attempt: only ``attempts`` grows."""

@@ -15,6 +15,7 @@ import torch
 from scipy import stats
 
 from lalora_app.adapter.factors import Kind
+from lalora_app.aggregation.iterate_average import final_adapter
 from lalora_app.aggregation.server_state import ServerState
 from lalora_app.audit.draw_estimates import (
     BATCH,
@@ -92,8 +93,8 @@ def auc(scores: np.ndarray, members: np.ndarray) -> float:
 
 @torch.inference_mode()
 def _losses(backbone: Backbone, canaries: Encoded, state: ServerState) -> np.ndarray:
-    """Return (canaries,): losses of the global model, on the base that the run has moved."""
-    backbone.load(state.adapter, state.drift)
+    """Return (canaries,): losses of the model that the run would save, on its moved base."""
+    backbone.load(final_adapter(state), state.drift)
     parts = [
         backbone.task.losses(backbone.logits(batch), batch.labels.to(backbone.device))
         for batch in canaries.batches(BATCH)

@@ -61,6 +61,47 @@ def check_secure_aggregation(config: Config, *, linear: bool) -> None:
         )
 
 
+def _no_step_reason(method: Method) -> str | None:
+    """Return why the server cannot step along a method's mean update; None if it can."""
+    if not method.linear:
+        return "whose server rule is not a mean"
+    if not method.averages_tensors:
+        return "whose server rule changes the coordinates of the factors between rounds"
+    if method.finally_syncs:
+        return "which sends a factor in the last round only"
+    return None
+
+
+def _no_average_reason(method: Method) -> str | None:
+    """Return why the adapters of a method's rounds have no average; None if they have one."""
+    if method.effective is not None:
+        return "whose product depends on more tensors than A and B"
+    if method.moves_base:
+        return "which moves part of the product into the frozen weights"
+    if method.finally_syncs:
+        return "which sends a factor in the last round only"
+    return None
+
+
+def _check_server(config: Config, method: Method) -> None:
+    """Check the table ``server`` against a method.
+
+    Raises:
+        ConfigError: naming the key, its value and the reason.
+    """
+    server, step, average = config.server, _no_step_reason(method), _no_average_reason(method)
+    for key, value, plain, reason in (
+        ("optimizer", server.optimizer, "sgd", step),
+        ("lr", server.lr, 1.0, step),
+        ("average", server.average, "none", average),
+    ):
+        if value != plain and reason:
+            raise ConfigError(
+                f"server.{key}={json.dumps(value)} must be {json.dumps(plain)} for method "
+                f"{config.method}, {reason}"
+            )
+
+
 def _require_known(name: str) -> None:
     if name in REFUSED:
         raise ConfigError(f"method={json.dumps(name)} is refused: {REFUSED[name]}")
@@ -112,6 +153,7 @@ def method_of(config: Config) -> Method:
             "rule is not a mean"
         )
     check_secure_aggregation(config, linear=method.linear)
+    _check_server(config, method)
     return method
 
 

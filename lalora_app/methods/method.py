@@ -79,6 +79,14 @@ class Method:
     heterogeneous: bool = False
     keeps_client_state: bool = False
 
+    @property
+    def averages_tensors(self) -> bool:
+        """Whether the server's rule is the mean of the tensors alone.
+
+        The factors then keep their coordinates from round to round.
+        """
+        return self.aggregate is federated_averaging
+
     def sent(self, t: int, *, last: bool) -> Factors:
         """Return the factors that travel up in round ``t``."""
         return self.syncs(t) | (self.finally_syncs if last else frozenset())

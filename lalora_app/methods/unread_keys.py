@@ -1,4 +1,4 @@
-"""Keys of the run config that only some methods read, for a warning about values without effect.
+"""Keys of the run config that not every run reads, for a warning about values without effect.
 
 A warning and no refusal: a comparison gives one set of keys to many methods, and its tuning scales
 the learning rates of all of them.
@@ -23,6 +23,7 @@ DEFAULTS: dict[str, Scalar] = {
     "rule.gate-temperature": 0.5,
     "rule.tasks": 2,
     "rule.sparsity": 0.1,
+    "server.momentum": 0.9,
 }
 _READERS = {
     "rule.period": {"rac-lora", "fedsvd", "beamlora"},
@@ -50,7 +51,7 @@ def _train_keys(method: Method, local_steps: int) -> set[str]:
 
 
 def unread_keys(config: Config) -> list[str]:
-    """Return ``key=value`` of all values without effect under the run's method.
+    """Return ``key=value`` of all values without effect under the run's method and optimisers.
 
     A value that equals its default is never listed, whether it was given or not.
 
@@ -62,6 +63,7 @@ def unread_keys(config: Config) -> list[str]:
     """
     read = _train_keys(method_of(config), config.train.local_steps)
     read |= {key for key, methods in _READERS.items() if config.method in methods}
+    read |= {"server.momentum"} if config.server.optimizer != "sgd" else set()
     values = flatten(config)
     return [
         f"{key}={values[key]!r}"

@@ -5,17 +5,20 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from lalora_app.adapter.atomic_files import replace_atomically
+from lalora_app.adapter.factors import Adapter, Array
 from lalora_app.aggregation.server_state import ServerState
 
 _log = logging.getLogger("flwr")
 _KEPT = 2
-_DRIFT = "drift."  # prefix of the tensors that were added to the frozen base
+# Fields of the state beside the adapter; a field's name is the prefix of its tensors in the file.
+_FIELDS = ("drift", "first_moment", "second_moment", "average")
 
 
 def _digest(tensors: Mapping[str, np.ndarray], numbers: str) -> str:
@@ -34,14 +37,29 @@ def _files(folder: Path) -> list[Path]:
 def save(folder: Path, state: ServerState) -> None:
     """Write the state durably, then delete all but the newest checkpoints."""
     numbers = json.dumps(
-        {"round": state.round, "attempts": state.attempts, "versions": dict(state.versions)}
+        {
+            "round": state.round,
+            "attempts": state.attempts,
+            "versions": dict(state.versions),
+            "averaged": state.averaged,
+        }
     )
-    tensors = state.adapter | {_DRIFT + name: array for name, array in state.drift.items()}
+    tensors = state.adapter | {
+        f"{field}.{name}": array
+        for field in _FIELDS
+        for name, array in getattr(state, field).items()
+    }
     metadata = {"state": numbers, "digest": _digest(tensors, numbers)}
     with replace_atomically(folder / f"attempt-{state.attempts:05d}.safetensors") as new:
         save_file(tensors, new, metadata=metadata)
     for old in _files(folder)[:-_KEPT]:
         old.unlink()
+
+
+def _part(tensors: Mapping[str, Array], field: str) -> Adapter:
+    """Return the tensors of one field of the state, by the names that they have there."""
+    prefix = f"{field}."
+    return {n.removeprefix(prefix): x for n, x in tensors.items() if n.startswith(prefix)}
 
 
 def load(path: Path) -> ServerState:
@@ -56,10 +74,10 @@ def load(path: Path) -> ServerState:
     digest = metadata.get("digest")  # older versions wrote none
     if digest is not None and digest != _digest(tensors, metadata["state"]):
         raise ValueError("the tensors do not match their digest")
-    numbers = json.loads(metadata["state"])
-    drift = {n.removeprefix(_DRIFT): x for n, x in tensors.items() if n.startswith(_DRIFT)}
-    adapter = {n: x for n, x in tensors.items() if not n.startswith(_DRIFT)}
-    return ServerState(adapter, numbers["round"], numbers["versions"], numbers["attempts"], drift)
+    numbers: dict[str, Any] = json.loads(metadata["state"])
+    parts: dict[str, Any] = {field: _part(tensors, field) for field in _FIELDS}
+    adapter = {n: x for n, x in tensors.items() if n.partition(".")[0] not in _FIELDS}
+    return ServerState(adapter, **numbers, **parts)
 
 
 def load_undamaged(folder: Path) -> list[ServerState]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from lalora_app.aggregation.iterate_average import final_adapter
 from lalora_app.aggregation.server_state import ServerState
 from lalora_app.data.examples import split
 from lalora_app.models.backbone import Backbone, build
@@ -21,6 +22,8 @@ TOP = 10  # singular vectors per layer
 def open_run(folder: Path) -> tuple[Config, Backbone, ServerState]:
     """Return a run's config, its model on the CPU in float32, and its last state.
 
+    The model has the adapter that the run evaluates and saves.
+
     Raises:
         ConfigError: if the folder is not a run's folder, or its model cannot be built.
     """
@@ -34,7 +37,7 @@ def open_run(folder: Path) -> tuple[Config, Backbone, ServerState]:
             f"newest one is of attempt {state.attempts}"
         )
     model, _ = build(config)
-    model.load(state.adapter, state.drift)
+    model.load(final_adapter(state), state.drift)
     return config, model, state
 
 

@@ -9,6 +9,7 @@ from safetensors.numpy import load_file, save_file
 
 from lalora_app.adapter.factors import Adapter, factor_pairs
 from lalora_app.adapter.low_rank import balanced_factors, numerical_rank, sum_of_products, svd
+from lalora_app.aggregation.iterate_average import final_adapter
 from lalora_app.aggregation.server_state import ServerState
 from lalora_app.models.backbone import Backbone
 from lalora_app.models.pretrained import public_name
@@ -108,12 +109,12 @@ def export(
 
     Args:
         backbone: the run's model; its adapter is overwritten.
-        state: the final state of the server, head included.
+        state: the final state of the server, head included; its average is saved if it has one.
         folder: the folder to write; made if missing.
         config: the run's config.
         row: the last row of the history.
     """
-    backbone.load(state.adapter, state.drift)
+    backbone.load(final_adapter(state), state.drift)
     model = cast(PeftModel, backbone.model)
     # Embeddings are frozen; "auto" would look for the base model on the hub.
     model.save_pretrained(str(folder), save_embedding_layers=False)

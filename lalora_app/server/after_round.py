@@ -7,6 +7,7 @@ from typing import Any
 
 from flwr.app import ArrayRecord, MetricRecord
 
+from lalora_app.aggregation.iterate_average import final_adapter
 from lalora_app.data.encoding import Encoded
 from lalora_app.models.backbone import Backbone
 from lalora_app.models.scores import Metrics, format_scores, scores_in_row
@@ -65,14 +66,14 @@ class AfterRound:
         return MetricRecord(dict(scores))
 
     def _scores(self) -> Metrics:
-        """Return the scores of the current adapter; empty if no evaluation is due."""
+        """Return the scores of the adapter that would be saved now; empty if none are due."""
         attempts, state = self.strategy.attempts, self.strategy.state
         if not self.config.is_evaluated(state.attempts):
             return {}
         before = scores_in_row(self.rows[-1]) if self.rows else {}
         if before and attempts and not attempts[-1].aggregated:  # the adapter is the same
             return before
-        self.model.load(state.adapter, state.drift)
+        self.model.load(final_adapter(state), state.drift)
         return self.model.evaluate(self.test.batches(_EVAL_BATCH))
 
     def _record(self, attempt: dict[str, Any], scores: Metrics) -> None:

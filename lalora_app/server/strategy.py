@@ -12,9 +12,11 @@ from flwr.serverapp.strategy import Strategy
 
 from lalora_app.adapter.factors import Adapter, Factors, from_rank, num_bytes, select, to_rank
 from lalora_app.adapter.low_rank import add_to_drift
+from lalora_app.aggregation.iterate_average import with_average
 from lalora_app.aggregation.measured_error import AggregationErrors, aggregation_errors
 from lalora_app.aggregation.rule import RoundInfo
 from lalora_app.aggregation.server_state import ServerState
+from lalora_app.aggregation.server_step import server_step
 from lalora_app.methods.method import Method
 from lalora_app.server.attempt import Attempt
 from lalora_app.server.cohorts import Clients
@@ -200,12 +202,17 @@ class FederatedLora(Strategy):
             numbers=config.rule,
         )
         new = self.method.aggregate(before, shares, kept, info)
-        scale = config.lora.alpha / full
-        drift = add_to_drift(self.state.drift, new.fold, scale) if new.fold else None
-        self.state = self.state.advanced(new.adapter, synced, drift)
-        return aggregation_errors(
+        errors = aggregation_errors(
             weights, uploads, before, new, complete=self._complete(info.t, synced)
         )
+        if config.server.changes_update:  # else the mean itself, bit for bit
+            self.state, stepped = server_step(config.server, self.state, shares, kept)
+            new = self.method.aggregate(before, [1.0], [stepped], info)
+        scale = config.lora.alpha / full
+        drift = add_to_drift(self.state.drift, new.fold, scale) if new.fold else None
+        state = self.state.advanced(new.adapter, synced, drift)
+        self.state = with_average(config.server, state, config.num_server_rounds)
+        return errors
 
     def _complete(self, t: int, synced: Factors) -> bool:
         """Tell whether the server knows every tensor that the clients computed with."""

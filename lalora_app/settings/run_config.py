@@ -18,6 +18,7 @@ from lalora_app.settings.sections import (
     Privacy,
     Train,
 )
+from lalora_app.settings.server_section import Server
 from lalora_app.settings.value_rules import (
     count,
     law,
@@ -40,6 +41,7 @@ __all__ = [  # the sections of a run config are imported from here, beside Confi
     "Model",
     "Privacy",
     "Scalar",
+    "Server",
     "Train",
     "as_float",
     "flatten",
@@ -118,6 +120,7 @@ class Config:
     privacy: Privacy
     train: Train
     rule: MethodNumbers
+    server: Server
 
     def is_last(self, attempt: int) -> bool:
         """Tell whether the run ends with this attempt (from 1)."""

@@ -66,6 +66,7 @@ CASES = {
     "ranks differ": ("hetlora", {"lora.ranks": "1,2"}),
     "cohorts of two": ("la-lora", {"fraction-train": 0.67}),
     "a robust mean": ("dp-lora", {"robust": "median"}),
+    "the server steps": ("la-lora", {"server.optimizer": "adam", "server.lr": 0.01}),
 }
 
 

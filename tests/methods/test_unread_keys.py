@@ -10,6 +10,7 @@ from helpers.app_runs import local_steps, open_run, run, same_bits
 from lalora_app.adapter.factors import kind, select
 from lalora_app.adapter.low_rank import add_to_drift
 from lalora_app.aggregation.rule import RoundInfo
+from lalora_app.aggregation.server_step import server_step
 from lalora_app.client import local_round
 from lalora_app.data.encoding import EncodedTexts
 from lalora_app.data.examples import split
@@ -35,6 +36,7 @@ OTHER = {
     "rule.gate-temperature": 0.1,
     "rule.tasks": 1,
     "rule.sparsity": 0.6,
+    "server.momentum": 0.5,
 }
 EXAMPLES = 12
 OWN_OPTIMIZER = ("doppler", "dp-fedadamw")
@@ -135,7 +137,11 @@ def one_round(config, model, data, state, t):
     upload = select(whole, sent)
     rotated = {n: x if kind(n) == "gate" else np.roll(x, 1, axis=0) for n, x in upload.items()}
     uploads = [upload, rotated]
-    new = method.aggregate(state.adapter, [1.0, 1.0], uploads, info)
+    weights = [1.0, 1.0]
+    if config.server.changes_update:
+        state, stepped = server_step(config.server, state, weights, uploads)
+        weights, uploads = [1.0], [stepped]
+    new = method.aggregate(state.adapter, weights, uploads, info)
     scale = config.lora.alpha / rank
     drift = add_to_drift(state.drift, new.fold, scale) if new.fold else None
     return state.advanced(new.adapter, sent, drift)
@@ -157,6 +163,15 @@ def test_keys_change_the_result_if_and_only_if_they_are_read(method, tiny, resul
         assert not same_bits(changed({key}), plain), key
 
 
+@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam", "yogi"])
+def test_the_servers_momentum_is_read_by_all_optimisers_but_sgd(optimizer, tiny, result):
+    server = {"server.optimizer": optimizer, "server.lr": 0.1}
+    other = server | {"server.momentum": 0.5}
+    unread = optimizer == "sgd"
+    assert named(tiny(method="dp-lora", **other)) == ({"server.momentum"} if unread else set())
+    assert same_bits(result("dp-lora", other), result("dp-lora", server)) == unread
+
+
 @pytest.mark.usefixtures("no_waiting")
 def test_a_run_warns_once_of_all_values_without_effect(tiny, caplog):
     changes = {"num-server-rounds": 1, "rule.period": 3, "train.optimizer": "sgd"}
@@ -165,6 +180,7 @@ def test_a_run_warns_once_of_all_values_without_effect(tiny, caplog):
         run(config)
     (line,) = [r.getMessage() for r in caplog.records if "does not read" in r.getMessage()]
     assert (
-        line == 'LaLoRA method="ffa-lora" does not read train.lr-a=0.001, rule.period=3: '
+        line
+        == 'LaLoRA this run of method="ffa-lora" does not read train.lr-a=0.001, rule.period=3: '
         "the values have no effect"
     )

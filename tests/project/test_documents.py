@@ -104,7 +104,7 @@ def test_every_option_of_flowers_programs_exists(program):
 
 @each_document
 def test_every_config_key_that_is_named_exists(path):
-    section = r"(?:model|lora|data|privacy|train|rule)\.[a-z][a-z-]*"
+    section = r"(?:model|lora|data|privacy|train|rule|server)\.[a-z][a-z-]*"
     for code in inline(path):
         for key in re.findall(rf"(?:^|[\s\"'])({section})(?=$|[\s=,:])", code):
             assert key in {*defaults(), *OTHER_NAMES}, f"{path.name}: {key}"

@@ -22,7 +22,7 @@ from helpers.app_runs import (
     sized,
 )
 from helpers.secure_runs import CLIENTS, ON, STAGES, done_state, lose, states, uploads
-from lalora_app.adapter.factors import active_names
+from lalora_app.adapter.factors import B, active_names, select
 from lalora_app.client import local_round
 from lalora_app.methods.table import METHODS
 from lalora_app.secagg import fixed_point, masks
@@ -85,9 +85,10 @@ def test_one_client_may_drop_out_at_any_stage(tiny, rounds, stage):
     assert sorted(len(book) for book in books.values()) == [3 - (not trains), 3, 3, 3]
 
 
-def test_a_sum_is_as_good_as_the_uploads(tiny, tmp_path, monkeypatch):
+@pytest.mark.parametrize("server", [{}, {"server.optimizer": "momentum", "server.lr": 0.5}])
+def test_a_sum_is_as_good_as_the_uploads(tiny, tmp_path, monkeypatch, server):
     """One round with seeded noise, with and without: the same adapter to the bound."""
-    changes = open_run(CLIENTS) | {"privacy.noise": "seeded", "num-server-rounds": 1}
+    changes = open_run(CLIENTS) | {"privacy.noise": "seeded", "num-server-rounds": 1} | server
     config = fresh(tiny, tmp_path, monkeypatch, "plain", **changes)
     plain = run(config, CLIENTS).folder.latest()
     masked = run(fresh(tiny, tmp_path, monkeypatch, "masked", **changes | ON), CLIENTS)
@@ -95,6 +96,11 @@ def test_a_sum_is_as_good_as_the_uploads(tiny, tmp_path, monkeypatch):
     bound = fixed_point.error_bound(CLIENTS)
     for name, array in plain.adapter.items():
         assert np.abs(found[name] - array).max() <= bound + 2.0**-23 * np.abs(array).max(), name
+    moments = masked.folder.latest().first_moment
+    assert set(moments) == set(plain.first_moment) == (select(found, B) if server else {}).keys()
+    for name, array in plain.first_moment.items():
+        rounding = 2.0**-23 * np.abs(plain.adapter[name]).max()  # of the mean that was subtracted
+        assert np.abs(moments[name] - array).max() <= bound + rounding, name
     # What only single uploads tell is not told.
     (row,) = masked.rows
     for key in ("aggregation_error", "remaining_error", "update_cosine"):

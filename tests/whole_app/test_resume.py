@@ -54,14 +54,22 @@ RESUMED = {
 }
 
 
+# With the moments or the average begun before the crash at the third of four attempts.
+SERVER = {
+    "": {},
+    "yogi": {"server.optimizer": "yogi", "server.lr": 0.01, "server.average": "ema:0.5"},
+    "momentum": {"server.optimizer": "momentum", "server.average": "tail:0.75"},
+}
+
+
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory, tiny_keys):
     """Return the run of a method that nothing interrupts, made once."""
 
     @cache
-    def whole(method):
+    def whole(method, server=""):
         folder = tmp_path_factory.mktemp(method)
-        own = {"method": method, "output": str(folder / "out")}
+        own = {"method": method, "output": str(folder / "out")} | SERVER[server]
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("LALORA_HOME", str(folder / "home"))
             do_not_wait_for_nodes(patch)
@@ -72,16 +80,20 @@ def uninterrupted(tmp_path_factory, tiny_keys):
 
 
 @pytest.mark.parametrize(
-    ("method", "moment"),
+    ("method", "moment", "server"),
     [
-        *(("la-lora", moment) for moment in CRASHES),
-        ("fedex-lora", "in a round"),
-        ("sd-lora", "before a round"),
+        *(("la-lora", moment, "") for moment in CRASHES),
+        ("fedex-lora", "in a round", ""),
+        ("sd-lora", "before a round", ""),
+        ("la-lora", "in a round", "yogi"),
+        ("rolora", "before a round", "momentum"),
     ],
 )
-def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tiny, uninterrupted, method, moment):
-    whole = uninterrupted(method)
-    config = tiny(**sized(method=method) | RESUMED)
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
+    tiny, uninterrupted, method, moment, server
+):
+    whole = uninterrupted(method, server)
+    config = tiny(**sized(method=method) | RESUMED | SERVER[server])
     first, later = interrupted(config, 4, **CRASHES[moment])
     assert cohorts(first.grid).keys() >= {1, 2}
     assert (first.folder.latest().round, first.folder.latest().attempts) == (2, 2)
@@ -92,6 +104,9 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tiny, uninterrupted
     for key in ("attempt", "round", "phase", "aggregated", "accuracy", "epsilon_max"):
         assert [row[key] for row in second.rows] == [row[key] for row in whole.rows], key
     assert same_bits(second.adapter, whole.adapter)
+    ended, expected = second.folder.latest(), whole.folder.latest()
+    for part in ("adapter", "first_moment", "second_moment", "average"):
+        assert same_bits(getattr(ended, part), getattr(expected, part)), part
     assert second.json("summary.json")["rounds"] == 4
     entries = ledger_entries()
     assert {entry.run for entry in entries} == {first.folder.name}
@@ -189,6 +204,7 @@ def test_a_finished_run_may_be_resumed_and_stays_what_it_is(tiny, budget):
         ("privacy.noise", "seeded"),
         ("weighting", "public-size"),
         ("num-server-rounds", 9),
+        ("server.average", "ema:0.5"),
         ("train.lr-a", 1e-4),
     ],
 )
