@@ -23,10 +23,10 @@ from lalora_app.methods.method import Method
 from lalora_app.methods.optimizers import configured_optimizer
 from lalora_app.privacy.randomness import seeded
 from lalora_app.private_step.gradients import NoisedGrads
-from lalora_app.private_step.mechanism import clip_scales
+from lalora_app.private_step.mechanism import CLIPPINGS
 from lalora_app.private_step.step import noise_std_of
 from lalora_app.settings.errors import ConfigError
-from lalora_app.settings.run_config import Config
+from lalora_app.settings.run_config import Config, Privacy
 
 _POINT = np.float32(0.25)  # share of the way from a round's start to its end, for the gradients
 BATCH = 32
@@ -92,17 +92,19 @@ def _clipped_together(federation: Federation, t: int) -> dict[Kind, frozenset[Ki
 
 
 def _clipped(
-    parts: Mapping[str, Tensor], together: Mapping[Kind, frozenset[Kind]], clip_norm: float
+    parts: Mapping[str, Tensor], together: Mapping[Kind, frozenset[Kind]], privacy: Privacy
 ) -> dict[str, Tensor]:
     """Return each record's gradients as a step sums them: clipped over the kinds of that step."""
     squares: dict[Kind, Tensor] = {}
     for name, part in parts.items():
         own = part.flatten(1).square().sum(dim=1)
         squares[kind(name)] = squares.get(kind(name), torch.zeros_like(own)) + own
-    scales = {
-        which: clip_scales(torch.stack([squares[w] for w in active]).sum(0).sqrt(), clip_norm)
+    norms = {
+        which: torch.stack([squares[w] for w in active]).sum(0).sqrt()
         for which, active in together.items()
     }
+    scales_of, clip_norm = CLIPPINGS[privacy.clipping], privacy.clip_norm
+    scales = {which: scales_of(norm, clip_norm) for which, norm in norms.items()}
     return {
         name: part * scales[kind(name)].reshape(-1, *[1] * (part.ndim - 1))
         for name, part in parts.items()
@@ -129,11 +131,11 @@ def _gradients(federation: Federation, seen: VictimRound) -> GradientRows:
     model, records = federation.victim.model, federation.victim.data.inner
     model.load(_intermediate(seen), seen.drift)
     model.engine.activate(frozenset(model.engine.parameters))
-    together, clip_norm = _clipped_together(federation, seen.t), federation.config.privacy.clip_norm
+    together, privacy = _clipped_together(federation, seen.t), federation.config.privacy
     parts = []
     for batch in records.batches(BATCH):
         grads = model.engine.gradients(partial(model.losses, batch), len(batch.labels))
-        clipped = _clipped(grads.dense(), together, clip_norm)
+        clipped = _clipped(grads.dense(), together, privacy)
         parts.append(_filtered(clipped, federation.method))
     return {which: in_own_order(records, [rows[which] for rows in parts]) for which in parts[0]}
 

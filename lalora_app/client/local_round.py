@@ -29,6 +29,7 @@ class LocalSettings:
         rule: the run config's table ``rule``.
         clip_norm: C, the largest joint gradient norm of one example.
         seed: the seed of this client and round, for random draws that do not use the data.
+        clipping: ``privacy.clipping``, the factor that bounds the norm.
     """
 
     method: Method
@@ -38,6 +39,7 @@ class LocalSettings:
     rule: MethodNumbers
     clip_norm: float
     seed: int = 0
+    clipping: str = "flat"
 
     def progress(self, k: int) -> float:
         """Return the share of the run's steps before step ``k``, from 0 to 1."""
@@ -134,6 +136,7 @@ def run_round(
                 clip_norm=local.clip_norm,
                 micro_batch=train.micro_batch,
                 streams=streams,
+                clipping=local.clipping,
             )
         apply(backbone, optimizer, method.postprocess(noised))
     return method.align(start, backbone.adapter())

@@ -54,6 +54,7 @@ def _seconds(config: Config, model: Backbone, data: Encoded) -> float:
         clip_norm=config.privacy.clip_norm,
         micro_batch=config.train.micro_batch,
         streams=RandomStreams(randomness.secure(), randomness.secure()),
+        clipping=config.privacy.clipping,
     )
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)

@@ -219,6 +219,11 @@ def _check_together(config: Config) -> None:
     clip, epsilon = config.privacy.clip_norm, config.privacy.epsilon
     if math.isinf(clip) and math.isfinite(epsilon):
         raise ConfigError(f"privacy.clip-norm=inf must be finite while privacy.epsilon={epsilon}")
+    if math.isinf(clip) and config.privacy.clipping == "automatic":
+        raise ConfigError(
+            'privacy.clip-norm=inf must be finite for privacy.clipping="automatic", which scales '
+            "every gradient to about the clip norm"
+        )
     _check_model(config)
     if config.train.momentum > 0 and config.train.optimizer != "sgd":
         raise ConfigError(

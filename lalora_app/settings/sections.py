@@ -211,6 +211,13 @@ class Privacy:
         meaning="Clip norm C: largest l2 norm of one example's gradient over all trained tensors "
         "together."
     )
+    clipping: str = one_of(
+        "flat",
+        "automatic",
+        meaning="Factor of an example's gradient g before the sum: `flat` is min(1, C/‖g‖), "
+        "`automatic` is C/(‖g‖ + 0.01). The guarantee is the same "
+        "([privacy](privacy.md#automatic-clipping)).",
+    )
     noise: str = one_of(
         "secure",
         "seeded",

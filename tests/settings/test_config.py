@@ -108,6 +108,7 @@ OUT_OF_RANGE = [
     ("privacy.clip-norm", NAN),
     ("privacy.clip-norm", 1e-7),  # float32 squares vanish below it
     ("privacy.clip-norm", 1e7),
+    ("privacy.clipping", "auto"),
     ("privacy.noise", "none"),
     ("train.local-steps", 0),
     ("train.batch-size", 0),
@@ -287,6 +288,13 @@ def test_no_clipping_is_possible_only_without_privacy(epsilon):
     assert "\n" not in message
     config = make_config(**{"privacy.clip-norm": INF, "privacy.epsilon": INF})
     assert not config.privacy.private
+
+
+def test_automatic_clipping_needs_a_clip_norm():
+    changes = {"privacy.clip-norm": INF, "privacy.epsilon": INF, "privacy.clipping": "automatic"}
+    message = complaint(changes)
+    assert 'privacy.clip-norm=inf must be finite for privacy.clipping="automatic"' in message
+    assert "\n" not in message
 
 
 def test_seeded_noise_is_not_private():
