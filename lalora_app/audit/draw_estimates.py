@@ -10,6 +10,7 @@ known; all gradients are taken at one point between the received adapter and the
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from torch import Tensor
 
 from lalora_app.adapter.factors import Adapter, Kind, active_names, kind
 from lalora_app.audit.planted_federation import Federation, VictimRound
-from lalora_app.client.local_round import learning_rates
+from lalora_app.client.local_round import learning_rates, rate_factor
 from lalora_app.data.encoding import Encoded
 from lalora_app.methods.method import Method
 from lalora_app.methods.optimizers import configured_optimizer
@@ -59,9 +60,15 @@ def check_linear(config: Config, method: Method) -> None:
     """Check that a client's change is the linear map that the attack inverts.
 
     Raises:
-        ConfigError: for any optimiser but plain SGD.
+        ConfigError: for any optimiser but plain SGD, and for random views, which the attack does
+            not know.
     """
     train = config.train
+    if train.views > 1:
+        raise ConfigError(
+            f"train.views={train.views} must be 1 for the audit of a whole run; --fast leaves it "
+            "out"
+        )
     if (
         method.optimizer is not configured_optimizer
         or train.optimizer != "sgd"
@@ -176,6 +183,14 @@ def posterior_counts(
     return counts, 1 - ridge * np.diag(inverse)
 
 
+def _mean_rates(config: Config, t: int) -> dict[Kind, float]:
+    """Return the mean learning rate of each kind over the steps of round ``t``."""
+    train, k = config.train, config.train.local_steps
+    steps = range((t - 1) * k, t * k)
+    factor = fmean(rate_factor(train, step, config.num_server_rounds * k) for step in steps)
+    return {which: factor * rate for which, rate in learning_rates(train, config.rule, t).items()}
+
+
 def draw_estimates(
     federation: Federation, seen: VictimRound, canaries: int
 ) -> dict[Kind, DrawEstimates]:
@@ -190,7 +205,7 @@ def draw_estimates(
     rows, estimates = _gradients(federation, seen), {}
     q = seen.reservation.sampling_rate
     noise = noise_std_of(seen.reservation, config.privacy.clip_norm) ** 2
-    rates = learning_rates(config.train, config.rule, seen.t)
+    rates = _mean_rates(config, seen.t)
     for which in list(rows):
         steps = len(seen.steps[which])
         counts, shown = posterior_counts(

@@ -252,6 +252,23 @@ class Train:
         lambda v: 0 < v <= 1,
         meaning="Factor that multiplies all learning rates after each round.",
     )
+    schedule: str = one_of(
+        "constant",
+        "cosine",
+        meaning="Factor of all learning rates over the steps of the run, after the warm-up: 1, or "
+        "a cosine from 1 to 0 at the end of the run. `train.lr-decay` multiplies it.",
+    )
+    warm_up: float = law(
+        "must be in [0, 1)",
+        lambda v: 0 <= v < 1,
+        meaning="Share of the run's steps in which the factor of all learning rates grows in equal "
+        "parts from one part to 1.",
+    )
+    views: int = count(
+        meaning="Number of random views (mirrored, shifted) of a drawn image in one step; their "
+        "mean gradient is clipped. 1: the image itself; k views need k times the memory "
+        "([privacy](privacy.md#views-of-an-image))."
+    )
     momentum: float = law(
         "must be in [0, 1)", lambda v: 0 <= v < 1, meaning="Momentum of `sgd`; 0 for `adamw`."
     )

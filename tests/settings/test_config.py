@@ -109,6 +109,11 @@ OUT_OF_RANGE = [
     ("privacy.clip-norm", 1e-7),  # float32 squares vanish below it
     ("privacy.clip-norm", 1e7),
     ("privacy.clipping", "auto"),
+    ("train.schedule", "linear"),
+    ("train.warm-up", 1.0),
+    ("train.warm-up", -0.1),
+    ("train.warm-up", NAN),
+    ("train.views", 0),
     ("privacy.noise", "none"),
     ("train.local-steps", 0),
     ("train.batch-size", 0),
