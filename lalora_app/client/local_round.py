@@ -16,7 +16,7 @@ from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.randomness import seed_of
 from lalora_app.private_step.gradients import NoisedGrads
 from lalora_app.private_step.step import RandomStreams, noise_std_of, private_gradient
-from lalora_app.private_step.views import shown
+from lalora_app.private_step.views import private_views
 from lalora_app.settings.run_config import MethodNumbers, Train
 
 
@@ -160,7 +160,7 @@ def run_round(
     backbone.load(start, drift)
     expected = reservation.sampling_rate * len(data)
     noise_std = noise_std_of(reservation, local.clip_norm) / expected
-    in_views = shown(data, train.views, streams.sampling)
+    views = private_views(data, train.views, streams.sampling)
     optimizer = make_optimizer(backbone, local, noise_std)
     schedule = LambdaLR(optimizer, local.rate_factor)
     for k in range(train.local_steps):
@@ -168,7 +168,7 @@ def run_round(
         with backbone.frozen_weights.perturbed(_perturbation(backbone, local, k)):
             noised = private_gradient(
                 backbone,
-                in_views,
+                views,
                 reservation=reservation,
                 clip_norm=local.clip_norm,
                 micro_batch=train.micro_batch,

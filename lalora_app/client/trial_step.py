@@ -17,7 +17,7 @@ from lalora_app.privacy import randomness
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.private_step.step import RandomStreams, private_gradient
-from lalora_app.private_step.views import shown
+from lalora_app.private_step.views import private_views
 from lalora_app.settings.run_config import Config
 
 _REPEATS = 3  # counted steps; one step before them allocates memory
@@ -51,7 +51,7 @@ def _seconds(config: Config, model: Backbone, data: Encoded) -> float:
     began = time.perf_counter()
     private_gradient(
         model,
-        shown(data, config.train.views, streams.sampling),
+        private_views(data, config.train.views, streams.sampling),
         reservation=Reservation(Release(q, 1.0, 1)),
         clip_norm=config.privacy.clip_norm,
         micro_batch=config.train.micro_batch,

@@ -17,43 +17,35 @@ _NUMBERS = 3  # random numbers of one view: mirrored or not, shift down, shift t
 _SHARE = 8  # a view is shifted by at most 1/8 of each side
 
 
-def _shifts(drawn: np.ndarray, side: int) -> np.ndarray:
-    """Return (views,): whole pixels from -side/8 to side/8, from numbers in [0, 1)."""
-    most = side // _SHARE
-    shifts: np.ndarray = np.floor(drawn * (2 * most + 1)).astype(np.int64) - most
-    return shifts
-
-
-def _sources(shifts: np.ndarray, side: int) -> np.ndarray:
-    """Return (views, side): the image's pixel at each place of a side; reflected at its ends."""
-    inside = np.abs(np.arange(side) + shifts[:, None])
-    pixels: np.ndarray = side - 1 - np.abs(side - 1 - inside)
-    return pixels
+def _view(padded: np.ndarray, drawn: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Return (3, height, width): the part of a padded image that three numbers in [0, 1) choose."""
+    mirrored, *places = drawn
+    rooms = (padded.shape[1] - height + 1, padded.shape[2] - width + 1)  # possible first pixels
+    top, left = (int(place * room) for place, room in zip(places, rooms, strict=True))
+    part = padded[:, top : top + height, left : left + width]
+    return part[..., ::-1] if mirrored < 0.5 else part
 
 
 def in_views(batch: Batch, drawn: np.ndarray) -> Batch:
     """Return each image of a batch in its views, side by side.
 
-    A view is the image, mirrored or not, and shifted by up to 1/8 of each side. Pixels beyond an
-    end are reflected there.
+    A view is the image, mirrored or not, and shifted by up to 1/8 of each side; pixels beyond an
+    end are reflected there. Limit: images of fewer than 8 pixels are not shifted.
 
     Args:
         batch: images, (examples, 3, height, width).
         drawn: (examples, views, 3) numbers in [0, 1).
     """
-    examples, views = drawn.shape[:2]
-    height, width = batch.inputs.shape[2:]
-    mirrored, down, right = drawn.reshape(-1, _NUMBERS).T  # (examples · views,) each
-    rows = _sources(_shifts(down, height), height)
-    columns = _sources(_shifts(right, width), width)
-    columns = np.where(mirrored[:, None] < 0.5, columns[:, ::-1], columns)
-    places = (
-        torch.arange(examples).repeat_interleave(views)[:, None, None, None],
-        torch.arange(3)[:, None, None],
-        torch.from_numpy(rows)[:, None, :, None],
-        torch.from_numpy(columns)[:, None, None, :],
-    )
-    return replace(batch, inputs=batch.inputs[places], views=views)
+    images = batch.inputs.numpy()
+    height, width = images.shape[2:]
+    borders = [(0, 0), (0, 0), *((side // _SHARE,) * 2 for side in (height, width))]
+    padded = np.pad(images, borders, mode="reflect")
+    shown = [
+        _view(image, numbers, height, width)
+        for image, own in zip(padded, drawn, strict=True)
+        for numbers in own
+    ]
+    return replace(batch, inputs=torch.from_numpy(np.stack(shown)), views=drawn.shape[1])
 
 
 @dataclass(frozen=True)
@@ -85,8 +77,8 @@ class InViews:
             yield in_views(self.data.batch(part, width), drawn[part])
 
 
-def shown(data: Encoded, views: int, rng: np.random.Generator) -> PrivateData[Batch]:
-    """Return the data of private steps: the examples, or images in ``views`` random views.
+def private_views(data: Encoded, views: int, rng: np.random.Generator) -> PrivateData[Batch]:
+    """Return a client's data for private steps: as they are, or images in random views.
 
     Limit: one view is the example itself, without any randomness.
     """
