@@ -15,8 +15,11 @@ from scipy import stats
 from torch import Tensor
 
 from helpers.oracle import joint, randomise, trained, without_engine
+from lalora_app.adapter.factors import kind
+from lalora_app.client.local_round import LocalSettings, learning_rates, run_round
 from lalora_app.data.encoding import Batch, EncodedImages
-from lalora_app.models.backbone import Backbone, _build, wire_name
+from lalora_app.methods.table import METHODS
+from lalora_app.models.backbone import Backbone, _build, build, wire_name
 from lalora_app.models.forwards import Pixels
 from lalora_app.models.scores import CLASSIFICATION, mean_over_views
 from lalora_app.privacy.accounting import Release
@@ -319,3 +322,21 @@ def test_more_views_of_one_image_do_not_lengthen_its_gradient(model_of):
     ]
     assert all(norm <= 1e-3 for norm in norms)
     assert all(a == pytest.approx(b, rel=1e-6) for a, b in pairwise(norms))
+
+
+def test_a_round_takes_its_steps_on_the_views(images):
+    config = images("vit", **{"train.views": 3, "train.local-steps": 1, "train.lr-decay": 1.0})
+    backbone, start = build(config)
+    reservation = Reservation(Release(1.0, 0.0, 1))
+    local = LocalSettings(METHODS["dp-lora"], 1, 1, config.train, config.rule, 0.7)
+    streams = RandomStreams(seeded(0, "sampling"), seeded(0, "noise"))
+    arguments = {"local": local, "reservation": reservation, "streams": streams}
+    result = run_round(backbone, DATA, start, {}, **arguments)
+    rates = learning_rates(config.train, config.rule, 1)
+    backbone.load(start)
+    backbone.engine.activate(frozenset(backbone.engine.parameters))
+    sums = released(backbone, 3, clip_norm=0.7)
+    for name, total in sums.items():
+        expected = start[name] - rates[kind(name)] * total.numpy() / EXAMPLES
+        np.testing.assert_allclose(result[name], expected, rtol=1e-4, atol=1e-5)
+    assert joint([sums[n] - g for n, g in released(backbone, 1, clip_norm=0.7).items()]) > 1e-3

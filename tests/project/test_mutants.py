@@ -60,6 +60,13 @@ MUTANTS = {
         "        return x.reshape(x.shape[0], -1, x.shape[-1])\n",
         "tests/private_step/test_per_example.py::test_an_image_is_clipped_as_one_and_not_by_its_windows",
     ),
+    "clip per view": Mutant(
+        "private_step/views.py",
+        "    return replace(batch, inputs=torch.from_numpy(np.stack(shown)), views=drawn.shape[1])\n",
+        "    labels = batch.labels.repeat_interleave(drawn.shape[1])\n"
+        "    return replace(batch, inputs=torch.from_numpy(np.stack(shown)), labels=labels)\n",
+        "tests/private_step/test_views.py::test_no_image_moves_the_sum_by_more_than_the_clip_norm",
+    ),
     "noise skipped": Mutant(
         "private_step/mechanism.py",
         "alpha=noise_std)",

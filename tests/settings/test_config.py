@@ -295,6 +295,30 @@ def test_no_clipping_is_possible_only_without_privacy(epsilon):
     assert not config.privacy.private
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, 'model.task="text-classification": only images have views'),
+        ({"model.task": "causal-lm", "data.label-column": "none"}, 'model.task="causal-lm"'),
+        (
+            {"model.task": "image-classification", "model.prefix-cache": True},
+            "model.prefix-cache=true: the kept states",
+        ),
+    ],
+)
+def test_only_images_whose_states_are_not_kept_have_views(changes, words):
+    changes = {"model.pooling": "model", "data.partitioner": "iid"} | changes
+    message = complaint(changes | {"train.views": 4})
+    assert message.startswith(f"train.views=4 must be 1 for {words}")
+    assert "\n" not in message
+    assert make_config(**changes | {"train.views": 1}).train.views == 1
+
+
+def test_images_may_have_views():
+    image = {"model.task": "image-classification", "model.pooling": "model"}
+    assert make_config(**image | {"train.views": 16}).train.views == 16
+
+
 def test_automatic_clipping_needs_a_clip_norm():
     changes = {"privacy.clip-norm": INF, "privacy.epsilon": INF, "privacy.clipping": "automatic"}
     message = complaint(changes)
