@@ -88,6 +88,8 @@ class _ClippedInParts:
 def _clipped_by(clip: Clip, excess: Callable[[int], float]) -> Step:
     """Return a step that clips by ``clip`` only, with the noise of one clip to C.
 
+    It always clips flat, whatever ``privacy.clipping`` is: automatic clipping would scale again.
+
     Args:
         clip: the clip of (gradients, C).
         excess: (number of tensors) -> largest norm of a clipped example, in units of C. The flat
@@ -98,7 +100,8 @@ def _clipped_by(clip: Clip, excess: Callable[[int], float]) -> Step:
         largest = excess(len(inputs.model.engine.parameters))
         model = _ClippedInParts(inputs.model, lambda rows: clip(rows, inputs.clip_norm))
         noised = _with_noise(inputs, 1 / largest)  # the noise stays z·C
-        return real_step(replace(noised, model=model, clip_norm=largest * inputs.clip_norm))
+        clip_norm = largest * inputs.clip_norm
+        return real_step(replace(noised, model=model, clip_norm=clip_norm, clipping="flat"))
 
     return step
 

@@ -1,7 +1,8 @@
 """Worst-case canaries: examples with gradients of the attacker's choice, for the real private step.
 
 Canary ``i`` has a direction of its own. It is orthogonal to all others and spread evenly over
-several tensors, and the canary's gradient along it is far longer than the clip norm. A release
+several tensors, and the canary's gradient along it is far longer than the clip norm and than the
+constant that automatic clipping adds to a norm: either clipping brings it to about C. A release
 along that direction is the canary's clipped gradient, if it was drawn, and Gaussian noise. So one
 run is as many trials as there are canaries (Steinke et al., arXiv:2305.08846).
 """
@@ -16,9 +17,10 @@ from scipy.linalg import hadamard
 from torch import Tensor, nn
 
 from lalora_app.private_step.gradients import FlatBlock, NoisedGrads, PerExampleGrads, StoredShape
+from lalora_app.private_step.mechanism import AUTOMATIC_SHIFT
 
 SPREAD = 8  # number of tensors over which a canary's gradient is spread
-_NORM = 100.0  # norm of a canary's gradient before the clip, in clip norms
+_NORM = 100.0  # norm of a canary's gradient before the clip, in the larger of C and γ
 
 
 class CanaryBatch(NamedTuple):
@@ -71,7 +73,7 @@ class Canaries:
         rows = torch.zeros(len(indices), sum(slot.size for slot in slots.values()))
         patterns = torch.from_numpy(_patterns()).float()[indices % SPREAD]
         places = (indices // SPREAD)[:, None] + size * torch.arange(SPREAD)
-        rows.scatter_(1, places, _NORM * self.clip_norm * patterns)
+        rows.scatter_(1, places, _NORM * max(self.clip_norm, AUTOMATIC_SHIFT) * patterns)
         return PerExampleGrads((FlatBlock(slots, rows),))
 
     def projected(self, release: NoisedGrads) -> np.ndarray:

@@ -18,16 +18,24 @@ class CountedReleases:
         delta: δ of the promise.
         epsilon: ε of all releases by the ledger: the upper bound.
         clip_norm: C.
+        clipping: ``privacy.clipping`` of the run.
     """
 
     release: Release
     delta: float
     epsilon: float
     clip_norm: float
+    clipping: str = "flat"
 
 
 def counted_releases(
-    limit: Limit, *, rate: float, rounds: int, steps: int, clip_norm: float
+    limit: Limit,
+    *,
+    rate: float,
+    rounds: int,
+    steps: int,
+    clip_norm: float,
+    clipping: str = "flat",
 ) -> CountedReleases:
     """Return a run's releases, counted in a temporary ledger as a client counts them.
 
@@ -37,6 +45,7 @@ def counted_releases(
         rounds: number of rounds in which the client takes part.
         steps: local steps per round.
         clip_norm: C.
+        clipping: ``privacy.clipping`` of the run.
     """
     total = rounds * steps
     unlimited = Limit(float("inf"), limit.delta)
@@ -52,4 +61,4 @@ def counted_releases(
                 node_limit=unlimited,
             )
         spent = epsilon(ledger.releases("audit", "audit"), limit.delta)
-    return CountedReleases(Release(rate, noise, total), limit.delta, spent, clip_norm)
+    return CountedReleases(Release(rate, noise, total), limit.delta, spent, clip_norm, clipping)

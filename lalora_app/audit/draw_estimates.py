@@ -10,6 +10,7 @@ known; all gradients are taken at one point between the received adapter and the
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import fmean
 
 import numpy as np
 import torch
@@ -17,16 +18,16 @@ from torch import Tensor
 
 from lalora_app.adapter.factors import Adapter, Kind, active_names, kind
 from lalora_app.audit.planted_federation import Federation, VictimRound
-from lalora_app.client.local_round import learning_rates
+from lalora_app.client.local_round import learning_rates, rate_factor
 from lalora_app.data.encoding import Encoded
 from lalora_app.methods.method import Method
 from lalora_app.methods.optimizers import configured_optimizer
 from lalora_app.privacy.randomness import seeded
 from lalora_app.private_step.gradients import NoisedGrads
-from lalora_app.private_step.mechanism import clip_scales
+from lalora_app.private_step.mechanism import CLIPPINGS
 from lalora_app.private_step.step import noise_std_of
 from lalora_app.settings.errors import ConfigError
-from lalora_app.settings.run_config import Config
+from lalora_app.settings.run_config import Config, Privacy
 
 _POINT = np.float32(0.25)  # share of the way from a round's start to its end, for the gradients
 BATCH = 32
@@ -59,9 +60,15 @@ def check_linear(config: Config, method: Method) -> None:
     """Check that a client's change is the linear map that the attack inverts.
 
     Raises:
-        ConfigError: for any optimiser but plain SGD.
+        ConfigError: for any optimiser but plain SGD, and for random views, which the attack does
+            not know.
     """
     train = config.train
+    if train.views > 1:
+        raise ConfigError(
+            f"train.views={train.views} must be 1 for the audit of a whole run; --fast leaves it "
+            "out"
+        )
     if (
         method.optimizer is not configured_optimizer
         or train.optimizer != "sgd"
@@ -92,17 +99,19 @@ def _clipped_together(federation: Federation, t: int) -> dict[Kind, frozenset[Ki
 
 
 def _clipped(
-    parts: Mapping[str, Tensor], together: Mapping[Kind, frozenset[Kind]], clip_norm: float
+    parts: Mapping[str, Tensor], together: Mapping[Kind, frozenset[Kind]], privacy: Privacy
 ) -> dict[str, Tensor]:
     """Return each record's gradients as a step sums them: clipped over the kinds of that step."""
     squares: dict[Kind, Tensor] = {}
     for name, part in parts.items():
         own = part.flatten(1).square().sum(dim=1)
         squares[kind(name)] = squares.get(kind(name), torch.zeros_like(own)) + own
-    scales = {
-        which: clip_scales(torch.stack([squares[w] for w in active]).sum(0).sqrt(), clip_norm)
+    norms = {
+        which: torch.stack([squares[w] for w in active]).sum(0).sqrt()
         for which, active in together.items()
     }
+    scales_of, clip_norm = CLIPPINGS[privacy.clipping], privacy.clip_norm
+    scales = {which: scales_of(norm, clip_norm) for which, norm in norms.items()}
     return {
         name: part * scales[kind(name)].reshape(-1, *[1] * (part.ndim - 1))
         for name, part in parts.items()
@@ -129,11 +138,11 @@ def _gradients(federation: Federation, seen: VictimRound) -> GradientRows:
     model, records = federation.victim.model, federation.victim.data.inner
     model.load(_intermediate(seen), seen.drift)
     model.engine.activate(frozenset(model.engine.parameters))
-    together, clip_norm = _clipped_together(federation, seen.t), federation.config.privacy.clip_norm
+    together, privacy = _clipped_together(federation, seen.t), federation.config.privacy
     parts = []
     for batch in records.batches(BATCH):
         grads = model.engine.gradients(partial(model.losses, batch), len(batch.labels))
-        clipped = _clipped(grads.dense(), together, clip_norm)
+        clipped = _clipped(grads.dense(), together, privacy)
         parts.append(_filtered(clipped, federation.method))
     return {which: in_own_order(records, [rows[which] for rows in parts]) for which in parts[0]}
 
@@ -174,6 +183,14 @@ def posterior_counts(
     return counts, 1 - ridge * np.diag(inverse)
 
 
+def _mean_rates(config: Config, t: int) -> dict[Kind, float]:
+    """Return the mean learning rate of each kind over the steps of round ``t``."""
+    train, k = config.train, config.train.local_steps
+    steps = range((t - 1) * k, t * k)
+    factor = fmean(rate_factor(train, step, config.num_server_rounds * k) for step in steps)
+    return {which: factor * rate for which, rate in learning_rates(train, config.rule, t).items()}
+
+
 def draw_estimates(
     federation: Federation, seen: VictimRound, canaries: int
 ) -> dict[Kind, DrawEstimates]:
@@ -188,7 +205,7 @@ def draw_estimates(
     rows, estimates = _gradients(federation, seen), {}
     q = seen.reservation.sampling_rate
     noise = noise_std_of(seen.reservation, config.privacy.clip_norm) ** 2
-    rates = learning_rates(config.train, config.rule, seen.t)
+    rates = _mean_rates(config, seen.t)
     for which in list(rows):
         steps = len(seen.steps[which])
         counts, shown = posterior_counts(

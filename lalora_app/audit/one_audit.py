@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 from lalora_app.audit import published_mechanism
 from lalora_app.audit.broken_mechanisms import BROKEN
@@ -104,16 +105,16 @@ def victim_releases(request: AuditRequest) -> CountedReleases:
     """Return the attacked client's releases in the ledger; the control has one full batch."""
     privacy, train = request.config.privacy, request.config.train
     limit = Limit(privacy.epsilon, privacy.delta)
+    clip_norm, clipping = privacy.clip_norm, privacy.clipping
+    counted = partial(counted_releases, limit, clip_norm=clip_norm, clipping=clipping)
     if request.mechanism == CONTROL:
-        return counted_releases(limit, rate=1.0, rounds=1, steps=1, clip_norm=privacy.clip_norm)
+        return counted(rate=1.0, rounds=1, steps=1)
     data = partition(request.config.data, request.config.seed, request.clients)[0]
     cohorts = planned_cohorts(request.config, request.clients)
-    return counted_releases(
-        limit,
+    return counted(
         rate=train.batch_size / len(data),
         rounds=sum(0 in cohort for cohort in cohorts),
         steps=train.local_steps,
-        clip_norm=privacy.clip_norm,
     )
 
 

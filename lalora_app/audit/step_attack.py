@@ -38,6 +38,7 @@ class StepInputs:
         reservation: sampling rate and noise multiplier of the counted releases.
         clip_norm: C.
         streams: random streams of the sampling and of the noise.
+        clipping: ``privacy.clipping`` of the run.
     """
 
     model: PrivateModel[CanaryBatch]
@@ -45,6 +46,7 @@ class StepInputs:
     reservation: Reservation
     clip_norm: float
     streams: RandomStreams
+    clipping: str = "flat"
 
 
 Step = Callable[[StepInputs], NoisedGrads]
@@ -59,6 +61,7 @@ def real_step(inputs: StepInputs) -> NoisedGrads:
         clip_norm=inputs.clip_norm,
         micro_batch=_MICRO_BATCH,
         streams=inputs.streams,
+        clipping=inputs.clipping,
     )
 
 
@@ -88,6 +91,7 @@ def _projections(
         Reservation(plan.release),
         plan.clip_norm,
         streams,
+        plan.clipping,
     )
     for _ in range(plan.release.count):
         mean = canaries.projected(step(inputs))

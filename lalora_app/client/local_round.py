@@ -1,8 +1,10 @@
 """One client's round: private steps on the active factors, in the order of the schedule."""
 
+import math
 from dataclasses import dataclass
 
 import torch
+from torch.optim.lr_scheduler import LambdaLR
 
 from lalora_app.adapter.factors import Adapter, Kind, active_names, kind
 from lalora_app.data.encoding import Encoded
@@ -14,6 +16,7 @@ from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.randomness import seed_of
 from lalora_app.private_step.gradients import NoisedGrads
 from lalora_app.private_step.step import RandomStreams, noise_std_of, private_gradient
+from lalora_app.private_step.views import private_views
 from lalora_app.settings.run_config import MethodNumbers, Train
 
 
@@ -29,6 +32,7 @@ class LocalSettings:
         rule: the run config's table ``rule``.
         clip_norm: C, the largest joint gradient norm of one example.
         seed: the seed of this client and round, for random draws that do not use the data.
+        clipping: ``privacy.clipping``, the factor that bounds the norm.
     """
 
     method: Method
@@ -38,17 +42,50 @@ class LocalSettings:
     rule: MethodNumbers
     clip_norm: float
     seed: int = 0
+    clipping: str = "flat"
+
+    @property
+    def _steps(self) -> int:
+        return self.rounds * self.train.local_steps
+
+    def _steps_before(self, k: int) -> int:
+        return (self.t - 1) * self.train.local_steps + k
 
     def progress(self, k: int) -> float:
         """Return the share of the run's steps before step ``k``, from 0 to 1."""
-        steps = self.train.local_steps
-        return ((self.t - 1) * steps + k) / (self.rounds * steps)
+        return self._steps_before(k) / self._steps
+
+    def rate_factor(self, k: int) -> float:
+        """Return the factor of all learning rates in step ``k``."""
+        return rate_factor(self.train, self._steps_before(k), self._steps)
+
+
+def rate_factor(train: Train, before: int, steps: int) -> float:
+    """Return the factor of all learning rates in one step of the run, in (0, 1].
+
+    In the warm-up of w·n of n steps, the factor of step s, from 0, is (s + 1) / (w·n). After it,
+    ``cosine`` gives (1 + cos(π·p)) / 2 at the share p of the other steps that are done. No step
+    has the factor 0, which would be a release that trains nothing. Limit: 1 without a warm-up and
+    a schedule, and in the first step of a warm-up of one step or less.
+
+    Args:
+        train: the run config's table ``train``.
+        before: the steps before this one, in all successful rounds.
+        steps: the steps of the run if all rounds succeed.
+    """
+    warm = train.warm_up * steps
+    if before < warm:
+        return min(1.0, (before + 1) / warm)
+    if train.schedule == "constant":
+        return 1.0
+    return (1 + math.cos(math.pi * (before - warm) / (steps - warm))) / 2
 
 
 def learning_rates(train: Train, rule: MethodNumbers, t: int) -> dict[Kind, float]:
     """Return the learning rate of each kind of trained tensor in round ``t``, from 1.
 
     The rate of round t is the configured one times ``train.lr-decay`` to the power of t - 1.
+    :func:`rate_factor` multiplies it in each step.
     """
     decay = train.lr_decay ** (t - 1)
     rates: dict[Kind, float] = {
@@ -123,17 +160,21 @@ def run_round(
     backbone.load(start, drift)
     expected = reservation.sampling_rate * len(data)
     noise_std = noise_std_of(reservation, local.clip_norm) / expected
+    views = private_views(data, train.views, streams.sampling)
     optimizer = make_optimizer(backbone, local, noise_std)
+    schedule = LambdaLR(optimizer, local.rate_factor)
     for k in range(train.local_steps):
         backbone.engine.activate(active_names(start, method.trains(local.t, k)))
         with backbone.frozen_weights.perturbed(_perturbation(backbone, local, k)):
             noised = private_gradient(
                 backbone,
-                data,
+                views,
                 reservation=reservation,
                 clip_norm=local.clip_norm,
                 micro_batch=train.micro_batch,
                 streams=streams,
+                clipping=local.clipping,
             )
         apply(backbone, optimizer, method.postprocess(noised))
+        schedule.step()
     return method.align(start, backbone.adapter())

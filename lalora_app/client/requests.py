@@ -113,6 +113,7 @@ def run_local_steps(
             config.rule,
             config.privacy.clip_norm,
             randomness.seed_of(config.seed, client, request.attempt),
+            config.privacy.clipping,
         ),
         reservation=reservation,
         streams=streams,

@@ -17,6 +17,7 @@ from lalora_app.privacy import randomness
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.private_step.step import RandomStreams, private_gradient
+from lalora_app.private_step.views import private_views
 from lalora_app.settings.run_config import Config
 
 _REPEATS = 3  # counted steps; one step before them allocates memory
@@ -46,14 +47,16 @@ def _steps(config: Config) -> Iterator[Factors]:
 def _seconds(config: Config, model: Backbone, data: Encoded) -> float:
     """Return the duration of one step with its Poisson batch, clip and noise."""
     q = config.train.batch_size / len(data)
+    streams = RandomStreams(randomness.secure(), randomness.secure())
     began = time.perf_counter()
     private_gradient(
         model,
-        data,
+        private_views(data, config.train.views, streams.sampling),
         reservation=Reservation(Release(q, 1.0, 1)),
         clip_norm=config.privacy.clip_norm,
         micro_batch=config.train.micro_batch,
-        streams=RandomStreams(randomness.secure(), randomness.secure()),
+        streams=streams,
+        clipping=config.privacy.clipping,
     )
     if model.device.type == "cuda":
         torch.cuda.synchronize(model.device)

@@ -28,17 +28,20 @@ class Batch:
     """The model's inputs and the expected outputs.
 
     Attributes:
-        inputs: token ids (examples, tokens), or pixels (examples, 3, height, width) of 0 to 255.
+        inputs: token ids (examples, tokens), or pixels (examples · views, 3, height, width) of 0
+            to 255, with the views of an example side by side.
         mask: (examples, tokens), 1 on tokens and 0 on padding; None: nothing is masked.
         labels: (examples,), or (examples, tokens) for a language model.
         states: (examples, tokens, features), the input of the first adapted block; None: the whole
             model computes.
+        views: number of views of each example.
     """
 
     inputs: Tensor
     mask: Tensor | None
     labels: Tensor
     states: Tensor | None = None
+    views: int = 1
 
 
 class Encoded(ABC):
@@ -79,10 +82,14 @@ class Encoded(ABC):
 
     def micro_batches(self, indices: Iterable[int], size: int) -> Iterator[Batch]:
         """Yield the given examples in micro-batches of one width and at most ``size`` examples."""
+        yield from (self.batch(part, width) for part, width in self.parts(indices, size))
+
+    def parts(self, indices: Iterable[int], size: int) -> Iterator[tuple[list[int], int]]:
+        """Yield the indices of each micro-batch with its width."""
         for width, alike in groupby(self.ordered(indices), key=self.width):
             part = list(alike)
             for start in range(0, len(part), size):
-                yield self.batch(part[start : start + size], width)
+                yield part[start : start + size], width
 
 
 def padded_width(length: int, longest: int) -> int:

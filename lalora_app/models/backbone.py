@@ -23,7 +23,7 @@ from lalora_app.models.fingerprint import fingerprint, states_identity
 from lalora_app.models.forwards import Forward
 from lalora_app.models.frozen_weights import FrozenWeights, base_layers
 from lalora_app.models.pretrained import revision
-from lalora_app.models.scores import Metrics, Task
+from lalora_app.models.scores import Metrics, Task, mean_over_views
 from lalora_app.models.targets import choose_targets, smaller_sides, stack_of
 from lalora_app.models.timm_models import load_timm
 from lalora_app.models.transformers_models import load_transformers
@@ -113,10 +113,11 @@ class Backbone:
         return to_device(batch.inputs, self.device), mask
 
     def losses(self, batch: Batch) -> Tensor:
-        """Return (examples,): the loss of each example on its own."""
+        """Return (examples,): the loss of each example on its own, the mean over its views."""
         with self._starting_from(batch.states):
             logits = self._train_forward(*self._inputs(batch))
-        return self.task.losses(logits, to_device(batch.labels, self.device))
+        labels = to_device(batch.labels, self.device)
+        return mean_over_views(self.task.losses, logits, labels, batch.views)
 
     def _starting_from(self, states: Tensor | None) -> AbstractContextManager[None]:
         if self.prefix is None or states is None:

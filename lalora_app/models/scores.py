@@ -11,7 +11,7 @@ from torch.nn.functional import cross_entropy
 from lalora_app.data.encoding import IGNORED
 
 Metrics = dict[str, float]
-
+Losses = Callable[[Tensor, Tensor], Tensor]  # (logits, labels) -> (examples,)
 
 METRICS = ("accuracy", "balanced_accuracy", "perplexity")  # of all tasks
 
@@ -36,9 +36,26 @@ class Task:
         metrics: the sum of the counts -> ``accuracy`` and one more metric.
     """
 
-    losses: Callable[[Tensor, Tensor], Tensor]
+    losses: Losses
     count: Callable[[Tensor, Tensor], np.ndarray]
     metrics: Callable[[np.ndarray], Metrics]
+
+
+def mean_over_views(losses: Losses, logits: Tensor, labels: Tensor, views: int) -> Tensor:
+    """Return (examples,): the loss of each example, the mean over its views.
+
+    Limit: with one view the losses themselves.
+
+    Args:
+        losses: (logits, labels) -> the loss of each row.
+        logits: (examples · views, ...), the views of an example side by side.
+        labels: (examples, ...).
+        views: number of views of each example.
+    """
+    if views == 1:
+        return losses(logits, labels)
+    each = losses(logits, labels.repeat_interleave(views, dim=0))  # (examples · views,)
+    return each.reshape(-1, views).mean(1)
 
 
 def _class_losses(logits: Tensor, labels: Tensor) -> Tensor:

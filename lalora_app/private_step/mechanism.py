@@ -5,10 +5,11 @@ adds Gaussian noise and divides by a constant:
 ``ĝ = (Σ_i g_i · min(1, C/‖g_i‖₂) + N(0, (z·C)² I)) / (q·n)`` (Abadi et al., arXiv:1607.00133,
 Alg. 1), with Poisson sampling, and with the constant q·n in place of the realised batch size.
 C is the clipping norm, z the noise multiplier, q the sampling rate, n the number of examples.
+With automatic clipping (Bu et al., arXiv:2206.07136) the factor of an example is C/(‖g_i‖₂ + γ).
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import numpy as np
 import torch
@@ -19,6 +20,7 @@ from lalora_app.private_step.gradients import NoisedGrads, PerExampleGrads
 # A float32 norm over a million entries can be too small by a factor of 1 - 3e-6. Clipping to a
 # slightly smaller norm keeps the true norm below C.
 CLIP_MARGIN = 1 - 1e-5
+AUTOMATIC_SHIFT = 0.01  # γ of automatic clipping, the paper's value
 
 
 def poisson_batch(size: int, rate: float, rng: np.random.Generator) -> np.ndarray:
@@ -39,26 +41,52 @@ def clip_scales(norms: Tensor, clip_norm: float) -> Tensor:
     return scales.nan_to_num_(nan=0.0)  # norm nan: nan; norm inf: C/inf = 0, or inf/inf = nan
 
 
+def automatic_scales(norms: Tensor, clip_norm: float) -> Tensor:
+    """Return (examples,): the factor C/(‖g_i‖ + γ) of every example, with γ = 0.01.
+
+    The scaled norm is C·‖g_i‖/(‖g_i‖ + γ), below C for every gradient. Limits: near 0 for
+    ‖g_i‖ ≪ γ, near C for ‖g_i‖ ≫ γ.
+
+    Args:
+        norms: (examples,), the norm of each example over all active tensors together.
+        clip_norm: C, finite.
+
+    C is reduced by ``CLIP_MARGIN``. A norm that is not finite gets the factor 0.
+    """
+    scales = clip_norm * CLIP_MARGIN / (norms + AUTOMATIC_SHIFT)
+    return scales.nan_to_num_(nan=0.0)
+
+
+# privacy.clipping -> the factors of the examples; no factor makes a norm larger than C.
+CLIPPINGS: Mapping[str, Callable[[Tensor, float], Tensor]] = {
+    "flat": clip_scales,
+    "automatic": automatic_scales,
+}
+
+
 def _may_contain_true(chosen: Tensor) -> bool:
     """Return False only if no entry is true; on a GPU always True, to avoid a synchronisation."""
     return chosen.device.type != "cpu" or torch.compiler.is_compiling() or bool(chosen.any())
 
 
-def clipped_sum(grads: PerExampleGrads, clip_norm: float) -> dict[str, Tensor]:
-    """Clip the gradient of every example to the norm C and return the sum over examples.
+def clipped_sum(
+    grads: PerExampleGrads, clip_norm: float, clipping: str = "flat"
+) -> dict[str, Tensor]:
+    """Scale the gradient of every example to at most the norm C and return the sum over examples.
 
-    The norm of an example is taken over all active tensors together ("flat" clipping), from the
-    same stored numbers that are summed. The gradient of an example whose norm is not finite is
-    replaced by zeros, because 0·inf is NaN.
+    The norm of an example is taken over all active tensors together, from the same stored numbers
+    that are summed. The gradient of an example whose norm is not finite is replaced by zeros,
+    because 0·inf is NaN.
 
     Args:
         grads: per-example gradients; the function may overwrite them.
         clip_norm: C, the clipping norm.
+        clipping: a key of ``CLIPPINGS``, the factor of an example.
 
     Privacy: removing or adding one example changes the sum by at most C in L2 norm. The sum itself
     is not private: :func:`add_noise` must follow.
     """
-    scales = clip_scales(grads.norms(), clip_norm)
+    scales = CLIPPINGS[clipping](grads.norms(), clip_norm)
     dropped = scales == 0
     if _may_contain_true(dropped):
         grads = grads.zero_examples(dropped)

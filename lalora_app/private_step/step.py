@@ -83,12 +83,13 @@ def _clipped_batch_sum(
     indices: np.ndarray,
     clip_norm: float,
     micro_batch: int,
+    clipping: str = "flat",
 ) -> dict[str, Tensor]:
     """Return the clipped sum per tensor over a batch; zeros for an empty batch."""
     sums: dict[str, Tensor] = {}
     for batch in data.micro_batches(indices, micro_batch):
         grads = model.engine.gradients(partial(model.losses, batch), len(batch.labels))
-        totals = clipped_sum(grads, clip_norm)
+        totals = clipped_sum(grads, clip_norm, clipping)
         if sums:
             torch._foreach_add_(list(sums.values()), [totals[name] for name in sums])
         else:
@@ -111,11 +112,12 @@ def private_gradient(
     clip_norm: float,
     micro_batch: int,
     streams: RandomStreams,
+    clipping: str = "flat",
 ) -> NoisedGrads:
     """Compute one private gradient: the noised mean gradient of the model's active tensors.
 
     (Σ_i min(1, C/‖g_i‖)·g_i + z·C·N(0, I)) / (q·n), with i over a Poisson batch of rate q
-    (arXiv:1607.00133, Alg. 1).
+    (arXiv:1607.00133, Alg. 1); with automatic clipping C/(‖g_i‖ + γ) in place of the minimum.
 
     Args:
         model: the model; the tensors to train in this step are active (require gradients).
@@ -126,6 +128,7 @@ def private_gradient(
         micro_batch: number of examples per forward pass. Noise is added once per batch, not per
             micro-batch.
         streams: the random generators of sampling and noise.
+        clipping: ``privacy.clipping``.
 
     Raises:
         BudgetError: if the reservation has no release left; nothing is drawn in this case.
@@ -136,7 +139,7 @@ def private_gradient(
     reservation.take()
     q = reservation.sampling_rate
     indices = poisson_batch(len(data), q, streams.sampling)
-    sums = _clipped_batch_sum(model, data, indices, clip_norm, micro_batch)
+    sums = _clipped_batch_sum(model, data, indices, clip_norm, micro_batch, clipping)
     noise_std = noise_std_of(reservation, clip_norm)
     expected = q * len(data)
     return add_noise(sums, noise_std=noise_std, expected_batch=expected, rng=streams.noise)

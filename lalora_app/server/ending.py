@@ -10,7 +10,7 @@ from lalora_app.results.run_folder import RunFolder
 from lalora_app.server.after_round import AfterRound
 from lalora_app.server.log_lines import result_text
 from lalora_app.settings.errors import first_line
-from lalora_app.settings.run_config import Config
+from lalora_app.settings.run_config import Config, Privacy
 
 _log = logging.getLogger("flwr")
 
@@ -37,6 +37,11 @@ def _summary(config: Config, rows: list[dict[str, Any]], seconds: float) -> dict
     }
 
 
+def _mechanism(privacy: Privacy) -> str:
+    scaled = {"flat": "clipped to", "automatic": "scaled by automatic clipping to norms below"}
+    return f"Gaussian, on sums of gradients {scaled[privacy.clipping]} {privacy.clip_norm}"
+
+
 def _privacy_report(config: Config, rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "private": config.privacy.private,
@@ -45,7 +50,7 @@ def _privacy_report(config: Config, rows: list[dict[str, Any]]) -> dict[str, Any
         "delta": config.privacy.delta,
         "unit": ADJACENCY,
         "sampling": "Poisson, at each client's own rate: expected batch size over its examples",
-        "mechanism": f"Gaussian, on sums of gradients clipped to {config.privacy.clip_norm}",
+        "mechanism": _mechanism(config.privacy),
         "accountant": ACCOUNTANT,
         "noise": config.privacy.noise,
         "secure_aggregation": config.secure_aggregation,

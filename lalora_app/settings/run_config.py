@@ -217,12 +217,31 @@ def _check_robust(config: Config) -> None:
         )
 
 
+def _check_views(config: Config) -> None:
+    views, model = config.train.views, config.model
+    if views > 1 and model.task != "image-classification":
+        raise ConfigError(
+            f'train.views={views} must be 1 for model.task="{model.task}": only images have views'
+        )
+    if views > 1 and model.prefix_cache:
+        raise ConfigError(
+            f"train.views={views} must be 1 for model.prefix-cache=true: the kept states are those "
+            "of the image itself"
+        )
+
+
 def _check_together(config: Config) -> None:
     _check_robust(config)
     clip, epsilon = config.privacy.clip_norm, config.privacy.epsilon
     if math.isinf(clip) and math.isfinite(epsilon):
         raise ConfigError(f"privacy.clip-norm=inf must be finite while privacy.epsilon={epsilon}")
+    if math.isinf(clip) and config.privacy.clipping == "automatic":
+        raise ConfigError(
+            'privacy.clip-norm=inf must be finite for privacy.clipping="automatic", which scales '
+            "every gradient to about the clip norm"
+        )
     _check_model(config)
+    _check_views(config)
     if config.train.momentum > 0 and config.train.optimizer != "sgd":
         raise ConfigError(
             f"train.momentum={config.train.momentum} must be 0 for optimizer "

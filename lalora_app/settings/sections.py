@@ -211,6 +211,13 @@ class Privacy:
         meaning="Clip norm C: largest l2 norm of one example's gradient over all trained tensors "
         "together."
     )
+    clipping: str = one_of(
+        "flat",
+        "automatic",
+        meaning="Factor of an example's gradient g before the sum: `flat` is min(1, C/‖g‖), "
+        "`automatic` is C/(‖g‖ + 0.01). The guarantee is the same "
+        "([privacy](privacy.md#automatic-clipping)).",
+    )
     noise: str = one_of(
         "secure",
         "seeded",
@@ -244,6 +251,23 @@ class Train:
         "must be in (0, 1]",
         lambda v: 0 < v <= 1,
         meaning="Factor that multiplies all learning rates after each round.",
+    )
+    schedule: str = one_of(
+        "constant",
+        "cosine",
+        meaning="Factor of all learning rates over the steps of the run, after the warm-up: 1, or "
+        "a cosine from 1 to 0 at the end of the run. `train.lr-decay` multiplies it.",
+    )
+    warm_up: float = law(
+        "must be in [0, 1)",
+        lambda v: 0 <= v < 1,
+        meaning="Share of the run's steps in which the factor of all learning rates grows in equal "
+        "parts from one part to 1.",
+    )
+    views: int = count(
+        meaning="Number of random views (mirrored, shifted) of a drawn image in one step; their "
+        "mean gradient is clipped. 1: the image itself; k views need k times the memory "
+        "([privacy](privacy.md#views-of-an-image))."
     )
     momentum: float = law(
         "must be in [0, 1)", lambda v: 0 <= v < 1, meaning="Momentum of `sgd`; 0 for `adamw`."

@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -11,7 +12,7 @@ from scipy.optimize import brentq
 
 import helpers.shared_accounting  # noqa: F401
 from conftest import make_config
-from lalora_app.audit import one_audit, published_mechanism
+from lalora_app.audit import one_audit, published_mechanism, step_attack
 from lalora_app.audit.broken_mechanisms import BROKEN
 from lalora_app.audit.canaries import SPREAD, Canaries
 from lalora_app.audit.counted_releases import CountedReleases, counted_releases
@@ -43,6 +44,7 @@ from lalora_app.cli import argument_types, main
 from lalora_app.privacy.accounting import Release, epsilon
 from lalora_app.privacy.budget import Limit
 from lalora_app.private_step.mechanism import CLIP_MARGIN, clipped_sum
+from lalora_app.private_step.step import private_gradient
 from lalora_app.results.model_card import privacy_sentence
 from lalora_app.results.run_folder import RunFolder
 
@@ -174,6 +176,34 @@ def test_canaries_are_orthogonal_and_clipped_to_the_clip_norm():
     expected = np.zeros(128)
     expected[7] = CLIP_MARGIN
     np.testing.assert_allclose(along, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("clip_norm", [1e-6, 1e-3, 0.5, 1e6])
+def test_automatic_clipping_brings_a_canary_to_almost_the_clip_norm(clip_norm):
+    import torch
+
+    canaries = Canaries(SHAPES, np.ones(100, bool), 28, clip_norm)
+    along = canaries.projected(
+        clipped_sum(canaries.gradients(torch.tensor([7])), clip_norm, "automatic")
+    )
+    expected = np.zeros(128)
+    expected[7] = 1
+    np.testing.assert_allclose(along, expected, atol=0.011)
+
+
+def test_the_audit_of_a_step_clips_as_the_run_does(monkeypatch):
+    seen = []
+
+    def spied(*args, clipping, **named):
+        seen.append(clipping)
+        return private_gradient(*args, clipping=clipping, **named)
+
+    monkeypatch.setattr(step_attack, "private_gradient", spied)
+    plan = replace(plan_at(3.0), clipping="automatic")
+    observed = observe(plan, SHAPES, 1000, 0, blanks=3000)
+    assert set(seen) == {"automatic"}
+    inside = observed.x[:, observed.members].mean()
+    assert inside == pytest.approx(plan.release.sampling_rate, abs=0.04)
 
 
 def test_more_canaries_than_directions_are_refused():

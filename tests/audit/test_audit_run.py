@@ -145,6 +145,11 @@ def test_only_plain_sgd_is_attacked(tiny):
         audited_run(tiny(method="doppler"))
 
 
+def test_a_run_with_random_views_is_not_attacked(images):
+    with pytest.raises(ConfigError, match=r"train.views=2 must be 1 for the audit of a whole run"):
+        audited_run(images("vit", **{"train.views": 2}))
+
+
 def test_auc_is_the_chance_that_a_member_scores_higher():
     members = np.array([True, True, False, False])
     assert auc(np.array([3.0, 1.0, 2.0, 0.0]), members) == 0.75

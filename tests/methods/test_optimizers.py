@@ -9,9 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
 
 from conftest import make_config
-from lalora_app.client.local_round import LocalSettings, make_optimizer
+from lalora_app.client.local_round import LocalSettings, make_optimizer, rate_factor
 from lalora_app.methods.noised_optimizers import LowPassSGD, UnbiasedAdamW
 from lalora_app.methods.optimizers import (
     OptimizerSettings,
@@ -253,6 +254,77 @@ def test_a_tensor_without_gradient_keeps_value_and_state_to_the_bit(name):
     assert now.keys() == state.keys()
     for key, kept in state.items():
         assert torch.equal(torch.as_tensor(now[key]), torch.as_tensor(kept)), key
+
+
+# The schedule of the learning rates.
+
+
+def factors(steps: int, **changes) -> list[float]:
+    train = make_config(**changes).train
+    return [rate_factor(train, before, steps) for before in range(steps)]
+
+
+def test_without_a_schedule_every_step_has_the_whole_rate():
+    assert factors(40) == [1.0] * 40
+
+
+def test_the_warm_up_grows_in_equal_parts_from_one_part_on():
+    assert factors(10, **{"train.warm-up": 0.4}) == [0.25, 0.5, 0.75, *[1.0] * 7]
+    assert factors(10, **{"train.warm-up": 0.25}) == [0.4, 0.8, *[1.0] * 8]
+
+
+def test_the_cosine_begins_after_the_warm_up_and_would_end_at_zero_after_the_last_step():
+    found = factors(8, **{"train.schedule": "cosine"})
+    assert found[0] == 1
+    assert found[4] == pytest.approx(0.5)
+    assert found == pytest.approx([np.cos(np.pi * s / 16) ** 2 for s in range(8)])
+    warm = factors(10, **{"train.schedule": "cosine", "train.warm-up": 0.2})
+    assert warm == pytest.approx([0.5, 1.0, *found])
+    train = make_config(**{"train.schedule": "cosine"}).train
+    assert rate_factor(train, 8, 8) == 0
+
+
+@given(
+    steps=st.integers(1, 300),
+    warm_up=st.floats(0, 1, exclude_max=True),
+    schedule=st.sampled_from(["constant", "cosine"]),
+)
+@settings(max_examples=100, deadline=None, derandomize=True)
+def test_no_step_of_any_schedule_is_lost_or_enlarged(steps, warm_up, schedule):
+    found = factors(steps, **{"train.schedule": schedule, "train.warm-up": warm_up})
+    assert all(0 < factor <= 1 for factor in found)
+    if warm_up * steps <= 1:
+        assert found[0] == 1
+    peak = found.index(max(found))
+    assert found[: peak + 1] == sorted(found[: peak + 1])
+    assert found[peak:] == sorted(found[peak:], reverse=True)
+
+
+def test_rounds_and_steps_count_in_one_row():
+    config = make_config(**{"train.schedule": "cosine", "train.local-steps": 4})
+    found = []
+    for t in (1, 2, 3):
+        local = LocalSettings(METHODS["la-lora"], t, 3, config.train, config.rule, 1.0)
+        found += [local.rate_factor(k) for k in range(4)]
+    assert found == factors(12, **{"train.schedule": "cosine"})
+
+
+@pytest.mark.parametrize("name", MAKES)
+def test_every_optimiser_follows_the_rates_of_its_groups(name):
+    """A step is the rate times a direction; a run at a constant rate shows the directions."""
+    make, changes = MAKES[name]
+    start, grads = drawn(6, 5)
+    plain, scheduled = parameter(start), parameter(start)
+    steady = after(make([group(plain, lr=0.1)], hyper(0.3, **changes)), plain, grads)
+    optimizer = make([group(scheduled, lr=0.1)], hyper(0.3, **changes))
+    schedule = LambdaLR(optimizer, lambda k: 1 / (k + 1))
+    expected = start
+    for k, moved in enumerate(np.diff([start, *steady], axis=0)):
+        scheduled.grad = torch.from_numpy(grads[k])
+        optimizer.step()
+        schedule.step()
+        expected = expected + moved / (k + 1)
+        np.testing.assert_allclose(scheduled.detach().numpy(), expected, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("name", ["adamw", "doppler", "dp-fedadamw"])

@@ -88,6 +88,12 @@ def test_a_value_with_effect_is_not_named(method, key, tiny):
     assert unread_keys(tiny(method=method, **{key: OTHER[key]})) == []
 
 
+@pytest.mark.parametrize("method", list(METHODS))
+def test_every_method_reads_the_keys_of_the_step(method, tiny):
+    changes = {"privacy.clipping": "automatic", "train.schedule": "cosine", "train.warm-up": 0.3}
+    assert unread_keys(tiny(method=method, **changes)) == []
+
+
 @pytest.fixture
 def result(tiny):
     """The server's state after four rounds without noise, as flat tensors."""

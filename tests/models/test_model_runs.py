@@ -37,14 +37,15 @@ def finished(config: Config, monkeypatch) -> tuple[Path, dict]:
     return folder / "adapter", json.loads((folder / "summary.json").read_text("utf-8"))
 
 
-@pytest.mark.parametrize("kind", ["swin", "hf-vit"])
+@pytest.mark.parametrize(("kind", "views"), [("swin", 1), ("hf-vit", 1), ("swin", 2)])
 def test_a_run_on_images_ends_with_an_adapter_for_the_stock_model(
-    kind, images, tiny_timm, tiny_vit, monkeypatch
+    kind, views, images, tiny_timm, tiny_vit, monkeypatch
 ):
     from peft import PeftModel
 
     rates = {"train.optimizer": "adamw", "train.lr-a": 0.01, "train.lr-b": 0.01}
     sizes = {"train.batch-size": 24, "train.local-steps": 6, "train.lr-head": 0.1}
+    sizes |= {"train.views": views}
     repeatable = {"privacy.epsilon": INF, "privacy.noise": "seeded", "num-server-rounds": 2}
     config = images(kind, **rates, **sizes, **repeatable)
     adapter, summary = finished(config, monkeypatch)

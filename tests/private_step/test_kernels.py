@@ -32,7 +32,7 @@ from lalora_app.privacy.randomness import seeded
 from lalora_app.private_step.attach import LayoutError
 from lalora_app.private_step.engine import KernelEngine
 from lalora_app.private_step.gradients import OuterProductBlock, PerExampleGrads
-from lalora_app.private_step.mechanism import clipped_sum
+from lalora_app.private_step.mechanism import CLIPPINGS, clipped_sum
 from lalora_app.private_step.step import RandomStreams, private_gradient
 
 WIDTH, EXAMPLES = 8, 4
@@ -109,14 +109,15 @@ def test_float32_is_within_5e_6_of_the_float64_loop(kernel, flat):
     assert_equal(found.dense(), expected, 5e-6)
 
 
+@pytest.mark.parametrize("clipping", CLIPPINGS)
 @pytest.mark.parametrize(("kernel", "flat"), WAYS)
-def test_no_example_moves_the_float32_sum_by_more_than_the_clip_norm(kernel, flat):
+def test_no_example_moves_the_float32_sum_by_more_than_the_clip_norm(kernel, flat, clipping):
     model, losses = adapted(Net(2)).float(), losses_of(50)
     engine = make_engine(model, kernel, flat=flat)
 
     def released(indices: list[int], clip_norm: float) -> dict[str, Tensor]:
         grads = engine.gradients(lambda: losses(model, indices), len(indices))
-        return clipped_sum(grads, clip_norm)
+        return clipped_sum(grads, clip_norm, clipping)
 
     everyone = list(range(EXAMPLES))
     norms = engine.gradients(lambda: losses(model, everyone), EXAMPLES).norms()

@@ -29,7 +29,9 @@ from lalora_app.private_step.gradients import (
     StoredShape,
 )
 from lalora_app.private_step.mechanism import (
+    AUTOMATIC_SHIFT,
     CLIP_MARGIN,
+    CLIPPINGS,
     _sum_of_two_normals,
     add_noise,
     clip_scales,
@@ -71,20 +73,26 @@ def blocks(grads: Grads) -> PerExampleGrads:
     )
 
 
-def clipped(grads: Grads, clip_norm: float) -> Grads:
-    return clipped_sum(blocks(grads), clip_norm)
+def clipped(grads: Grads, clip_norm: float, clipping: str = "flat") -> Grads:
+    return clipped_sum(blocks(grads), clip_norm, clipping)
 
 
 def joint_norm(tensors: dict[str, torch.Tensor]) -> float:
     return math.sqrt(sum(float(t.double().square().sum()) for t in tensors.values()))
 
 
-def loop_clipped_sum(grads: Grads, clip_norm: float) -> dict[str, torch.Tensor]:
+def factor(norm: float, clip_norm: float, clipping: str) -> float:
+    if clipping == "automatic":
+        return clip_norm * CLIP_MARGIN / (norm + 0.01)
+    return min(1.0, clip_norm * CLIP_MARGIN / (norm or 1.0))
+
+
+def loop_clipped_sum(grads: Grads, clip_norm: float, clipping: str) -> dict[str, torch.Tensor]:
     """Return the clipped sum by a float64 loop over examples, with the norm over all tensors."""
     sums = {name: torch.zeros(shape, dtype=torch.float64) for name, shape in SHAPES.items()}
     for i in range(len(next(iter(grads.values())))):
         example = {name: grad[i].double() for name, grad in grads.items()}
-        scale = min(1.0, clip_norm * CLIP_MARGIN / (joint_norm(example) or 1.0))
+        scale = factor(joint_norm(example), clip_norm, clipping)
         for name, grad in example.items():
             sums[name] += scale * grad
     return sums
@@ -110,16 +118,19 @@ clip_norms = st.integers(-6, 6).map(
     clip_norm=clip_norms,
     seed=st.integers(0, 2**32 - 1),
     dtype=st.sampled_from([torch.float32, torch.float64]),
+    clipping=st.sampled_from(list(CLIPPINGS)),
 )
-@settings(max_examples=150, deadline=None, derandomize=True)
-def test_no_example_moves_the_sum_by_more_than_the_clip_norm(scales, clip_norm, seed, dtype):
+@settings(max_examples=300, deadline=None, derandomize=True)
+def test_no_example_moves_the_sum_by_more_than_the_clip_norm(
+    scales, clip_norm, seed, dtype, clipping
+):
     grads = random_grads(seed, scales, dtype)
-    whole = clipped(grads, clip_norm)
+    whole = clipped(grads, clip_norm, clipping)
     everyone = list(range(len(scales)))
     for i in everyone:
-        alone = clipped(rows_of(grads, [i]), clip_norm)
+        alone = clipped(rows_of(grads, [i]), clip_norm, clipping)
         assert joint_norm(alone) <= clip_norm
-        without = clipped(rows_of(grads, [j for j in everyone if j != i]), clip_norm)
+        without = clipped(rows_of(grads, [j for j in everyone if j != i]), clip_norm, clipping)
         moved = {name: whole[name].double() - without[name].double() for name in whole}
         assert joint_norm(moved) <= clip_norm * (1 + 1e-6)
 
@@ -128,11 +139,14 @@ def test_no_example_moves_the_sum_by_more_than_the_clip_norm(scales, clip_norm, 
     given=st.tuples(st.integers(-44, 37), st.integers(-44, 37)),
     clip_norm=clip_norms,
     seed=st.integers(0, 2**32 - 1),
+    clipping=st.sampled_from(list(CLIPPINGS)),
 )
-@example(given=(-24, 18), clip_norm=1e-6, seed=0)  # the float32 norm of g is 0
-@example(given=(-44, 36), clip_norm=1e-6, seed=0)  # g has no digits left to be scaled
-@settings(max_examples=300, deadline=None, derandomize=True)
-def test_no_head_of_any_size_exceeds_the_clip_norm(given, clip_norm, seed):
+@example(given=(-24, 18), clip_norm=1e-6, seed=0, clipping="flat")  # the float32 norm of g is 0
+@example(given=(-44, 36), clip_norm=1e-6, seed=0, clipping="flat")  # g has no digits to be scaled
+@example(given=(-24, 18), clip_norm=1e-6, seed=0, clipping="automatic")
+@example(given=(-44, 36), clip_norm=1e6, seed=0, clipping="automatic")
+@settings(max_examples=500, deadline=None, derandomize=True)
+def test_no_head_of_any_size_exceeds_the_clip_norm(given, clip_norm, seed, clipping):
     rng = np.random.default_rng(seed)
     shapes = ((1, 3), (1, 50))
     g, x = (
@@ -140,10 +154,11 @@ def test_no_head_of_any_size_exceeds_the_clip_norm(given, clip_norm, seed):
         for shape, power in zip(shapes, given, strict=True)
     )
     true = float(g.double().norm() * x.double().norm())
-    found = clipped_sum(PerExampleGrads((OuterProductBlock("head", g, x),)), clip_norm)
+    found = clipped_sum(PerExampleGrads((OuterProductBlock("head", g, x),)), clip_norm, clipping)
     assert joint_norm(found) <= clip_norm
     if 1e-30 < true < math.inf:
-        assert joint_norm(found) == pytest.approx(min(true, clip_norm), rel=1e-4, abs=1e-36)
+        expected = true * factor(true, clip_norm, clipping)
+        assert joint_norm(found) == pytest.approx(expected, rel=1e-4, abs=1e-36)
 
 
 @given(
@@ -154,7 +169,39 @@ def test_no_head_of_any_size_exceeds_the_clip_norm(given, clip_norm, seed):
 @settings(max_examples=50, deadline=None, derandomize=True)
 def test_clipping_is_flat_over_all_tensors_of_an_example(scales, clip_norm, seed):
     grads = random_grads(seed, scales, torch.float64)
-    assert_close(clipped(grads, clip_norm), loop_clipped_sum(grads, clip_norm), 1e-5)
+    assert_close(clipped(grads, clip_norm), loop_clipped_sum(grads, clip_norm, "flat"), 1e-5)
+
+
+@given(
+    scales=st.lists(st.integers(-5, 2).map(lambda power: 10.0**power), min_size=1, max_size=6),
+    clip_norm=clip_norms,
+    seed=st.integers(0, 2**32 - 1),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+)
+@settings(max_examples=50, deadline=None, derandomize=True)
+def test_automatic_clipping_equals_a_float64_loop(scales, clip_norm, seed, dtype):
+    grads = random_grads(seed, scales, dtype)
+    expected = loop_clipped_sum(grads, clip_norm, "automatic")
+    assert_close(clipped(grads, clip_norm, "automatic"), expected, 1e-6)
+
+
+def test_automatic_clipping_lengthens_small_gradients_and_shortens_large_ones():
+    assert AUTOMATIC_SHIFT == 0.01
+    grads = random_grads(0, [1e-9, 1e-2, 1e9], torch.float64)
+    norms = [joint_norm({n: g[i] for n, g in grads.items()}) for i in range(3)]
+    found = [joint_norm(clipped(rows_of(grads, [i]), 2.0, "automatic")) for i in range(3)]
+    assert found[0] == pytest.approx(200 * norms[0], rel=1e-4)  # C/γ
+    assert norms[1] < found[1] < 2
+    assert found[2] == pytest.approx(2, rel=1e-4)
+
+
+def test_under_automatic_clipping_the_clip_norm_is_a_factor_of_the_sum_and_nothing_else():
+    grads = random_grads(5, [1e-3, 1.0, 1e3], torch.float32)
+    one, four = (clipped(grads, clip_norm, "automatic") for clip_norm in (0.5, 2.0))
+    assert all(torch.equal(4 * one[name], four[name]) for name in one)
+    assert not all(
+        torch.equal(4 * t, clipped(grads, 2.0)[n]) for n, t in clipped(grads, 0.5).items()
+    )
 
 
 def test_the_flat_clip_is_neither_per_tensor_nor_of_the_batch():
@@ -171,15 +218,19 @@ def test_the_flat_clip_is_neither_per_tensor_nor_of_the_batch():
 
 @pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("clip_norm", [1.0, math.inf])
-def test_a_non_finite_example_adds_exactly_nothing_and_leaves_the_others(bad, dtype, clip_norm):
+@pytest.mark.parametrize(
+    ("clip_norm", "clipping"), [(1.0, "flat"), (math.inf, "flat"), (1.0, "automatic")]
+)
+def test_a_non_finite_example_adds_exactly_nothing_and_leaves_the_others(
+    bad, dtype, clip_norm, clipping
+):
     grads = random_grads(1, [1.0, 2.0, 3.0], dtype)
     grads["q.lora_B.weight"][1, 2, 0] = bad
-    alone = clipped(rows_of(grads, [1]), clip_norm)
+    alone = clipped(rows_of(grads, [1]), clip_norm, clipping)
     assert all(torch.equal(t, torch.zeros_like(t)) for t in alone.values())
-    others = clipped(rows_of(grads, [0, 2]), clip_norm)
+    others = clipped(rows_of(grads, [0, 2]), clip_norm, clipping)
     assert joint_norm(others) > 0
-    assert_close(clipped(grads, clip_norm), others, 1e-6)
+    assert_close(clipped(grads, clip_norm, clipping), others, 1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -190,11 +241,14 @@ def test_without_a_clip_norm_the_sum_is_plain(dtype):
     assert all(tensor.dtype == dtype for tensor in found.values())
 
 
-@pytest.mark.parametrize("clip_norm", [0.5, math.inf])
-def test_an_example_without_gradient_is_no_obstacle(clip_norm):
+@pytest.mark.parametrize(
+    ("clip_norm", "clipping"), [(0.5, "flat"), (math.inf, "flat"), (0.5, "automatic")]
+)
+def test_an_example_without_gradient_is_no_obstacle(clip_norm, clipping):
     grads = random_grads(3, [0.0, 1.0], torch.float32)
-    assert_close(clipped(grads, clip_norm), clipped(rows_of(grads, [1]), clip_norm), 1e-6)
-    alone = clipped(rows_of(grads, [0]), clip_norm)
+    other = clipped(rows_of(grads, [1]), clip_norm, clipping)
+    assert_close(clipped(grads, clip_norm, clipping), other, 1e-6)
+    alone = clipped(rows_of(grads, [0]), clip_norm, clipping)
     assert all(torch.equal(t, torch.zeros_like(t)) for t in alone.values())
 
 
@@ -277,7 +331,9 @@ def streams(seed: int = 0) -> RandomStreams:
     return RandomStreams(seeded(seed, "sampling"), seeded(seed, "noise"))
 
 
-def release(backbone, data, *, q=1.0, z=0.0, clip_norm=math.inf, micro_batch=64, seed=0):
+def release(
+    backbone, data, *, q=1.0, z=0.0, clip_norm=math.inf, micro_batch=64, seed=0, clipping="flat"
+):
     return private_gradient(
         backbone,
         data,
@@ -285,6 +341,7 @@ def release(backbone, data, *, q=1.0, z=0.0, clip_norm=math.inf, micro_batch=64,
         clip_norm=clip_norm,
         micro_batch=micro_batch,
         streams=streams(seed),
+        clipping=clipping,
     )
 
 
@@ -294,12 +351,14 @@ def test_without_noise_and_clip_at_rate_one_it_is_the_plain_mean_gradient(backbo
     assert_close(release(backbone, data), expected, 1e-5)
 
 
-def test_each_example_is_clipped_on_its_own(backbone, data):
+@pytest.mark.parametrize("clipping", CLIPPINGS)
+def test_each_example_is_clipped_on_its_own(backbone, data, clipping):
     grads = loop_gradients(backbone, data)
     norms = [joint_norm(grad) for grad in grads]
     clip_norm = float(np.median(norms))
-    expected = scaled_sum(grads, [min(1, clip_norm / norm) / EXAMPLES for norm in norms])
-    assert_close(release(backbone, data, clip_norm=clip_norm), expected, 1e-5)
+    expected = scaled_sum(grads, [factor(n, clip_norm, clipping) / EXAMPLES for n in norms])
+    found = release(backbone, data, clip_norm=clip_norm, clipping=clipping, micro_batch=5)
+    assert_close(found, expected, 1e-5)
 
 
 @pytest.mark.parametrize("micro_batch", [1, 5])

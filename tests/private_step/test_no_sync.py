@@ -20,7 +20,7 @@ from lalora_app.methods.table import METHODS
 from lalora_app.models.backbone import Backbone, wire_name
 from lalora_app.models.forwards import Segmented, mean_logits, text_logits
 from lalora_app.models.frozen_weights import FrozenWeights, base_layers
-from lalora_app.models.scores import CLASSIFICATION
+from lalora_app.models.scores import CLASSIFICATION, mean_over_views
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.randomness import seeded
@@ -129,9 +129,9 @@ def test_a_bf16_step_reads_nothing_either_and_sums_in_float32(kernel, monkeypatc
     seen = []
     whole = mechanism.clipped_sum
 
-    def watched(grads, clip_norm):
+    def watched(grads, *rest):
         seen.extend(block.rows.dtype for block in grads.blocks)
-        return whole(grads, clip_norm)
+        return whole(grads, *rest)
 
     monkeypatch.setattr("lalora_app.private_step.step.clipped_sum", watched)
     backbone = meta_backbone(kernel=kernel, dtype=torch.bfloat16)
@@ -164,3 +164,8 @@ def test_a_mask_of_tokens_would_be_read(monkeypatch):
     monkeypatch.setattr("lalora_app.models.forwards.whole_mask", lambda mask: mask)
     with pytest.raises(RuntimeError, match="meta"):
         private_steps(meta_backbone())
+
+
+def test_the_mean_over_views_reads_nothing_from_the_gpu():
+    logits, labels = torch.zeros(6, 2, device=META), torch.zeros(3, dtype=torch.long, device=META)
+    assert mean_over_views(CLASSIFICATION.losses, logits, labels, 2).shape == (3,)

@@ -24,10 +24,10 @@ class Mutant:
 MUTANTS = {
     "batch-mean clip": Mutant(
         "private_step/mechanism.py",
-        "    scales = clip_scales(grads.norms(), clip_norm)\n",
+        "    scales = CLIPPINGS[clipping](grads.norms(), clip_norm)\n",
         "    means = [grad.mean(0).norm() for grad in grads.dense().values()]\n"
         "    norms = torch.full_like(grads.norms(), float(torch.stack(means).norm()))\n"
-        "    scales = clip_scales(norms, clip_norm)\n",
+        "    scales = CLIPPINGS[clipping](norms, clip_norm)\n",
         "tests/private_step/test_mechanism.py::test_clipping_is_flat_over_all_tensors_of_an_example",
     ),
     "per-tensor clip": Mutant(
@@ -35,6 +35,12 @@ MUTANTS = {
         "        return _norms(torch.column_stack([block.norms() for block in self.blocks]))\n",
         "        return torch.column_stack([block.norms() for block in self.blocks]).amax(1)\n",
         "tests/private_step/test_mechanism.py::test_the_flat_clip_is_neither_per_tensor_nor_of_the_batch",
+    ),
+    "automatic clipping without the division": Mutant(
+        "private_step/mechanism.py",
+        "    scales = clip_norm * CLIP_MARGIN / (norms + AUTOMATIC_SHIFT)\n",
+        "    scales = clip_norm * CLIP_MARGIN * torch.ones_like(norms)\n",
+        "tests/private_step/test_mechanism.py::test_no_example_moves_the_sum_by_more_than_the_clip_norm",
     ),
     "one-position heads left out of the norm": Mutant(
         "private_step/gradients.py",
@@ -53,6 +59,13 @@ MUTANTS = {
         "        return x.reshape(self._examples, -1, x.shape[-1])\n",
         "        return x.reshape(x.shape[0], -1, x.shape[-1])\n",
         "tests/private_step/test_per_example.py::test_an_image_is_clipped_as_one_and_not_by_its_windows",
+    ),
+    "clip per view": Mutant(
+        "private_step/views.py",
+        "    return replace(batch, inputs=torch.from_numpy(np.stack(shown)), views=drawn.shape[1])\n",
+        "    labels = batch.labels.repeat_interleave(drawn.shape[1])\n"
+        "    return replace(batch, inputs=torch.from_numpy(np.stack(shown)), labels=labels)\n",
+        "tests/private_step/test_views.py::test_no_image_moves_the_sum_by_more_than_the_clip_norm",
     ),
     "noise skipped": Mutant(
         "private_step/mechanism.py",
@@ -153,8 +166,8 @@ MUTANTS = {
     ),
     "empty batches skipped": Mutant(
         "private_step/step.py",
-        "    sums = _clipped_batch_sum(model, data, indices, clip_norm, micro_batch)\n",
-        "    sums = _clipped_batch_sum(model, data, indices, clip_norm, micro_batch)\n"
+        "    sums = _clipped_batch_sum(model, data, indices, clip_norm, micro_batch, clipping)\n",
+        "    sums = _clipped_batch_sum(model, data, indices, clip_norm, micro_batch, clipping)\n"
         "    if not len(indices):\n"
         "        return NoisedGrads(sums)\n",
         "tests/private_step/test_mechanism.py::test_an_empty_batch_is_pure_noise_and_uses_up_a_reservation",

@@ -124,6 +124,12 @@ OUT_OF_RANGE = [
     ("privacy.clip-norm", NAN),
     ("privacy.clip-norm", 1e-7),  # float32 squares vanish below it
     ("privacy.clip-norm", 1e7),
+    ("privacy.clipping", "auto"),
+    ("train.schedule", "linear"),
+    ("train.warm-up", 1.0),
+    ("train.warm-up", -0.1),
+    ("train.warm-up", NAN),
+    ("train.views", 0),
     ("privacy.noise", "none"),
     ("train.local-steps", 0),
     ("train.batch-size", 0),
@@ -309,6 +315,37 @@ def test_no_clipping_is_possible_only_without_privacy(epsilon):
     assert "\n" not in message
     config = make_config(**{"privacy.clip-norm": INF, "privacy.epsilon": INF})
     assert not config.privacy.private
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, 'model.task="text-classification": only images have views'),
+        ({"model.task": "causal-lm", "data.label-column": "none"}, 'model.task="causal-lm"'),
+        (
+            {"model.task": "image-classification", "model.prefix-cache": True},
+            "model.prefix-cache=true: the kept states",
+        ),
+    ],
+)
+def test_only_images_whose_states_are_not_kept_have_views(changes, words):
+    changes = {"model.pooling": "model", "data.partitioner": "iid"} | changes
+    message = complaint(changes | {"train.views": 4})
+    assert message.startswith(f"train.views=4 must be 1 for {words}")
+    assert "\n" not in message
+    assert make_config(**changes | {"train.views": 1}).train.views == 1
+
+
+def test_images_may_have_views():
+    image = {"model.task": "image-classification", "model.pooling": "model"}
+    assert make_config(**image | {"train.views": 16}).train.views == 16
+
+
+def test_automatic_clipping_needs_a_clip_norm():
+    changes = {"privacy.clip-norm": INF, "privacy.epsilon": INF, "privacy.clipping": "automatic"}
+    message = complaint(changes)
+    assert 'privacy.clip-norm=inf must be finite for privacy.clipping="automatic"' in message
+    assert "\n" not in message
 
 
 def test_seeded_noise_is_not_private():

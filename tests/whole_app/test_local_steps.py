@@ -73,8 +73,19 @@ def peft_state(model):
     return {n: p.detach().numpy().copy() for n, p in get_peft_model_state_dict(model).items()}
 
 
-@pytest.mark.parametrize(("method", "steps"), [("dp-lora", 1), ("la-lora-no-filter", 2)])
-def test_one_client_without_noise_is_plain_central_training(tiny, method, steps):
+# Factors of the learning rates by step, of 6: the warm-up has 1.8 steps.
+COSINE = [1 / 1.8, 1.0, *(0.5 + 0.5 * np.cos(np.pi * (s - 1.8) / 4.2) for s in range(2, 6))]
+
+
+@pytest.mark.parametrize(
+    ("method", "steps", "schedule", "factors"),
+    [
+        ("dp-lora", 1, {}, [1.0] * 3),
+        ("la-lora-no-filter", 2, {}, [1.0] * 6),
+        ("dp-lora", 2, {"train.schedule": "cosine", "train.warm-up": 0.3}, COSINE),
+    ],
+)
+def test_one_client_without_noise_is_plain_central_training(tiny, method, steps, schedule, factors):
     rates = {"A": 0.7, "B": 0.9, "head": 0.5}
     config = tiny(
         method=method,
@@ -96,7 +107,8 @@ def test_one_client_without_noise_is_plain_central_training(tiny, method, steps)
             "train.lr-b": rates["B"],
             "train.lr-head": rates["head"],
             "train.lr-decay": 0.8,
-        },
+        }
+        | schedule,
     )
     done = run(config, 1)
     exchanges = done.grid.trained()
@@ -119,7 +131,8 @@ def test_one_client_without_noise_is_plain_central_training(tiny, method, steps)
             with torch.no_grad():
                 for name, parameter in named.items():
                     if kind(name) in METHODS[method].trains(t, k) | {"head"}:
-                        parameter -= rates[kind(name)] * 0.8 ** (t - 1) * parameter.grad
+                        rate = rates[kind(name)] * factors[(t - 1) * steps + k]
+                        parameter -= rate * 0.8 ** (t - 1) * parameter.grad
         central = peft_state(model)
         for name, array in arrays(exchange.reply).items():
             np.testing.assert_allclose(array, central[name], rtol=2e-4, atol=2e-6, err_msg=name)
