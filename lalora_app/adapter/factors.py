@@ -16,6 +16,8 @@ B: Factors = frozenset({"B"})
 
 AB: Factors = frozenset({"A", "B"})
 
+NO_FACTOR: Factors = frozenset()  # of a round of the head alone
+
 Array = NDArray[np.float32]
 Adapter = dict[str, Array]
 Kind = Literal["A", "B", "head", "gate", "fixed"]
@@ -89,14 +91,23 @@ def kind(name: str) -> Kind:
 
 
 def active_names(names: Iterable[str], factors: Factors) -> frozenset[str]:
-    """Return the names of the given factors and of all heads and gates (active in every step)."""
-    return frozenset(name for name in names if kind(name) in (*factors, "head", "gate"))
+    """Return the names of the given factors and of all heads and gates (active in every step).
+
+    Limit: without a factor, the heads alone. A gate multiplies factors, so it rests with them.
+    """
+    kinds = (*factors, "head", "gate") if factors else ("head",)
+    return frozenset(name for name in names if kind(name) in kinds)
 
 
 def select(adapter: Mapping[str, Array], factors: Factors) -> Adapter:
     """Return the tensors that a client uploads: the given factors, heads and gates."""
     names = active_names(adapter, factors)
     return {name: array for name, array in adapter.items() if name in names}
+
+
+def factors_text(factors: Factors) -> str:
+    """Return the factors of a step or round as text, such as "A+B"; without a factor "head"."""
+    return "+".join(sorted(factors)) or "head"
 
 
 def num_bytes(adapter: Mapping[str, Array]) -> int:

@@ -23,6 +23,7 @@ from lalora_app.private_step.step import RandomStreams
 from lalora_app.server.initial_state import initial_state
 
 OTHER = {
+    "privacy.head-share": 0.5,
     "train.optimizer": "adamw",
     "train.momentum": 0.5,
     "train.lr-a": 0.3,
@@ -165,6 +166,7 @@ def test_a_run_warns_once_of_all_values_without_effect(tiny, caplog):
         run(config)
     (line,) = [r.getMessage() for r in caplog.records if "does not read" in r.getMessage()]
     assert (
-        line == 'LaLoRA method="ffa-lora" does not read train.lr-a=0.001, rule.period=3: '
+        line
+        == 'LaLoRA this run of method="ffa-lora" does not read train.lr-a=0.001, rule.period=3: '
         "the values have no effect"
     )
