@@ -16,7 +16,7 @@ B: Factors = frozenset({"B"})
 
 AB: Factors = frozenset({"A", "B"})
 
-NO_FACTOR: Factors = frozenset()  # of a round of the head alone
+NONE: Factors = frozenset()
 
 Array = NDArray[np.float32]
 Adapter = dict[str, Array]
@@ -24,6 +24,11 @@ Kind = Literal["A", "B", "head", "gate", "fixed"]
 
 
 _PARTS: tuple[Kind, ...] = ("A", "B", "gate", "fixed")
+
+
+def factors_text(factors: Factors) -> str:
+    """Return the factors as text, such as "A+B"; "head" if no factor trains or travels."""
+    return "+".join(sorted(factors)) or "head"
 
 
 def sibling(name: str, part: str) -> str:
@@ -103,11 +108,6 @@ def select(adapter: Mapping[str, Array], factors: Factors) -> Adapter:
     """Return the tensors that a client uploads: the given factors, heads and gates."""
     names = active_names(adapter, factors)
     return {name: array for name, array in adapter.items() if name in names}
-
-
-def factors_text(factors: Factors) -> str:
-    """Return the factors of a step or round as text, such as "A+B"; without a factor "head"."""
-    return "+".join(sorted(factors)) or "head"
 
 
 def num_bytes(adapter: Mapping[str, Array]) -> int:

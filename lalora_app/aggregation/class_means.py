@@ -21,7 +21,8 @@ ROW_LENGTH = 1.0
 def _unit_rows(rows: Float64Array) -> Float64Array:
     """Return the rows divided by their lengths; a zero row stays zero."""
     lengths = np.linalg.norm(rows, axis=1, keepdims=True)
-    return np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
+    unit: Float64Array = np.divide(rows, lengths, out=np.zeros_like(rows), where=lengths > 0)
+    return unit
 
 
 def head_of_class_sums(sums: Mapping[str, Array]) -> Adapter:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from lalora_app.adapter.factors import NO_FACTOR, Adapter, active_names
+from lalora_app.adapter.factors import NONE, Adapter, active_names
 from lalora_app.data.encoding import Encoded
 from lalora_app.models.backbone import Backbone
 from lalora_app.privacy.ledger import Reservation
@@ -56,7 +56,7 @@ def run_class_sums(
     stay far below that bound.
     """
     backbone.load(start, drift)
-    backbone.engine.activate(active_names(start, NO_FACTOR))
+    backbone.engine.activate(active_names(start, NONE))
     view = copy.copy(backbone)
     view.task = replace(backbone.task, losses=own_logits)
     noised = private_gradient(

@@ -28,7 +28,7 @@ class StepCost:
     """The cost of one private step.
 
     Attributes:
-        seconds: trained factors, such as "A+B", or "head" -> median seconds of a step.
+        seconds: trained factors, such as "A" or "A+B", or "head" -> median seconds of a step.
         peak_bytes: largest memory: of the GPU, or of this whole process on a CPU.
     """
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lalora_app.adapter.factors import NO_FACTOR, Adapter, Factors
+from lalora_app.adapter.factors import NONE, Adapter, Factors
 from lalora_app.aggregation.average import federated_averaging
 from lalora_app.aggregation.class_means import class_means_head
 from lalora_app.aggregation.rule import Aggregated, RoundInfo
@@ -39,10 +39,10 @@ def after_head_rounds(method: Method, config: Config) -> Method:
     first = config.head_rounds
 
     def trains(t: int, k: int) -> Factors:
-        return method.trains(t - first, k) if t > first else NO_FACTOR
+        return method.trains(t - first, k) if t > first else NONE
 
     def syncs(t: int) -> Factors:
-        return method.syncs(t - first) if t > first else NO_FACTOR
+        return method.syncs(t - first) if t > first else NONE
 
     def aggregate(
         current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: RoundInfo

@@ -6,6 +6,7 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeVar, cast
 
 from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.method_numbers import MethodNumbers
 from lalora_app.settings.names import AUTO, CLASS_MEANS, suggestion
 from lalora_app.settings.sections import (
     BY_LABEL,
@@ -13,7 +14,6 @@ from lalora_app.settings.sections import (
     TASKS,
     Data,
     Lora,
-    MethodNumbers,
     Model,
     Privacy,
     Train,
