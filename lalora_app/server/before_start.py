@@ -65,8 +65,10 @@ def _check_head_share(config: Config) -> None:
     from lalora_app.privacy.accounting import smallest_epsilon
 
     privacy = config.privacy
+    if config.model.head != CLASS_MEANS:
+        return
     smallest = smallest_epsilon(privacy.delta, sampling_rate=1.0, steps=1) / privacy.epsilon
-    if config.model.head == CLASS_MEANS and privacy.head_share < smallest:
+    if privacy.head_share < smallest:
         raise ConfigError(
             f"privacy.head-share={privacy.head_share} must be at least "
             f"{math.ceil(smallest * 1e4) / 1e4:g}, the smallest share for one release at "
@@ -106,11 +108,10 @@ def check_epsilon(config: Config, sizes: list[int]) -> None:
         for steps, q in largest.items()
     )
     if privacy.epsilon < smallest:
-        after = f" after class sums with privacy.head-share={privacy.head_share}" if sums else ""
         raise ConfigError(
             f"privacy.epsilon={privacy.epsilon} must be at least "
             f"{math.ceil(smallest * 1e4) / 1e4:g}, the smallest possible for {steps} steps with "
-            f"sampling rate {q:.3g} at privacy.delta={privacy.delta:g}{after}"
+            f"sampling rate {q:.3g} at privacy.delta={privacy.delta:g}"
         )
 
 

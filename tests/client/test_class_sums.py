@@ -163,7 +163,7 @@ def test_every_entry_has_noise_of_the_releases_size():
     clean = released(model, data)
     noise = np.stack([released(model, data, z=z, seed=seed) - clean for seed in range(150)])
     assert_gaussian(noise.ravel(), z)
-    assert 0.7 < noise.std(axis=0).min() / z  # no entry of any class is left out
+    assert noise.std(axis=0).min() / z > 0.7  # no entry of any class is left out
     assert np.abs(np.corrcoef(noise.reshape(150, -1).T) - np.eye(clean.size)).max() < 0.5
 
 
@@ -188,9 +188,7 @@ def head_inputs(backbone, batch):
     head.forward = lambda x: (seen.append(x.detach().double()), forward(x))[1]
     with torch.no_grad():
         backbone.logits(batch)
-    del head.forward
-    if "forward" not in vars(head):
-        head.forward = forward
+    head.forward = forward  # the engine's own, which is set on the layer itself
     (found,) = seen
     if found.dim() == 3:  # (examples, tokens, features): the mean over the tokens
         weights = batch.mask[..., None].double()
