@@ -45,17 +45,6 @@ def remember_size(site: Site, config: Config, size: int) -> None:
         new.write_text(json.dumps({"fingerprint": fingerprint, "examples": size}), "utf-8")
 
 
-def _class_sums_and_steps(
-    config: Config, site: Site, request: TrainRequest
-) -> tuple[list[Release], list[Release]]:
-    """Return the run's releases of class sums, and those of its steps."""
-    entries = site.ledger.entries(site.dataset, request.run)
-    kinds: tuple[list[Release], list[Release]] = [], []
-    for entry in entries:
-        kinds[not config.sums_classes(entry.round)].append(entry.release)
-    return kinds
-
-
 def _planned_class_sums(
     config: Config, site: Site, request: TrainRequest, size: int
 ) -> tuple[Release, Limits]:
@@ -90,7 +79,9 @@ def _planned(
     privacy, steps, policy = config.privacy, config.train.local_steps, site.policy
     limit = Limit(privacy.epsilon, privacy.delta)
     q = config.train.batch_size / size
-    sums, past = _class_sums_and_steps(config, site, request)
+    entries = site.ledger.entries(site.dataset, request.run)
+    sums = [entry.release for entry in entries if config.sums_classes(entry.round)]
+    past = [entry.release for entry in entries if not config.sums_classes(entry.round)]
     planned = max(request.steps_left, steps)
     noise_multiplier = noise_for(past, limit, sampling_rate=q, steps=planned, before=sums)
     policy.check_noise(noise_multiplier)

@@ -4,7 +4,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -60,6 +60,7 @@ def test_it_predicts_the_class_whose_mean_has_the_smallest_angle_to_the_feature(
         assert np.argmax(head[WEIGHT] @ feature + head[BIAS]) == np.argmax(cosines)
 
 
+@settings(deadline=None)
 @given(arrays(np.float64, 4, elements=st.floats(1e-3, 1e3)))
 def test_the_size_of_a_class_has_no_effect(sizes):
     sums = sums_of(4, 3)

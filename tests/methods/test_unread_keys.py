@@ -38,6 +38,7 @@ OTHER = {
     "rule.sparsity": 0.6,
 }
 EXAMPLES = 12
+ROUNDS = {"num-server-rounds": 4}
 OWN_OPTIMIZER = ("doppler", "dp-fedadamw")
 
 
@@ -85,6 +86,12 @@ def test_a_value_without_effect_is_named_with_its_key(method, key, tiny):
 )
 def test_a_value_with_effect_is_not_named(method, key, tiny):
     assert unread_keys(tiny(method=method, **{key: OTHER[key]})) == []
+
+
+def test_the_share_of_class_means_is_read_with_them_only(tiny):
+    changed = {"privacy.head-share": 0.5, "train.head-rounds": 1}
+    assert unread_keys(tiny(**changed | ROUNDS)) == ["privacy.head-share=0.5"]
+    assert unread_keys(tiny(**changed | ROUNDS | {"model.head": "class-means"})) == []
 
 
 @pytest.fixture
