@@ -33,7 +33,13 @@ from lalora_app.settings.run_config import MethodNumbers, Train
 
 EXAMPLES, TOKENS, CLIP_NORM = 8, 16, 0.5
 Grads = Mapping[str, Tensor]  # wire name -> gradient of one example, or a sum of gradients
-TRAIN = {"local_steps": 2, "batch_size": 20, "micro_batch": 8, "weight_decay": 0.01}
+TRAIN = {
+    "local_steps": 2,
+    "head_rounds": 0,
+    "batch_size": 20,
+    "micro_batch": 8,
+    "weight_decay": 0.01,
+}
 RATES = {"lr_a": 0.1, "lr_b": 0.1, "lr_head": 0.1, "lr_decay": 1.0}
 METHOD_NUMBERS = MethodNumbers(  # la-lora reads none of them
     period=1,

@@ -16,12 +16,19 @@ B: Factors = frozenset({"B"})
 
 AB: Factors = frozenset({"A", "B"})
 
+NONE: Factors = frozenset()
+
 Array = NDArray[np.float32]
 Adapter = dict[str, Array]
 Kind = Literal["A", "B", "head", "gate", "fixed"]
 
 
 _PARTS: tuple[Kind, ...] = ("A", "B", "gate", "fixed")
+
+
+def factors_text(factors: Factors) -> str:
+    """Return the factors as text, such as "A+B"; "head" if no factor trains or travels."""
+    return "+".join(sorted(factors)) or "head"
 
 
 def sibling(name: str, part: str) -> str:
@@ -89,8 +96,12 @@ def kind(name: str) -> Kind:
 
 
 def active_names(names: Iterable[str], factors: Factors) -> frozenset[str]:
-    """Return the names of the given factors and of all heads and gates (active in every step)."""
-    return frozenset(name for name in names if kind(name) in (*factors, "head", "gate"))
+    """Return the names of the given factors and of all heads and gates (active in every step).
+
+    Limit: without a factor, the heads alone. A gate multiplies factors, so it rests with them.
+    """
+    kinds = (*factors, "head", "gate") if factors else ("head",)
+    return frozenset(name for name in names if kind(name) in kinds)
 
 
 def select(adapter: Mapping[str, Array], factors: Factors) -> Adapter:

@@ -25,6 +25,7 @@ from lalora_app.privacy.budget import Limit
 from lalora_app.privacy.randomness import seed_of
 from lalora_app.server.cohorts import planned_cohorts
 from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.names import CLASS_MEANS
 from lalora_app.settings.run_config import Config
 
 REAL = "lalora"
@@ -79,7 +80,7 @@ class AuditRequest:
         size: FULL or FAST.
 
     Raises:
-        ConfigError: for an unknown mechanism, or ε = inf.
+        ConfigError: for an unknown mechanism, ε = inf, or class means, which no attack covers.
     """
 
     config: Config
@@ -89,13 +90,18 @@ class AuditRequest:
     size: AuditSize
 
     def __post_init__(self) -> None:
-        """Check the mechanism and the promise."""
+        """Check the mechanism, the promise and the releases."""
         if self.mechanism not in MECHANISMS:
             raise ConfigError(
                 f'mechanism="{self.mechanism}" must be one of ' + ", ".join(MECHANISMS)
             )
         if math.isinf(self.config.privacy.epsilon):
             raise ConfigError("epsilon=inf must be finite: an audit tests a promise")
+        if self.config.model.head == CLASS_MEANS:
+            raise ConfigError(
+                f'model.head="{CLASS_MEANS}" must be another one for an audit, whose attacks know '
+                "local steps only"
+            )
 
 
 LogLine = Callable[[str], None]

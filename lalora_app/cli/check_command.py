@@ -80,19 +80,21 @@ def _left_of_limit(config: Config, site: "Site", size: int) -> str:
     Raises:
         ConfigError: if the site's ledger and this run together would exceed the limit.
     """
+    from lalora_app.methods.head_rounds import class_sum_releases
     from lalora_app.privacy.accounting import Release, epsilon
     from lalora_app.privacy.budget import BudgetError, check_limit
 
     limit, file = site.policy.limit, site.state / "ledger.sqlite"
-    past = site.ledger.releases(site.dataset) if file.is_file() else []
+    already = site.ledger.releases(site.dataset) if file.is_file() else []
     q, noise, steps = _plan(config, size)
+    past = [*already, *class_sum_releases(config)]
     try:
         check_limit(past, Release(q, noise, steps), limit, "node")
     except BudgetError as error:
         raise ConfigError(
             f"max-epsilon={limit.epsilon:g} does not allow this run: {error}"
         ) from error
-    spent = epsilon(past, limit.delta)
+    spent = epsilon(already, limit.delta)
     return f"limit     epsilon {spent:.3g} of {limit.epsilon:g} is spent, by {file}"
 
 
@@ -101,11 +103,13 @@ def _plan(config: Config, size: int) -> tuple[float, float, int]:
 
     The client is assumed to take part in all rounds: an upper limit.
     """
+    from lalora_app.methods.head_rounds import class_sum_releases
     from lalora_app.privacy.accounting import calibrate
 
-    privacy, train = config.privacy, config.train
-    q, steps = train.batch_size / size, train.local_steps * config.num_server_rounds
-    return q, calibrate(privacy.epsilon, privacy.delta, sampling_rate=q, steps=steps), steps
+    privacy, train, sums = config.privacy, config.train, class_sum_releases(config)
+    q, steps = train.batch_size / size, train.local_steps * (config.num_server_rounds - len(sums))
+    target, delta = privacy.epsilon, privacy.delta
+    return q, calibrate(target, delta, sampling_rate=q, steps=steps, past=sums), steps
 
 
 def _node(args: argparse.Namespace) -> dict[str, Any]:
@@ -177,8 +181,11 @@ def _kinds(model: "Backbone") -> str:
 def _costs(config: Config, model: "Backbone", data: "Encoded", size: int) -> Iterator[str]:
     """Yield lines on noise, time and memory of one client with ``size`` rows."""
     from lalora_app.client.trial_step import measure_step
+    from lalora_app.methods.head_rounds import class_sum_releases
 
     privacy, train = config.privacy, config.train
+    for sums in class_sum_releases(config):
+        yield f"head      one release of class sums: noise multiplier {sums.noise_multiplier:.3g}"
     q, noise, steps = _plan(config, size)
     yield (
         f"privacy   at most {steps} steps with sampling rate {q:.3g}: noise multiplier {noise:.3g} "

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lalora_app.adapter.atomic_files import file_name, replace_atomically
 from lalora_app.client.site import Site
+from lalora_app.methods.head_rounds import class_sum_releases
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.budget import Limit, noise_for
 from lalora_app.privacy.ledger import Limits, Reservation
@@ -44,16 +45,45 @@ def remember_size(site: Site, config: Config, size: int) -> None:
         new.write_text(json.dumps({"fingerprint": fingerprint, "examples": size}), "utf-8")
 
 
+def _planned_class_sums(
+    config: Config, site: Site, request: TrainRequest, size: int
+) -> tuple[Release, Limits]:
+    """Return the release of class sums and its limits, with the steps that are planned after it."""
+    privacy, train, policy = config.privacy, config.train, site.policy
+    limit = Limit(privacy.epsilon, privacy.delta)
+    (release,) = class_sum_releases(config)
+    policy.check_noise(release.noise_multiplier)
+    later = []
+    if (steps := request.steps_left - train.local_steps) > 0:  # this round takes no step
+        q, past = train.batch_size / size, site.ledger.releases(site.dataset, request.run)
+        noise = noise_for([], limit, sampling_rate=q, steps=steps, before=[*past, release])
+        policy.check_noise(noise)
+        later = [Release(q, noise, steps)]
+    limits = Limits(
+        planned=release.count,
+        run_limit=limit,
+        node_limit=policy.limit,
+        later=later,
+        max_rounds=policy.max_rounds,
+        per_day=policy.max_rounds_per_day,
+    )
+    return release, limits
+
+
 def _planned(
     config: Config, site: Site, request: TrainRequest, size: int
 ) -> tuple[Release, Limits]:
     """Choose the noise of a round with ``size`` examples, and return its releases and limits."""
+    if config.sums_classes(request.round):
+        return _planned_class_sums(config, site, request, size)
     privacy, steps, policy = config.privacy, config.train.local_steps, site.policy
     limit = Limit(privacy.epsilon, privacy.delta)
     q = config.train.batch_size / size
-    past = site.ledger.releases(site.dataset, request.run)
+    entries = site.ledger.entries(site.dataset, request.run)
+    sums = [entry.release for entry in entries if config.sums_classes(entry.round)]
+    past = [entry.release for entry in entries if not config.sums_classes(entry.round)]
     planned = max(request.steps_left, steps)
-    noise_multiplier = noise_for(past, limit, sampling_rate=q, steps=planned)
+    noise_multiplier = noise_for(past, limit, sampling_rate=q, steps=planned, before=sums)
     policy.check_noise(noise_multiplier)
     limits = Limits(
         planned=planned,

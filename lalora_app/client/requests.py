@@ -13,7 +13,7 @@ from itertools import pairwise
 from flwr.app import Context, Message, RecordDict
 
 from lalora_app.adapter.factors import Adapter, select
-from lalora_app.client import data_cache, local_round, prefix_cache
+from lalora_app.client import class_sums, data_cache, local_round, prefix_cache
 from lalora_app.client.limits import remember_size, reserve
 from lalora_app.client.received_round import (
     Asked,
@@ -98,8 +98,18 @@ def _streams(config: Config, client: str, attempt: int) -> step.RandomStreams:
 def run_local_steps(
     current: Round, start: Adapter, reservation: Reservation, streams: step.RandomStreams
 ) -> Adapter:
-    """Return the site's adapter after the round's private steps."""
+    """Return the site's adapter after the round's private steps, or with its class sums."""
     config, request, client = current.config, current.request, current.site.client
+    if config.sums_classes(request.round):
+        return class_sums.run_class_sums(
+            current.model,
+            current.data,
+            start,
+            current.received.drift,
+            micro_batch=config.train.micro_batch,
+            reservation=reservation,
+            streams=streams,
+        )
     return local_round.run_round(
         current.model,
         current.data,

@@ -3,6 +3,7 @@
 import json
 
 from lalora_app.methods import schedule
+from lalora_app.methods.head_rounds import after_head_rounds
 from lalora_app.methods.method import Method
 from lalora_app.methods.table import METHODS
 from lalora_app.settings.errors import ConfigError
@@ -135,7 +136,7 @@ def lookup(name: str, local_steps: int) -> Method:
 
 
 def method_of(config: Config) -> Method:
-    """Return a run's method after checking that the rest of the config goes with it.
+    """Return a run's method, behind its rounds of the head alone, after checking the config.
 
     Raises:
         ConfigError: with the keys, their values and the reason.
@@ -154,7 +155,7 @@ def method_of(config: Config) -> Method:
         )
     check_secure_aggregation(config, linear=method.linear)
     _check_server(config, method)
-    return method
+    return after_head_rounds(method, config)
 
 
 def checked_rank(rank: object, config: Config) -> int:

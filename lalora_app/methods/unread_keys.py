@@ -7,10 +7,12 @@ the learning rates of all of them.
 from lalora_app.methods import optimizers, schedule
 from lalora_app.methods.compatibility import method_of
 from lalora_app.methods.method import Method
+from lalora_app.settings.names import CLASS_MEANS
 from lalora_app.settings.run_config import Config, Scalar, flatten
 
 # The defaults in pyproject.toml, which an installed package does not have at run time.
 DEFAULTS: dict[str, Scalar] = {
+    "privacy.head-share": 0.3,
     "train.optimizer": "sgd",
     "train.momentum": 0.0,
     "train.lr-a": 2.0,
@@ -38,9 +40,10 @@ _READERS = {
 _CONFIGURED = (optimizers.configured_optimizer, optimizers.lora_plus)
 
 
-def _train_keys(method: Method, local_steps: int) -> set[str]:
+def _train_keys(method: Method, config: Config) -> set[str]:
     """Return the keys of the table ``train`` among :data:`DEFAULTS` that a method reads."""
-    rounds = (schedule.factors_trained_in(method.trains, t, local_steps) for t in (1, 2))
+    first, steps = config.head_rounds, config.train.local_steps
+    rounds = (schedule.factors_trained_in(method.trains, first + t, steps) for t in (1, 2))
     trained = frozenset[str]().union(*rounds)
     keys = {f"train.lr-{factor.lower()}" for factor in trained}
     if method.optimizer in _CONFIGURED:
@@ -61,7 +64,8 @@ def unread_keys(config: Config) -> list[str]:
     Raises:
         ConfigError: if the method and the config do not go together.
     """
-    read = _train_keys(method_of(config), config.train.local_steps)
+    read = _train_keys(method_of(config), config)
+    read |= {"privacy.head-share"} if config.model.head == CLASS_MEANS else set()
     read |= {key for key, methods in _READERS.items() if config.method in methods}
     read |= {"server.momentum"} if config.server.optimizer != "sgd" else set()
     values = flatten(config)

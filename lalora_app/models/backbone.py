@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lalora_app.adapter.factors import Adapter
+from lalora_app.adapter.head_start import with_head_start
 from lalora_app.blocks.adapters import with_adapters
 from lalora_app.blocks.prefix import Prefix
 from lalora_app.blocks.prefix_checks import check_prefix, division_of
@@ -277,7 +278,7 @@ def _num_labels(config: Config) -> int:
 def build(config: Config) -> Built:
     """Return the process's backbone and the initial adapter of the run's method.
 
-    A is Kaiming, B zero, the head random, all drawn from the run's seed.
+    A is Kaiming, B zero, the head as ``model.head`` says, all drawn from the run's seed.
 
     Raises:
         ConfigError: if the model, its targets, the rank, the device or the method do not fit.
@@ -287,7 +288,8 @@ def build(config: Config) -> Built:
     width = method.width(lora.rank, rule)
     own = replace(lora, rank=width, alpha=lora.alpha * width / lora.rank)  # the same scale α/r
     backbone, plain = _checked(config.model, own, _num_labels(config), config.seed)
-    start = method.start({name: array.copy() for name, array in plain.items()}, rule)
+    plain = with_head_start({name: array.copy() for name, array in plain.items()}, config.model)
+    start = method.start(plain, rule)
     effective = method.effective
     if effective is None:
         return backbone, start

@@ -139,17 +139,20 @@ def _smallest(excess: Callable[[float], float], high: float) -> float:
     return found
 
 
-def smallest_epsilon(delta: float, *, sampling_rate: float, steps: int) -> float:
+def smallest_epsilon(
+    delta: float, *, sampling_rate: float, steps: int, past: Sequence[Release] = ()
+) -> float:
     """Return the smallest ε that :func:`calibrate` can reach, with the largest noise.
 
     Args:
         delta: δ of the guarantee.
         sampling_rate: q of the releases.
         steps: number of releases.
+        past: earlier releases under the same guarantee.
 
     Limit: about ``EPSILON_ERROR``, however few the releases are.
     """
-    return epsilon([Release(sampling_rate, LARGEST_NOISE, steps)], delta)
+    return epsilon([*past, Release(sampling_rate, LARGEST_NOISE, steps)], delta)
 
 
 def calibrate(

@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lalora_app.privacy.accounting import Release, calibrate, epsilon
@@ -42,7 +43,29 @@ def check_limit(past: list[Release], plan: Release, limit: Limit, owner: str) ->
         )
 
 
-def noise_for(past: list[Release], limit: Limit, *, sampling_rate: float, steps: int) -> float:
+def first_release(limit: Limit, share: float) -> Release:
+    """Return one release of all examples (q = 1) that costs a share of a limit by itself.
+
+    Limit: ε = inf gives no noise.
+
+    Raises:
+        BudgetError: if no noise is enough for this share.
+    """
+    target = share * limit.epsilon
+    try:
+        return Release(1.0, calibrate(target, limit.delta, sampling_rate=1.0, steps=1), 1)
+    except ValueError as error:
+        raise BudgetError(str(error)) from error
+
+
+def noise_for(
+    past: Sequence[Release],
+    limit: Limit,
+    *,
+    sampling_rate: float,
+    steps: int,
+    before: Sequence[Release] = (),
+) -> float:
     """Return the noise multiplier for the rest of a run: constant if no release is repeated.
 
     Args:
@@ -50,6 +73,7 @@ def noise_for(past: list[Release], limit: Limit, *, sampling_rate: float, steps:
         limit: the run's limit; ε = inf gives 0.
         sampling_rate: q of the next releases.
         steps: planned releases from this round to the end of the run.
+        before: the run's releases of another kind, whose noise is not the one to keep.
 
     If a round is repeated (for example after a kill), its releases count twice; the remaining
     rounds then get more noise, and ε stays the same.
@@ -60,11 +84,12 @@ def noise_for(past: list[Release], limit: Limit, *, sampling_rate: float, steps:
     if past and past[-1].sampling_rate == sampling_rate:
         last = past[-1].noise_multiplier
         planned = Release(sampling_rate, last, steps)
-        if epsilon([*past, planned], limit.delta) <= limit.epsilon:
+        if epsilon([*before, *past, planned], limit.delta) <= limit.epsilon:
             return last
+    whole = [*before, *past]
     try:
         return calibrate(
-            limit.epsilon, limit.delta, sampling_rate=sampling_rate, steps=steps, past=past
+            limit.epsilon, limit.delta, sampling_rate=sampling_rate, steps=steps, past=whole
         )
     except ValueError as error:
         raise BudgetError(str(error)) from error

@@ -3,7 +3,7 @@
 import os
 import secrets
 import sqlite3
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -64,6 +64,7 @@ class Limits(TypedDict):
     planned: int
     run_limit: Limit
     node_limit: Limit
+    later: NotRequired[Sequence[Release]]
     max_rounds: NotRequired[int | None]
     per_day: NotRequired[int | None]
 
@@ -149,6 +150,7 @@ class Ledger:
         planned: int,
         run_limit: Limit,
         node_limit: Limit,
+        later: Sequence[Release] = (),
         max_rounds: int | None = None,
         per_day: int | None = None,
     ) -> list[LedgerEntry]:
@@ -162,6 +164,7 @@ class Ledger:
                 cannot end within the limits is refused at its first round.
             run_limit: limit of all lines of this run and dataset.
             node_limit: limit of all lines of this dataset.
+            later: releases of another kind that the run plans after these.
             max_rounds: largest number of lines of this run and dataset; None: any number.
             per_day: largest number of rounds of this dataset in 24 hours; None: any number. A line
                 with a later time counts, so a clock that was set back only delays a client.
@@ -181,8 +184,8 @@ class Ledger:
             _check_run(own, max_rounds)
         if per_day is not None:
             _check_day(seen, datetime.now(UTC), per_day)
-        check_limit(_releases(own), plan, run_limit, "run")
-        check_limit(_releases(seen), plan, node_limit, "node")
+        check_limit([*_releases(own), *later], plan, run_limit, "run")
+        check_limit([*_releases(seen), *later], plan, node_limit, "node")
         return seen
 
     def reserve(

@@ -83,19 +83,21 @@ def _clipped_batch_sum(
     indices: np.ndarray,
     clip_norm: float,
     micro_batch: int,
-    clipping: str = "flat",
+    clipping: str,
+    dtype: torch.dtype | None,
 ) -> dict[str, Tensor]:
     """Return the clipped sum per tensor over a batch; zeros for an empty batch."""
     sums: dict[str, Tensor] = {}
     for batch in data.micro_batches(indices, micro_batch):
         grads = model.engine.gradients(partial(model.losses, batch), len(batch.labels))
-        totals = clipped_sum(grads, clip_norm, clipping)
+        scaled = clipped_sum(grads, clip_norm, clipping)
+        totals = {name: total.to(dtype or total.dtype) for name, total in scaled.items()}
         if sums:
             torch._foreach_add_(list(sums.values()), [totals[name] for name in sums])
         else:
             sums = totals
     active = [(n, p) for n, p in model.engine.parameters.items() if p.requires_grad]
-    return {name: sums[name] if sums else torch.zeros_like(p) for name, p in active}
+    return {n: sums[n] if sums else torch.zeros_like(p, dtype=dtype) for n, p in active}
 
 
 def noise_std_of(reservation: Reservation, clip_norm: float) -> float:
@@ -113,6 +115,7 @@ def private_gradient(
     micro_batch: int,
     streams: RandomStreams,
     clipping: str = "flat",
+    sum_dtype: torch.dtype | None = None,
 ) -> NoisedGrads:
     """Compute one private gradient: the noised mean gradient of the model's active tensors.
 
@@ -129,6 +132,8 @@ def private_gradient(
             micro-batch.
         streams: the random generators of sampling and noise.
         clipping: ``privacy.clipping``.
+        sum_dtype: the number type of the sum over micro-batches and of the noise; None: that of
+            the gradients. Batches of many thousand examples need float64.
 
     Raises:
         BudgetError: if the reservation has no release left; nothing is drawn in this case.
@@ -139,7 +144,7 @@ def private_gradient(
     reservation.take()
     q = reservation.sampling_rate
     indices = poisson_batch(len(data), q, streams.sampling)
-    sums = _clipped_batch_sum(model, data, indices, clip_norm, micro_batch, clipping)
+    sums = _clipped_batch_sum(model, data, indices, clip_norm, micro_batch, clipping, sum_dtype)
     noise_std = noise_std_of(reservation, clip_norm)
     expected = q * len(data)
     return add_noise(sums, noise_std=noise_std, expected_batch=expected, rng=streams.noise)

@@ -15,6 +15,7 @@ from lalora_app.data.partition import partition
 from lalora_app.results.run_folder import check_writable
 from lalora_app.server.cohorts import clients_per_round, planned_cohorts
 from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.names import CLASS_MEANS
 from lalora_app.settings.run_config import Config
 
 if TYPE_CHECKING:
@@ -59,6 +60,22 @@ def check_clients(config: Config, clients: int) -> None:
         )
 
 
+def _check_head_share(config: Config) -> None:
+    """Check that noise exists with which class sums keep to their share of ``privacy.epsilon``."""
+    from lalora_app.privacy.accounting import smallest_epsilon
+
+    privacy = config.privacy
+    if config.model.head != CLASS_MEANS:
+        return
+    smallest = smallest_epsilon(privacy.delta, sampling_rate=1.0, steps=1) / privacy.epsilon
+    if privacy.head_share < smallest:
+        raise ConfigError(
+            f"privacy.head-share={privacy.head_share} must be at least "
+            f"{math.ceil(smallest * 1e4) / 1e4:g}, the smallest share for one release at "
+            f"privacy.epsilon={privacy.epsilon} and privacy.delta={privacy.delta:g}"
+        )
+
+
 def check_epsilon(config: Config, sizes: list[int]) -> None:
     """Check that noise exists with which every client's releases stay within ``privacy.epsilon``.
 
@@ -72,18 +89,22 @@ def check_epsilon(config: Config, sizes: list[int]) -> None:
     Privacy: the error tells a client's sampling rate; that of a site's own data must be shown at
     that site only.
     """
+    from lalora_app.methods.head_rounds import class_sum_releases
     from lalora_app.privacy.accounting import smallest_epsilon
 
     privacy, train = config.privacy, config.train
     if math.isinf(privacy.epsilon):
         return
-    rounds = Counter(client for cohort in planned_cohorts(config, len(sizes)) for client in cohort)
+    _check_head_share(config)
+    cohorts = planned_cohorts(config, len(sizes))[config.sums_classes(1) :]  # those with steps
+    rounds = Counter(client for cohort in cohorts for client in cohort)
+    sums = class_sum_releases(config)
     largest: dict[int, float] = {}  # steps -> largest sampling rate; ε grows with both
     for i, n in enumerate(sizes):
         steps = rounds[i] * train.local_steps
         largest[steps] = max(largest.get(steps, 0.0), train.batch_size / n)
     smallest, q, steps = max(
-        (smallest_epsilon(privacy.delta, sampling_rate=q, steps=steps), q, steps)
+        (smallest_epsilon(privacy.delta, sampling_rate=q, steps=steps, past=sums), q, steps)
         for steps, q in largest.items()
     )
     if privacy.epsilon < smallest:

@@ -10,6 +10,7 @@ from lalora_app.results.run_folder import RunFolder
 from lalora_app.server.after_round import AfterRound
 from lalora_app.server.log_lines import result_text
 from lalora_app.settings.errors import first_line
+from lalora_app.settings.names import CLASS_MEANS
 from lalora_app.settings.run_config import Config, Privacy
 
 _log = logging.getLogger("flwr")
@@ -42,6 +43,15 @@ def _mechanism(privacy: Privacy) -> str:
     return f"Gaussian, on sums of gradients {scaled[privacy.clipping]} {privacy.clip_norm}"
 
 
+def _class_sums(config: Config) -> dict[str, Any]:
+    """Return the entry on the release before the steps; none without it."""
+    if config.model.head != CLASS_MEANS:
+        return {}
+    share = f"{config.privacy.head_share:g} of epsilon by itself"
+    text = f"Gaussian, on class sums of features of length 1, once, all examples; {share}"
+    return {"class_sums": text}
+
+
 def _privacy_report(config: Config, rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "private": config.privacy.private,
@@ -51,6 +61,7 @@ def _privacy_report(config: Config, rows: list[dict[str, Any]]) -> dict[str, Any
         "unit": ADJACENCY,
         "sampling": "Poisson, at each client's own rate: expected batch size over its examples",
         "mechanism": _mechanism(config.privacy),
+        **_class_sums(config),
         "accountant": ACCOUNTANT,
         "noise": config.privacy.noise,
         "secure_aggregation": config.secure_aggregation,

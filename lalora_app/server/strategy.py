@@ -10,7 +10,15 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from lalora_app.adapter.factors import Adapter, Factors, from_rank, num_bytes, select, to_rank
+from lalora_app.adapter.factors import (
+    Adapter,
+    Factors,
+    factors_text,
+    from_rank,
+    num_bytes,
+    select,
+    to_rank,
+)
 from lalora_app.adapter.low_rank import add_to_drift
 from lalora_app.aggregation.iterate_average import with_average
 from lalora_app.aggregation.measured_error import AggregationErrors, aggregation_errors
@@ -215,7 +223,9 @@ class FederatedLora(Strategy):
         return errors
 
     def _complete(self, t: int, synced: Factors) -> bool:
-        """Tell whether the server knows every tensor that the clients computed with."""
+        """Tell whether a product travelled, and the server knows all that clients computed with."""
+        if not synced:
+            return False
         kept = self.method.resident(t, self.config.train.local_steps) - synced
         return not kept and self.method.effective is None and not self.method.keeps_client_state
 
@@ -241,7 +251,7 @@ class FederatedLora(Strategy):
         self.attempts.append(
             Attempt(
                 round=t,
-                phase="+".join(sorted(synced)),
+                phase=factors_text(synced),
                 aggregated=enough,
                 replies=len(accepted),
                 dropped=tuple(dropped),

@@ -8,6 +8,7 @@ from lalora_app.settings.errors import ConfigError
 
 NONE = "none"  # the value of a key that is switched off
 AUTO = "auto"  # the value of a key that the app chooses
+CLASS_MEANS = "class-means"  # the value of model.head
 
 FILE_KINDS = (".jsonl", ".json", ".parquet", ".csv", ".tsv", ".txt")
 _PACKED = tuple(f"{kind}.gz" for kind in FILE_KINDS if kind != ".parquet")  # parquet packs itself

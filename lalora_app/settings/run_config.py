@@ -6,14 +6,14 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeVar, cast
 
 from lalora_app.settings.errors import ConfigError
-from lalora_app.settings.names import AUTO, suggestion
+from lalora_app.settings.method_numbers import MethodNumbers
+from lalora_app.settings.names import AUTO, CLASS_MEANS, suggestion
 from lalora_app.settings.sections import (
     BY_LABEL,
     PARTITIONERS,
     TASKS,
     Data,
     Lora,
-    MethodNumbers,
     Model,
     Privacy,
     Train,
@@ -126,6 +126,15 @@ class Config:
         """Tell whether the run ends with this attempt (from 1)."""
         return attempt >= self.num_server_rounds
 
+    @property
+    def head_rounds(self) -> int:
+        """Number of rounds of the head alone, before the method's first round."""
+        return self.train.head_rounds + (self.model.head == CLASS_MEANS)
+
+    def sums_classes(self, t: int) -> bool:
+        """Tell whether clients release class sums in round ``t`` (from 1), and take no step."""
+        return t == 1 and self.model.head == CLASS_MEANS
+
     def is_evaluated(self, attempt: int) -> bool:
         """Tell whether the test split is evaluated after this attempt (0: before the first)."""
         return attempt % self.evaluate_every == 0 or self.is_last(attempt)
@@ -230,8 +239,23 @@ def _check_views(config: Config) -> None:
         )
 
 
+def _check_head(config: Config) -> None:
+    head, rounds = config.model.head, config.train.head_rounds
+    no_head = 'for model.task="causal-lm", which has no head'
+    if config.model.task == "causal-lm" and head != AUTO:
+        raise ConfigError(f'model.head="{head}" must be "auto" {no_head}')
+    if config.model.task == "causal-lm" and rounds:
+        raise ConfigError(f"train.head-rounds={rounds} must be 0 {no_head}")
+    if config.head_rounds >= config.num_server_rounds:
+        raise ConfigError(
+            f"num-server-rounds={config.num_server_rounds} must be above {config.head_rounds}, the "
+            f'rounds of the head alone with model.head="{head}" and train.head-rounds={rounds}'
+        )
+
+
 def _check_together(config: Config) -> None:
     _check_robust(config)
+    _check_head(config)
     clip, epsilon = config.privacy.clip_norm, config.privacy.epsilon
     if math.isinf(clip) and math.isfinite(epsilon):
         raise ConfigError(f"privacy.clip-norm=inf must be finite while privacy.epsilon={epsilon}")

@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from lalora_app.settings.names import AUTO
+from lalora_app.settings.names import AUTO, CLASS_MEANS
 from lalora_app.settings.value_rules import (
     LAST,
     are_ranks,
@@ -45,6 +45,14 @@ class Model:
         "model",
         meaning="Input of a text classifier's head: the mean of the token outputs, or the "
         "architecture's own pooling and head. Other tasks need `model`.",
+    )
+    head: str = one_of(
+        AUTO,
+        "zero",
+        CLASS_MEANS,
+        meaning="Start of the head: `auto` is the checkpoint's own where it fits the classes, else "
+        "random; `zero`; or `class-means`, one noised release of every client in round 1 "
+        "([models](models.md#the-start-of-the-head)).",
     )
     max_length: int = count(meaning="Largest length of a text in tokens; longer texts are cut.")
     image_size: int = count(
@@ -224,6 +232,12 @@ class Privacy:
         meaning="Source of noise and of Poisson sampling: the operating system's randomness, or "
         "the run's seed. `seeded` makes a run repeatable and NOT private.",
     )
+    head_share: float = law(
+        "must be in (0, 1)",
+        lambda v: 0 < v < 1,
+        meaning="Share of `privacy.epsilon` that the release for `model.head=class-means` may use "
+        "by itself; the noise of all later steps is planned with it.",
+    )
 
     @property
     def private(self) -> bool:
@@ -236,6 +250,12 @@ class Train:
     """The local steps of one client."""
 
     local_steps: int = count(meaning="Training steps per client and round.")
+    head_rounds: int = law(
+        "must not be negative",
+        lambda v: v >= 0,
+        meaning="Rounds that train and send the head alone, before the method's first round "
+        "([models](models.md#the-start-of-the-head)).",
+    )
     batch_size: int = count(
         meaning="Expected number of examples per local step; every example is drawn with "
         "probability batch-size / (examples of the client)."
@@ -273,41 +293,3 @@ class Train:
         "must be in [0, 1)", lambda v: 0 <= v < 1, meaning="Momentum of `sgd`; 0 for `adamw`."
     )
     weight_decay: float = not_negative(meaning="Weight decay of the optimiser.")
-
-
-@dataclass(frozen=True, kw_only=True)
-class MethodNumbers:
-    """Numbers of single methods; all other methods ignore them."""
-
-    period: int = count(
-        meaning="Rounds between two re-factorisations (`fedsvd`), merges into the base "
-        "(`rac-lora`) or prunings (`beamlora`)."
-    )
-    fair_weight: float = law(
-        "must not be negative (inf: no correction)",
-        lambda v: v >= 0,
-        meaning="Penalty on the size of the server's correction for `lora-fair` and "
-        "`lora-fair-cosine`.",
-    )
-    flat_radius: float = not_negative(
-        meaning="Size of the random weight perturbation relative to each row's norm, for "
-        "`flat-lora`; 0 for none."
-    )
-    lr_ratio: float = positive(
-        meaning="Learning rate of B divided by that of A, for `lora-plus`; replaces `train.lr-b`."
-    )
-    lr_gate: float = positive(
-        meaning="Learning rate of gates (`beamlora`) and magnitudes (`sd-lora`)."
-    )
-    gate_temperature: float = positive(
-        meaning="Temperature of the softmax over the gates of `beamlora`."
-    )
-    tasks: int = count(
-        meaning="Number of tasks for `sd-lora` and `duallora`: blocks of consecutive rounds, all "
-        "on the same data."
-    )
-    sparsity: float = law(
-        "must be in [0, 1)",
-        lambda v: 0 <= v < 1,
-        meaning="Share of each layer's input features that `losa` prunes.",
-    )

@@ -15,7 +15,7 @@ from lalora_app.aggregation.server_state import ServerState
 from lalora_app.cli import main
 from lalora_app.data.partition import partition
 from lalora_app.models import backbone
-from lalora_app.privacy.accounting import epsilon, second_epsilon
+from lalora_app.privacy.accounting import Release, epsilon, second_epsilon
 from lalora_app.privacy.budget import Limit, noise_for
 from lalora_app.privacy.ledger import Ledger
 from lalora_app.private_step import step
@@ -59,9 +59,9 @@ def _client(config, side: Path, run: str, die_at: int | None):
 
 
 def _method(config):
-    from lalora_app.methods.compatibility import lookup
+    from lalora_app.methods.compatibility import method_of
 
-    return lookup(config.method, config.train.local_steps)
+    return method_of(config)
 
 
 def _counted(ledger: Path) -> int:
@@ -118,6 +118,28 @@ def test_the_ledger_never_under_reports_when_the_client_is_killed(tiny, tmp_path
         lost_before = lost
     assert killed_between >= KILLS // 2  # at least those that died by themselves
     _verify(ledger)
+
+
+@pytest.mark.slow
+@pytest.mark.quiet
+def test_class_sums_are_counted_when_the_client_is_killed_before_their_noise(tiny, tmp_path):
+    identify()
+    keys = {"model.head": "class-means", "model.pooling": "mean", "privacy.epsilon": float("inf")}
+    config = tiny(**keys, **{"num-server-rounds": ROUNDS, "min-replies": 1})
+    backbone.build(config)  # before the fork: the child starts at once
+    side = tmp_path / "drawn"
+    side.touch()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            _client(config, side, "run", die_at=0)
+        finally:
+            os._exit(0)
+    _, status = os.waitpid(pid, 0)
+    assert os.WIFSIGNALED(status)
+    assert side.read_text() == ""  # nothing was drawn
+    (entry,) = Ledger(tmp_path / "home" / "ledger.sqlite").entries()
+    assert (entry.round, entry.release) == (1, Release(1.0, 0.0, 1))
 
 
 def _verify(path: Path):

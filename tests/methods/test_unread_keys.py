@@ -24,6 +24,7 @@ from lalora_app.private_step.step import RandomStreams
 from lalora_app.server.initial_state import initial_state
 
 OTHER = {
+    "privacy.head-share": 0.5,
     "train.optimizer": "adamw",
     "train.momentum": 0.5,
     "train.lr-a": 0.3,
@@ -39,6 +40,7 @@ OTHER = {
     "server.momentum": 0.5,
 }
 EXAMPLES = 12
+ROUNDS = {"num-server-rounds": 4}
 OWN_OPTIMIZER = ("doppler", "dp-fedadamw")
 
 
@@ -92,6 +94,12 @@ def test_a_value_with_effect_is_not_named(method, key, tiny):
 def test_every_method_reads_the_keys_of_the_step(method, tiny):
     changes = {"privacy.clipping": "automatic", "train.schedule": "cosine", "train.warm-up": 0.3}
     assert unread_keys(tiny(method=method, **changes)) == []
+
+
+def test_the_share_of_class_means_is_read_with_them_only(tiny):
+    changed = {"privacy.head-share": 0.5, "train.head-rounds": 1}
+    assert unread_keys(tiny(**changed | ROUNDS)) == ["privacy.head-share=0.5"]
+    assert unread_keys(tiny(**changed | ROUNDS | {"model.head": "class-means"})) == []
 
 
 @pytest.fixture

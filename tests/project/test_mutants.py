@@ -158,6 +158,27 @@ MUTANTS = {
         "            _OPEN.append(db)  # committed when the process ends, if it ends well\n",
         "tests/privacy/test_ledger.py::test_a_row_is_committed_when_reserve_returns",
     ),
+    "class sums without noise": Mutant(
+        "client/class_sums.py",
+        "        reservation=reservation,\n        clip_norm=LENGTH,\n",
+        '        reservation=(setattr(reservation, "noise_multiplier", 0.0), reservation)[1],\n'
+        "        clip_norm=LENGTH,\n",
+        "tests/client/test_class_sums.py::test_every_entry_has_noise_of_the_releases_size",
+    ),
+    "class sums that no ledger counts": Mutant(
+        "client/limits.py",
+        "    return site.ledger.reserve(",
+        "    if config.sums_classes(request.round):\n"
+        "        return Reservation(release)\n"
+        "    return site.ledger.reserve(",
+        "tests/whole_app/test_head_start.py::test_the_release_is_on_the_ledger_before_its_noise_is_drawn",
+    ),
+    "class sums of features that are not scaled": Mutant(
+        "client/class_sums.py",
+        "        clip_norm=LENGTH,\n",
+        "        clip_norm=10 * LENGTH,\n",
+        "tests/client/test_class_sums.py::test_one_example_moves_the_sums_by_at_most_one_whatever_the_others_are",
+    ),
     "shuffled batches": Mutant(
         "private_step/mechanism.py",
         "    return np.flatnonzero(rng.random(size) < rate)\n",
@@ -166,8 +187,8 @@ MUTANTS = {
     ),
     "empty batches skipped": Mutant(
         "private_step/step.py",
-        "    sums = _clipped_batch_sum(model, data, indices, clip_norm, micro_batch, clipping)\n",
-        "    sums = _clipped_batch_sum(model, data, indices, clip_norm, micro_batch, clipping)\n"
+        "    noise_std = noise_std_of(reservation, clip_norm)\n    expected = q * len(data)\n",
+        "    noise_std = noise_std_of(reservation, clip_norm)\n    expected = q * len(data)\n"
         "    if not len(indices):\n"
         "        return NoisedGrads(sums)\n",
         "tests/private_step/test_mechanism.py::test_an_empty_batch_is_pure_noise_and_uses_up_a_reservation",

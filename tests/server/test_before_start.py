@@ -24,6 +24,10 @@ REFUSED = {
         {"privacy.epsilon": 0.001},
         r"^privacy\.epsilon=0\.001 must be at least 0\.00\d+, the smallest possible for \d+ steps",
     ),
+    "too small a share of epsilon": (
+        {"model.head": "class-means", "privacy.epsilon": 0.3, "privacy.head-share": 0.001},
+        r"^privacy\.head-share=0\.001 must be at least 0\.0\d+, the smallest share for one release",
+    ),
     "an unknown method": ({"method": "la-lara"}, r'^method="la-lara" .* did you mean "la-lora"\?'),
     "too few steps": (
         {"method": "la-lora-full", "train.local-steps": 1},

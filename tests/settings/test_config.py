@@ -72,6 +72,11 @@ OUT_OF_RANGE = [
     ("model.name", " "),
     ("model.max-length", 0),
     ("model.pooling", "cls"),
+    ("model.head", "means"),
+    ("privacy.head-share", 0.0),
+    ("privacy.head-share", 1.0),
+    ("privacy.head-share", NAN),
+    ("train.head-rounds", -1),
     ("model.device", "gpu"),
     ("model.dtype", "float16"),
     ("model.task", "chat"),
@@ -157,7 +162,9 @@ MISTYPED = [
     ("method", 7),
     ("output", None),
 ]
+LANGUAGE = {"model.task": "causal-lm", "model.pooling": "model"}
 AT_THE_EDGE = [
+    ("train.head-rounds", 9),  # of 10 rounds
     ("fraction-train", 1.0),
     ("seed", 0),
     ("resume-from", "~/runs/one"),
@@ -277,6 +284,16 @@ def test_a_missing_key_is_named(key):
         ({"robust": "trimmed-mean", "suspects": 1}, ["min-replies=2", "at least 3"]),
         ({"suspects": 1, "min-replies": 3}, ["suspects=1", "must be 0", "none"]),
         ({"robust": "median", "suspects": 1, "min-replies": 3}, ["suspects=1", "median"]),
+        (
+            {"model.head": "class-means", "train.head-rounds": 9},
+            ["num-server-rounds=10", "above 10", "class-means", "train.head-rounds=9"],
+        ),
+        ({"train.head-rounds": 10}, ["num-server-rounds=10", "above 10", "train.head-rounds=10"]),
+        (
+            LANGUAGE | {"model.head": "zero"},
+            ['model.head="zero"', '"auto"', "causal-lm", "no head"],
+        ),
+        (LANGUAGE | {"train.head-rounds": 1}, ["train.head-rounds=1", "must be 0", "no head"]),
     ],
 )
 def test_a_robust_mean_needs_more_replies_than_suspects_can_outvote(changes, words):

@@ -1,0 +1,43 @@
+"""The table ``rule`` of the run config: numbers that only single methods read."""
+
+from dataclasses import dataclass
+
+from lalora_app.settings.value_rules import count, law, not_negative, positive
+
+
+@dataclass(frozen=True, kw_only=True)
+class MethodNumbers:
+    """Numbers of single methods; all other methods ignore them."""
+
+    period: int = count(
+        meaning="Rounds between two re-factorisations (`fedsvd`), merges into the base "
+        "(`rac-lora`) or prunings (`beamlora`)."
+    )
+    fair_weight: float = law(
+        "must not be negative (inf: no correction)",
+        lambda v: v >= 0,
+        meaning="Penalty on the size of the server's correction for `lora-fair` and "
+        "`lora-fair-cosine`.",
+    )
+    flat_radius: float = not_negative(
+        meaning="Size of the random weight perturbation relative to each row's norm, for "
+        "`flat-lora`; 0 for none."
+    )
+    lr_ratio: float = positive(
+        meaning="Learning rate of B divided by that of A, for `lora-plus`; replaces `train.lr-b`."
+    )
+    lr_gate: float = positive(
+        meaning="Learning rate of gates (`beamlora`) and magnitudes (`sd-lora`)."
+    )
+    gate_temperature: float = positive(
+        meaning="Temperature of the softmax over the gates of `beamlora`."
+    )
+    tasks: int = count(
+        meaning="Number of tasks for `sd-lora` and `duallora`: blocks of consecutive rounds, all "
+        "on the same data."
+    )
+    sparsity: float = law(
+        "must be in [0, 1)",
+        lambda v: 0 <= v < 1,
+        meaning="Share of each layer's input features that `losa` prunes.",
+    )
