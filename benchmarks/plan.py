@@ -3,10 +3,10 @@
 python benchmarks/plan.py                          # the default run with four rounds
 python benchmarks/plan.py --rounds 10 -c 'train.batch-size=128'
 
-It times a trial, runs the same config with `lalora run`, reads its history and the clients' ledgers,
-and prints one JSON object. Durations leave out the start of the run and its first round, in which
-models are built and noise is calibrated: the later rounds are scaled to all rounds. Run it on a
-machine with nothing else to do.
+It times a trial, runs the same config with `lalora run`, reads its history and the ledgers of its
+clients, and prints one JSON object. Durations leave out the start of the run and its first round,
+in which models are built and noise is calibrated: the later rounds are scaled to all rounds. Run it
+on a machine with nothing else to do.
 """
 
 import argparse
