@@ -49,13 +49,13 @@ def _plan(args: argparse.Namespace) -> int:
     found = planning.plan(given, _progress)
     best = planning.best(found)
     shown = [each for each in found if each != own]
-    marks = [("best", best), ("this config", own)]
+    marks = [("best", best), ("now", own)]
     for line in (*of_given(given, largest), *table(given, traffic, [own, *shown], marks)):
         print(line)
     if file is not None:
         _write(file, launch, best)
         print(f"run       {_command(args, launch, file)}")
-    print("ok        no data was sent or written, no privacy budget was spent")
+    print("ok        no data was sent, no ledger was opened, no privacy budget was spent")
     return 0
 
 

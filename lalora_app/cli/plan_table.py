@@ -1,7 +1,6 @@
 """The lines that ``lalora plan`` prints."""
 
 from collections.abc import Callable, Iterator, Sequence
-from datetime import timedelta
 from typing import TYPE_CHECKING
 
 from lalora_app.privacy.planning import Choice, Given
@@ -14,7 +13,9 @@ epochs    examples of a client's steps, divided by its examples
 z         noise multiplier of a client's steps, as the run calibrates it
 own       noise over signal in one entry of the mean update, each client adding its own noise
 shared    the same if noise were added once for all clients: a calculation, no run does so yet
-times     own, divided by the smallest one: compare choices by this column"""
+times     own, divided by the smallest one: compare choices by this column
+now       the config as it is, within the limits or not"""
+_LONG = 1e4 * 3600  # seconds; longer durations are shown in hours
 _COSTS = {
     "time": "hours:minutes:seconds of the rounds, without the start of the run",
     "MB": "megabytes of one client's tensors in all rounds, up and down",
@@ -41,7 +42,14 @@ def of_given(given: Given, largest: int) -> list[str]:
 
 
 def _duration(seconds: float) -> str:
-    return str(timedelta(seconds=round(seconds)))
+    if seconds >= _LONG:
+        return f"{seconds / 3600:.0e} h"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
+
+
+def _ratio(value: float) -> str:
+    return f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
 def _columns(
@@ -49,15 +57,15 @@ def _columns(
 ) -> dict[str, tuple[int, Callable[[Choice], str]]]:
     """Return title -> (width, text of a choice); costs that are not known have no column."""
     columns: dict[str, tuple[int, Callable[[Choice], str]]] = {
-        "batch": (7, lambda c: str(c.batch_size)),
-        "steps": (7, lambda c: str(c.steps)),
-        "local": (6, lambda c: str(c.local_steps)),
-        "rounds": (7, lambda c: str(c.rounds)),
-        "epochs": (8, lambda c: f"{c.examples / given.examples:.3g}"),
-        "z": (8, lambda c: f"{c.noise_multiplier:.4g}"),
-        "own": (9, lambda c: f"{c.own_noise:.2e}"),
-        "shared": (9, lambda c: f"{c.shared_noise:.2e}"),
-        "times": (7, lambda c: f"{c.own_noise / least:.2f}"),
+        "batch": (6, lambda c: str(c.batch_size)),
+        "steps": (6, lambda c: str(c.steps)),
+        "local": (5, lambda c: str(c.local_steps)),
+        "rounds": (6, lambda c: str(c.rounds)),
+        "epochs": (6, lambda c: f"{c.examples / given.examples:.3g}"),
+        "z": (7, lambda c: f"{c.noise_multiplier:.4g}"),
+        "own": (8, lambda c: f"{c.own_noise:.2e}"),
+        "shared": (8, lambda c: f"{c.shared_noise:.2e}"),
+        "times": (6, lambda c: _ratio(c.own_noise / least)),
     }
     if given.speed is not None:
         columns["time"] = (9, lambda c: _duration(c.seconds))
@@ -88,10 +96,10 @@ def table(
         marks: words, each with the choice beside which it stands.
     """
     columns = _columns(given, traffic, min(each.own_noise for each in choices))
-    yield "".join(f"{title:>{width}}" for title, (width, _) in columns.items())
+    yield "".join(f" {title:>{width}}" for title, (width, _) in columns.items())
     for each in choices:
         words = ", ".join(word for word, marked in marks if marked == each)
-        cells = "".join(f"{show(each):>{width}}" for width, show in columns.values())
+        cells = "".join(f" {show(each):>{width}}" for width, show in columns.values())
         yield f"{cells}  {words}".rstrip()
     yield from _LEGEND.splitlines()
     yield from (f"{title:<10}{_COSTS[title]}" for title in columns if title in _COSTS)
