@@ -5,7 +5,7 @@ As many processes as the run would have compute at the same time, each with its 
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 from typing import TYPE_CHECKING
 
@@ -54,21 +54,22 @@ def _measure(launch: Launch, place: "Place") -> _Measured:
     if place.gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = place.gpu  # before CUDA is used for the first time
     from lalora_app.client.trial_step import limit_threads, measure_step
+    from lalora_app.data.examples import split, with_classes
     from lalora_app.methods.compatibility import method_of
     from lalora_app.models.backbone import build
-    from lalora_app.server.before_start import check_data
     from lalora_app.simulation.traffic import traffic
 
     limit_threads(place.threads)
-    found = check_data(launch.config, launch.nodes)
-    model, start = build(found.config)
-    method = method_of(found.config)
-    cost = measure_step(found.config, model, start, model.encode(found.train))
-    batches = model.encode(found.test).batches(_EVAL_BATCH)
+    config = replace(launch.config, data=with_classes(launch.config.data))
+    train, test = split(config.data)
+    model, start = build(config)
+    cost = measure_step(config, model, start, model.encode(train))
+    batches = model.encode(test).batches(_EVAL_BATCH)
     began = time.perf_counter()
     model.evaluate(batches)
     evaluation = time.perf_counter() - began
-    return _Measured(mean(cost.seconds.values()), evaluation, traffic(method, start, found.config))
+    moved = traffic(method_of(config), start, config)
+    return _Measured(mean(cost.seconds.values()), evaluation, moved)
 
 
 def trial(launch: Launch, *, sites: bool = False) -> tuple[Speed, Traffic]:
