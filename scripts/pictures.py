@@ -217,7 +217,7 @@ def results(theme: Theme) -> tuple[int, str, list[str]]:
 def _planning_axes(theme: Theme, low: float, high: float) -> list[str]:
     """Return the lines and numbers of the axes; ``low`` and ``high``: the ends in decades."""
     parts = [text(10, 18, "noise over signal (log scale)", theme["text"], more='font-weight="600"')]
-    for value in (5e-5, 1e-4, 2e-4, 4e-4):
+    for value in (1e-4, 2e-4, 4e-4):
         y = round(240 - 205 * (log10(value) - low) / (high - low), 1)
         parts.append(f'<line x1="64" y1="{y}" x2="370" y2="{y}" stroke="{theme["grid"]}"/>')
         parts.append(text(58, y + 4, f"{value:.0e}", theme["muted"], more='text-anchor="end"'))
@@ -233,7 +233,7 @@ def _step_x(steps: int) -> float:
 
 def planning(theme: Theme) -> tuple[int, str, list[str]]:
     """Return height, description and shapes of the picture of the planner's numbers."""
-    low, high = log10(4.5e-5), log10(8e-4)
+    low, high = log10(9e-5), log10(6e-4)
     parts = _planning_axes(theme, low, high)
     for epochs, color in zip(EPOCHS, MARKS[theme["name"]], strict=False):
         found = [row for row in rows() if row.epochs == epochs]
