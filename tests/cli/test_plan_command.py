@@ -98,7 +98,7 @@ def test_the_largest_numbers_fit_the_page(plan, no_accountant):
     assert code == 0
     assert max(map(len, lines)) <= 100
     assert row_of(lines, "best")["batch"] == "99000"
-    assert row_of(lines, "best")["time"] == "7e+07"  # hours
+    assert row_of(lines, "best")["time"] == "3e+07"  # hours
 
 
 def test_clients_are_dealt_as_in_the_run(plan, no_accountant):
