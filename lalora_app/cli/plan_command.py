@@ -38,19 +38,20 @@ def _plan(args: argparse.Namespace) -> int:
     file = _new_file(args.write) if args.write else None
     smallest, largest = _sizes(args, launch)
     given = _given(args, launch, smallest)
-    own = _own_choice(given, launch.config)
+    train = launch.config.train
+    own = (train.batch_size, train.local_steps, launch.config.num_server_rounds)
+    planning.check_choice(given, *own)
     # Without a trial the speed is known already.
     planning.check_limits(replace(given, max_seconds=math.inf) if args.trial else given)
     traffic = None
     if args.trial:
         speed, traffic = _trial(launch, sites=args.sites)
         given = replace(given, speed=speed)
-        own = replace(own, seconds=given.seconds(own.batch_size, own.local_steps, own.rounds))
     found = planning.plan(given, _progress)
-    best = planning.best(found)
-    shown = [each for each in found if each != own]
-    marks = [("best", best), ("now", own)]
-    for line in (*of_given(given, largest), *table(given, traffic, [own, *shown], marks)):
+    best, now = planning.best(found), planning.choice(given, *own)
+    shown = [now, *(each for each in found if each != now)]
+    marks = [("best", best), ("now", now)]
+    for line in (*of_given(given, largest), *table(given, traffic, shown, marks)):
         print(line)
     if file is not None:
         _write(file, launch, best)
@@ -204,12 +205,6 @@ def _allows(config: Config, local_steps: int) -> bool:
     except ConfigError:
         return False
     return True
-
-
-def _own_choice(given: Given, config: Config) -> Choice:
-    """Return noise and cost of the config as it is."""
-    train = config.train
-    return planning.choice(given, train.batch_size, train.local_steps, config.num_server_rounds)
 
 
 def _trial(launch: Launch, *, sites: bool) -> "tuple[Speed, Traffic]":

@@ -141,12 +141,12 @@ def _noise_multiplier(epsilon: float, delta: float, sampling_rate: float, releas
         ) from None
 
 
-def choice(given: Given, batch_size: int, local_steps: int, rounds: int) -> Choice:
-    """Return noise and cost of one choice, whether it is within the limits or not.
+def check_choice(given: Given, batch_size: int, local_steps: int, rounds: int) -> None:
+    """Check a choice as far as that needs no accountant.
 
     Raises:
-        ConfigError: if the run has too many steps to be planned, the batch is larger than the
-            client's data, or ε is too small.
+        ConfigError: if the run has too many steps to be planned, or the batch is larger than the
+            client's data.
     """
     if local_steps * rounds > _MOST_STEPS:
         raise ConfigError(
@@ -158,6 +158,15 @@ def choice(given: Given, batch_size: int, local_steps: int, rounds: int) -> Choi
             f"train.batch-size={batch_size} must be at most {given.examples}, the number of the "
             "smallest client's examples"
         )
+
+
+def choice(given: Given, batch_size: int, local_steps: int, rounds: int) -> Choice:
+    """Return noise and cost of one choice, whether it is within the limits or not.
+
+    Raises:
+        ConfigError: as :func:`check_choice`, or if ε is too small.
+    """
+    check_choice(given, batch_size, local_steps, rounds)
     releases, q = local_steps * given.client_rounds(rounds), batch_size / given.examples
     z = _noise_multiplier(given.epsilon, given.delta, q, releases)
     once = z / (batch_size * given.per_round * math.sqrt(local_steps * rounds))

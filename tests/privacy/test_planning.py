@@ -176,10 +176,13 @@ def test_the_best_has_the_least_noise_and_of_equal_ones_the_fewest_rounds_then_e
     assert best([noisy, many, few, cheap]) == cheap
 
 
-def test_a_whole_dataset_per_step_is_not_made_cheaper_by_fewer_steps_than_asked(no_accountant):
-    """With plenty of examples to spend the batch ends at n, and the steps at the minimum."""
-    found = best(plan(replace(GIVEN, max_examples=10**12)))
-    assert (found.batch_size, found.steps) == (1000, 40)
+def test_with_the_whole_data_in_every_step_the_fewest_steps_win(monkeypatch):
+    """Then z grows as √S, noise over signal stays, and only the cost grows with the steps."""
+    monkeypatch.setattr(planning, "_noise_multiplier", lambda e, d, q, steps: q * steps**0.5)
+    found = plan(replace(GIVEN, max_examples=10**12))
+    assert {each.batch_size for each in found} == {1000}
+    assert max(each.own_noise for each in found) == pytest.approx(found[0].own_noise)
+    assert (best(found).steps, best(found).rounds) == (40, 10)
 
 
 @pytest.mark.parametrize("rounds", [10**12, 10**400])
