@@ -48,7 +48,7 @@ def _duration(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02}:{rest:02}"
 
 
-def _ratio(value: float) -> str:
+def _short(value: float) -> str:
     return f"{value:.2f}" if value < 100 else f"{value:.0f}"
 
 
@@ -65,7 +65,7 @@ def _columns(
         "z": (7, lambda c: f"{c.noise_multiplier:.4g}"),
         "own": (8, lambda c: f"{c.own_noise:.2e}"),
         "shared": (8, lambda c: f"{c.shared_noise:.2e}"),
-        "times": (6, lambda c: _ratio(c.own_noise / least)),
+        "times": (6, lambda c: _short(c.own_noise / least)),
     }
     if given.speed is not None:
         columns["time"] = (9, lambda c: _duration(c.seconds))
@@ -78,7 +78,7 @@ def _megabytes(traffic: "Traffic", choice: Choice) -> str:
     """Return what one client sends and receives in all its rounds."""
     rounds = choice.releases // choice.local_steps
     up, down = (rounds * each / 1e6 for each in traffic.per_round(rounds))
-    return f"{up:.3g}/{down:.3g}"
+    return f"{_short(up)}/{_short(down)}"
 
 
 def table(
