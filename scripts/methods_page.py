@@ -9,11 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from lalora_app.adapter.factors import Adapter, num_bytes, select
-from lalora_app.aggregation.rule import RoundInfo
 from lalora_app.methods.method import Method
 from lalora_app.methods.table import METHODS
 from lalora_app.settings.run_config import Config, from_tables, parse
-from lalora_app.wire.downlink import content_hash, parts
+from lalora_app.simulation.traffic import traffic
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "methods.md"
@@ -47,23 +46,6 @@ def _turns(first: frozenset[str], second: frozenset[str]) -> str:
     return one if one == two else f"{one}, {two} in turn"
 
 
-def moved(method: Method, start: Adapter, config: Config) -> int:
-    """Return the bytes per kind of tensor that a round of two clients transfers."""
-    rng = np.random.default_rng(0)
-    uploads = [
-        {n: x + rng.standard_normal(x.shape, np.float32) for n, x in sent.items()}
-        for sent in [select(start, method.syncs(1))] * 2
-    ]
-    info = RoundInfo(t=1, rounds=config.num_server_rounds, seed=config.seed, numbers=config.rule)
-    after = parts(method.aggregate(start, [1.0, 1.0], uploads, info).adapter, {})
-    before = parts(start, {})
-    return sum(
-        num_bytes(part)
-        for which, part in after.items()
-        if content_hash(part) != content_hash(before[which])
-    )
-
-
 def row(name: str, method: Method, config: Config) -> str:
     """Return the line of one method."""
     start = initial(method, config)
@@ -74,7 +56,10 @@ def row(name: str, method: Method, config: Config) -> str:
     if method.finally_syncs - method.syncs(1):
         sends += "; at last " + " and ".join(sorted(method.finally_syncs))
     drift = " + drift" if method.moves_base else ""
-    down, later = f"{num_bytes(start):,}{drift}", f"{moved(method, start, config):,}{drift}"
+    down, later = (
+        f"{num_bytes(start):,}{drift}",
+        f"{traffic(method, start, config).down[1]:,}{drift}",
+    )
     flags = (
         method.exact,
         method.linear,

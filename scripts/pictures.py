@@ -1,12 +1,14 @@
-"""Draw the pictures of README.md and docs/architecture.md, each for a light and a dark page.
+"""Draw the pictures of README.md, docs/architecture.md and docs/planning.md, light and dark.
 
 python scripts/pictures.py
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from html import escape
+from math import log2, log10
 from pathlib import Path
 
+from planning_page import CLIENTS, EPOCHS, EPSILON, EXAMPLES, STEPS, rows
 from results_table import EPSILONS, METHODS, TITLES, Score, scores
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -212,10 +214,50 @@ def results(theme: Theme) -> tuple[int, str, list[str]]:
     return 450, about, parts
 
 
+def _planning_axes(theme: Theme, low: float, high: float) -> list[str]:
+    """Return the lines and numbers of the axes; ``low`` and ``high``: the ends in decades."""
+    parts = [text(10, 18, "noise over signal (log scale)", theme["text"], more='font-weight="600"')]
+    for value in (1e-4, 2e-4, 4e-4):
+        y = round(240 - 205 * (log10(value) - low) / (high - low), 1)
+        parts.append(f'<line x1="64" y1="{y}" x2="370" y2="{y}" stroke="{theme["grid"]}"/>')
+        parts.append(text(58, y + 4, f"{value:.0e}", theme["muted"], more='text-anchor="end"'))
+    for steps in STEPS:
+        parts.append(centered(_step_x(steps), 262, str(steps), theme["text"]))
+    parts.append(centered(217, 284, "optimiser steps, at the same number of epochs", theme["text"]))
+    return parts
+
+
+def _step_x(steps: int) -> float:
+    return round(72 + 290 * log2(steps / STEPS[0]) / log2(STEPS[-1] / STEPS[0]), 1)
+
+
+def planning(theme: Theme) -> tuple[int, str, list[str]]:
+    """Return height, description and shapes of the picture of the planner's numbers."""
+    low, high = log10(9e-5), log10(6e-4)
+    parts = _planning_axes(theme, low, high)
+    for epochs, color in zip(EPOCHS, MARKS[theme["name"]], strict=False):
+        found = [row for row in rows() if row.epochs == epochs]
+        places = [
+            (_step_x(row.steps), round(240 - 205 * (log10(row.own) - low) / (high - low), 1))
+            for row in found
+        ]
+        path = " L".join(f"{x},{y}" for x, y in places)
+        parts.append(f'<path d="M{path}" fill="none" stroke="{color}" stroke-width="1.6"/>')
+        parts += [f'<circle cx="{x}" cy="{y}" r="4" fill="{color}"/>' for x, y in places]
+        words = f"{epochs} epoch{'s' if epochs > 1 else ''}"
+        parts.append(text(376, places[-1][1] + 4, words, color))
+    about = (
+        f"Noise over signal of the mean update of {CLIENTS} clients with {EXAMPLES:,} examples "
+        f"each, at ε = {EPSILON:g}: it grows with the number of steps and falls with the epochs."
+    )
+    return 294, about, parts
+
+
 PICTURES: Mapping[str, Callable[[Theme], tuple[int, str, list[str]]]] = {
     "guarantee": guarantee,
     "folders": folders,
     "results": results,
+    "planning": planning,
 }
 
 

@@ -4,6 +4,7 @@ Each error names the value and its law; argparse adds the option.
 """
 
 import argparse
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -56,6 +57,11 @@ def to_delta(text: str) -> float:
 def to_limit(text: str) -> float:
     """Return a number greater than 0; inf is allowed."""
     return _number(text, float, "a number greater than 0", lambda value: value > 0)
+
+
+def to_positive(text: str) -> float:
+    """Return a finite number greater than 0."""
+    return _number(text, float, "a finite number greater than 0", lambda v: 0 < v < math.inf)
 
 
 def at_least_one(text: str) -> int:

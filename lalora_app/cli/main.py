@@ -1,4 +1,4 @@
-"""The command ``lalora``: simulate runs and comparisons, audit, read ledgers and results."""
+"""The command ``lalora``: plan and simulate runs, compare, audit, read ledgers and results."""
 
 import argparse
 import sqlite3
@@ -21,6 +21,7 @@ from lalora_app.cli.audit_command import add_audit
 from lalora_app.cli.check_command import add_check
 from lalora_app.cli.credentials_command import add_credentials
 from lalora_app.cli.ledger_command import add_ledger
+from lalora_app.cli.plan_command import add_plan
 from lalora_app.privacy.policy import PolicyError, read_policy_file
 from lalora_app.settings.errors import ConfigError, first_line
 
@@ -218,7 +219,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     for add in (
-        *(_add_run, add_check, _add_compare, add_audit, _add_methods, _add_results),
+        *(_add_run, add_check, add_plan, _add_compare, add_audit, _add_methods, _add_results),
         *(add_credentials, add_ledger, _add_policy),
     ):
         add(commands)

@@ -65,6 +65,11 @@ def _seconds(config: Config, model: Backbone, data: Encoded) -> float:
     return time.perf_counter() - began
 
 
+def limit_threads(threads: int) -> None:
+    """Let torch use at most this number of threads in this process."""
+    torch.set_num_threads(min(torch.get_num_threads(), threads))
+
+
 def _peak(model: Backbone) -> int:
     if model.device.type == "cuda":
         return torch.cuda.max_memory_allocated(model.device)

@@ -5,7 +5,7 @@ import argparse
 import pytest
 
 from lalora_app.cli import main
-from lalora_app.cli.argument_types import at_least_one, to_delta, to_limit, to_seeds
+from lalora_app.cli.argument_types import at_least_one, to_delta, to_limit, to_positive, to_seeds
 
 NO_NUMBERS = ["many", "", " ", "nan", "1;2", "½", "0x10", "1" * 5000]
 NO_INTEGERS = [*NO_NUMBERS, "2.5", "1e3", "inf", "-inf"]
@@ -14,6 +14,8 @@ BAD = {
     "limit": [*NO_NUMBERS[:-1], "0", "-1", "-inf"],
     "limits": [*NO_NUMBERS[:-1], "1,,2", "1,0", "3,nan", "1,"],
     "count": [*NO_INTEGERS, "0", "-1"],
+    "counts": [*NO_INTEGERS, "0", "1,0", "2,,4", "4,"],
+    "positive": [*NO_NUMBERS, "0", "-1", "inf", "-inf"],
     "engine": ["ray", "Local", "", " "],
     "seeds": [*NO_INTEGERS, "-1", "1,-2", "1,,2"],
     "ranges": [*NO_INTEGERS, "-1", "5..2", "..", "1..", "0..x", "-2..2", "1...3"],
@@ -29,9 +31,15 @@ KINDS = {
     "--epsilon": "limit",
     "--max-epsilon": "limit",
     "--epsilons": "limits",
+    "--examples": "count",
+    "--max-examples": "count",
+    "--min-steps": "count",
+    "--local-steps": "counts",
+    "--max-seconds": "positive",
+    "--examples-per-second": "positive",
 }
 ANY_TEXT = {"--run-config", "--name", "--methods", "--app", "--run", "--mechanism", "--path"}
-ANY_TEXT |= {"--dataset", "--host", "--data-path", "--node-config"}
+ANY_TEXT |= {"--dataset", "--host", "--data-path", "--node-config", "--write"}
 
 
 def leaves(parser, words=()):
@@ -95,6 +103,7 @@ GOOD = [
     (to_limit, "inf", float("inf")),
     (to_limit, "1" * 400, float("inf")),
     (at_least_one, "1", 1),
+    (to_positive, "0.5", 0.5),
 ]
 
 

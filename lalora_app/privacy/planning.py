@@ -1,0 +1,259 @@
+"""Plan a run: noise and cost of each choice of batch, local steps and rounds.
+
+In: the number of a client's examples, ε, δ and a limit on the cost. Out: choices within the limit.
+Only the accountant computes: no data, no model, no ledger is read, and nothing is spent.
+
+**Noise over signal.** A step's noise in the mean of m clients' gradients has, in every entry, the
+standard deviation z·C/(b·√m): clip norm C, noise multiplier z, expected batch b; with noise that is
+added once for all m clients it is z·C/(b·m). Noises of S steps add up to √S of that. A signal of
+length g per step adds up to S·g, with g at most C. With g = C, the ratio in one entry is
+
+    z / (b·√(m·S))  with each client's own noise,  z / (b·m·√S)  with noise added once.
+
+Over d trained parameters it is √d times as large, and C/g times for shorter gradients. Neither
+factor is known before the run, and both are taken as equal for all choices: compare two choices.
+It leaves out curvature, the bias of clipping, and the drift of clients over many local steps.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
+
+from lalora_app.privacy.accounting import calibrate
+from lalora_app.settings.errors import ConfigError
+
+LEAST_STEPS = 40  # with fewer, an optimiser has hardly moved, however small the noise is
+LOCAL_STEPS = (1, 2, 4)
+EQUAL_NOISE = 1.01  # a ratio of noise up to which two choices count as equal
+_DOUBLINGS = 5  # numbers of steps in the grid: the smallest one, and twice that four times
+# A run has far fewer; the accountant alone would need minutes for more.
+_MOST_STEPS = 1_000_000
+
+
+@dataclass(frozen=True)
+class Speed:
+    """How fast clients train.
+
+    Attributes:
+        examples_per_second: examples of the private steps of one client.
+        at_once: number of clients that train at the same time, each at this speed.
+        seconds_per_round: everything else in a round, such as the evaluation.
+    """
+
+    examples_per_second: float
+    at_once: int = 1
+    seconds_per_round: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Given:
+    """What a plan starts from.
+
+    Attributes:
+        examples: n, the number of examples of the smallest client; its noise is the largest.
+        clients: number of clients.
+        per_round: m, number of clients in each round.
+        epsilon: ε of every client over the whole run; finite.
+        delta: δ of the guarantee.
+        max_examples: examples that a client may train on in the whole run, repeats counted.
+        max_seconds: duration of the run.
+        speed: needed for the duration; None: it is not estimated.
+        min_steps: smallest number of optimiser steps of the run.
+        local_steps: numbers of local steps per round to choose from.
+    """
+
+    examples: int
+    clients: int
+    per_round: int
+    epsilon: float
+    delta: float
+    max_examples: float = math.inf
+    max_seconds: float = math.inf
+    speed: Speed | None = None
+    min_steps: int = LEAST_STEPS
+    local_steps: Sequence[int] = LOCAL_STEPS
+
+    def client_rounds(self, rounds: int) -> int:
+        """Return the rounds of the client that is selected most often."""
+        return -(-rounds * self.per_round // self.clients)
+
+    def seconds(self, batch_size: int, local_steps: int, rounds: int) -> float:
+        """Return the duration of a run without its start; inf if no speed is given."""
+        if self.speed is None:
+            return math.inf
+        turns = -(-self.per_round // self.speed.at_once)
+        examples = rounds * turns * local_steps * batch_size  # one after the other
+        fixed = rounds * self.speed.seconds_per_round
+        return fixed + examples / self.speed.examples_per_second
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """One choice of batch, local steps and rounds.
+
+    Attributes:
+        batch_size: b, expected number of examples of a client's step.
+        local_steps: steps of a client in each of its rounds.
+        rounds: number of rounds.
+        releases: steps of the client that is selected most often: what its ledger counts.
+        sampling_rate: q = b/n.
+        noise_multiplier: z, the smallest with which the releases cost at most ε.
+        own_noise: noise over signal with each client's own noise, see the module.
+        shared_noise: noise over signal if noise were added once for all clients of a round.
+        seconds: duration without the start; inf if no speed is given.
+    """
+
+    batch_size: int
+    local_steps: int
+    rounds: int
+    releases: int
+    sampling_rate: float
+    noise_multiplier: float
+    own_noise: float
+    shared_noise: float
+    seconds: float
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the run."""
+        return self.local_steps * self.rounds
+
+    @property
+    def examples(self) -> int:
+        """Expected number of examples that a client trains on, repeats counted."""
+        return self.batch_size * self.releases
+
+
+@lru_cache(maxsize=1024)
+def _noise_multiplier(epsilon: float, delta: float, sampling_rate: float, releases: int) -> float:
+    """Calibrate once: choices that differ in local steps only have the same noise.
+
+    Raises:
+        ConfigError: if no noise is enough.
+    """
+    try:
+        return calibrate(epsilon, delta, sampling_rate=sampling_rate, steps=releases)
+    except ValueError:
+        raise ConfigError(
+            f"privacy.epsilon={epsilon:g} must be larger: no noise is enough for {releases} steps "
+            f"with sampling rate {sampling_rate:.3g} at privacy.delta={delta:g}"
+        ) from None
+
+
+def check_choice(given: Given, batch_size: int, local_steps: int, rounds: int) -> None:
+    """Check a choice as far as that needs no accountant.
+
+    Raises:
+        ConfigError: if the run has too many steps to be planned, or the batch is larger than the
+            client's data.
+    """
+    if local_steps * rounds > _MOST_STEPS:
+        raise ConfigError(
+            f"num-server-rounds={rounds} must be at most {_MOST_STEPS // local_steps} with "
+            f"train.local-steps={local_steps}, to be planned"
+        )
+    if batch_size > given.examples:
+        raise ConfigError(
+            f"train.batch-size={batch_size} must be at most {given.examples}, the number of the "
+            "smallest client's examples"
+        )
+
+
+def choice(given: Given, batch_size: int, local_steps: int, rounds: int) -> Choice:
+    """Return noise and cost of one choice, whether it is within the limits or not.
+
+    Raises:
+        ConfigError: as :func:`check_choice`, or if ε is too small.
+    """
+    check_choice(given, batch_size, local_steps, rounds)
+    releases, q = local_steps * given.client_rounds(rounds), batch_size / given.examples
+    z = _noise_multiplier(given.epsilon, given.delta, q, releases)
+    once = z / (batch_size * given.per_round * math.sqrt(local_steps * rounds))
+    return Choice(
+        batch_size=batch_size,
+        local_steps=local_steps,
+        rounds=rounds,
+        releases=releases,
+        sampling_rate=q,
+        noise_multiplier=z,
+        own_noise=once * math.sqrt(given.per_round),
+        shared_noise=once,
+        seconds=given.seconds(batch_size, local_steps, rounds),
+    )
+
+
+def _largest_batch(given: Given, local_steps: int, rounds: int) -> int:
+    """Return the largest batch within the limits; 0: not even one example per step is."""
+    batch: float = given.examples
+    if given.max_examples != math.inf:
+        batch = min(batch, given.max_examples // (local_steps * given.client_rounds(rounds)))
+    if given.max_seconds != math.inf:
+        fixed, one = (given.seconds(b, local_steps, rounds) for b in (0, 1))
+        if one > given.max_seconds:
+            return 0
+        if one > fixed:  # equal where one example takes no measurable time
+            batch = min(batch, (given.max_seconds - fixed) // (one - fixed))
+    return int(batch)
+
+
+def grid(given: Given) -> Iterator[tuple[int, int, int]]:
+    """Yield (batch size, local steps, rounds) of every choice within the limits.
+
+    For each number of steps, the batch is the largest that the limits allow: at the same steps a
+    smaller batch has more noise. Numbers of steps: ``min_steps`` (made a multiple of the local
+    steps), and its doubles.
+    """
+    for doubling in range(_DOUBLINGS):
+        for local_steps in given.local_steps:
+            rounds = -(-given.min_steps * 2**doubling // local_steps)
+            batch = _largest_batch(given, local_steps, rounds)
+            if batch > 0 and local_steps * rounds <= _MOST_STEPS:
+                yield batch, local_steps, rounds
+
+
+def check_limits(given: Given) -> None:
+    """Check that at least one choice is within the limits, before anything is calibrated.
+
+    Raises:
+        ConfigError: naming the limit that allows none.
+    """
+    if given.min_steps > _MOST_STEPS:
+        raise ConfigError(f"--min-steps {given.min_steps} must be at most {_MOST_STEPS}")
+    if any(grid(given)):
+        return
+    law = f"must allow one example in each of --min-steps {given.min_steps}"
+    if any(grid(replace(given, max_seconds=math.inf))):
+        raise ConfigError(f"--max-seconds {given.max_seconds:g} {law}")
+    raise ConfigError(f"--max-examples {given.max_examples} {law}")
+
+
+def plan(given: Given, report: Callable[[int, int], None] = lambda done, of: None) -> list[Choice]:
+    """Return all choices of the grid, those with the fewest steps first.
+
+    Args:
+        given: what the plan starts from.
+        report: called before each choice with the number done and the number of all.
+
+    Raises:
+        ConfigError: if no choice is within the limits, or ε is too small.
+
+    Privacy: only ``given`` is read; the numbers tell n, so show them where n may be known.
+    """
+    check_limits(given)
+    found, cells = [], list(grid(given))
+    for done, cell in enumerate(cells):
+        report(done, len(cells))
+        found.append(choice(given, *cell))
+    return found
+
+
+def best(choices: Sequence[Choice]) -> Choice:
+    """Return the choice with the least noise over signal, of equal ones the cheapest.
+
+    Choices up to 1 % above the least noise count as equal; then the fewest rounds win (each costs
+    an upload), then the fewest examples.
+    """
+    limit = EQUAL_NOISE * min(found.own_noise for found in choices)
+    equal = [found for found in choices if found.own_noise <= limit]
+    return min(equal, key=lambda found: (found.rounds, found.examples, found.own_noise))

@@ -1,0 +1,219 @@
+"""`lalora plan`: its numbers are those of a run, its file starts one, and it touches nothing."""
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from conftest import ROOT
+from helpers.app_runs import ledger_entries, run, sized
+from lalora_app.cli import main, plan_command
+from lalora_app.privacy import planning
+from lalora_app.privacy.ledger import state_folder
+from lalora_app.results.run_folder import to_toml
+from lalora_app.settings.run_config import flatten
+from lalora_app.simulation.launch import read_launch
+
+# The run of helpers.app_runs: 180 examples per client, batches of 12, six steps.
+SMALL = ["--min-steps", "6", "--local-steps", "2", "--max-examples", "72"]
+
+
+@pytest.fixture
+def no_accountant(monkeypatch):
+    """Noise by a formula, where the accountant plays no part."""
+    monkeypatch.setattr(planning, "_noise_multiplier", lambda e, d, q, steps: 1 + q * steps**0.5)
+
+
+@pytest.fixture
+def plan(tiny, tmp_path, capsys):
+    """Plan the tests' tiny run with changes; return exit code, lines by their first word, error."""
+
+    def call(*options, **changes):
+        file = tmp_path / "run.toml"
+        file.write_text(to_toml(tiny(**sized() | changes)), "utf-8")
+        code = main.main(["plan", str(ROOT), "--nodes", "2", "-c", str(file), *options])
+        out, err = capsys.readouterr()
+        return code, out.splitlines(), err
+
+    return call
+
+
+def row_of(lines: list[str], mark: str) -> dict[str, str]:
+    """The cells of the marked line of the table, by column."""
+    titles = next(line for line in lines if line.split()[:2] == ["batch", "steps"]).split()
+    rows = [line for line in lines if line.startswith(" ")]
+    (row,) = [line for line in rows if mark in line.split("  ")[-1].split(", ")]
+    return dict(zip(titles, row.split(), strict=False))
+
+
+@pytest.mark.usefixtures("no_waiting", "no_report")
+def test_the_written_run_draws_the_noise_that_was_printed(plan, tiny, tmp_path):
+    """The plan's own file is run, and the clients' ledgers hold the plan's z."""
+    file = tmp_path / "planned.toml"
+    code, lines, err = plan(*SMALL, "--write", str(file), **{"train.batch-size": 9})
+    assert (code, err) == (0, "")
+    best, before = row_of(lines, "best"), row_of(lines, "now")
+    assert (best["batch"], best["steps"], best["local"], best["rounds"]) == ("12", "6", "2", "3")
+    assert float(best["own"]) < float(before["own"])
+    launch = read_launch(ROOT, [str(file)], 2)
+    done = run(replace(launch.config, output=tiny().output), 2)
+    entries = ledger_entries()
+    assert sum(entry.release.count for entry in entries) == 2 * 6
+    for entry in entries:
+        z = entry.release.noise_multiplier
+        assert entry.release.sampling_rate == pytest.approx(12 / 180)
+        assert float(best["z"]) == pytest.approx(z, rel=1e-3)
+    assert len(done.rows) == int(best["rounds"])
+
+
+def test_the_file_holds_the_printed_choice_and_the_commands_keys(plan, tmp_path, no_accountant):
+    file = tmp_path / "planned.toml"
+    _, lines, _ = plan(*SMALL, "--epsilon", "2", "--write", str(file))
+    best = row_of(lines, "best")
+    keys = flatten(read_launch(ROOT, [str(file)]).config)
+    named = {"train.batch-size": "batch", "train.local-steps": "local"}
+    named |= {"num-server-rounds": "rounds"}
+    assert {key: str(keys[key]) for key in named} == {k: best[c] for k, c in named.items()}
+    assert keys["privacy.epsilon"] == 2.0
+    assert keys["lora.rank"] == 2  # of the file that the command was given
+    assert f"run       lalora run {ROOT} --nodes 2 -c {file}" in lines
+
+
+def test_a_plan_leaves_no_file_and_fits_the_page(plan, tmp_path, no_accountant):
+    code, lines, err = plan("--max-seconds", "500", "--examples-per-second", "20")
+    assert (code, err) == (0, "")
+    assert max(map(len, lines)) <= 100
+    assert {path.name for path in tmp_path.iterdir()} <= {"run.toml", "home"}
+    assert not state_folder({}).exists() or not list(state_folder({}).iterdir())
+    assert lines[-1].startswith("ok        no data was sent, no ledger was opened")
+
+
+def test_the_largest_numbers_fit_the_page(plan, no_accountant):
+    options = ["--examples", "99000", "--max-examples", "1" + "0" * 14, "--min-steps", "60000"]
+    code, lines, _ = plan(*options, "--examples-per-second", "0.1")
+    assert code == 0
+    assert max(map(len, lines)) <= 100
+    assert row_of(lines, "best")["batch"] == "99000"
+    assert row_of(lines, "best")["time"] == "3e+07"  # hours
+
+
+def test_clients_are_dealt_as_in_the_run(plan, no_accountant):
+    _, lines, _ = plan()
+    assert lines[0].startswith("clients   2, 2 in a round, with 180 examples each")
+    _, lines, _ = plan(**{"data.partitioner": "linear", "train.batch-size": 8})
+    assert lines[0].startswith("clients   2, 2 in a round, with 120 to 240 examples each")
+
+
+def test_the_rows_of_a_clients_own_file_are_counted(plan, tmp_path, no_accountant):
+    """Labels and texts play no part: there is no label column, and all texts are equal."""
+    own = tmp_path / "own.jsonl"
+    own.write_text(json.dumps({"text": "call"}) + "\n" + (json.dumps({"text": ""}) + "\n") * 69)
+    _, lines, _ = plan("--data-path", str(own))
+    assert lines[0].startswith("clients   2, 2 in a round, with 70 examples each")
+
+
+def test_the_default_limit_is_the_cost_of_the_config(plan, no_accountant):
+    _, lines, _ = plan("--examples", "180")
+    assert "limits    at least 40 steps, at most 72 examples per client" in lines
+    _, lines, _ = plan("--examples", "180", **{"fraction-train": 0.5, "min-replies": 1})
+    # One of two clients trains in each of three rounds: two rounds at most.
+    assert "limits    at least 40 steps, at most 48 examples per client" in lines
+
+
+def test_the_duration_depends_on_whose_machine_it_is(plan, no_accountant):
+    options = ["--examples", "180", "--examples-per-second", "2", *SMALL]
+    together, apart = plan(*options)[1], plan(*options, "--sites")[1]
+    # 72 examples of two clients, two per second.
+    assert row_of(together, "now")["time"] == "0:01:12"
+    assert row_of(apart, "now")["time"] == "0:00:36"
+
+
+def test_local_steps_are_those_that_the_method_allows(plan, no_accountant):
+    _, lines, _ = plan("--examples", "180", **{"method": "la-lora"})
+    local = {line.split()[2] for line in lines if re.match(r" +\d+ +\d+ +\d", line)}
+    assert local == {"2", "4"}
+    _, lines, _ = plan("--examples", "180", **{"method": "rolora"})
+    local = {line.split()[2] for line in lines if re.match(r" +\d+ +\d+ +\d", line)}
+    assert local == {"1", "2", "4"}
+
+
+REFUSED = {
+    "n below the batch": (["--examples", "11"], "train.batch-size=12 must be at most 11"),
+    "epsilon of a run": (["-c", "privacy.epsilon=0.0"], "privacy.epsilon=0.0 must be greater"),
+    "no privacy": (["--epsilon", "inf"], "privacy.epsilon=inf must be finite"),
+    "tiny epsilon": (["--epsilon", "1e-9"], "privacy.epsilon=1e-09 must be larger"),
+    "delta and n": (["--delta", "0.01"], "privacy.delta=0.01 must be below 1/n"),
+    "no step": (["--max-examples", "39"], "--max-examples 39 must allow one example in each"),
+    "no time": (
+        ["--max-seconds", "1", "--examples-per-second", "1"],
+        "--max-seconds 1 must allow one example in each of --min-steps 40",
+    ),
+    "time without speed": (["--max-seconds", "9"], "--max-seconds 9 must come with"),
+    "sites without speed": (["--sites"], "--sites must come with"),
+    "a trial on a site's file": (["--trial", "--data-path", "x"], "must come without --trial"),
+    "many rounds": (
+        ["-c", f"num-server-rounds={10**12}"],
+        f"num-server-rounds={10**12} must be at most 500000",
+    ),
+    "many steps": (["--min-steps", str(10**12)], f"--min-steps {10**12} must be at most"),
+    "one local step": (["--local-steps", "2,1"], "train.local-steps=1 must be at least 2"),
+    "no TOML": (["--write", "plan.txt"], "--write plan.txt must end in .toml"),
+    "no folder": (["--write", "/no/plan.toml"], "--write /no/plan.toml must be a new file"),
+    "no file": (["--data-path", "/no.csv"], "--data-path"),
+    "a comparison": (["-c", 'compare="/x.json"'], 'compare must be "none"'),
+    "more replies than clients": (["-c", "min-replies=3"], "min-replies=3 must be at most 2"),
+}
+
+
+@pytest.mark.parametrize("case", list(REFUSED))
+def test_bad_input_is_refused_in_one_line(case, plan, monkeypatch):
+    options, words = REFUSED[case]
+    if case != "tiny epsilon":
+        monkeypatch.setattr(planning, "calibrate", lambda *args, **kwargs: 1 / 0)
+    code, lines, err = plan(*options)
+    assert code == 2
+    assert lines == []
+    assert words in err
+    assert len(err.splitlines()) == 1
+
+
+def test_a_file_that_is_there_is_not_overwritten(plan, tmp_path):
+    (tmp_path / "mine.toml").write_text("seed = 1\n", "utf-8")
+    code, _, err = plan("--write", str(tmp_path / "mine.toml"))
+    assert code == 2
+    assert "must be a new file" in err
+    assert (tmp_path / "mine.toml").read_text("utf-8") == "seed = 1\n"
+
+
+def test_planning_imports_no_torch_and_no_flower():
+    code = (
+        "import sys\nfrom lalora_app.cli import main\n"
+        "main.main(['plan', '.', '--examples', '2000', '--local-steps', '4', '--min-steps', '8', "
+        "'--max-examples', '8', '-c', 'train.batch-size=1 num-server-rounds=2'])\n"
+        "print(sorted({'torch', 'flwr', 'ray', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
+
+
+def test_progress_is_shown_on_a_terminal_only(monkeypatch, capsys):
+    plan_command._progress(2, 15)
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True, raising=False)
+    plan_command._progress(2, 15)
+    assert "calibrating noise, 3 of 15" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_trial_measures_the_runs_speed_and_bytes(plan, no_accountant):
+    code, lines, err = plan("--trial", *SMALL)
+    assert (code, err) == (0, "")
+    own = row_of(lines, "now")
+    assert re.fullmatch(r"\d+:\d\d:\d\d", own["time"])
+    assert re.fullmatch(r"0\.0\d/0\.0\d", own["MB"])
+    assert max(map(len, lines)) <= 100
+    assert not Path(state_folder({})).exists() or not list(state_folder({}).iterdir())
