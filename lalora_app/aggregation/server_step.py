@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from lalora_app.adapter.factors import Adapter
+from lalora_app.adapter.factors import Adapter, kind
 from lalora_app.adapter.low_rank import Float64Array
 from lalora_app.aggregation.average import mean_in_float64
 from lalora_app.aggregation.rule import normalised_weights
@@ -49,7 +49,12 @@ def _step(
 
 
 def server_step(
-    settings: Server, state: ServerState, weights: Sequence[float], uploads: Sequence[Adapter]
+    settings: Server,
+    state: ServerState,
+    weights: Sequence[float],
+    uploads: Sequence[Adapter],
+    *,
+    unstepped: int = 0,
 ) -> tuple[ServerState, Adapter]:
     """Return the state with new moments, and the upload that replaces all uploads of the round.
 
@@ -73,6 +78,7 @@ def server_step(
         weights: one positive weight per client.
         uploads: one adapter per client, with equal names and shapes. Limit: for one client, Δ is
             its own update.
+        unstepped: the run's first rounds in which the head travelled and no step was taken.
 
     Returns:
         The state before the aggregation with moments in float32, and one upload in float32; all
@@ -87,7 +93,9 @@ def server_step(
         before = state.adapter[name].astype(np.float64)
         update = mean_in_float64(shares, uploads, name) - before
         m, v = (kept.get(name, np.zeros_like(before)).astype(np.float64) for kept in moments)
-        step, new = _step(settings, update, m, v, state.aggregations(name) + 1)
+        count = state.aggregations(name) + 1
+        count -= 0 if kind(name) in ("A", "B") else unstepped
+        step, new = _step(settings, update, m, v, count)
         stepped[name] = (before + settings.lr * step).astype(np.float32)
         for kept, moment in zip(moments, new, strict=False):  # as many as the optimiser keeps
             kept[name] = moment.astype(np.float32)

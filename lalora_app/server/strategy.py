@@ -213,8 +213,12 @@ class FederatedLora(Strategy):
         errors = aggregation_errors(
             weights, uploads, before, new, complete=self._complete(info.t, synced)
         )
-        if config.server.changes_update:  # else the mean itself, bit for bit
-            self.state, stepped = server_step(config.server, self.state, shares, kept)
+        # else the mean itself, bit for bit; class sums are no update
+        if config.server.changes_update and not config.sums_classes(info.t):
+            unstepped = int(config.sums_classes(1))
+            self.state, stepped = server_step(
+                config.server, self.state, shares, kept, unstepped=unstepped
+            )
             new = self.method.aggregate(before, [1.0], [stepped], info)
         scale = config.lora.alpha / full
         drift = add_to_drift(self.state.drift, new.fold, scale) if new.fold else None

@@ -10,6 +10,7 @@ from lalora_app.adapter.factors import select
 from lalora_app.aggregation.iterate_average import final_adapter
 from lalora_app.aggregation.rule import RoundInfo
 from lalora_app.aggregation.server_state import ServerState
+from lalora_app.methods.head_rounds import after_head_rounds
 from lalora_app.methods.table import METHODS
 from lalora_app.server.cohorts import Clients
 from lalora_app.server.strategy import FederatedLora
@@ -141,3 +142,23 @@ def test_the_average_is_that_of_the_stepped_adapters():
         mean = sum(wide(x[b]) @ wide(x[a]) for x in seen) / 2
         average = strategy.state.average
         assert_near(wide(average[b]) @ wide(average[a]), mean)
+
+
+def test_class_sums_are_no_update_and_the_steps_of_the_head_begin_after_them():
+    config = {"model.head": "class-means", "server.momentum": 0.5}
+    strategy = make("rolora", **ADAM | config)
+    strategy.method = after_head_rounds(strategy.method, strategy.config)
+    before = strategy.state.adapter
+    sent, _ = one_round(strategy, 1)
+    info = RoundInfo(t=1, rounds=6, seed=0, numbers=strategy.config.rule)
+    expected = strategy.method.aggregate(before, [1.0] * 3, sent, info).adapter
+    assert same_bits(strategy.state.adapter, expected)
+    assert strategy.state.first_moment == {}
+    head = list(sent[0])
+    after = {name: wide(strategy.state.adapter[name]) for name in head}
+    sent, _ = one_round(strategy, 2)
+    for name in head:  # Adam's first step: both corrections cancel the decays
+        update = np.mean([wide(up[name]) for up in sent], axis=0) - after[name]
+        assert_near(
+            strategy.state.adapter[name], after[name] + 0.05 * update / (np.abs(update) + 1e-3)
+        )
