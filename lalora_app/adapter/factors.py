@@ -16,12 +16,19 @@ B: Factors = frozenset({"B"})
 
 AB: Factors = frozenset({"A", "B"})
 
+NONE: Factors = frozenset()
+
 Array = NDArray[np.float32]
 Adapter = dict[str, Array]
 Kind = Literal["A", "B", "head", "gate", "fixed"]
 
 
 _PARTS: tuple[Kind, ...] = ("A", "B", "gate", "fixed")
+
+
+def factors_text(factors: Factors) -> str:
+    """Return the factors as text, such as "A+B"; "head" if no factor trains or travels."""
+    return "+".join(sorted(factors)) or "head"
 
 
 def sibling(name: str, part: str) -> str:

@@ -34,13 +34,14 @@ def _policy(args: argparse.Namespace) -> int:
 
 
 def _methods(args: argparse.Namespace) -> int:
+    from lalora_app.adapter.factors import factors_text
     from lalora_app.methods.table import METHODS
 
     for name, method in METHODS.items():
-        rounds = ["+".join(sorted(method.syncs(t))) for t in (1, 2)]
-        steps = ["+".join(sorted(method.trains(1, k))) for k in (0, 1)]
+        rounds = [factors_text(method.syncs(t)) for t in (1, 2)]
+        steps = [factors_text(method.trains(1, k)) for k in (0, 1)]
         print(
-            f"{name:24s} steps {steps[0]:3s} {steps[1]:3s}  sends {rounds[0]:3s} {rounds[1]:3s}",
+            f"{name:24s} steps {steps[0]:4s} {steps[1]:4s}  sends {rounds[0]:4s} {rounds[1]:4s}",
             end="",
         )
         print(f"  {method.postprocess.__name__:9s} {method.paper}")

@@ -9,7 +9,7 @@ from statistics import median
 
 import torch
 
-from lalora_app.adapter.factors import Adapter, Factors, active_names
+from lalora_app.adapter.factors import Adapter, Factors, active_names, factors_text
 from lalora_app.data.encoding import Encoded
 from lalora_app.methods.compatibility import method_of
 from lalora_app.models.backbone import Backbone
@@ -28,7 +28,7 @@ class StepCost:
     """The cost of one private step.
 
     Attributes:
-        seconds: trained factors, such as "A" or "A+B" -> median seconds of a step.
+        seconds: trained factors, such as "A" or "A+B", or "head" -> median seconds of a step.
         peak_bytes: largest memory: of the GPU, or of this whole process on a CPU.
     """
 
@@ -82,7 +82,7 @@ def measure_step(config: Config, model: Backbone, start: Adapter, data: Encoded)
     seconds = {}
     for factors in _steps(config):
         model.engine.activate(active_names(start, factors))
-        seconds["+".join(sorted(factors))] = median(
+        seconds[factors_text(factors)] = median(
             [_seconds(config, model, data) for _ in range(_REPEATS + 1)][1:]
         )
     return StepCost(seconds, _peak(model))

@@ -111,6 +111,11 @@ def method_of(config: Config) -> Method:
             f'robust="{config.robust}" must be "none" for method {config.method}, whose server '
             "rule is not a mean"
         )
+    if method.head_only and config.model.task == "causal-lm":
+        raise ConfigError(
+            f'model.task="causal-lm" must be a classification for method {config.method}: a '
+            "language model has no head of its own to train"
+        )
     check_secure_aggregation(config, linear=method.linear)
     return method
 

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -56,6 +56,7 @@ class Backbone:
         fingerprint: the SHA-256 of each part of the base model, the same for all ranks.
         processor: the tokenizer of texts, or the ``Pixels`` of images; None: not known.
         prefix: the blocks below the first adapted one, for ``model.prefix-cache``; None: no cache.
+        resting: initial values of the tensors that the method leaves out of its adapter.
     """
 
     model: nn.Module
@@ -70,6 +71,7 @@ class Backbone:
     fingerprint: Mapping[str, str]
     processor: Any = None
     prefix: Prefix | None = None
+    resting: Adapter = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Let the engine prepare the forward pass of training; evaluation uses it unchanged."""
@@ -85,11 +87,13 @@ class Backbone:
         """Overwrite all trainable tensors, and set the base to ``W0 + B·A`` of the drift.
 
         Args:
-            adapter: tensors with the backbone's own names and shapes.
+            adapter: tensors with the backbone's own names and shapes; those of ``resting`` may be
+                left out.
             drift: the change of the frozen weights; None: no change.
         """
+        whole = self.resting | adapter
         for name, parameter in self.engine.parameters.items():
-            parameter.copy_(torch.from_numpy(adapter[name]))
+            parameter.copy_(torch.from_numpy(whole[name]))
         self.engine.write_to_model()
         self.frozen_weights.set_drift(drift or {})
 
@@ -98,6 +102,14 @@ class Backbone:
         view = copy.copy(self)
         tensors = {name: torch.from_numpy(array).to(self.device) for name, array in theta.items()}
         view.engine = ReparametrisedEngine(self.engine, tensors, effective)
+        return view
+
+    def with_resting(self, tensors: Adapter) -> "Backbone":
+        """Return the same model, in which these tensors keep their initial values."""
+        if not tensors:
+            return self
+        view = copy.copy(self)
+        view.resting = tensors
         return view
 
     def _logits(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
@@ -289,5 +301,6 @@ def build(config: Config) -> Built:
     start = method.start({name: array.copy() for name, array in plain.items()}, rule)
     effective = method.effective
     if effective is None:
-        return backbone, start
+        resting = {name: array for name, array in plain.items() if name not in start}
+        return backbone.with_resting(resting), start
     return backbone.reparametrised(start, lambda theta: effective(theta, rule)), start

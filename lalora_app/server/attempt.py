@@ -9,7 +9,7 @@ class Attempt:
 
     Attributes:
         round: number t of the round; a failed round is attempted again under the same number.
-        phase: factors that the clients sent, such as "B" or "A+B".
+        phase: factors that the clients sent, such as "B" or "A+B"; "head" if none.
         aggregated: whether there were enough valid replies, so that adapter and phase advanced.
         replies: number of valid replies.
         dropped: one reason per reply that was not used; without values of a client.

@@ -10,7 +10,15 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
-from lalora_app.adapter.factors import Adapter, Factors, from_rank, num_bytes, select, to_rank
+from lalora_app.adapter.factors import (
+    Adapter,
+    Factors,
+    factors_text,
+    from_rank,
+    num_bytes,
+    select,
+    to_rank,
+)
 from lalora_app.adapter.low_rank import add_to_drift
 from lalora_app.aggregation.measured_error import AggregationErrors, aggregation_errors
 from lalora_app.aggregation.rule import RoundInfo
@@ -234,7 +242,7 @@ class FederatedLora(Strategy):
         self.attempts.append(
             Attempt(
                 round=t,
-                phase="+".join(sorted(synced)),
+                phase=factors_text(synced),
                 aggregated=enough,
                 replies=len(accepted),
                 dropped=tuple(dropped),
