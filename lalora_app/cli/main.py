@@ -69,7 +69,7 @@ def _compare(args: argparse.Namespace) -> int:
     from lalora_app.simulation.start import launch
 
     tables = read_file(args.plan)
-    axes = ("name", "methods", "epsilons", "seeds", "nodes")
+    axes = ("name", "methods", "epsilons", "seeds", "nodes", "baselines", "reference")
     given = {axis: getattr(args, axis) for axis in axes if getattr(args, axis) is not None}
     tables["compare"] = narrowed(tables["compare"], given)
     plan, folder = prepare(tables, app_defaults(args.app))
@@ -170,6 +170,15 @@ def _add_compare(commands: Any) -> None:
     )
     compare.add_argument(
         "--nodes", type=at_least_one, help="number of simulated clients (default: the plan's)"
+    )
+    compare.add_argument(
+        "--baselines",
+        action="store_true",
+        default=None,
+        help="add head-only, epsilon inf, and the first method at one client with all data",
+    )
+    compare.add_argument(
+        "--reference", help="line to which the others are compared (default: the first)"
     )
     compare.add_argument(
         "--table-only",

@@ -41,7 +41,8 @@ def find_completed(folder: Path, cell: PlanCell) -> Path | None:
 
 
 def _require_same(run: Path, cell: PlanCell) -> None:
-    old = from_tables(tomllib.loads((run / "config.toml").read_text("utf-8")))
+    saved = from_tables(tomllib.loads((run / "config.toml").read_text("utf-8")))
+    old = {**cell.defaults, **saved}  # a key that the run lacks is newer, and had its default then
     for key, value in cell.config.items():
         if key not in _FREE and value != OPEN.get(key) and old.get(key) != value:
             raise ConfigError(
