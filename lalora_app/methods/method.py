@@ -39,7 +39,7 @@ class Method:
 
     Attributes:
         paper: the source of the method.
-        trains: (round t, step k) -> the factors that take this local step; none if only the head trains.
+        trains: (round t, step k) -> the factors that take this local step; none: only the head.
         syncs: round t -> the factors that clients upload and the server aggregates.
         finally_syncs: the factors that clients also upload in the last round.
         start: initial adapter -> the adapter before the first round, computed without data.

@@ -14,6 +14,7 @@ from lalora_app.reports.tables import METRICS, Metric
 from lalora_app.results.finished_run import Record, group
 
 CONFIDENCE = 0.95
+_ROUNDING = 1e-12  # relative deviation of differences that are equal but for float rounding
 _FEW = 2  # seeds with which an interval is wide: t is 12.7
 
 
@@ -59,13 +60,14 @@ def paired_difference(
         None without a common seed. No interval for one seed, for scores that are not finite, and
         for differences that are all equal: their deviation of 0 is one of rounded scores.
     """
-    found = [scores[seed] - reference[seed] for seed in scores if seed in reference]
-    if not found:
+    pairs = [(scores[seed], reference[seed]) for seed in scores if seed in reference]
+    if not pairs:
         return None
-    mean = statistics.fmean(found)
+    found = [score - other for score, other in pairs]
+    mean, largest = statistics.fmean(found), max(abs(score) for pair in pairs for score in pair)
     known = len(found) > 1 and all(map(math.isfinite, found))
     deviation = statistics.stdev(found) if known else 0.0
-    if deviation == 0:
+    if deviation <= _ROUNDING * largest:
         return PairedDifference(len(found), mean, None)
     from scipy.stats import t  # takes a second to import
 

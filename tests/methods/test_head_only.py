@@ -7,8 +7,7 @@ import pytest
 import torch
 from torch.autograd.graph import Node
 
-from helpers.app_runs import arrays, open_run, run, tokens_of
-from helpers.app_runs import same_bits
+from helpers.app_runs import arrays, open_run, run, same_bits, tokens_of
 from lalora_app.adapter.factors import active_names, kind
 from lalora_app.data.examples import split
 from lalora_app.methods.compatibility import method_of
