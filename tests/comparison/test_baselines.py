@@ -219,6 +219,13 @@ def test_a_comparison_finished_before_a_key_existed_is_still_finished(tables):
     plan, folder, _ = run(tables, lambda *args: begun.append(args))
     assert begun == []
     assert len(records(plan, folder)) == 2
+    changed, cell = next(folder.glob("*/*/config.toml")), plan.cells({})[0]
+    whole = changed.read_text("utf-8")
+    changed.write_text(f'{whole}"data.text-column" = "text"\n', "utf-8")
+    with pytest.raises(ConfigError, match=r"was run with data\.text-column, which is no key"):
+        [find_completed(folder, each) for each in plan.cells({})]
+    changed.write_text(whole, "utf-8")
+    assert find_completed(folder, cell)
     other, _ = prepare(tables | {"central": True}, defaults())
     with pytest.raises(ConfigError, match=r"must be .* another compare\.name"):
         find_completed(Path(folder), other.cells({})[0])
