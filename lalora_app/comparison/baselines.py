@@ -27,7 +27,7 @@ def with_central_keys(own: Mapping[str, Scalar], nodes: int) -> dict[str, Scalar
         own: the keys of the cell; values of a wrong type stay, for the parser to report.
         nodes: the number of simulated clients of the other cells.
     """
-    if own["central"] is not True:
+    if own.get("central") is not True:
         return dict(own)
     batch, fraction = own["train.batch-size"], own["fraction-train"]
     if type(batch) is int and type(fraction) in (int, float) and 0 < as_float(fraction) <= 1:

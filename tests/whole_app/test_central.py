@@ -46,7 +46,7 @@ def test_one_of_several_nodes_trains_on_all_examples_at_the_runs_epsilon(tiny):
 
 def test_it_is_the_run_of_a_single_client_who_is_dealt_everything(tiny):
     """Without noise and sampling, the order of the examples is the only difference."""
-    size = len(split(tiny().data)[0])
+    size = len(split(tiny(**open_run(1)).data)[0])
     exact = {"privacy.clip-norm": INF, "train.batch-size": size, "train.optimizer": "sgd"}
     keys = open_run(1, method="dp-lora", **exact | {"data.partitioner": "iid"})
     keys |= {"min-clients": 1, "min-replies": 1}
