@@ -87,8 +87,7 @@ class Backbone:
         """Overwrite all trainable tensors, and set the base to ``W0 + B·A`` of the drift.
 
         Args:
-            adapter: tensors with the backbone's own names and shapes; those of ``resting`` may be
-                left out.
+            adapter: tensors with the backbone's own names and shapes; without ``resting``, if any.
             drift: the change of the frozen weights; None: no change.
         """
         whole = self.resting | adapter
@@ -102,14 +101,6 @@ class Backbone:
         view = copy.copy(self)
         tensors = {name: torch.from_numpy(array).to(self.device) for name, array in theta.items()}
         view.engine = ReparametrisedEngine(self.engine, tensors, effective)
-        return view
-
-    def with_resting(self, tensors: Adapter) -> "Backbone":
-        """Return the same model, in which these tensors keep their initial values."""
-        if not tensors:
-            return self
-        view = copy.copy(self)
-        view.resting = tensors
         return view
 
     def _logits(self, inputs: Tensor, mask: Tensor | None) -> Tensor:
@@ -301,6 +292,7 @@ def build(config: Config) -> Built:
     start = method.start({name: array.copy() for name, array in plain.items()}, rule)
     effective = method.effective
     if effective is None:
-        resting = {name: array for name, array in plain.items() if name not in start}
-        return backbone.with_resting(resting), start
+        own_view = copy.copy(backbone)  # the model is shared with runs of other methods
+        own_view.resting = {name: x for name, x in plain.items() if name not in start}
+        return (own_view if own_view.resting else backbone), start
     return backbone.reparametrised(start, lambda theta: effective(theta, rule)), start
