@@ -47,7 +47,7 @@ STRATEGIES = {"none": FederatedLora, "secagg+": SecureFederatedLora}
 def _partition(config: Config, clients: int) -> dict[str, Any]:
     """Return the number of examples per label and simulated client."""
     labels = list(config.data.class_names)
-    return {"labels": labels, "clients": label_counts(config.data, config.seed, clients)}
+    return {"labels": labels, "clients": label_counts(config, clients)}
 
 
 def _run_name(config: Config) -> str:

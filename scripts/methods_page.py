@@ -42,7 +42,7 @@ def initial(method: Method, config: Config) -> Adapter:
 
 
 def _turns(first: frozenset[str], second: frozenset[str]) -> str:
-    one, two = (" and ".join(sorted(factors)) for factors in (first, second))
+    one, two = (" and ".join(sorted(factors)) or "head only" for factors in (first, second))
     return one if one == two else f"{one}, {two} in turn"
 
 

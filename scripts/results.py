@@ -15,6 +15,8 @@ from lalora_app.comparison.plan import MethodAtEpsilon, Plan
 from lalora_app.comparison.plan_file import read_plan
 from lalora_app.comparison.summary import PLAN, records
 from lalora_app.reports.charts import aggregation_error, by_round, by_upload, partitions
+from lalora_app.reports.differences import difference_note, difference_table
+from lalora_app.reports.table_formats import as_markdown
 from lalora_app.reports.tables import ACCURACY, rows_of, to_markdown
 from lalora_app.results.finished_run import Record
 from lalora_app.settings.run_config import from_tables
@@ -79,6 +81,9 @@ def section(folder: Path, file: str, *, illustrated: bool) -> str:
         f"{min(seconds):.0f} to {max(seconds):.0f}).",
         to_markdown(rows_of(found)),
     ]
+    differing = difference_table(found, plan.reference)
+    if differing.cells:
+        parts += [difference_note(plan.reference), as_markdown(differing)]
     if plan.tuning:
         parts.append(
             f"Learning rates, by accuracy on {plan.tuning.test_fraction:.0%} of the training data "

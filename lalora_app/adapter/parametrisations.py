@@ -26,6 +26,11 @@ def _factors_and_heads(theta: Mapping[str, T]) -> dict[str, T]:
     return {name: x for name, x in theta.items() if kind(name) in ("A", "B", "head")}
 
 
+def keep_head(start: Adapter, numbers: MethodNumbers) -> Adapter:
+    """Leave out all factors: only the head trains and travels, and B·A stays zero."""
+    return {name: array for name, array in start.items() if kind(name) == "head"}
+
+
 def add_gates(start: Adapter, numbers: MethodNumbers) -> Adapter:
     """BeamLoRA: add zero gates g (r,), one per rank-one direction; all get equal weight."""
     gates = {

@@ -72,10 +72,13 @@ def _remaining_errors(
 def _relative_norm_and_spectrum(
     errors: Iterator[Product], whole: float
 ) -> tuple[float, tuple[float, ...]]:
-    """Return ‖E‖_F over all layers and the largest singular values, divided by ``whole``."""
-    values = np.sort(np.concatenate([svd(error).s for error in errors]))[::-1]
+    """Return ‖E‖_F over all layers and the largest singular values, divided by ``whole``.
+
+    Limit: ``whole`` = 0, also for adapters without factors, gives 0.
+    """
     if whole == 0:
         return 0.0, ()
+    values = np.sort(np.concatenate([svd(error).s for error in errors]))[::-1]
     return float(np.linalg.norm(values) / whole), tuple(
         map(float, values[:SPECTRUM_LENGTH] / whole)
     )

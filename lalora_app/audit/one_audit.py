@@ -20,7 +20,7 @@ from lalora_app.audit.step_attack import (
     real_step,
     side_by_side,
 )
-from lalora_app.data.partition import partition
+from lalora_app.data.partition import clients_data
 from lalora_app.privacy.budget import Limit
 from lalora_app.privacy.randomness import seed_of
 from lalora_app.server.cohorts import planned_cohorts
@@ -115,7 +115,7 @@ def victim_releases(request: AuditRequest) -> CountedReleases:
     counted = partial(counted_releases, limit, clip_norm=clip_norm, clipping=clipping)
     if request.mechanism == CONTROL:
         return counted(rate=1.0, rounds=1, steps=1)
-    data = partition(request.config.data, request.config.seed, request.clients)[0]
+    data = clients_data(request.config, request.clients)[0]
     cohorts = planned_cohorts(request.config, request.clients)
     return counted(
         rate=train.batch_size / len(data),

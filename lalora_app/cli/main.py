@@ -35,13 +35,14 @@ def _policy(args: argparse.Namespace) -> int:
 
 
 def _methods(args: argparse.Namespace) -> int:
+    from lalora_app.adapter.factors import factors_text
     from lalora_app.methods.table import METHODS
 
     for name, method in METHODS.items():
-        rounds = ["+".join(sorted(method.syncs(t))) for t in (1, 2)]
-        steps = ["+".join(sorted(method.trains(1, k))) for k in (0, 1)]
+        rounds = [factors_text(method.syncs(t)) for t in (1, 2)]
+        steps = [factors_text(method.trains(1, k)) for k in (0, 1)]
         print(
-            f"{name:24s} steps {steps[0]:3s} {steps[1]:3s}  sends {rounds[0]:3s} {rounds[1]:3s}",
+            f"{name:24s} steps {steps[0]:4s} {steps[1]:4s}  sends {rounds[0]:4s} {rounds[1]:4s}",
             end="",
         )
         print(f"  {method.postprocess.__name__:9s} {method.paper}")
@@ -69,7 +70,7 @@ def _compare(args: argparse.Namespace) -> int:
     from lalora_app.simulation.start import launch
 
     tables = read_file(args.plan)
-    axes = ("name", "methods", "epsilons", "seeds", "nodes")
+    axes = ("name", "methods", "epsilons", "seeds", "nodes", "baselines", "reference")
     given = {axis: getattr(args, axis) for axis in axes if getattr(args, axis) is not None}
     tables["compare"] = narrowed(tables["compare"], given)
     plan, folder = prepare(tables, app_defaults(args.app))
@@ -170,6 +171,15 @@ def _add_compare(commands: Any) -> None:
     )
     compare.add_argument(
         "--nodes", type=at_least_one, help="number of simulated clients (default: the plan's)"
+    )
+    compare.add_argument(
+        "--baselines",
+        action="store_true",
+        default=None,
+        help="add head-only, epsilon inf, and the first method at one client with all data",
+    )
+    compare.add_argument(
+        "--reference", help="line to which the others are compared (default: the first)"
     )
     compare.add_argument(
         "--table-only",

@@ -26,7 +26,7 @@ from lalora_app.privacy import planning
 from lalora_app.privacy.planning import LEAST_STEPS, LOCAL_STEPS, Choice, Given, Speed
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.names import NONE, full_path
-from lalora_app.settings.run_config import Config, Data
+from lalora_app.settings.run_config import Config, Data, clients_per_round
 from lalora_app.simulation.launch import Launch, read_launch
 
 if TYPE_CHECKING:
@@ -157,8 +157,6 @@ def _simulated_sizes(config: Config, nodes: int) -> list[int]:
 
 def _given(args: argparse.Namespace, launch: Launch, examples: int) -> Given:
     """Return what the plan starts from; without a limit, a plan costs what the config costs."""
-    from lalora_app.server.cohorts import clients_per_round
-
     config, speed = launch.config, None
     per_round = clients_per_round(config.fraction_train, launch.nodes)
     if args.examples_per_second is not None:

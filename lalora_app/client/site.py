@@ -10,13 +10,13 @@ from pathlib import Path
 from lalora_app.client.own_data import check_columns, own_data
 from lalora_app.data.examples import Examples, check_client
 from lalora_app.data.examples import private_file as read_private_file
-from lalora_app.data.partition import CLIENT_NAME, deal_name, partition
+from lalora_app.data.partition import CLIENT_NAME, clients_data, deal_name, whole_name
 from lalora_app.data.sources import stamp
 from lalora_app.methods.compatibility import checked_rank
 from lalora_app.models.pretrained import revision
 from lalora_app.privacy.ledger import Ledger, state_folder
 from lalora_app.privacy.policy import Policy, read_policy
-from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.errors import ConfigError, DataError
 from lalora_app.settings.names import full_path
 from lalora_app.settings.run_config import Config, Data, flatten
 from lalora_app.wire.code_version import code_hash
@@ -115,6 +115,8 @@ SiteData = tuple[str, str, Callable[[], Examples], Data]  # client, dataset, loa
 
 
 def _own(config: Config, node: Mapping[str, object], node_id: int) -> SiteData:
+    if config.central:
+        raise DataError("central", "=true must be false at a site with its own data")
     path = str(node["data-path"])
     dataset = str(node.get("dataset-id", f"file {full_path(path).resolve()}"))
     name = str(node.get("name", f"node-{node_id}"))
@@ -123,10 +125,13 @@ def _own(config: Config, node: Mapping[str, object], node_id: int) -> SiteData:
 
 
 def _simulated(config: Config, node: Mapping[str, object]) -> SiteData:
-    data, seed = config.data, config.seed
+    data = config.data
     index, clients = int(str(node["partition-id"])), int(str(node["num-partitions"]))
-    dataset = f"simulated {data.name} {deal_name(data, seed)} {index}/{clients}"
-    return CLIENT_NAME.format(index), dataset, lambda: partition(data, seed, clients)[index], data
+    deal = f"{deal_name(data, config.seed)} {index}/{clients}"
+    if config.central:  # the only client that trains, whichever node it is
+        index, clients, deal = 0, 1, whole_name(data)
+    dataset = f"simulated {data.name} {deal}"
+    return CLIENT_NAME.format(index), dataset, lambda: clients_data(config, clients)[index], data
 
 
 def _data(config: Config, node: Mapping[str, object], node_id: int) -> SiteData:

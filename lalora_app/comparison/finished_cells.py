@@ -41,7 +41,14 @@ def find_completed(folder: Path, cell: PlanCell) -> Path | None:
 
 
 def _require_same(run: Path, cell: PlanCell) -> None:
-    old = from_tables(tomllib.loads((run / "config.toml").read_text("utf-8")))
+    saved = from_tables(tomllib.loads((run / "config.toml").read_text("utf-8")))
+    if gone := saved.keys() - cell.config.keys():
+        raise ConfigError(
+            f"{run} was run with {min(gone)}, which is no key of a run any more; a comparison with "
+            "other keys needs another compare.name"
+        )
+    # A key that the run lacks is newer, and a new key's default changes no run.
+    old = {**cell.defaults, **saved}
     for key, value in cell.config.items():
         if key not in _FREE and value != OPEN.get(key) and old.get(key) != value:
             raise ConfigError(

@@ -1,10 +1,11 @@
 """The plan of a comparison: its entries, and the cells (single runs) that follow from them."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
 
+from lalora_app.comparison.baselines import with_central_keys
 from lalora_app.methods.compatibility import method_of
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import Config, Scalar, as_float, parse
@@ -55,6 +56,7 @@ class PlanCell:
         folder: folder of the run, relative to the comparison's folder.
         config: all keys and values of the run.
         scale: factor of the learning rates, already applied in ``config``.
+        defaults: values of the keys that a run finished before may lack, as they are newer.
     """
 
     label: str
@@ -62,6 +64,7 @@ class PlanCell:
     folder: str
     config: Flat
     scale: float = 1.0
+    defaults: Mapping[str, Scalar] = field(default_factory=dict)
 
     @property
     def method_at_epsilon(self) -> MethodAtEpsilon:
@@ -80,6 +83,8 @@ class Plan:
         seeds: seeds of the compared runs.
         tuning: tuning of the learning rates; None for no tuning.
         config: keys and values that all runs share.
+        defaults: the app's own values of all keys.
+        reference: label of the line to which the others are compared.
     """
 
     name: str
@@ -88,14 +93,16 @@ class Plan:
     seeds: tuple[int, ...]
     tuning: Tuning | None
     config: Mapping[str, Scalar]
+    defaults: Mapping[str, Scalar]
+    reference: str
 
     def _cell(
         self, entry: PlanEntry, epsilon: float, folder: str, scale: float, **keys: Any
     ) -> PlanCell:
         budget = {"privacy.epsilon": epsilon, "min-clients": self.nodes}
-        own = {**self.config, **entry.config, **budget, **keys}
+        own = with_central_keys({**self.config, **entry.config, **budget, **keys}, self.nodes)
         rates = {key: _scaled(own[key], scale) for key in RATES}
-        return PlanCell(entry.label, epsilon, folder, own | rates, scale)
+        return PlanCell(entry.label, epsilon, folder, own | rates, scale, self.defaults)
 
     def _entries_at_epsilons(self) -> Iterable[tuple[PlanEntry, float]]:
         return ((entry, epsilon) for entry in self.entries for epsilon in entry.epsilons)

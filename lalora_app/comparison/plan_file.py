@@ -2,9 +2,10 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lalora_app.comparison.baselines import BASELINES, with_baselines
 from lalora_app.comparison.plan import Plan, PlanEntry, Tuning, parse_cell, slug
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import as_float, from_tables
@@ -27,6 +28,8 @@ _DEFAULTS: dict[str, Any] = {
     "seeds": [0, 1, 2],
     "controls": [],
     "tune": None,
+    "baselines": False,
+    "reference": None,
 }
 
 
@@ -101,8 +104,10 @@ def narrowed(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
     Args:
         own: table of the plan file, with controls as :func:`controls_of` returns them.
         given: keys that replace the plan's. ``methods`` may name controls by their labels, and
-            drops the controls that it does not name; ``epsilons`` also restricts the controls.
+            drops the controls that it does not name; ``epsilons`` also restricts the controls;
+            ``baselines`` adds them to what is left. Those of the plan are lines as any other.
     """
+    own = _expanded(own)
     controls = list(own.get("controls", []))
     new = {**own, **given}
     if "methods" in given:
@@ -112,7 +117,23 @@ def narrowed(own: Mapping[str, Any], given: Mapping[str, Any]) -> dict[str, Any]
     if "epsilons" in given:
         cut = [_at(control, given["epsilons"]) for control in controls]
         controls = [control for control in cut if control.get("epsilons") != []]
-    return new | {"controls": controls}
+    return _expanded(new | {"controls": controls})
+
+
+def _expanded(own: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a ``compare`` table with its baselines as methods and controls."""
+    if own.get(BASELINES, False) is False:
+        return dict(own)
+    whole = {**_DEFAULTS, **own}
+    _require_lists(whole)
+    return with_baselines(whole)
+
+
+def _require_lists(settings: Mapping[str, Any]) -> None:
+    for key in ("methods", "epsilons"):
+        if not isinstance(settings[key], list):
+            raise ConfigError(f"compare.{key}={settings[key]!r} must be a list")
+    controls_of(settings["controls"])
 
 
 def _label(control: Mapping[str, Any]) -> Any:
@@ -146,6 +167,14 @@ def _entries(settings: Mapping[str, Any]) -> tuple[PlanEntry, ...]:
     return tuple(entries)
 
 
+def _reference(value: object, entries: Sequence[PlanEntry]) -> str:
+    """Return the label of the reference: the first line, unless the plan names another."""
+    labels = [entry.label for entry in entries]
+    if value is not None and value not in labels:
+        raise ConfigError(f"compare.reference={value!r} must be one of {', '.join(labels)}")
+    return labels[0] if value is None else str(value)
+
+
 def _tuning(value: object) -> Tuning | None:
     if value is None:
         return None
@@ -174,8 +203,9 @@ def read_plan(tables: Mapping[str, Any], defaults: Mapping[str, Any]) -> Plan:
     Args:
         tables: keys that all runs share, and the table ``compare``: ``name``, ``nodes``,
             ``methods``, ``epsilons``, ``seeds``, ``controls`` (each a ``method`` with ``label``,
-            ``epsilons``, ``config``) and ``tune`` (``grid``, ``seeds``, ``test-fraction``). The
-            defaults are the five methods of the paper at ε = 1, 3, inf with seeds 0, 1, 2.
+            ``epsilons``, ``config``), ``tune`` (``grid``, ``seeds``, ``test-fraction``),
+            ``baselines`` and ``reference`` (a label). The defaults are the five methods of the
+            paper at ε = 1, 3, inf with seeds 0, 1, 2.
         defaults: flat run config of the app.
 
     Raises:
@@ -184,17 +214,20 @@ def read_plan(tables: Mapping[str, Any], defaults: Mapping[str, Any]) -> Plan:
     own = table_of("compare", tables.get("compare", {}))
     if unknown := own.keys() - _DEFAULTS.keys():
         raise ConfigError(f"compare.{min(unknown)} must be one of {', '.join(_DEFAULTS)}")
-    settings = _DEFAULTS | own
+    settings = _DEFAULTS | _expanded(own)
     if type(settings["nodes"]) is not int or settings["nodes"] < 1:
         raise ConfigError(f"compare.nodes={settings['nodes']!r} must be an integer of at least 1")
     shared = from_tables({key: value for key, value in tables.items() if key != "compare"})
+    entries = _entries(settings)
     plan = Plan(
         name=_name(settings["name"]),
         nodes=settings["nodes"],
-        entries=_entries(settings),
+        entries=entries,
         seeds=_numbers("seeds", settings["seeds"], int),
         tuning=_tuning(settings["tune"]),
         config={**defaults, **shared},
+        defaults=defaults,
+        reference=_reference(settings["reference"], entries),
     )
     for cell in [*plan.tuning_cells(), *plan.cells({})]:
         parse_cell(cell)

@@ -8,7 +8,9 @@ from lalora_app.adapter.atomic_files import make_folder
 from lalora_app.comparison.finished_cells import find_completed, tuned_scales
 from lalora_app.comparison.plan import Plan
 from lalora_app.comparison.plan_file import check_file, controls_of, read_plan, table_of, to_json
+from lalora_app.reports.differences import difference_note, difference_table
 from lalora_app.reports.page import write_report
+from lalora_app.reports.table_formats import as_latex, as_markdown, as_text
 from lalora_app.reports.tables import rows_of, to_csv, to_latex, to_markdown, to_text
 from lalora_app.results.finished_run import Record, read_record
 from lalora_app.results.run_folder import check_writable
@@ -70,6 +72,8 @@ def _counts(plan: Plan, folder: Path) -> str:
 def summarise(plan: Plan, folder: Path, *, latex: bool = False) -> str:
     """Write ``table.md``, ``table.tex``, ``runs.csv`` and ``report.html`` of the finished runs.
 
+    If lines share an ε with the reference, ``differences.md`` and ``differences.tex`` as well.
+
     Args:
         plan: checked plan of the comparison.
         folder: folder of the results.
@@ -87,7 +91,20 @@ def summarise(plan: Plan, folder: Path, *, latex: bool = False) -> str:
     (folder / "table.md").write_text(to_markdown(rows), "utf-8")
     (folder / "table.tex").write_text(to_latex(rows), "utf-8")
     (folder / "runs.csv").write_text(to_csv(found), "utf-8")
-    write_report(found, folder / "report.html", plan.name)
-    tables = [to_text(rows), *([to_latex(rows)] if latex else [])]
+    write_report(found, folder / "report.html", plan.name, plan.reference)
+    differing = _write_differences(plan, folder, found)
+    tables = [to_text(rows), differing, *([to_latex(rows)] if latex else [])]
     where = f"lalora: {counts} are finished; tables, runs.csv and report.html are in {folder}"
-    return "\n".join([*tables, where])
+    return "\n".join([*filter(None, tables), where])
+
+
+def _write_differences(plan: Plan, folder: Path, found: list[Record]) -> str:
+    """Write the differences to the reference, and return them as text; "" if there are none."""
+    table = difference_table(found, plan.reference)
+    if not table.cells:
+        return ""
+    note = difference_note(plan.reference)
+    latex = as_latex(difference_table(found, plan.reference, infinity="∞"))
+    (folder / "differences.md").write_text(f"{note}\n\n{as_markdown(table)}", "utf-8")
+    (folder / "differences.tex").write_text(latex, "utf-8")
+    return f"{note}\n{as_text(table)}"

@@ -10,7 +10,7 @@ import numpy as np
 from lalora_app.data.examples import Examples, split
 from lalora_app.settings.errors import DataError, first_line
 from lalora_app.settings.names import NONE
-from lalora_app.settings.run_config import BY_LABEL, Data
+from lalora_app.settings.run_config import BY_LABEL, Config, Data
 
 CLIENT_NAME = "partition-{:06d}"  # name of a simulated client, by its index
 Maker = Callable[[Data, int, int], Any]  # (data, seed, clients) -> a partitioner
@@ -157,6 +157,21 @@ def partition(data: Data, seed: int, clients: int) -> tuple[Examples, ...]:
     return tuple(train.take(part) for part in rows)
 
 
+def clients_data(config: Config, clients: int) -> tuple[Examples, ...]:
+    """Return the training examples of each simulated client of a run.
+
+    Args:
+        config: the run's config; with ``central`` one client has the whole training split.
+        clients: number of clients; without effect on a ``central`` run.
+
+    Raises:
+        DataError: if the partitioner cannot divide this data among this number of clients.
+    """
+    if config.central:
+        return (split(config.data)[0],)
+    return partition(config.data, config.seed, clients)
+
+
 def deal_name(data: Data, seed: int) -> str:
     """Return a name of this division of the dataset; different divisions have different names."""
     keys = {
@@ -165,14 +180,22 @@ def deal_name(data: Data, seed: int) -> str:
         "shard": f"shards={data.shards_per_client}",
         "natural-id": f"column={data.client_column}",
     }
-    share = f"{data.test_fraction} of {data.input_column}"  # by its contents
-    test = share if data.test_split == NONE else data.test_split
     by = f"by {data.label_column}" if data.partitioner in BY_LABEL else ""
     how = f"{data.partitioner} {by} {keys.get(data.partitioner, '')}"
-    return f"{data.subset} {data.train_split} {how} test={test} seed={seed}"
+    return f"{data.subset} {data.train_split} {how} test={_test_name(data)} seed={seed}"
 
 
-def label_counts(data: Data, seed: int, clients: int) -> list[list[int]]:
+def whole_name(data: Data) -> str:
+    """Return a name of the whole training split; different splits have different names."""
+    return f"{data.subset} {data.train_split} whole test={_test_name(data)}"
+
+
+def _test_name(data: Data) -> str:
+    share = f"{data.test_fraction} of {data.input_column}"  # by its contents
+    return share if data.test_split == NONE else data.test_split
+
+
+def label_counts(config: Config, clients: int) -> list[list[int]]:
     """Return (clients, labels): the number of examples per client and label."""
-    labels = [np.asarray(part.labels, dtype=int) for part in partition(data, seed, clients)]
-    return [np.bincount(own, minlength=data.num_labels).tolist() for own in labels]
+    labels = [np.asarray(part.labels, dtype=int) for part in clients_data(config, clients)]
+    return [np.bincount(own, minlength=config.data.num_labels).tolist() for own in labels]

@@ -8,7 +8,7 @@ from lalora_app.methods.method import Method
 from lalora_app.methods.table import METHODS
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.names import suggestion
-from lalora_app.settings.run_config import Config
+from lalora_app.settings.run_config import Config, Scalar, flatten
 
 # Published methods without an example-level guarantee: refused by name, with the reason.
 REFUSED = {
@@ -24,6 +24,33 @@ REFUSED = {
     "ilora": "its control variates are computed from raw gradients, without noise",
     "losa-private": "its masks and ranks are computed from private activations, without noise",
 }
+
+
+# The only values of these keys that a run with one client can have.
+CENTRAL: dict[str, Scalar] = {
+    "min-clients": 1,
+    "min-replies": 1,
+    "weighting": "uniform",
+    "robust": "none",
+    "suspects": 0,
+    "secure-aggregation": "none",
+    "lora.ranks": "none",
+}
+
+
+def check_central(config: Config) -> None:
+    """Check that a ``central`` run asks for one client only.
+
+    Raises:
+        ConfigError: naming the first key with another value than in :data:`CENTRAL`.
+    """
+    values = flatten(config)
+    for key, only in CENTRAL.items():
+        if config.central and values[key] != only:
+            raise ConfigError(
+                f"{key}={json.dumps(values[key])} must be {json.dumps(only)} for central=true: one "
+                "client trains alone"
+            )
 
 
 def check_secure_aggregation(config: Config, *, linear: bool) -> None:
@@ -153,6 +180,12 @@ def method_of(config: Config) -> Method:
             f'robust="{config.robust}" must be "none" for method {config.method}, whose server '
             "rule is not a mean"
         )
+    if method.head_only and config.model.task == "causal-lm":
+        raise ConfigError(
+            f'model.task="causal-lm" must be a classification for method {config.method}: a '
+            "language model has no head of its own to train"
+        )
+    check_central(config)
     check_secure_aggregation(config, linear=method.linear)
     _check_server(config, method)
     return after_head_rounds(method, config)

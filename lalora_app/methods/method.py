@@ -39,8 +39,7 @@ class Method:
 
     Attributes:
         paper: the source of the method.
-        trains: (round t, step k) -> the factors that take this local step; none if only the
-            head trains.
+        trains: (round t, step k) -> the factors that take this local step; none: only the head.
         syncs: round t -> the factors that clients upload and the server aggregates.
         finally_syncs: the factors that clients also upload in the last round.
         start: initial adapter -> the adapter before the first round, computed without data.
@@ -92,6 +91,12 @@ class Method:
         """Return the factors that travel up in round ``t``."""
         synced = self.syncs(t)
         return synced | self.finally_syncs if last and synced else synced
+
+    @property
+    def head_only(self) -> bool:
+        """Whether no factor ever trains, so that the product B·A stays zero."""
+        rounds = (self.trains(t, k) for t in (1, 2) for k in range(schedule.PERIOD))
+        return not frozenset().union(*rounds)
 
     def resident(self, t: int, local_steps: int) -> frozenset[Factor]:
         """Return the factors that round ``t`` trains without sending them."""

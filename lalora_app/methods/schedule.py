@@ -1,14 +1,14 @@
 """Schedules: the factors that a local step trains and the factors that a round uploads.
 
 A schedule is a pure function of (round t, step k). Rounds ``t`` count successful aggregations,
-from 1; steps ``k`` count from 0 within every round. Every schedule trains B first: B is zero at the
-start, so A's gradient ``s·Bᵀ·G`` is zero and a private step on A would add noise only
-(arXiv:2602.19926, Alg. 1).
+from 1; steps ``k`` count from 0 within every round. Every schedule of factors trains B first: B is
+zero at the start, so A's gradient ``s·Bᵀ·G`` is zero and a private step on A would add noise only
+(arXiv:2602.19926, Alg. 1). The head trains and travels in every schedule.
 """
 
 from collections.abc import Callable
 
-from lalora_app.adapter.factors import AB, A, B, Factors
+from lalora_app.adapter.factors import AB, NONE, A, B, Factors
 
 PERIOD = 2  # the longest period of a schedule, in local steps
 TrainSchedule = Callable[[int, int], Factors]
@@ -28,6 +28,11 @@ def only_b(t: int, k: int = 0) -> Factors:
 def only_a(t: int, k: int = 0) -> Factors:
     """Train or upload A only (FedSA-LoRA uploads A)."""
     return A
+
+
+def nothing(t: int, k: int = 0) -> Factors:
+    """Train or upload no factor: only the head."""
+    return NONE
 
 
 def alternate_rounds(t: int, k: int = 0) -> Factors:

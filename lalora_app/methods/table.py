@@ -44,9 +44,17 @@ _LA_LORA = Method(
 _LA_LORA_FULL = replace(
     _LA_LORA, paper="arXiv:2602.19926, Alg. 1", syncs=schedule.both, keeps_client_state=False
 )
+_HEAD_ONLY = Method(
+    paper="baseline: a private head on the frozen model",
+    trains=schedule.nothing,
+    syncs=schedule.nothing,
+    start=parametrisations.keep_head,
+    exact=True,
+)
 _FAIR = replace(_BOTH, paper="arXiv:2411.14961", linear=False)
 
 METHODS: dict[str, Method] = {
+    "head-only": _HEAD_ONLY,
     "dp-lora": _BOTH,
     "ffa-lora": _ONLY_B,
     "rolora": _BY_ROUND,

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from typing import Any
 
@@ -57,6 +57,7 @@ class Backbone:
         fingerprint: the SHA-256 of each part of the base model, the same for all ranks.
         processor: the tokenizer of texts, or the ``Pixels`` of images; None: not known.
         prefix: the blocks below the first adapted one, for ``model.prefix-cache``; None: no cache.
+        resting: initial values of the tensors that the method leaves out of its adapter.
     """
 
     model: nn.Module
@@ -71,6 +72,7 @@ class Backbone:
     fingerprint: Mapping[str, str]
     processor: Any = None
     prefix: Prefix | None = None
+    resting: Adapter = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         """Let the engine prepare the forward pass of training; evaluation uses it unchanged."""
@@ -86,11 +88,12 @@ class Backbone:
         """Overwrite all trainable tensors, and set the base to ``W0 + B·A`` of the drift.
 
         Args:
-            adapter: tensors with the backbone's own names and shapes.
+            adapter: tensors with the backbone's own names and shapes; without ``resting``, if any.
             drift: the change of the frozen weights; None: no change.
         """
+        whole = self.resting | adapter
         for name, parameter in self.engine.parameters.items():
-            parameter.copy_(torch.from_numpy(adapter[name]))
+            parameter.copy_(torch.from_numpy(whole[name]))
         self.engine.write_to_model()
         self.frozen_weights.set_drift(drift or {})
 
@@ -292,5 +295,7 @@ def build(config: Config) -> Built:
     start = method.start(plain, rule)
     effective = method.effective
     if effective is None:
-        return backbone, start
+        own_view = copy.copy(backbone)  # the model is shared with runs of other methods
+        own_view.resting = {name: x for name, x in plain.items() if name not in start}
+        return (own_view if own_view.resting else backbone), start
     return backbone.reparametrised(start, lambda theta: effective(theta, rule)), start

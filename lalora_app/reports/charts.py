@@ -174,6 +174,8 @@ def _reason_without_curve(runs: Sequence[Record]) -> str:
         if _AVERAGING_ERROR.key in row
     ]
     method = METHODS.get(runs[0].method)
+    if method is not None and method.head_only:
+        return "no factor trains"
     if method is not None and method.exact and method.linear:
         return "all clients have the same frozen factor, so the average is exact"
     if 0 in values:

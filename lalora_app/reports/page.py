@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, StrictUndefined
 
 from lalora_app.reports.charts import all_charts
+from lalora_app.reports.differences import difference_note, difference_table
 from lalora_app.reports.page_template import TEMPLATE
+from lalora_app.reports.table_formats import TableCell
 from lalora_app.reports.tables import (
     ACCURACY,
     METRICS,
     MeanAndDeviation,
     RunRow,
-    TableCell,
     best_rows,
     format_score,
     rows_of,
@@ -190,7 +191,7 @@ def _notes(records: Sequence[Record]) -> list[str]:
     return notes
 
 
-def _differences(records: Sequence[Record]) -> dict[str, Any]:
+def _settings_by_row(records: Sequence[Record]) -> dict[str, Any]:
     """Return the settings that are equal in all rows, and the other settings per row."""
     rows = {key: _settings_of(runs) for key, runs in group(records).items()}
     keys = dict.fromkeys(key for settings in rows.values() for key in settings)
@@ -204,7 +205,7 @@ def _differences(records: Sequence[Record]) -> dict[str, Any]:
         [label, f"{epsilon:g}", *(row.get(key, "not set") for key in others)]
         for (label, epsilon), row in rows.items()
     ]
-    return {"common": common, "keys": others, "differences": lines if len(rows) > 1 else []}
+    return {"common": common, "keys": others, "own": lines if len(rows) > 1 else []}
 
 
 def _page_rows(rows: Sequence[RunRow], cells: Sequence[list[TableCell]]) -> list[PageRow]:
@@ -215,13 +216,22 @@ def _page_rows(rows: Sequence[RunRow], cells: Sequence[list[TableCell]]) -> list
     ]
 
 
-def to_html(records: Sequence[Record], title: str) -> str:
+def _paired(records: Sequence[Record], reference: str | None) -> dict[str, Any]:
+    """Return the table of differences to the reference, empty without one, and its note."""
+    if reference is None:
+        return {"paired": None, "paired_note": ""}
+    table = difference_table(records, reference)
+    return {"paired": table if table.cells else None, "paired_note": difference_note(reference)}
+
+
+def to_html(records: Sequence[Record], title: str, reference: str | None = None) -> str:
     """Return the report as HTML, without scripts and external resources.
 
     Args:
         records: records of finished runs, at least one; runs of the same label and ε are the seeds
             of one row.
         title: title of the page.
+        reference: label to which the other labels are compared; None: no differences are shown.
     """
     rows = rows_of(records)
     titles, cells = titles_and_cells(rows)
@@ -241,21 +251,25 @@ def to_html(records: Sequence[Record], title: str) -> str:
         notes=_notes(records),
         bands=any(row.seeds > 1 for row in rows),
         charts=all_charts(records),
-        **_differences(records),
+        **_settings_by_row(records),
+        **_paired(records, reference),
     )
 
 
-def write_report(records: Sequence[Record], path: Path, title: str) -> None:
+def write_report(
+    records: Sequence[Record], path: Path, title: str, reference: str | None = None
+) -> None:
     """Write the report of one run, or of a comparison, to one HTML file.
 
     Args:
         records: records of finished runs, at least one.
         path: path of the HTML file; its folder must exist.
         title: title of the page.
+        reference: label to which the other labels are compared; None: no differences are shown.
 
     Raises:
         ValueError: if ``records`` is empty.
     """
     if not records:
         raise ValueError(f"records={records!r} must hold at least one run")
-    path.write_text(to_html(records, title) + "\n", "utf-8")
+    path.write_text(to_html(records, title, reference) + "\n", "utf-8")

@@ -130,6 +130,21 @@ details .scroll { margin-top: .8rem; font-size: .85rem; }
 {% for note in notes %}
 <p class="soft">{{ note }}</p>
 {% endfor %}
+{% if paired %}
+
+<h2>Differences</h2>
+<div class="card scroll">
+<table>
+<thead><tr>{% for name in paired.titles %}<th>{{ name }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for line in paired.cells %}
+<tr>{% for cell in line %}<td>{{ cell.text }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody>
+</table>
+</div>
+<p class="soft below">{{ paired_note }}</p>
+{% endif %}
 
 <h2>Figures</h2>
 {% if bands %}
@@ -154,14 +169,14 @@ details .scroll { margin-top: .8rem; font-size: .85rem; }
 
 <h2>Settings</h2>
 <details class="card">
-<summary>{{ "Common to all runs" if differences else "All settings" }}</summary>
+<summary>{{ "Common to all runs" if own else "All settings" }}</summary>
 <dl>
 {% for key, value in common %}
 <div><dt>{{ key }}</dt><dd>{{ value }}</dd></div>
 {% endfor %}
 </dl>
 </details>
-{% if differences %}
+{% if own %}
 <details class="card" open>
 <summary>Where they differ</summary>
 <div class="scroll">
@@ -170,7 +185,7 @@ details .scroll { margin-top: .8rem; font-size: .85rem; }
 <tr><th>method</th><th>ε promised</th>{% for key in keys %}<th>{{ key }}</th>{% endfor %}</tr>
 </thead>
 <tbody>
-{% for line in differences %}
+{% for line in own %}
 <tr>{% for value in line %}<td>{{ value }}</td>{% endfor %}</tr>
 {% endfor %}
 </tbody>

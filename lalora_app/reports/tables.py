@@ -3,13 +3,13 @@
 import csv
 import io
 import math
-import re
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from typing import NamedTuple
 
+from lalora_app.reports.table_formats import Table, TableCell, as_latex, as_markdown, as_text
 from lalora_app.results.finished_run import Record, group
 
 
@@ -77,13 +77,6 @@ class RunRow:
     error_left: float | None = None
 
 
-class TableCell(NamedTuple):
-    """The text of one cell, and whether it is the best mean at its ε."""
-
-    text: str
-    best: bool = False
-
-
 def _mean_and_deviation(values: Sequence[float]) -> MeanAndDeviation:
     known = len(values) > 1 and all(map(math.isfinite, values))
     return MeanAndDeviation(statistics.fmean(values), statistics.stdev(values) if known else None)
@@ -139,9 +132,7 @@ def best_rows(metric: Metric, rows: Sequence[RunRow]) -> list[RunRow]:
     return [row for row, mean in zip(scored, means, strict=True) if mean == top]
 
 
-def titles_and_cells(
-    rows: Sequence[RunRow], infinity: str = "inf"
-) -> tuple[list[str], list[list[TableCell]]]:
+def titles_and_cells(rows: Sequence[RunRow], infinity: str = "inf") -> Table:
     """Return titles and rows of cells of the table; ``infinity`` is the text for ε = inf."""
     metrics = [m for m in METRICS if any(m.key in row.scores for row in rows)]
     titles = ["method", "ε promised", "seeds", *(m.title for m in metrics)]
@@ -172,64 +163,22 @@ def titles_and_cells(
         ]
         for row in rows
     ]
-    return titles, cells
+    return Table(titles, cells)
 
 
 def to_text(rows: Sequence[RunRow]) -> str:
     """Return the table as plain text with aligned columns."""
-    titles, cells = titles_and_cells(rows)
-    lines = [titles, *([cell.text for cell in line] for line in cells)]
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    first, *rest = widths
-    return "".join(
-        "  ".join([line[0].ljust(first), *map(str.rjust, line[1:], rest)]).rstrip() + "\n"
-        for line in lines
-    )
+    return as_text(titles_and_cells(rows))
 
 
 def to_markdown(rows: Sequence[RunRow]) -> str:
     """Return the table as Markdown; the best mean per ε is bold."""
-    titles, cells = titles_and_cells(rows)
-
-    def show(cell: TableCell) -> str:
-        text = re.sub(r"([\\`*_|<\[\]])", r"\\\1", cell.text)
-        return f"**{text}**" if cell.best else text
-
-    rule = ["---", *["---:"] * (len(titles) - 1)]
-    lines = [titles, rule, *([show(cell) for cell in line] for line in cells)]
-    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
-
-
-# After the line end "\\", LaTeX would read "[" and "*" as arguments.
-_LATEX = str.maketrans(
-    {char: f"\\{char}" for char in "&%$#_{}"}
-    | {char: f"{{{char}}}" for char in "[]*"}
-    | {"\\": r"\textbackslash{}", "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
-    | {"<": r"\textless{}", ">": r"\textgreater{}", "|": r"\textbar{}", "–": "--"}
-    | {"±": r"$\pm$", "ε": r"$\varepsilon$", "∞": r"$\infty$"}
-)
+    return as_markdown(titles_and_cells(rows))
 
 
 def to_latex(rows: Sequence[RunRow]) -> str:
     """Return a LaTeX tabular for the package booktabs; the best mean per ε is bold."""
-    titles, cells = titles_and_cells(rows, infinity="∞")
-
-    def show(cell: TableCell) -> str:
-        text = cell.text.translate(_LATEX)
-        return rf"\textbf{{{text}}}" if cell.best else text
-
-    def line(texts: Sequence[str]) -> str:
-        return " & ".join(texts) + r" \\" + "\n"
-
-    # The second cell of a line is ε; a rule separates the lines of different ε.
-    blocks = groupby(cells, key=lambda cells: cells[1].text)
-    body = ["".join(line([show(cell) for cell in row]) for row in block) for _, block in blocks]
-    head = line([title.translate(_LATEX) for title in titles])
-    return (
-        f"\\begin{{tabular}}{{l{'r' * (len(titles) - 1)}}}\n\\toprule\n{head}\\midrule\n"
-        + "\\midrule\n".join(body)
-        + "\\bottomrule\n\\end{tabular}\n"
-    )
+    return as_latex(titles_and_cells(rows, infinity="∞"))
 
 
 _SUMMARY_COLUMNS = (

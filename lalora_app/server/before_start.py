@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from lalora_app.data.examples import Examples, check_client, split, with_classes
-from lalora_app.data.partition import partition
+from lalora_app.data.partition import clients_data
 from lalora_app.results.run_folder import check_writable
-from lalora_app.server.cohorts import clients_per_round, planned_cohorts
+from lalora_app.server.cohorts import planned_cohorts
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.names import CLASS_MEANS
-from lalora_app.settings.run_config import Config
+from lalora_app.settings.run_config import Config, clients_per_round
 
 if TYPE_CHECKING:
     from lalora_app.models.backbone import Backbone
@@ -45,8 +45,11 @@ def check_clients(config: Config, clients: int) -> None:
     """Check the number of clients of a simulation.
 
     Raises:
-        ConfigError: if ``min-clients`` or ``min-replies`` asks for more clients than there are.
+        ConfigError: if ``min-clients`` or ``min-replies`` asks for more clients than there are, or
+            a ``central`` run has several.
     """
+    if config.central and clients != 1:
+        raise ConfigError(f"central=true must be false for --nodes {clients}: one client trains")
     if config.min_clients > clients:
         raise ConfigError(
             f"min-clients={config.min_clients} must be at most the number of simulated clients, "
@@ -129,7 +132,7 @@ def check_data(config: Config, clients: int) -> CheckedData:
     check_writable(config.output)
     config = replace(config, data=with_classes(config.data))
     train, test = split(config.data)
-    sizes = list(map(len, partition(config.data, config.seed, clients)))
+    sizes = list(map(len, clients_data(config, clients)))
     for size in sizes:
         check_client(size, batch_size=config.train.batch_size, delta=config.privacy.delta)
     check_epsilon(config, sizes)

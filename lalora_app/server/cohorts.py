@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from lalora_app.privacy.randomness import seeded
-from lalora_app.settings.run_config import Config
+from lalora_app.settings.run_config import Config, clients_per_round
 
 
 def plan_cohorts(clients: int, per_round: int, rounds: int, seed: int) -> list[tuple[int, ...]]:
@@ -32,11 +32,6 @@ def plan_cohorts(clients: int, per_round: int, rounds: int, seed: int) -> list[t
         selections[cohort] += 1
         cohorts.append(tuple(int(i) for i in cohort))
     return cohorts
-
-
-def clients_per_round(fraction: float, clients: int) -> int:
-    """Return the size of a cohort: ``fraction`` of the clients, at least one."""
-    return max(1, round(fraction * clients))
 
 
 def planned_cohorts(config: Config, clients: int) -> list[tuple[int, ...]]:

@@ -9,9 +9,9 @@ from flwr.serverapp import Grid
 
 from lalora_app.data.partition import CLIENT_NAME
 from lalora_app.methods.compatibility import checked_rank
-from lalora_app.server.cohorts import Clients, clients_per_round, planned_cohorts
+from lalora_app.server.cohorts import Clients, planned_cohorts
 from lalora_app.settings.errors import ConfigError
-from lalora_app.settings.run_config import Config, flatten
+from lalora_app.settings.run_config import Config, clients_per_round, flatten
 from lalora_app.wire import messages, refusals, tensors
 from lalora_app.wire.same_model import check_same_model
 
@@ -104,7 +104,10 @@ def find_clients(grid: Grid, config: Config, settle: float, model: Mapping[str, 
         ConfigError: if too few clients can take part or one refuses, or if ``min-replies`` is above
             the number of clients per round.
     """
-    clients = _ask_names(grid, config, _wait_for_nodes(grid, config, settle), model)
+    nodes = _wait_for_nodes(grid, config, settle)
+    if config.central:  # any simulated node can hold the whole split; no other is asked
+        nodes = nodes[:1]
+    clients = _ask_names(grid, config, nodes, model)
     names = sorted(clients)
     per_round = clients_per_round(config.fraction_train, len(names))
     if config.min_replies > per_round:

@@ -27,6 +27,7 @@ from lalora_app.settings.value_rules import (
     path,
     path_or_none,
     positive,
+    switch,
 )
 
 __all__ = [  # the sections of a run config are imported from here, beside Config
@@ -44,6 +45,7 @@ __all__ = [  # the sections of a run config are imported from here, beside Confi
     "Server",
     "Train",
     "as_float",
+    "clients_per_round",
     "flatten",
     "from_tables",
     "parse",
@@ -105,6 +107,11 @@ class Config:
         lambda v: 0 <= v < 2**63,
         meaning="Seed of the partition, the initial adapter and the selection of clients. Noise "
         'and Poisson sampling depend on it only with `privacy.noise="seeded"`.',
+    )
+    central: bool = switch(
+        meaning="In simulation, one client holds the whole training split and trains alone, with "
+        "`train.batch-size` examples per step; the baseline of what the federation costs "
+        "([comparisons](comparisons.md#baselines))."
     )
     output: str = path(meaning="Folder of all results; each run makes its own folder there.")
     resume_from: str = path_or_none(
@@ -271,6 +278,11 @@ def _check_together(config: Config) -> None:
             f"train.momentum={config.train.momentum} must be 0 for optimizer "
             f'"{config.train.optimizer}"'
         )
+
+
+def clients_per_round(fraction: float, clients: int) -> int:
+    """Return the size of a cohort: ``fraction`` of the clients, at least one."""
+    return max(1, round(fraction * clients))
 
 
 def parse(run_config: Mapping[str, object]) -> Config:

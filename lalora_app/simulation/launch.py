@@ -85,7 +85,8 @@ def read_launch(app: Path, overrides: Iterable[str], nodes: int | None = None) -
         app: folder of the app.
         overrides: ``-c`` options of the command; with ``resume-from``, all other keys are taken
             from the run's own config.
-        nodes: number of simulated clients; None: as many as the resumed run has, or 4.
+        nodes: number of simulated clients; None: as many as the resumed run has, 1 for
+            a ``central`` run, or 4.
 
     Raises:
         ConfigError: for a bad key or value.
@@ -99,4 +100,5 @@ def read_launch(app: Path, overrides: Iterable[str], nodes: int | None = None) -
             raise ConfigError(f"--nodes {nodes} must be {clients}, as in resume-from")
     config = parse(defaults | own)
     values = {key: value for key, value in flatten(config).items() if key in own}
-    return Launch(config, defaults, nodes or clients or _NODES, app, values)
+    clients = clients or (1 if config.central else _NODES)
+    return Launch(config, defaults, nodes or clients, app, values)

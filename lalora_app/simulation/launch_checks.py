@@ -84,7 +84,7 @@ def _configs(launch: Launch) -> Iterable[tuple[str, Config, int]]:
         config = parse_cell(cell)
         if _needs(config) not in seen and find_finished(file.parent, cell) is None:
             seen.add(_needs(config))
-            yield f"{cell.folder}: ", config, plan.nodes
+            yield f"{cell.folder}: ", config, 1 if config.central else plan.nodes
 
 
 def _check(launch: Launch, part: str) -> None:

@@ -8,6 +8,7 @@ REFUSALS = {
     "busy": "the client's ledger is in use by another process; try again later",
     "policy": "the client's policy does not allow this run; see the client's log",
     "config": "the run config or the node config breaks a law; see the client's log",
+    "central": "central must be false at a site with its own data",
     "data": "a client must have at least one example",
     "data-path": "data-path must be a readable folder, or a readable .jsonl, .json, .parquet, "
     ".csv, .tsv or .txt file",

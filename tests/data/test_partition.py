@@ -1,6 +1,7 @@
 """How simulated clients come by their data: dealt exactly once, by the seed, as the name says."""
 
 from collections import Counter
+from dataclasses import replace
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -278,7 +279,9 @@ def test_a_client_may_come_out_empty_and_is_then_refused(tiny_data):
 def test_label_counts_are_counts(tiny_data):
     data = described(tiny_data, dirichlet_alpha=0.3, num_labels=3)  # nobody has the third
     plain = [Counter(part.labels) for part in partition(data, 5, 4)]
-    found = label_counts(data, 5, 4)
+    config = replace(make_config(seed=5), data=data)
+    found = label_counts(config, 4)
+    assert label_counts(replace(config, central=True), 4) == [np.sum(found, axis=0).tolist()]
     assert found == [[count[label] for label in range(3)] for count in plain]
     assert sum(map(sum, found)) == len(datasets.split(data)[0])
     assert not any(counts[2] for counts in found)

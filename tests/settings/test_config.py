@@ -235,6 +235,7 @@ def test_values_at_the_edge_of_a_law_are_taken(key, value):
 
 def test_every_key_has_a_default_and_a_law_that_some_value_breaks():
     lawless = {
+        "central",
         "data.public-size",
         "model.checkpointing",
         "model.prefix-cache",
