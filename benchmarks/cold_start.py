@@ -222,11 +222,11 @@ def _rounds(site: Site, config: Any) -> tuple[list[Row], list[Any]]:
     """Run the server's side of one run; return a row per message, and the train requests."""
     from flwr.app import Message, RecordDict
 
-    from lalora_app.aggregation.server_state import ServerState
     from lalora_app.methods.compatibility import method_of
     from lalora_app.models import backbone
     from lalora_app.server.cohorts import Clients
     from lalora_app.server.strategy import FederatedLora
+    from lalora_app.server_state.state import ServerState
     from lalora_app.settings.run_config import flatten
     from lalora_app.wire import messages
 

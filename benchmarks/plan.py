@@ -22,7 +22,7 @@ from lalora_app.data.examples import with_classes
 from lalora_app.data.partition import partition
 from lalora_app.privacy.ledger import Ledger
 from lalora_app.privacy.planning import Choice, Given, choice
-from lalora_app.server.cohorts import clients_per_round
+from lalora_app.settings.run_config import clients_per_round
 from lalora_app.simulation.launch import Launch, read_launch
 from lalora_app.simulation.traffic import Traffic
 from lalora_app.simulation.trial import trial

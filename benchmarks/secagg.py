@@ -33,11 +33,11 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from lalora_app.adapter.factors import Adapter, select
-from lalora_app.aggregation.server_state import ServerState
 from lalora_app.methods.compatibility import method_of
 from lalora_app.secagg import client, fixed_point
 from lalora_app.server.cohorts import Clients
 from lalora_app.server_app import STRATEGIES
+from lalora_app.server_state.state import ServerState
 from lalora_app.settings.run_config import Config, from_tables, parse
 from lalora_app.wire import messages
 

@@ -52,7 +52,7 @@ LEVELS: Sequence[tuple[str, Sequence[str]]] = (
     ("7", ("reports", "site_worker")),
     ("6", ("client", "results")),
     ("5", ("models", "site_files")),
-    ("4", ("methods", "secagg", "blocks")),
+    ("4", ("methods", "secagg", "blocks", "server_state")),
     ("3", ("private_step", "aggregation", "wire")),
     ("2", ("adapter", "privacy", "data")),
     ("1", ("settings",)),

@@ -36,6 +36,9 @@ Grads = Mapping[str, Tensor]  # wire name -> gradient of one example, or a sum o
 TRAIN = {
     "local_steps": 2,
     "head_rounds": 0,
+    "schedule": "constant",
+    "warm_up": 0.0,
+    "views": 1,
     "batch_size": 20,
     "micro_batch": 8,
     "weight_decay": 0.01,

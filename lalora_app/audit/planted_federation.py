@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from lalora_app.adapter.factors import Adapter, Kind, active_names, kind, select
-from lalora_app.aggregation.server_state import ServerState
 from lalora_app.client import limits, requests
 from lalora_app.client.received_round import Received, Round
 from lalora_app.client.site import Site, admit
@@ -27,6 +26,7 @@ from lalora_app.private_step.step import RandomStreams
 from lalora_app.server.cohorts import Clients, planned_cohorts
 from lalora_app.server.initial_state import initial_state
 from lalora_app.server.strategy import FederatedLora
+from lalora_app.server_state.state import ServerState
 from lalora_app.settings.run_config import Config
 from lalora_app.wire.messages import TrainReply
 

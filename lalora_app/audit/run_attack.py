@@ -15,8 +15,6 @@ import torch
 from scipy import stats
 
 from lalora_app.adapter.factors import Kind
-from lalora_app.aggregation.iterate_average import final_adapter
-from lalora_app.aggregation.server_state import ServerState
 from lalora_app.audit.draw_estimates import (
     BATCH,
     DrawEstimates,
@@ -32,6 +30,8 @@ from lalora_app.data.examples import with_classes
 from lalora_app.methods.compatibility import method_of
 from lalora_app.models.backbone import Backbone
 from lalora_app.privacy.randomness import seeded
+from lalora_app.server_state.iterate_average import final_adapter
+from lalora_app.server_state.state import ServerState
 from lalora_app.settings.run_config import Config
 
 _GUESSED = 0.25  # share of the canaries to guess "in", and "out"; fixed before any score is seen

@@ -144,10 +144,8 @@ class Backbone:
     @torch.inference_mode()
     def evaluate(self, batches: Iterable[Batch]) -> Metrics:
         """Return ``accuracy`` and ``balanced_accuracy``, or ``accuracy`` and ``perplexity``."""
-        counts = [
-            self.task.count(self.logits(batch), to_device(batch.labels, self.device))
-            for batch in batches
-        ]
+        count, device = self.task.count, self.device
+        counts = [count(self.logits(batch), to_device(batch.labels, device)) for batch in batches]
         return self.task.metrics(sum(counts[1:], start=counts[0]))
 
 
@@ -288,13 +286,12 @@ def build(config: Config) -> Built:
         LayoutError: if this model gives no per-example gradients.
     """
     method, rule, lora = method_of(config), config.rule, config.lora
-    width = method.width(lora.rank, rule)
-    own = replace(lora, rank=width, alpha=lora.alpha * width / lora.rank)  # the same scale α/r
+    width = method.width(lora.rank, rule)  # at the same scale α/r
+    own = replace(lora, rank=width, alpha=lora.alpha * width / lora.rank)
     backbone, plain = _checked(config.model, own, _num_labels(config), config.seed)
     plain = with_head_start({name: array.copy() for name, array in plain.items()}, config.model)
     start = method.start(plain, rule)
-    effective = method.effective
-    if effective is None:
+    if (effective := method.effective) is None:
         own_view = copy.copy(backbone)  # the model is shared with runs of other methods
         own_view.resting = {name: x for name, x in plain.items() if name not in start}
         return (own_view if own_view.resting else backbone), start

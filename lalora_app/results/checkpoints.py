@@ -13,7 +13,7 @@ from safetensors.numpy import save_file
 
 from lalora_app.adapter.atomic_files import replace_atomically
 from lalora_app.adapter.factors import Adapter, Array
-from lalora_app.aggregation.server_state import ServerState
+from lalora_app.server_state.state import ServerState
 
 _log = logging.getLogger("flwr")
 _KEPT = 2

@@ -5,13 +5,13 @@ from pathlib import Path
 
 import numpy as np
 
-from lalora_app.aggregation.iterate_average import final_adapter
-from lalora_app.aggregation.server_state import ServerState
 from lalora_app.data.examples import split
 from lalora_app.models.backbone import Backbone, build
 from lalora_app.results.curvature import top_hessian_eigenvalue
 from lalora_app.results.run_folder import RunFolder, read_config
 from lalora_app.results.spectra import intruder_dimensions
+from lalora_app.server_state.iterate_average import final_adapter
+from lalora_app.server_state.state import ServerState
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import Config
 

@@ -9,13 +9,13 @@ from safetensors.numpy import load_file, save_file
 
 from lalora_app.adapter.factors import Adapter, factor_pairs
 from lalora_app.adapter.low_rank import balanced_factors, numerical_rank, sum_of_products, svd
-from lalora_app.aggregation.iterate_average import final_adapter
-from lalora_app.aggregation.server_state import ServerState
 from lalora_app.models.backbone import Backbone
 from lalora_app.models.pretrained import public_name
 from lalora_app.models.transformers_models import conv1d_layers
 from lalora_app.results.model_card import model_card
 from lalora_app.results.model_files import classifier_config, write_code, write_processor
+from lalora_app.server_state.iterate_average import final_adapter
+from lalora_app.server_state.state import ServerState
 from lalora_app.settings.names import TIMM
 from lalora_app.settings.run_config import Config
 

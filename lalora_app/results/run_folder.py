@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lalora_app.adapter.atomic_files import make_folder, replace_atomically
-from lalora_app.aggregation.server_state import ServerState
 from lalora_app.results import checkpoints, strict_json
+from lalora_app.server_state.state import ServerState
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.names import full_path
 from lalora_app.settings.overrides import read_toml

@@ -7,13 +7,13 @@ from typing import Any
 
 from flwr.app import ArrayRecord, MetricRecord
 
-from lalora_app.aggregation.iterate_average import final_adapter
 from lalora_app.data.encoding import Encoded
 from lalora_app.models.backbone import Backbone
 from lalora_app.models.scores import Metrics, format_scores, scores_in_row
 from lalora_app.results.run_folder import RunFolder
 from lalora_app.server.log_lines import AGGREGATED, START, TOO_FEW, RoundLine
 from lalora_app.server.strategy import FederatedLora
+from lalora_app.server_state.iterate_average import final_adapter
 from lalora_app.settings.run_config import Config
 
 _log = logging.getLogger("flwr")

@@ -1,11 +1,11 @@
 """The server's state before the first round."""
 
 from lalora_app.adapter.factors import Adapter
-from lalora_app.aggregation.server_state import ServerState
 from lalora_app.data.encoding import Encoded
 from lalora_app.methods.compatibility import method_of
 from lalora_app.models.backbone import Backbone
 from lalora_app.server.losa_masks import losa_adapter_and_drift
+from lalora_app.server_state.state import ServerState
 from lalora_app.settings.run_config import Config
 
 

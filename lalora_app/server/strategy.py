@@ -20,15 +20,15 @@ from lalora_app.adapter.factors import (
     to_rank,
 )
 from lalora_app.adapter.low_rank import add_to_drift
-from lalora_app.aggregation.iterate_average import with_average
 from lalora_app.aggregation.measured_error import AggregationErrors, aggregation_errors
 from lalora_app.aggregation.rule import RoundInfo
-from lalora_app.aggregation.server_state import ServerState
-from lalora_app.aggregation.server_step import server_step
 from lalora_app.methods.method import Method
 from lalora_app.server.attempt import Attempt
 from lalora_app.server.cohorts import Clients
 from lalora_app.server.robust import robust
+from lalora_app.server_state.iterate_average import with_average
+from lalora_app.server_state.optimizer_step import server_step
+from lalora_app.server_state.state import ServerState
 from lalora_app.settings.run_config import Config, flatten
 from lalora_app.wire import messages, tensors
 from lalora_app.wire.downlink import Downlink

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, TypeVar, cast
 
+from lalora_app.settings.cross_checks import check_together
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.method_numbers import MethodNumbers
 from lalora_app.settings.names import AUTO, CLASS_MEANS, suggestion
@@ -196,90 +197,6 @@ def _keys(kind: type, prefix: str = "") -> Iterator[str]:
         yield from _keys(wanted, key + ".") if is_dataclass(wanted) else (key,)
 
 
-def _check_model(config: Config) -> None:
-    model, data = config.model, config.data
-    if model.pooling == "mean" and model.task != "text-classification":
-        raise ConfigError(f'model.pooling="mean" must be "model" for model.task="{model.task}"')
-    if model.image_resize < model.image_size:
-        raise ConfigError(
-            f"model.image-resize={model.image_resize} must be at least model.image-size="
-            f"{model.image_size}, the side of the square that is cut from the resized image"
-        )
-    if data.label_column == "none" and model.task != "causal-lm":
-        raise ConfigError(f'data.label-column="none" must name a column for "{model.task}"')
-    if data.num_labels and data.num_labels != len(data.class_names):
-        raise ConfigError(
-            f"data.num-labels={data.num_labels} must be {len(data.class_names)}, the number of "
-            "names in data.labels, or 0"
-        )
-    if data.label_column == "none" and data.partitioner in BY_LABEL:
-        raise ConfigError(
-            f'data.partitioner="{data.partitioner}" must be one that needs no labels while '
-            'data.label-column="none"'
-        )
-
-
-def _check_robust(config: Config) -> None:
-    kind, suspects = config.robust, config.suspects
-    fewest = {"none": 1, "krum": 2 * suspects + 3}.get(kind, 2 * suspects + 1)
-    if config.min_replies < fewest:
-        raise ConfigError(
-            f"min-replies={config.min_replies} must be at least {fewest} for "
-            f'robust="{kind}" with suspects={suspects}'
-        )
-    if suspects and kind in ("none", "median"):
-        raise ConfigError(
-            f'suspects={suspects} must be 0 for robust="{kind}", which does not use it'
-        )
-
-
-def _check_views(config: Config) -> None:
-    views, model = config.train.views, config.model
-    if views > 1 and model.task != "image-classification":
-        raise ConfigError(
-            f'train.views={views} must be 1 for model.task="{model.task}": only images have views'
-        )
-    if views > 1 and model.prefix_cache:
-        raise ConfigError(
-            f"train.views={views} must be 1 for model.prefix-cache=true: the kept states are those "
-            "of the image itself"
-        )
-
-
-def _check_head(config: Config) -> None:
-    head, rounds = config.model.head, config.train.head_rounds
-    no_head = 'for model.task="causal-lm", which has no head'
-    if config.model.task == "causal-lm" and head != AUTO:
-        raise ConfigError(f'model.head="{head}" must be "auto" {no_head}')
-    if config.model.task == "causal-lm" and rounds:
-        raise ConfigError(f"train.head-rounds={rounds} must be 0 {no_head}")
-    if config.head_rounds >= config.num_server_rounds:
-        raise ConfigError(
-            f"num-server-rounds={config.num_server_rounds} must be above {config.head_rounds}, the "
-            f'rounds of the head alone with model.head="{head}" and train.head-rounds={rounds}'
-        )
-
-
-def _check_together(config: Config) -> None:
-    _check_robust(config)
-    _check_head(config)
-    clip, epsilon = config.privacy.clip_norm, config.privacy.epsilon
-    if math.isinf(clip) and math.isfinite(epsilon):
-        raise ConfigError(f"privacy.clip-norm=inf must be finite while privacy.epsilon={epsilon}")
-    if math.isinf(clip) and config.privacy.clipping == "automatic":
-        raise ConfigError(
-            'privacy.clip-norm=inf must be finite for privacy.clipping="automatic", which scales '
-            "every gradient to about the clip norm"
-        )
-    _check_model(config)
-    _check_views(config)
-    if config.train.momentum > 0 and config.train.optimizer != "sgd":
-        raise ConfigError(
-            f"train.momentum={config.train.momentum} must be 0 for optimizer "
-            f'"{config.train.optimizer}"'
-        )
-
-
 def clients_per_round(fraction: float, clients: int) -> int:
     """Return the size of a cohort: ``fraction`` of the clients, at least one."""
     return max(1, round(fraction * clients))
@@ -297,7 +214,7 @@ def parse(run_config: Mapping[str, object]) -> Config:
         shown = key if key.isprintable() else repr(key)  # keeps the error on one line
         near = suggestion(key, _keys(Config))
         raise ConfigError(f"{shown}={flat[key]!r} is no key of a run{near}")
-    _check_together(config)
+    check_together(config)
     return config
 
 

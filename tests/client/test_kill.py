@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 
 from helpers.fake_grid import FakeGrid, identify
-from lalora_app.aggregation.server_state import ServerState
 from lalora_app.cli import main
 from lalora_app.data.partition import partition
 from lalora_app.models import backbone
@@ -21,6 +20,7 @@ from lalora_app.privacy.ledger import Ledger
 from lalora_app.private_step import step
 from lalora_app.server.cohorts import Clients
 from lalora_app.server.strategy import FederatedLora
+from lalora_app.server_state.state import ServerState
 
 KILLS = 20
 ROUNDS = 40

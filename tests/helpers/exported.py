@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from conftest import WORDS
-from lalora_app.aggregation.server_state import ServerState
 from lalora_app.data.encoding import Batch
 from lalora_app.data.examples import Examples
 from lalora_app.models.backbone import Backbone, build
@@ -18,6 +17,7 @@ from lalora_app.models.transformers_models import auto_class
 from lalora_app.results.merge import merge
 from lalora_app.results.peft_export import export
 from lalora_app.results.run_folder import RunFolder
+from lalora_app.server_state.state import ServerState
 from lalora_app.settings.run_config import Config
 
 NAMES = ("spam", "ham", "not sure")  # in an order that no sorting gives

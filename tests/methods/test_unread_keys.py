@@ -10,7 +10,6 @@ from helpers.app_runs import local_steps, open_run, run, same_bits
 from lalora_app.adapter.factors import kind, select
 from lalora_app.adapter.low_rank import add_to_drift
 from lalora_app.aggregation.rule import RoundInfo
-from lalora_app.aggregation.server_step import server_step
 from lalora_app.client import local_round
 from lalora_app.data.encoding import EncodedTexts
 from lalora_app.data.examples import split
@@ -22,6 +21,7 @@ from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.randomness import seeded
 from lalora_app.private_step.step import RandomStreams
 from lalora_app.server.initial_state import initial_state
+from lalora_app.server_state.optimizer_step import server_step
 
 OTHER = {
     "privacy.head-share": 0.5,

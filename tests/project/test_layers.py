@@ -35,6 +35,7 @@ LINES = {
     "methods": 4,
     "secagg": 4,
     "blocks": 4,
+    "server_state": 4,
     "private_step": 3,
     "aggregation": 3,
     "wire": 3,
@@ -46,7 +47,7 @@ LINES = {
 USES_FLWR = {"wire", "secagg", "client", "server", "client_app", "server_app", "comparison"}
 USES_FLWR |= {"workers", "site_files", "site_worker"}
 NO_TORCH = {"settings", "privacy", "wire", "aggregation", "reports", "comparison", "cli"}
-NO_TORCH |= {"simulation", "site_worker"}
+NO_TORCH |= {"simulation", "site_worker", "server_state"}
 MODULES_PER_FOLDER, LINES_PER_MODULE = 12, 300
 TOP = {"__init__.py", "client_app.py", "server_app.py"}
 

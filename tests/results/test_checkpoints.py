@@ -8,8 +8,8 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from helpers.app_runs import same_bits
-from lalora_app.aggregation.server_state import ServerState
 from lalora_app.results import checkpoints
+from lalora_app.server_state.state import ServerState
 
 CHANGES = {"shape": lambda x: x.reshape(3, 2), "type": lambda x: x.view(np.int32)}
 

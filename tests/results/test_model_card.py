@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 
-from lalora_app.aggregation.server_state import ServerState
 from lalora_app.data.examples import Examples
 from lalora_app.models.backbone import build
 from lalora_app.results.peft_export import export
+from lalora_app.server_state.state import ServerState
 
 TEXTS = ("free prize call", "ok", "hello dear friend see you later free prize call now ok hello")
 OTHERS = ("see you later", "free prize", "ok")

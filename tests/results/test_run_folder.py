@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from lalora_app.adapter import atomic_files
 from lalora_app.adapter.atomic_files import replace_atomically
-from lalora_app.aggregation.server_state import ServerState
 from lalora_app.results import strict_json
 from lalora_app.results.run_folder import RunFolder
+from lalora_app.server_state.state import ServerState
 from lalora_app.settings.errors import ConfigError
 
 

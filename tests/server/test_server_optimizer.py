@@ -7,13 +7,13 @@ from conftest import make_config
 from helpers.app_runs import same_bits
 from helpers.server_rules import PAIRS, SIZES, assert_near, drawn, product, wide
 from lalora_app.adapter.factors import select
-from lalora_app.aggregation.iterate_average import final_adapter
 from lalora_app.aggregation.rule import RoundInfo
-from lalora_app.aggregation.server_state import ServerState
 from lalora_app.methods.head_rounds import after_head_rounds
 from lalora_app.methods.table import METHODS
 from lalora_app.server.cohorts import Clients
 from lalora_app.server.strategy import FederatedLora
+from lalora_app.server_state.iterate_average import final_adapter
+from lalora_app.server_state.state import ServerState
 from lalora_app.wire.messages import TrainReply
 
 NODES = (901, 17, 44444)

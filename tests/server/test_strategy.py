@@ -9,10 +9,10 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Error, Message, RecordDic
 from conftest import make_config
 from helpers.fake_grid import SERVER, identify, over_the_wire
 from lalora_app.adapter.factors import select
-from lalora_app.aggregation.server_state import ServerState
 from lalora_app.methods.table import METHODS
 from lalora_app.server.cohorts import Clients
 from lalora_app.server.strategy import FederatedLora
+from lalora_app.server_state.state import ServerState
 from lalora_app.settings.run_config import parse
 from lalora_app.wire import messages, tensors
 from lalora_app.wire.downlink import LEFT_OUT

@@ -21,8 +21,8 @@ from helpers.server_rules import (
     wide,
 )
 from lalora_app.adapter.factors import AB
-from lalora_app.aggregation.iterate_average import final_adapter, with_average
-from lalora_app.aggregation.server_state import ServerState
+from lalora_app.server_state.iterate_average import final_adapter, with_average
+from lalora_app.server_state.state import ServerState
 
 
 def settings_of(average: str):

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from conftest import make_config
 from helpers.server_rules import FEW, SEEDS, assert_near, drawn, wide
 from lalora_app.adapter.factors import AB, A, B, kind, select
-from lalora_app.aggregation.server_state import ServerState
-from lalora_app.aggregation.server_step import server_step
+from lalora_app.server_state.optimizer_step import server_step
+from lalora_app.server_state.state import ServerState
 
 ADAPTIVE = ("adam", "yogi")
 PHASES = {"both": [AB] * 5, "in turn": [B, A, B, A, B], "B only": [B] * 5}

@@ -13,7 +13,7 @@ from lalora_app.adapter.factors import Adapter, kind
 from lalora_app.adapter.low_rank import Float64Array
 from lalora_app.aggregation.average import mean_in_float64
 from lalora_app.aggregation.rule import normalised_weights
-from lalora_app.aggregation.server_state import ServerState
+from lalora_app.server_state.state import ServerState
 from lalora_app.settings.run_config import Server
 
 # Flower's defaults of FedAdam and FedYogi.

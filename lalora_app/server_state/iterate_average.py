@@ -12,7 +12,7 @@ import numpy as np
 
 from lalora_app.adapter.factors import Adapter, factor_pairs
 from lalora_app.adapter.low_rank import balanced_factors, numerical_rank, sum_of_products, svd
-from lalora_app.aggregation.server_state import ServerState
+from lalora_app.server_state.state import ServerState
 from lalora_app.settings.run_config import Server
 
 KEPT_RANKS = 4  # largest rank of the running average, in units of the adapter's rank
