@@ -108,8 +108,8 @@ def test_a_tail_is_the_mean_of_the_last_rounds(seed, share, rounds):
 
 
 def test_the_length_of_a_tail_is_not_rounded_by_floats():
-    """0.7 · 10 is 7.000000000000001 in floats, which would become eight rounds."""
-    assert averaged("tail:0.7", walk(0, 10))[-1].averaged == 7
+    """0.28 · 25 is 7.000000000000001 in floats, which would become eight rounds."""
+    assert averaged("tail:0.28", walk(0, 25))[-1].averaged == 7
     assert averaged("tail:0.55", walk(0, 10))[-1].averaged == 6
 
 
