@@ -1,16 +1,11 @@
 """Laws of the run config that concern several keys."""
 
-from __future__ import annotations
-
 import math
-from typing import TYPE_CHECKING
 
+from lalora_app.settings.config import Config
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.names import AUTO
 from lalora_app.settings.sections import BY_LABEL
-
-if TYPE_CHECKING:
-    from lalora_app.settings.run_config import Config
 
 
 def _check_model(config: Config) -> None:
