@@ -6,7 +6,7 @@ from typing import Any
 
 from lalora_app.methods.compatibility import CENTRAL
 from lalora_app.settings.errors import ConfigError
-from lalora_app.settings.run_config import Scalar, as_float, clients_per_round
+from lalora_app.settings.run_config import Scalar, clients_per_round
 
 HEAD_ONLY = "head-only"
 BASELINES = "baselines"
@@ -30,8 +30,8 @@ def with_central_keys(own: Mapping[str, Scalar], nodes: int) -> dict[str, Scalar
     if own.get("central") is not True:
         return dict(own)
     batch, fraction = own["train.batch-size"], own["fraction-train"]
-    if type(batch) is int and type(fraction) in (int, float) and 0 < as_float(fraction) <= 1:
-        batch *= clients_per_round(as_float(fraction), nodes)
+    if type(batch) is int and isinstance(fraction, int | float) and 0 < fraction <= 1:
+        batch *= clients_per_round(fraction, nodes)
     return {**own, **CENTRAL, "train.batch-size": batch}
 
 

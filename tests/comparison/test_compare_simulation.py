@@ -38,28 +38,50 @@ def wait_for(folder: Path, runs: int, process: subprocess.Popen) -> None:
         time.sleep(0.1)
 
 
-@pytest.mark.slow
-@pytest.mark.quiet
-def test_a_comparison_that_is_ended_and_called_again_runs_the_rest_only(tiny, tmp_path):
-    config = tiny(**{"privacy.epsilon": float("inf"), "num-server-rounds": 4})
-    plan = tmp_path / "plan.toml"
+def written_plan(config, folder: Path, compare: str) -> Path:
+    """Write the keys of a config that differ from the defaults, and the table ``compare``."""
+    plan = folder / "plan.toml"
     changed = [
         line
         for line in to_toml(config).splitlines()
         if flatten(config)[key := line.split(" = ")[0]] != defaults()[key]
         and key != "privacy.epsilon"  # the plan's own
     ]
-    plan.write_text("\n".join(changed) + "\n" + COMPARE, "utf-8")
+    plan.write_text("\n".join(changed) + "\n" + compare, "utf-8")
+    return plan
+
+
+def lalora_compare(plan: Path, *options: str) -> list[str]:
+    module = ["-m", "lalora_app.cli.main", "compare", str(plan), "--app", str(ROOT)]
+    return [sys.executable, *module, *options]
+
+
+@pytest.mark.slow
+@pytest.mark.quiet
+@pytest.mark.parametrize("engine", ["local", "flower"])
+def test_the_baselines_run_in_one_session_with_the_methods(tiny, tmp_path, engine):
+    config = tiny(**{"num-server-rounds": 1, "train.batch-size": 4})
+    compare = COMPARE.replace('"la-lora"', '"dp-lora"').replace("nodes = 2", "nodes = 3")
+    plan = written_plan(config, tmp_path, compare + "baselines = true\n")
+    command = lalora_compare(plan, "--engine", engine)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=400)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
     folder = Path(config.output) / "tiny"
-    command = [
-        sys.executable,
-        "-m",
-        "lalora_app.cli.main",
-        "compare",
-        str(plan),
-        "--app",
-        str(ROOT),
-    ]
+    runs = {path.parent.parent.name: path.parent for path in finished(folder)}
+    one = "ffa-lora--one-client-with-all-data--epsinf-seed0"
+    assert set(runs) == {*(f"{m}-epsinf-seed0" for m in ("ffa-lora", "dp-lora", "head-only")), one}
+    sizes = {name: json.loads((run / "clients.json").read_text()) for name, run in runs.items()}
+    assert {name for name, size in sizes.items() if size == {"clients": 1}} == {one}
+    assert "Difference to ffa-lora at the same ε" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.quiet
+def test_a_comparison_that_is_ended_and_called_again_runs_the_rest_only(tiny, tmp_path):
+    config = tiny(**{"privacy.epsilon": float("inf"), "num-server-rounds": 4})
+    plan = written_plan(config, tmp_path, COMPARE)
+    folder = Path(config.output) / "tiny"
+    command = lalora_compare(plan)
     first = subprocess.Popen(command, start_new_session=True, env=dict(os.environ))
     wait_for(folder, 1, first)
     os.killpg(first.pid, signal.SIGINT)  # Ctrl-C
