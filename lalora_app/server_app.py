@@ -100,8 +100,9 @@ def _warn_of_unread_keys(config: Config) -> None:
     if unread := unread_keys(config):
         effect = "the value has no effect" if len(unread) == 1 else "the values have no effect"
         keys = ", ".join(unread)
-        said = 'LaLoRA this run of method="%s" does not read %s: %s'
-        _log.warning(said, config.method, keys, effect)
+        _log.warning(
+            'LaLoRA this run of method="%s" does not read %s: %s', config.method, keys, effect
+        )
 
 
 def _train(grid: Grid, strategy: FederatedLora, after_round: AfterRound) -> None:

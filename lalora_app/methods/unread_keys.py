@@ -1,4 +1,4 @@
-"""Keys of the run config that only some runs read, for a warning about values without effect.
+"""Keys of the run config that not every run reads, for a warning about values without effect.
 
 A warning and no refusal: a comparison gives one set of keys to many methods, and its tuning scales
 the learning rates of all of them.

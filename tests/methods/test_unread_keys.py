@@ -172,5 +172,8 @@ def test_a_run_warns_once_of_all_values_without_effect(tiny, caplog):
     with caplog.at_level(logging.WARNING, "flwr"):
         run(config)
     (line,) = [r.getMessage() for r in caplog.records if "does not read" in r.getMessage()]
-    assert line.startswith('LaLoRA this run of method="ffa-lora" does not read ')
-    assert line.endswith("train.lr-a=0.001, rule.period=3: the values have no effect")
+    assert (
+        line
+        == 'LaLoRA this run of method="ffa-lora" does not read train.lr-a=0.001, rule.period=3: '
+        "the values have no effect"
+    )
