@@ -39,7 +39,7 @@ KINDS = {
     "--examples-per-second": "positive",
 }
 ANY_TEXT = {"--run-config", "--name", "--methods", "--app", "--run", "--mechanism", "--path"}
-ANY_TEXT |= {"--dataset", "--host", "--data-path", "--node-config", "--write"}
+ANY_TEXT |= {"--reference", "--dataset", "--host", "--data-path", "--node-config", "--write"}
 
 
 def leaves(parser, words=()):

@@ -103,7 +103,7 @@ def test_no_text_of_an_exception_leaves_a_client(tiny, monkeypatch, where, error
         raise error
 
     module, name = {
-        "query": (site, "partition"),
+        "query": (site, "clients_data"),
         "before the ledger": (resident_factors, "with_residents"),
         "after the ledger": (local_round, "run_round"),
     }[where]
