@@ -1,0 +1,104 @@
+"""What ``lalora plan`` starts from: the sizes of the clients, and the limits of the options."""
+
+import argparse
+import math
+from dataclasses import replace
+
+from lalora_app.privacy.planning import LOCAL_STEPS, Given, Speed
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.names import NONE, full_path
+from lalora_app.settings.run_config import Config, Data, clients_per_round
+from lalora_app.simulation.launch import Launch
+
+
+def sizes(args: argparse.Namespace, launch: Launch) -> tuple[int, int]:
+    """Return the number of examples of the smallest and the largest client.
+
+    Raises:
+        ConfigError: if δ is not below 1/n, or the data cannot be read.
+
+    Privacy: of the data, only these numbers are used.
+    """
+    from lalora_app.data.examples import check_client
+
+    config = launch.config
+    if args.examples is not None:
+        found = [args.examples]
+    elif args.data_path is not None:
+        found = [_rows_of(args.data_path, config.data)]
+    else:
+        found = _simulated_sizes(config, launch.nodes)
+    for size in found:
+        check_client(size, batch_size=1, delta=config.privacy.delta)
+    return min(found), max(found)
+
+
+def _rows_of(path: str, data: Data) -> int:
+    """Return the number of rows of a site's own file or folder."""
+    from lalora_app.data.contents import inputs_of
+    from lalora_app.data.delimited import TextFormat
+    from lalora_app.data.sources import read
+
+    whole = str(full_path(path).resolve())
+    wanted = {column: "data.input-column" for column in inputs_of(data)}
+    form = TextFormat(data.encoding, data.separator)
+    columns = read("--data-path", whole, NONE, "train", wanted, form)
+    return len(next(iter(columns.values())))
+
+
+def _simulated_sizes(config: Config, nodes: int) -> list[int]:
+    """Return the number of examples of each client, dealt as the run deals them."""
+    from lalora_app.data.examples import with_classes
+    from lalora_app.data.partition import partition
+
+    return list(map(len, partition(with_classes(config.data), config.seed, nodes)))
+
+
+def given_of(args: argparse.Namespace, launch: Launch, examples: int) -> Given:
+    """Return what the plan starts from; without a limit, a plan costs what the config costs."""
+    config, speed = launch.config, None
+    per_round = clients_per_round(config.fraction_train, launch.nodes)
+    if args.examples_per_second is not None:
+        speed = Speed(args.examples_per_second, per_round if args.sites else 1)
+    given = Given(
+        examples=examples,
+        clients=launch.nodes,
+        per_round=per_round,
+        epsilon=config.privacy.epsilon,
+        delta=config.privacy.delta,
+        max_seconds=math.inf if args.max_seconds is None else args.max_seconds,
+        speed=speed,
+        min_steps=args.min_steps,
+        local_steps=_local_steps(args, config),
+    )
+    if args.max_examples is None and args.max_seconds is None:
+        rounds = given.client_rounds(config.num_server_rounds)
+        return replace(
+            given, max_examples=config.train.batch_size * config.train.local_steps * rounds
+        )
+    return replace(given, max_examples=args.max_examples or math.inf)
+
+
+def _local_steps(args: argparse.Namespace, config: Config) -> list[int]:
+    """Return the numbers of local steps to choose from; by default those that the method allows.
+
+    Raises:
+        ConfigError: if the method allows one of the option's numbers not, or is not known.
+    """
+    from lalora_app.methods.compatibility import lookup, method_of
+
+    method_of(config)
+    for steps in args.local_steps or ():
+        lookup(config.method, steps)
+    return sorted(set(args.local_steps or [n for n in LOCAL_STEPS if _allows(config, n)]))
+
+
+def _allows(config: Config, local_steps: int) -> bool:
+    """Tell whether a round of so many steps trains every factor that the method sends."""
+    from lalora_app.methods.compatibility import lookup
+
+    try:
+        lookup(config.method, local_steps)
+    except ConfigError:
+        return False
+    return True
