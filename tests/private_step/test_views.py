@@ -275,7 +275,7 @@ def test_every_kernel_takes_the_views_of_an_image_as_one_example(kernel, model_o
 def test_the_compiled_kernel_takes_the_views_of_an_image_as_one_example(model_of, monkeypatch):
     graphs_only = partial(torch.compile, backend="aot_eager")  # needs no C++ compiler
     monkeypatch.setattr(torch, "compile", graphs_only)
-    backbone = model_of("swin", "compiled")
+    backbone = model_of("vit", "compiled")
     expected = list(one_by_one(backbone, 2, seed=1).values())
     assert_sum(released(backbone, 2, seed=1, clip_norm=math.inf), expected, 1e-6)
 
