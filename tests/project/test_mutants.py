@@ -228,8 +228,8 @@ MUTANTS = {
     ),
     "padded to the longest of the batch": Mutant(
         "data/encoding.py",
-        "yield self.batch(part[start : start + size], width)",
-        "yield self.batch(part[start : start + size])",
+        "self.batch(part, width) for part, width in self.parts(indices, size)",
+        "self.batch(part) for part, _ in self.parts(indices, size)",
         "tests/data/test_encoding.py::test_how_far_a_text_is_padded_follows_from_it_alone",
     ),
     "a head's norm in float32": Mutant(
