@@ -79,9 +79,9 @@ class Backbone:
         self._train_forward = self.engine.prepare_forward(self._logits)
 
     def adapter(self) -> Adapter:
-        """Return a copy of the current factors and head, in float32 on the CPU."""
-        parameters = self.engine.parameters.items()
-        return {name: p.detach().float().cpu().numpy().copy() for name, p in parameters}
+        """Return a copy of all tensors but the resting ones, in float32 on the CPU."""
+        own = {n: p.detach() for n, p in self.engine.parameters.items() if n not in self.resting}
+        return {name: tensor.float().cpu().numpy().copy() for name, tensor in own.items()}
 
     @torch.no_grad()
     def load(self, adapter: Adapter, drift: Adapter | None = None) -> None:
