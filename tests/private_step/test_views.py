@@ -328,13 +328,11 @@ def test_more_views_of_one_image_do_not_lengthen_its_gradient(model_of):
 
 
 def test_a_round_takes_its_steps_on_the_views(images):
-    config = images(
-        "vit",
-        **{"method": "dp-lora", "train.views": 3, "train.local-steps": 1, "train.lr-decay": 1.0},
-    )
+    changes = {"train.views": 3, "train.local-steps": 1}
+    config = images("vit", method="dp-lora", **changes)
     backbone, start = build(config)
     reservation = Reservation(Release(1.0, 0.0, 1))
-    local = LocalSettings(METHODS["dp-lora"], 1, 1, config.train, config.rule, 0.7)
+    local = LocalSettings(METHODS[config.method], 1, 1, config.train, config.rule, 0.7)
     streams = RandomStreams(seeded(0, "sampling"), seeded(0, "noise"))
     arguments = {"local": local, "reservation": reservation, "streams": streams}
     result = run_round(backbone, DATA, start, {}, **arguments)
