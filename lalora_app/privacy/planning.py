@@ -19,6 +19,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 
 from lalora_app.privacy.accounting import calibrate
 from lalora_app.settings.errors import ConfigError
@@ -204,12 +205,11 @@ def grid(given: Given) -> Iterator[tuple[int, int, int]]:
     smaller batch has more noise. Numbers of steps: ``min_steps`` (made a multiple of the local
     steps), and its doubles.
     """
-    for doubling in range(_DOUBLINGS):
-        for local_steps in given.local_steps:
-            rounds = -(-given.min_steps * 2**doubling // local_steps)
-            batch = _largest_batch(given, local_steps, rounds)
-            if batch > 0 and local_steps * rounds <= _MOST_STEPS:
-                yield batch, local_steps, rounds
+    for doubling, local_steps in product(range(_DOUBLINGS), given.local_steps):
+        rounds = -(-given.min_steps * 2**doubling // local_steps)
+        batch = _largest_batch(given, local_steps, rounds)
+        if batch > 0 and local_steps * rounds <= _MOST_STEPS:
+            yield batch, local_steps, rounds
 
 
 def check_limits(given: Given) -> None:
