@@ -18,6 +18,7 @@ from lalora_app.settings.errors import DataError
 
 IGNORED = -100  # label of a position without a label, as in transformers
 UNLIMITED = sys.maxsize
+SHORTEST = 8  # tokens to which a text is padded at least
 CACHE_BYTES = 1 << 30  # of each kind of encoded data, per process
 _TOKEN_BYTES, _ROW_BYTES = 36, 64  # a Python integer with its place in a tuple; an empty tuple
 Indices = Sequence[int] | np.ndarray
@@ -92,13 +93,13 @@ class Encoded(ABC):
                 yield part[start : start + size], width
 
 
-def padded_width(length: int, longest: int) -> int:
+def padded_width(length: int, longest: int, shortest: int = SHORTEST) -> int:
     """Return the padded length of a text in tokens: 8, 16, 32 and so on.
 
-    Powers of two give few widths, and each width costs a micro-batch. Limit: ``longest``, which no
-    text exceeds.
+    Powers of two give few widths, and each width costs a micro-batch; ``shortest`` leaves out the
+    small ones. Limit: ``longest``, which no text exceeds.
     """
-    return min(max(1 << (length - 1).bit_length(), 8), longest)
+    return min(max(1 << (length - 1).bit_length(), shortest), longest)
 
 
 def _bytes_of(rows: Sequence[Sequence[int]]) -> int:
@@ -123,12 +124,14 @@ class EncodedTexts(Encoded):
         labels: (examples,).
         pad: the id of the padding token.
         longest: the maximal number of tokens per text, set by the config and not by the data.
+        shortest: the number of tokens to which a text is padded at least.
     """
 
     tokens: tuple[tuple[int, ...], ...]
     labels: tuple[int, ...]
     pad: int
     longest: int = UNLIMITED
+    shortest: int = SHORTEST
 
     def __len__(self) -> int:
         """Return the number of texts."""
@@ -148,7 +151,7 @@ class EncodedTexts(Encoded):
 
     def width(self, index: int) -> int:
         """Return the padded length of a text in tokens."""
-        return padded_width(len(self.tokens[index]), self.longest)
+        return padded_width(len(self.tokens[index]), self.longest, self.shortest)
 
     def batch(self, indices: Indices, width: int = 0) -> Batch:
         """Return the given texts, padded to the longest of them and to at least ``width``."""
@@ -163,10 +166,12 @@ class EncodedSequences(Encoded):
     Attributes:
         tokens: token ids per text.
         longest: the maximal number of tokens per text, set by the config and not by the data.
+        shortest: the number of tokens to which a text is padded at least.
     """
 
     tokens: tuple[tuple[int, ...], ...]
     longest: int = UNLIMITED
+    shortest: int = SHORTEST
 
     def __len__(self) -> int:
         """Return the number of texts."""
@@ -186,7 +191,7 @@ class EncodedSequences(Encoded):
 
     def width(self, index: int) -> int:
         """Return the padded length of a text in tokens."""
-        return padded_width(len(self.tokens[index]), self.longest)
+        return padded_width(len(self.tokens[index]), self.longest, self.shortest)
 
     def batch(self, indices: Indices, width: int = 0) -> Batch:
         """Return the given texts, padded on the right; causal attention ignores that side."""
@@ -254,7 +259,9 @@ def _token_ids(examples: Examples, tokenizer: Any, max_length: int) -> tuple[tup
     return tuple(map(tuple, ids))
 
 
-def encode_texts(examples: Examples, tokenizer: Any, max_length: int) -> EncodedTexts:
+def encode_texts(
+    examples: Examples, tokenizer: Any, max_length: int, min_length: int = SHORTEST
+) -> EncodedTexts:
     """Return texts to classify as token ids; kept for the next call of this process.
 
     Raises:
@@ -263,12 +270,15 @@ def encode_texts(examples: Examples, tokenizer: Any, max_length: int) -> Encoded
 
     def encode() -> EncodedTexts:
         ids = _token_ids(examples, tokenizer, max_length)
-        return EncodedTexts(ids, examples.labels, tokenizer.pad_token_id, max_length)
+        pad = tokenizer.pad_token_id
+        return EncodedTexts(ids, examples.labels, pad, max_length, min_length)
 
-    return _TEXTS.get((examples.fingerprint, tokenizer, max_length), encode)
+    return _TEXTS.get((examples.fingerprint, tokenizer, max_length, min_length), encode)
 
 
-def encode_sequences(examples: Examples, tokenizer: Any, max_length: int) -> EncodedSequences:
+def encode_sequences(
+    examples: Examples, tokenizer: Any, max_length: int, min_length: int = SHORTEST
+) -> EncodedSequences:
     """Return texts for a language model as token ids; kept for the next call of this process.
 
     Raises:
@@ -276,6 +286,7 @@ def encode_sequences(examples: Examples, tokenizer: Any, max_length: int) -> Enc
     """
 
     def encode() -> EncodedSequences:
-        return EncodedSequences(_token_ids(examples, tokenizer, max_length), max_length)
+        ids = _token_ids(examples, tokenizer, max_length)
+        return EncodedSequences(ids, max_length, min_length)
 
-    return _SEQUENCES.get((examples.fingerprint, tokenizer, max_length), encode)
+    return _SEQUENCES.get((examples.fingerprint, tokenizer, max_length, min_length), encode)

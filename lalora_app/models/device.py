@@ -11,7 +11,9 @@ from lalora_app.settings.errors import ConfigError
 def pick_device(name: str) -> torch.device:
     """Return the device of ``model.device``; ``auto`` is the GPU where there is one.
 
-    TF32 is off: float32 means float32, and bf16 autocast is the fast path of a GPU.
+    TF32 is off: float32 means float32, and bf16 autocast is the fast path of a GPU. cuDNN's
+    attention is off: it plans anew for every (examples, tokens), and a Poisson batch nearly always
+    has a new size (https://github.com/pytorch/pytorch/issues/155958).
 
     Args:
         name: "auto", "cpu", "cuda", or "cuda:N" for the GPU of number N.
@@ -21,6 +23,7 @@ def pick_device(name: str) -> torch.device:
     """
     torch.set_float32_matmul_precision("highest")
     torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.enable_cudnn_sdp(False)
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "auto":
         return torch.device("cuda" if gpus else "cpu")

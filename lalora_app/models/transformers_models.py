@@ -185,7 +185,12 @@ def _text_base(model: Model, where: str, base: Any, fresh: set[str]) -> Base:
         model=base,
         task=LANGUAGE_MODEL if causal else CLASSIFICATION,
         forward=kind.forward if separator is None else Segmented(kind.forward, separator),
-        encode=partial(encode, tokenizer=tokenizer, max_length=model.max_length),
+        encode=partial(
+            encode,
+            tokenizer=tokenizer,
+            max_length=model.max_length,
+            min_length=model.min_length,
+        ),
         probe=probe,
         targets=_default_targets(base),
         trained=(*heads, *sorted(fresh)),

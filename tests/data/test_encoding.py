@@ -88,16 +88,20 @@ def test_batches_yield_every_example_once(encoded, size):
     assert widths == sorted(widths)
 
 
-@given(lengths=st.lists(st.integers(1, 37), min_size=1, max_size=12), size=st.integers(1, 5))
+@given(
+    lengths=st.lists(st.integers(1, 37), min_size=1, max_size=12),
+    size=st.integers(1, 5),
+    shortest=st.integers(1, 50),
+)
 @pytest.mark.parametrize("kind", [EncodedTexts, EncodedSequences])
-def test_how_far_a_text_is_padded_follows_from_it_alone(kind, lengths, size):
+def test_how_far_a_text_is_padded_follows_from_it_alone(kind, lengths, size, shortest):
     """Privacy: a server's weights can make padding matter, and then it must not be another's."""
     tokens = tuple((1,) * n for n in lengths)
     more = (tokens, (0,) * len(tokens), 0) if kind is EncodedTexts else (tokens,)
-    examples = kind(*more, longest=37)
+    examples = kind(*more, longest=37, shortest=shortest)
     for batch in examples.micro_batches(range(len(tokens)), size):
         for row in batch.inputs:
-            assert len(row) == padded_width(int((row == 1).sum()), 37)
+            assert len(row) == padded_width(int((row == 1).sum()), 37, shortest)
 
 
 def test_texts_are_padded_to_a_power_of_two_and_never_beyond_the_longest():
@@ -105,6 +109,13 @@ def test_texts_are_padded_to_a_power_of_two_and_never_beyond_the_longest():
     assert sorted(set(widths.values())) == [8, 16, 32, 37]
     assert all(n <= width for n, width in widths.items())
     assert all(width < 2 * n for n, width in widths.items() if n > 8)
+
+
+@pytest.mark.parametrize(
+    ("shortest", "widths"), [(1, [1, 2, 4, 8, 16, 32, 37]), (20, [20, 32, 37]), (64, [37])]
+)
+def test_texts_are_padded_to_the_shortest_width_at_least(shortest, widths):
+    assert sorted({padded_width(n, 37, shortest) for n in range(1, 38)}) == widths
 
 
 @pytest.mark.parametrize(

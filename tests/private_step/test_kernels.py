@@ -317,9 +317,11 @@ def test_every_kernel_of_the_config_releases_the_same(tiny, no_compiler, kernel,
 def test_float32_is_not_tf32():
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
+    torch.backends.cuda.enable_cudnn_sdp(True)
     assert pick_device("cpu") == torch.device("cpu")
     assert torch.get_float32_matmul_precision() == "highest"
     assert not torch.backends.cudnn.allow_tf32
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
 
 
 def test_bf16_is_the_default_of_a_gpu_and_float32_of_a_cpu():
