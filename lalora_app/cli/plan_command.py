@@ -39,7 +39,8 @@ def _plan(args: argparse.Namespace) -> int:
     smallest, largest = sizes(args, launch)
     given = given_of(args, launch, smallest)
     train = launch.config.train
-    own = (train.batch_size, train.local_steps, launch.config.num_server_rounds)
+    with_steps = launch.config.num_server_rounds - given.rounds_before
+    own = (train.batch_size, train.local_steps, with_steps)
     planning.check_choice(given, *own)
     # Without a trial the speed is known already.
     planning.check_limits(replace(given, max_seconds=math.inf) if args.trial else given)
@@ -54,7 +55,7 @@ def _plan(args: argparse.Namespace) -> int:
     for line in (*of_given(given, largest), *table(given, traffic, shown, marks)):
         print(line)
     if file is not None:
-        _write(file, launch, best)
+        _write(file, launch, best, given.rounds_before + best.rounds)
         print(f"run       {_command(args, launch, file)}")
     print("ok        no data was sent, no ledger was opened, no privacy budget was spent")
     return 0
@@ -66,7 +67,7 @@ def _launch(args: argparse.Namespace) -> Launch:
     Raises:
         ConfigError: for a key or an option that breaks its law.
     """
-    from lalora_app.server.before_start import check_clients
+    from lalora_app.server.before_start import check_clients, check_head_share
 
     given = {"privacy.epsilon": args.epsilon, "privacy.delta": args.delta}
     own = [f"{key}={value!r}" for key, value in given.items() if value is not None]
@@ -78,6 +79,7 @@ def _launch(args: argparse.Namespace) -> Launch:
     if math.isinf(config.privacy.epsilon):
         raise ConfigError("privacy.epsilon=inf must be finite: without noise there is no plan")
     check_clients(config, launch.nodes)
+    check_head_share(config)
     _check_options(args)
     return launch
 
@@ -129,13 +131,13 @@ def _say(words: str) -> None:
         print(f"\r{words:<40}\r", end="", file=sys.stderr, flush=True)
 
 
-def _write(path: Path, launch: Launch, best: Choice) -> None:
+def _write(path: Path, launch: Launch, best: Choice, rounds: int) -> None:
     """Write the planned keys, and those that the command gave, as TOML for ``lalora run -c``."""
     from lalora_app.results.run_folder import as_toml
 
     privacy = launch.config.privacy
     keys = launch.values | {
-        "num-server-rounds": best.rounds,
+        "num-server-rounds": rounds,
         "privacy.epsilon": privacy.epsilon,
         "privacy.delta": privacy.delta,
         "train.local-steps": best.local_steps,

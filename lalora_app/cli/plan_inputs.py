@@ -56,6 +56,8 @@ def _simulated_sizes(config: Config, nodes: int) -> list[int]:
 
 def given_of(args: argparse.Namespace, launch: Launch, examples: int) -> Given:
     """Return what the plan starts from; without a limit, a plan costs what the config costs."""
+    from lalora_app.methods.head_rounds import class_sum_releases
+
     config, speed = launch.config, None
     per_round = clients_per_round(config.fraction_train, launch.nodes)
     if args.examples_per_second is not None:
@@ -70,9 +72,11 @@ def given_of(args: argparse.Namespace, launch: Launch, examples: int) -> Given:
         speed=speed,
         min_steps=args.min_steps,
         local_steps=_local_steps(args, config),
+        past=tuple(class_sum_releases(config)),
+        rounds_before=int(config.sums_classes(1)),
     )
     if args.max_examples is None and args.max_seconds is None:
-        rounds = given.client_rounds(config.num_server_rounds)
+        rounds = given.client_rounds(config.num_server_rounds - given.rounds_before)
         return replace(
             given, max_examples=config.train.batch_size * config.train.local_steps * rounds
         )

@@ -60,7 +60,7 @@ def _columns(
         "batch": (6, lambda c: str(c.batch_size)),
         "steps": (6, lambda c: str(c.steps)),
         "local": (5, lambda c: str(c.local_steps)),
-        "rounds": (6, lambda c: str(c.rounds)),
+        "rounds": (6, lambda c: str(given.rounds_before + c.rounds)),
         "epochs": (6, lambda c: f"{c.examples / given.examples:.3g}"),
         "z": (7, lambda c: f"{c.noise_multiplier:.4g}"),
         "own": (8, lambda c: f"{c.own_noise:.2e}"),

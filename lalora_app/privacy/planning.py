@@ -21,7 +21,7 @@ from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
 
-from lalora_app.privacy.accounting import calibrate
+from lalora_app.privacy.accounting import Release, calibrate
 from lalora_app.settings.errors import ConfigError
 
 LEAST_STEPS = 40  # with fewer, an optimiser has hardly moved, however small the noise is
@@ -62,6 +62,8 @@ class Given:
         speed: needed for the duration; None: it is not estimated.
         min_steps: smallest number of optimiser steps of the run.
         local_steps: numbers of local steps per round to choose from.
+        past: releases of every client besides its steps, such as its class sums.
+        rounds_before: rounds without steps, such as that of the class sums; no choice counts them.
     """
 
     examples: int
@@ -74,6 +76,8 @@ class Given:
     speed: Speed | None = None
     min_steps: int = LEAST_STEPS
     local_steps: Sequence[int] = LOCAL_STEPS
+    past: tuple[Release, ...] = ()
+    rounds_before: int = 0
 
     def client_rounds(self, rounds: int) -> int:
         """Return the rounds of the client that is selected most often."""
@@ -96,7 +100,7 @@ class Choice:
     Attributes:
         batch_size: b, expected number of examples of a client's step.
         local_steps: steps of a client in each of its rounds.
-        rounds: number of rounds.
+        rounds: number of rounds with steps.
         releases: steps of the client that is selected most often: what its ledger counts.
         sampling_rate: q = b/n.
         noise_multiplier: z, the smallest with which the releases cost at most ε.
@@ -127,14 +131,16 @@ class Choice:
 
 
 @lru_cache(maxsize=1024)
-def _noise_multiplier(epsilon: float, delta: float, sampling_rate: float, releases: int) -> float:
+def _noise_multiplier(
+    epsilon: float, delta: float, sampling_rate: float, releases: int, past: tuple[Release, ...]
+) -> float:
     """Calibrate once: choices that differ in local steps only have the same noise.
 
     Raises:
         ConfigError: if no noise is enough.
     """
     try:
-        return calibrate(epsilon, delta, sampling_rate=sampling_rate, steps=releases)
+        return calibrate(epsilon, delta, sampling_rate=sampling_rate, steps=releases, past=past)
     except ValueError:
         raise ConfigError(
             f"privacy.epsilon={epsilon:g} must be larger: no noise is enough for {releases} steps "
@@ -169,7 +175,7 @@ def choice(given: Given, batch_size: int, local_steps: int, rounds: int) -> Choi
     """
     check_choice(given, batch_size, local_steps, rounds)
     releases, q = local_steps * given.client_rounds(rounds), batch_size / given.examples
-    z = _noise_multiplier(given.epsilon, given.delta, q, releases)
+    z = _noise_multiplier(given.epsilon, given.delta, q, releases, given.past)
     once = z / (batch_size * given.per_round * math.sqrt(local_steps * rounds))
     return Choice(
         batch_size=batch_size,

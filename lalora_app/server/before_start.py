@@ -63,8 +63,12 @@ def check_clients(config: Config, clients: int) -> None:
         )
 
 
-def _check_head_share(config: Config) -> None:
-    """Check that noise exists with which class sums keep to their share of ``privacy.epsilon``."""
+def check_head_share(config: Config) -> None:
+    """Check that noise exists with which class sums keep to their share of ``privacy.epsilon``.
+
+    Raises:
+        ConfigError: with the smallest possible share.
+    """
     from lalora_app.privacy.accounting import smallest_epsilon
 
     privacy = config.privacy
@@ -98,7 +102,7 @@ def check_epsilon(config: Config, sizes: list[int]) -> None:
     privacy, train = config.privacy, config.train
     if math.isinf(privacy.epsilon):
         return
-    _check_head_share(config)
+    check_head_share(config)
     cohorts = planned_cohorts(config, len(sizes))[config.sums_classes(1) :]  # those with steps
     rounds = Counter(client for cohort in cohorts for client in cohort)
     sums = class_sum_releases(config)

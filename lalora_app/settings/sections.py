@@ -56,9 +56,9 @@ class Model:
     )
     max_length: int = count(meaning="Largest length of a text in tokens; longer texts are cut.")
     min_length: int = count(
-        meaning="Length in tokens to which a text is padded at least, up to `model.max-length`. Each "
-        "padded length costs a micro-batch per step; on a GPU, where small micro-batches cost as "
-        "much as large ones, `model.max-length` is often faster."
+        meaning="Length in tokens to which a text is padded at least, up to `model.max-length`. "
+        "Each padded length costs a micro-batch per step; on a GPU, where small micro-batches cost "
+        "as much as large ones, `model.max-length` is often faster."
     )
     image_size: int = count(
         meaning="Side in pixels of the square image that the model receives: the middle of the "

@@ -25,7 +25,11 @@ SMALL = ["--min-steps", "6", "--local-steps", "2", "--max-examples", "72"]
 @pytest.fixture
 def no_accountant(monkeypatch):
     """Noise by a formula, where the accountant plays no part."""
-    monkeypatch.setattr(planning, "_noise_multiplier", lambda e, d, q, steps: 1 + q * steps**0.5)
+
+    def noise(epsilon, delta, q, steps, past):
+        return 1 + q * steps**0.5
+
+    monkeypatch.setattr(planning, "_noise_multiplier", noise)
 
 
 @pytest.fixture
@@ -51,23 +55,28 @@ def row_of(lines: list[str], mark: str) -> dict[str, str]:
 
 
 @pytest.mark.usefixtures("no_waiting", "no_report")
-def test_the_written_run_draws_the_noise_that_was_printed(plan, tiny, tmp_path):
+@pytest.mark.parametrize("head", ["auto", "class-means"])
+def test_the_written_run_draws_the_noise_that_was_printed(head, plan, tiny, tmp_path):
     """The plan's own file is run, and the clients' ledgers hold the plan's z."""
     file = tmp_path / "planned.toml"
-    code, lines, err = plan(*SMALL, "--write", str(file), **{"train.batch-size": 9})
+    changes = {"train.batch-size": 9, "model.head": head}
+    code, lines, err = plan(*SMALL, "--write", str(file), **changes)
     assert (code, err) == (0, "")
     best, before = row_of(lines, "best"), row_of(lines, "now")
-    assert (best["batch"], best["steps"], best["local"], best["rounds"]) == ("12", "6", "2", "3")
+    assert (best["batch"], best["steps"], best["local"]) == ("12", "6", "2")
     assert float(best["own"]) < float(before["own"])
     launch = read_launch(ROOT, [str(file)], 2)
     done = run(replace(launch.config, output=tiny().output), 2)
     entries = ledger_entries()
-    assert sum(entry.release.count for entry in entries) == 2 * 6
-    for entry in entries:
+    sums = [entry for entry in entries if entry.release.sampling_rate == 1]
+    assert len(sums) == (2 if head == "class-means" else 0)
+    steps = [entry for entry in entries if entry not in sums]
+    assert sum(entry.release.count for entry in steps) == 2 * 6
+    for entry in steps:
         z = entry.release.noise_multiplier
         assert entry.release.sampling_rate == pytest.approx(12 / 180)
         assert float(best["z"]) == pytest.approx(z, rel=1e-3)
-    assert len(done.rows) == int(best["rounds"])
+    assert len(done.rows) == int(best["rounds"]) == 3 + len(sums) // 2
 
 
 def test_the_file_holds_the_printed_choice_and_the_commands_keys(plan, tmp_path, no_accountant):
@@ -146,6 +155,10 @@ REFUSED = {
     "epsilon of a run": (["-c", "privacy.epsilon=0.0"], "privacy.epsilon=0.0 must be greater"),
     "no privacy": (["--epsilon", "inf"], "privacy.epsilon=inf must be finite"),
     "tiny epsilon": (["--epsilon", "1e-9"], "privacy.epsilon=1e-09 must be larger"),
+    "tiny share of the head": (
+        ["-c", 'model.head="class-means" privacy.head-share=1e-9'],
+        "privacy.head-share=1e-09 must be at least",
+    ),
     "delta and n": (["--delta", "0.01"], "privacy.delta=0.01 must be below 1/n"),
     "no step": (["--max-examples", "39"], "--max-examples 39 must allow one example in each"),
     "no time": (
@@ -172,7 +185,7 @@ REFUSED = {
 @pytest.mark.parametrize("case", list(REFUSED))
 def test_bad_input_is_refused_in_one_line(case, plan, monkeypatch):
     options, words = REFUSED[case]
-    if case != "tiny epsilon":
+    if not case.startswith("tiny"):
         monkeypatch.setattr(planning, "calibrate", lambda *args, **kwargs: 1 / 0)
     code, lines, err = plan(*options)
     assert code == 2

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 import helpers.shared_accounting  # noqa: F401
 from lalora_app.privacy import planning
-from lalora_app.privacy.accounting import calibrate
+from lalora_app.privacy.accounting import Release, calibrate
 from lalora_app.privacy.planning import Choice, Given, Speed, best, choice, grid, plan
 from lalora_app.server.cohorts import plan_cohorts
 from lalora_app.settings.errors import ConfigError
@@ -27,7 +27,7 @@ fast = settings(deadline=None, derandomize=True)
 def no_accountant(monkeypatch):
     """Noise by a formula that grows with q and steps, where the accountant plays no part."""
 
-    def noise(epsilon, delta, q, steps):
+    def noise(epsilon, delta, q, steps, past):
         return (1 + q * math.sqrt(steps)) / epsilon
 
     monkeypatch.setattr(planning, "_noise_multiplier", noise)
@@ -37,6 +37,13 @@ def test_the_noise_multiplier_is_the_calibrated_one():
     found = choice(GIVEN, 50, 2, 10)
     assert found.releases == 20
     assert found.noise_multiplier == calibrate(3.0, DELTA, sampling_rate=0.05, steps=20)
+
+
+def test_releases_besides_the_steps_leave_less_for_them():
+    sums = Release(1.0, 8.0, 1)
+    found = choice(replace(GIVEN, past=(sums,)), 50, 2, 10)
+    z = calibrate(3.0, DELTA, sampling_rate=0.05, steps=20, past=[sums])
+    assert found.noise_multiplier == z > choice(GIVEN, 50, 2, 10).noise_multiplier
 
 
 @pytest.mark.parametrize(("clients", "steps"), [(1, 1), (1, 9), (3, 4)])
@@ -140,6 +147,12 @@ def test_the_duration_is_that_of_clients_one_after_the_other():
     assert replace(GIVEN, speed=None).seconds(50, 2, 10) == math.inf
 
 
+def test_rounds_that_are_too_long_without_any_example_are_not_planned():
+    fast_machine = Speed(1e300, 1, seconds_per_round=5.0)  # its examples take no measurable time
+    assert not any(grid(replace(GIVEN, speed=fast_machine, max_seconds=1.0)))
+    assert any(grid(replace(GIVEN, speed=fast_machine, max_seconds=50.0)))  # ten rounds
+
+
 def test_a_plan_has_fewer_steps_first_and_reports_its_progress(no_accountant):
     said = []
     found = plan(GIVEN, lambda done, of: said.append((done, of)))
@@ -178,7 +191,7 @@ def test_the_best_has_the_least_noise_and_of_equal_ones_the_fewest_rounds_then_e
 
 def test_with_the_whole_data_in_every_step_the_fewest_steps_win(monkeypatch):
     """Then z grows as √S, noise over signal stays, and only the cost grows with the steps."""
-    monkeypatch.setattr(planning, "_noise_multiplier", lambda e, d, q, steps: q * steps**0.5)
+    monkeypatch.setattr(planning, "_noise_multiplier", lambda e, d, q, steps, past: q * steps**0.5)
     found = plan(replace(GIVEN, max_examples=10**12))
     assert {each.batch_size for each in found} == {1000}
     assert max(each.own_noise for each in found) == pytest.approx(found[0].own_noise)
