@@ -85,6 +85,15 @@ MUTANTS = {
         "alpha=noise_std / 2)",
         "tests/private_step/test_mechanism.py::test_add_noise_has_the_given_deviation_and_divides_by_the_expected_batch",
     ),
+    "average before noise, its noise divided twice": Mutant(
+        "private_step/mechanism.py",
+        "    noised = torch._foreach_add(totals, shaped, alpha=noise_std)\n",
+        "    totals = torch._foreach_div(totals, expected_batch)\n"
+        "    shaped = torch._foreach_div(shaped, expected_batch)\n"
+        "    noised = torch._foreach_add(totals, shaped, alpha=noise_std / expected_batch)\n"
+        "    torch._foreach_mul_(noised, expected_batch)\n",
+        "tests/private_step/test_mechanism.py::test_add_noise_has_the_given_deviation_and_divides_by_the_expected_batch",
+    ),
     "the same noise in every step": Mutant(
         "private_step/mechanism.py",
         "        return torch.from_numpy(rng.standard_normal(size)).to(like)\n",
