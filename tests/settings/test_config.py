@@ -71,6 +71,7 @@ OUT_OF_RANGE = [
     ("compare", "plan.json"),
     ("model.name", " "),
     ("model.max-length", 0),
+    ("model.min-length", 0),
     ("model.pooling", "cls"),
     ("model.head", "means"),
     ("privacy.head-share", 0.0),
