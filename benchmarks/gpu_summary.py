@@ -22,6 +22,8 @@ NAMES = {
 RATES = {"adam 3e-3": "AdamW", "sgd x2, slow decay": "SGD"}
 TARGETS = {"query,value": "query, value", "query,key,value,dense": "all Linear layers"}
 METHODS = ("la-lora", "rolora", "dp-lora")
+CLIENTS = {"sst2-recipe": "4", "sst2-recipe-adamw": "4", "sst2-recipe-20-clients": "20"}
+OPTIMIZERS = {"sgd": "SGD", "adamw": "AdamW, clip norm 10"}
 Rows = list[dict[str, Any]]
 
 
@@ -119,6 +121,27 @@ def study_table() -> str:
     return to_table(["ε", "LoRA on", "optimiser", "seed", *METHODS], lines)
 
 
+def h200_table() -> str:
+    """Return the table of eager steps on an H200."""
+    return tables.eager(json.loads((RESULTS / "h200" / "steps.json").read_text("utf-8"))["rows"])
+
+
+def recipe_table() -> str:
+    """Return the finished runs of configs/bench/sst2-recipe*.toml: accuracy in percent."""
+    text = (RESULTS / "h200" / "sst2_recipe.jsonl").read_text("utf-8")
+    lines: dict[tuple[str, ...], dict[str, list[str]]] = {}
+    for run in map(json.loads, text.splitlines()):
+        method = run["method"] + (", one client" if run["central"] else "")
+        optimizer, clients = OPTIMIZERS[run["optimizer"]], CLIENTS[run["plan"]]
+        line = (clients, optimizer, run["epsilon"].removesuffix(".0"), method)
+        kind = "tuning" if run["cell"].startswith("tuning/") else "test"
+        found = lines.setdefault(line, {"tuning": [], "test": []})
+        found[kind].append(f"{100 * run['accuracy']:.1f}")
+    head = ["clients", "optimiser", "ε", "method", "held-out sentences, rates × 0.5 and × 1.5"]
+    rows = ([*line, ", ".join(by["tuning"]), ", ".join(by["test"])] for line, by in lines.items())
+    return to_table([*head, "validation, seeds 0 to 2"], rows)
+
+
 def main() -> None:
     """Print the tables of the published runs, or of one folder."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -127,7 +150,7 @@ def main() -> None:
     if folder is not None:
         print(tables.page(folder))
         return
-    for table in (eager_table, busy_table, compiled_table, study_table):
+    for table in (eager_table, busy_table, compiled_table, h200_table, study_table, recipe_table):
         print(f"{table.__name__}\n{table()}\n")
 
 

@@ -64,7 +64,8 @@ def _correctness(rows: Rows) -> str:
     return f"{table}\n\n{counts[True]} checks are right, {counts[False]} are wrong."
 
 
-def _eager(rows: Rows) -> str:
+def eager(rows: Rows) -> str:
+    """Return the table of eager steps."""
     variants = ("fused", "merged", "opacus-hooks", "opacus-ghost")
     lines = (
         [*cell, *(_ratio(by.get(name)) for name in variants), _peak(by.get("fused"))]
@@ -133,7 +134,7 @@ def _columns(*keys: str) -> Callable[[Rows], str]:
 # title, part, and the function that makes the table of the part's rows
 TABLES: tuple[tuple[str, str, Callable[[Rows], str]], ...] = (
     ("Correctness", "correctness", _correctness),
-    ("Steps", "steps", _eager),
+    ("Steps", "steps", eager),
     ("Compiled steps", "steps", _compiled),
     ("CUDA graphs", "steps", _graphs),
     ("cuDNN's attention", "steps", _attention),

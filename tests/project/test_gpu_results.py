@@ -16,9 +16,11 @@ TABLES = [
     ("performance.md", "gpu-eager", gpu_summary.eager_table),
     ("performance.md", "gpu-busy", gpu_summary.busy_table),
     ("performance.md", "gpu-compiled", gpu_summary.compiled_table),
+    ("performance.md", "gpu-h200", gpu_summary.h200_table),
     ("results.md", "gpu-study", gpu_summary.study_table),
+    ("results.md", "gpu-recipe", gpu_summary.recipe_table),
 ]
-FILES = sorted(path for path in gpu_summary.RESULTS.iterdir() if path.name != "README.md")
+FILES = sorted(gpu_summary.RESULTS.rglob("*.json*"))
 
 
 @pytest.mark.parametrize(("page", "mark", "table"), TABLES, ids=[mark for _, mark, _ in TABLES])
@@ -44,7 +46,7 @@ def test_the_errors_in_docs_are_the_largest_of_the_checks():
 def test_the_results_name_no_path_and_are_all_described():
     page = (gpu_summary.RESULTS / "README.md").read_text("utf-8")
     for path in FILES:
-        assert f"`{path.name}`" in page
+        assert f"`{path.relative_to(gpu_summary.RESULTS)}`" in page
         assert not re.search(r"(?<![\w<])/(?:work|tmp|opt|root|home|usr)/", path.read_text("utf-8"))
 
 
