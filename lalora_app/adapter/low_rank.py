@@ -4,6 +4,7 @@ A sum ``Σ_j c_j B_j A_j`` equals one product of concatenated factors, (m, R)·(
 factorisations of both sides, its norm and SVD follow from an R × R matrix.
 """
 
+import math
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -16,6 +17,8 @@ Float64Array = NDArray[np.float64]
 
 # Singular values below this share of the largest one are rounding errors of float32 factors.
 RANK_TOLERANCE = 1e-7
+# Above this share of ‖L‖²‖R‖², a squared norm of float64 Gram matrices has eleven right digits.
+_GRAM_SHARE = 1e-4
 
 
 class Product(NamedTuple):
@@ -65,11 +68,34 @@ def svd(product: Product) -> Svd:
     return _with_fixed_signs(q_left @ u, s, vt @ q_right.T)
 
 
+def _core(product: Product) -> Float64Array:
+    """Return a matrix of at most R × R with the singular values of the product that are not 0."""
+    r_left, r_right = (
+        np.asarray(np.linalg.qr(m, mode="r")) for m in (product.left, product.right.T)
+    )
+    return np.asarray(r_left @ r_right.T)
+
+
+def singular_values(product: Product) -> Float64Array:
+    """Return the singular values of a product in falling order, as :func:`svd` does."""
+    left, right = product
+    small = left.shape[1] < min(left.shape[0], right.shape[1])
+    matrix = _core(product) if small else left @ right
+    return np.asarray(np.linalg.svd(matrix, compute_uv=False))
+
+
 def frobenius_norm(product: Product) -> float:
-    """Return ‖left·right‖_F; accurate also if the terms of the sum nearly cancel."""
-    r_left = np.linalg.qr(product.left)[1]
-    r_right = np.linalg.qr(product.right.T)[1]
-    return float(np.linalg.norm(r_left @ r_right.T))
+    """Return ‖left·right‖_F; accurate also if the terms of the sum nearly cancel.
+
+    ‖LR‖² = Σ (LᵀL)∘(RRᵀ) is fast, but rounding is relative to ‖L‖²‖R‖². A much smaller norm comes
+    from QR factorisations of both sides.
+    """
+    left, right = product
+    grams = left.T @ left, right @ right.T  # (R, R) each
+    squared = float((grams[0] * grams[1]).sum())
+    if squared > _GRAM_SHARE * np.trace(grams[0]) * np.trace(grams[1]):
+        return math.sqrt(squared)
+    return float(np.linalg.norm(_core(product)))
 
 
 def balanced_factors(decomposition: Svd, rank: int) -> tuple[Array, Array]:

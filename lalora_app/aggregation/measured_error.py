@@ -10,7 +10,13 @@ from dataclasses import dataclass
 import numpy as np
 
 from lalora_app.adapter.factors import Adapter, factor_pairs
-from lalora_app.adapter.low_rank import Float64Array, Product, frobenius_norm, sum_of_products, svd
+from lalora_app.adapter.low_rank import (
+    Float64Array,
+    Product,
+    frobenius_norm,
+    singular_values,
+    sum_of_products,
+)
 from lalora_app.aggregation.rule import Aggregated, normalised_weights
 
 SPECTRUM_LENGTH = 4  # number of singular values in a spectrum
@@ -78,7 +84,7 @@ def _relative_norm_and_spectrum(
     """
     if whole == 0:
         return 0.0, ()
-    values = np.sort(np.concatenate([svd(error).s for error in errors]))[::-1]
+    values = np.sort(np.concatenate([singular_values(error) for error in errors]))[::-1]
     return float(np.linalg.norm(values) / whole), tuple(
         map(float, values[:SPECTRUM_LENGTH] / whole)
     )

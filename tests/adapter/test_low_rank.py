@@ -11,6 +11,7 @@ from lalora_app.adapter.low_rank import (
     balanced_factors,
     compressed_factors,
     frobenius_norm,
+    singular_values,
     sum_of_products,
     svd,
 )
@@ -116,9 +117,16 @@ def test_the_svd_is_equal_for_ranks_at_and_above_the_smaller_side(seed, rank):
 @given(terms=sums())
 @FEW
 def test_the_norm_equals_numpys_norm_of_the_dense_sum(terms):
-    assert frobenius_norm(sum_of_products(terms)) == pytest.approx(
-        np.linalg.norm(dense(terms)), rel=1e-12
-    )
+    found = frobenius_norm(sum_of_products(terms))
+    assert found == pytest.approx(np.linalg.norm(dense(terms)), rel=1e-11)
+
+
+@given(terms=sums())
+@FEW
+def test_the_singular_values_are_those_of_the_svd(terms):
+    product = sum_of_products(terms)
+    expected = svd(product).s
+    np.testing.assert_allclose(singular_values(product), expected, atol=1e-12 * expected[0])
 
 
 @given(seed=st.integers(0, 2**32 - 1), ranks=st.tuples(st.integers(1, 4), st.integers(1, 4)))
