@@ -5,10 +5,12 @@ python benchmarks/compare_lines.py PLAN.toml OTHER.toml --at-once 14 --minutes 6
 lalora compare PLAN.toml --table-only       # the table of the runs
 
 Each line (a method or control at one epsilon) is a `lalora compare` of its own with one worker
-process; its tuning is for itself, so lines do not wait for each other. ~/lalora-results/NAME then
-holds the finished runs of all lines, as one `lalora compare` would have written them, which also
-continues what is missing. On a GPU the steps of a small model wait for the host, and many processes
-share the card; start `nvidia-cuda-mps-control -d` first, or their kernels run in turn.
+process, and tunes its own rates, so lines do not wait for each other. At the end the finished runs
+of all lines are moved to ~/lalora-results/NAME, as one `lalora compare` would have written them;
+`lalora compare PLAN.toml` then runs what is missing. This script would begin again. The plan must
+have `methods` and `epsilons`; its `baselines` are not read. On a GPU the steps of a small model
+wait for the host, and many processes share the card; start `nvidia-cuda-mps-control -d` first, or
+their kernels run in turn.
 """
 
 import argparse
@@ -81,7 +83,7 @@ class Comparison:
         return command
 
     def start(self, line: Line, cores: str) -> subprocess.Popen[bytes]:
-        """Start a line; runs of an earlier attempt count."""
+        """Start a line; its finished runs that were not moved yet count."""
         own = self._out / f"{self._name}-{line}"
         env = os.environ | {
             "OMP_NUM_THREADS": "1",  # threads of many lines would wait for each other

@@ -20,6 +20,7 @@ from typing import Any
 
 from lalora_app.data.examples import with_classes
 from lalora_app.data.partition import partition
+from lalora_app.methods.head_rounds import class_sum_releases
 from lalora_app.privacy.ledger import Ledger
 from lalora_app.privacy.planning import Choice, Given, choice
 from lalora_app.settings.run_config import clients_per_round
@@ -41,9 +42,11 @@ def planned(launch: Launch) -> tuple[Choice, Traffic]:
         epsilon=config.privacy.epsilon,
         delta=config.privacy.delta,
         speed=speed,
+        past=tuple(class_sum_releases(config)),
+        rounds_before=int(config.sums_classes(1)),
     )
-    train = config.train
-    return choice(given, train.batch_size, train.local_steps, config.num_server_rounds), traffic
+    train, rounds = config.train, config.num_server_rounds - given.rounds_before
+    return choice(given, train.batch_size, train.local_steps, rounds), traffic
 
 
 def run(overrides: list[str], nodes: int, folder: Path) -> tuple[list[dict[str, Any]], float]:
@@ -60,7 +63,8 @@ def run(overrides: list[str], nodes: int, folder: Path) -> tuple[list[dict[str, 
     (history,) = folder.glob("out/*/history.jsonl")
     entries = Ledger(folder / "home" / "ledger.sqlite").entries()
     rows = [json.loads(line) for line in history.read_text("utf-8").splitlines()]
-    return rows, max(entry.release.noise_multiplier for entry in entries)
+    steps = [e.release for e in entries if e.release.sampling_rate < 1]  # not the class sums
+    return rows, max(release.noise_multiplier for release in steps)
 
 
 def main() -> None:

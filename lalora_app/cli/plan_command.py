@@ -200,9 +200,10 @@ def _add_limits(plan: argparse.ArgumentParser) -> None:
     plan.add_argument(
         "--max-examples",
         type=at_least_one,
-        help="examples of one client's steps in the whole run (default: as many as the config's)",
+        help="examples of one client's steps in the whole run (default: as many as the config "
+        "uses, or no limit with --max-seconds)",
     )
-    plan.add_argument("--max-seconds", type=to_positive, help="duration of the run")
+    plan.add_argument("--max-seconds", type=to_positive, help="duration of the run's rounds")
     speed = plan.add_mutually_exclusive_group()
     speed.add_argument(
         "--examples-per-second",

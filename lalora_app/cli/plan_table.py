@@ -70,13 +70,13 @@ def _columns(
     if given.speed is not None:
         columns["time"] = (9, lambda c: _duration(c.seconds))
     if traffic is not None:
-        columns["MB"] = (11, lambda c: _megabytes(traffic, c))
+        columns["MB"] = (11, lambda c: _megabytes(traffic, c, given.rounds_before))
     return columns
 
 
-def _megabytes(traffic: "Traffic", choice: Choice) -> str:
+def _megabytes(traffic: "Traffic", choice: Choice, before: int) -> str:
     """Return what one client sends and receives in all its rounds."""
-    rounds = choice.releases // choice.local_steps
+    rounds = before + choice.releases // choice.local_steps
     up, down = (rounds * each / 1e6 for each in traffic.per_round(rounds))
     return f"{_short(up)}/{_short(down)}"
 

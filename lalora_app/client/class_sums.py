@@ -17,7 +17,8 @@ from lalora_app.models.backbone import Backbone
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.private_step.step import RandomStreams, private_gradient
 
-# A feature with its 1 is at least this long, so the clip scales every example to this length.
+# A feature with its 1 is at least this long, so the clip scales every example to this length. A
+# head without bias has no 1: there a feature that is shorter stays as it is.
 LENGTH = 1.0
 
 

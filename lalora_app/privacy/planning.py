@@ -27,7 +27,7 @@ from lalora_app.settings.errors import ConfigError
 LEAST_STEPS = 40  # with fewer, an optimiser has hardly moved, however small the noise is
 LOCAL_STEPS = (1, 2, 4)
 EQUAL_NOISE = 1.01  # a ratio of noise up to which two choices count as equal
-_DOUBLINGS = 5  # numbers of steps in the grid: the smallest one, and twice that four times
+_DOUBLINGS = 5  # numbers of steps in the grid: the smallest one, doubled up to four times
 # A run has far fewer; the accountant alone would need minutes for more.
 _MOST_STEPS = 1_000_000
 
@@ -37,7 +37,7 @@ class Speed:
     """How fast clients train.
 
     Attributes:
-        examples_per_second: examples of the private steps of one client.
+        examples_per_second: examples per second in the private steps of one client.
         at_once: number of clients that train at the same time, each at this speed.
         seconds_per_round: everything else in a round, such as the evaluation.
     """
@@ -58,7 +58,7 @@ class Given:
         epsilon: ε of every client over the whole run; finite.
         delta: δ of the guarantee.
         max_examples: examples that a client may train on in the whole run, repeats counted.
-        max_seconds: duration of the run.
+        max_seconds: duration of the run without its start.
         speed: needed for the duration; None: it is not estimated.
         min_steps: smallest number of optimiser steps of the run.
         local_steps: numbers of local steps per round to choose from.
@@ -228,7 +228,7 @@ def check_limits(given: Given) -> None:
         raise ConfigError(f"--min-steps {given.min_steps} must be at most {_MOST_STEPS}")
     if any(grid(given)):
         return
-    law = f"must allow one example in each of --min-steps {given.min_steps}"
+    law = f"must be enough for one example in each of {given.min_steps} steps (--min-steps)"
     if any(grid(replace(given, max_seconds=math.inf))):
         raise ConfigError(f"--max-seconds {given.max_seconds:g} {law}")
     raise ConfigError(f"--max-examples {given.max_examples} {law}")

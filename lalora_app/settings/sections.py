@@ -286,8 +286,8 @@ class Train:
     warm_up: float = law(
         "must be in [0, 1)",
         lambda v: 0 <= v < 1,
-        meaning="Share of the run's steps in which the factor of all learning rates grows in equal "
-        "parts from one part to 1.",
+        meaning="Share of the run's steps at its start, in which the factor of all learning rates "
+        "grows in equal parts to 1; the first step has one part, not 0.",
     )
     views: int = count(
         meaning="Number of random views (mirrored, shifted) of a drawn image in one step; their "

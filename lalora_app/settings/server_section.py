@@ -41,8 +41,8 @@ class Server:
         "itself ([methods](methods.md#the-servers-optimiser-and-average)).",
     )
     lr: float = positive(
-        meaning="Learning rate of `server.optimizer`; `adam` and `yogi` move each entry by about "
-        "this number per round."
+        meaning="Learning rate of `server.optimizer`; `adam` and `yogi` move an entry by about "
+        "this number per round where its updates are far above 0.001."
     )
     momentum: float = law(
         "must be in [0, 1)",

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lalora_app.adapter.factors import Adapter, num_bytes, select
+from lalora_app.adapter.factors import NONE, Adapter, num_bytes, select
 from lalora_app.aggregation.rule import RoundInfo
 from lalora_app.methods.method import Method
 from lalora_app.settings.run_config import Config
@@ -18,20 +18,30 @@ class Traffic:
     """Bytes of the tensors of one client's messages, without headers and the drift of the base.
 
     Attributes:
-        up: of the replies of rounds 1 and 2; later rounds repeat them in turn.
+        up: of the replies of the method's rounds 1 and 2; later rounds repeat them in turn.
         last: of the last two possible replies: that of an odd and that of an even last round.
-        down: of the requests of rounds 1, 2 and 3; later rounds repeat the last two in turn.
+        down: of the requests after the method's rounds 1 and 2; later rounds repeat them in turn.
+        whole: of the run's first request, which holds all tensors.
+        head: of a reply of the head alone, and of the request after it.
+        head_rounds: rounds of the head alone, before the method's round 1.
     """
 
     up: tuple[int, ...]
     last: tuple[int, ...]
     down: tuple[int, ...]
+    whole: int
+    head: int
+    head_rounds: int
 
     def per_round(self, rounds: int) -> tuple[float, float]:
         """Return the means (up, down) of a run in which the client takes part in every round."""
-        ups = [self.up[t % _PERIOD] for t in range(rounds - 1)]
-        ups.append(self.last[(rounds - 1) % _PERIOD])
-        downs = [self.down[0 if t == 0 else 1 + (t - 1) % _PERIOD] for t in range(rounds)]
+        first = min(self.head_rounds, rounds)
+        own = rounds - first  # rounds of the method
+        ups = [self.head] * first + [self.up[t % _PERIOD] for t in range(own - 1)]
+        if own:
+            ups.append(self.last[(own - 1) % _PERIOD])
+        later = [self.head] * first + [self.down[t % _PERIOD] for t in range(own)]
+        downs = [self.whole, *later[: rounds - 1]]  # a request holds what the round before changed
         return sum(ups) / rounds, sum(downs) / rounds
 
 
@@ -63,9 +73,16 @@ def traffic(method: Method, start: Adapter, config: Config) -> Traffic:
         start: its initial adapter.
         config: the run's config.
     """
+    rounds = tuple(config.head_rounds + t for t in (1, 2))
     sent = {
-        last: tuple(num_bytes(select(start, method.sent(t, last=last))) for t in (1, 2))
+        last: tuple(num_bytes(select(start, method.sent(t, last=last))) for t in rounds)
         for last in (False, True)
     }
-    later = (_download(method, start, config, t) for t in (1, 2))
-    return Traffic(sent[False], sent[True], (num_bytes(start), *later))
+    return Traffic(
+        up=sent[False],
+        last=sent[True],
+        down=tuple(_download(method, start, config, t) for t in rounds),
+        whole=num_bytes(start),
+        head=num_bytes(select(start, NONE)),
+        head_rounds=config.head_rounds,
+    )

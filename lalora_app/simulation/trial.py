@@ -1,6 +1,7 @@
 """Measure the speed of a run on this machine, and the bytes of its messages, without running it.
 
-As many processes as the run would have compute at the same time, each with its share of the cores.
+It starts as many processes as the run would; they compute at the same time, each with its share of
+the cores.
 """
 
 import os

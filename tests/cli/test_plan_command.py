@@ -160,10 +160,10 @@ REFUSED = {
         "privacy.head-share=1e-09 must be at least",
     ),
     "delta and n": (["--delta", "0.01"], "privacy.delta=0.01 must be below 1/n"),
-    "no step": (["--max-examples", "39"], "--max-examples 39 must allow one example in each"),
+    "no step": (["--max-examples", "39"], "--max-examples 39 must be enough for one example"),
     "no time": (
         ["--max-seconds", "1", "--examples-per-second", "1"],
-        "--max-seconds 1 must allow one example in each of --min-steps 40",
+        "--max-seconds 1 must be enough for one example in each of 40 steps (--min-steps)",
     ),
     "time without speed": (["--max-seconds", "9"], "--max-seconds 9 must come with"),
     "sites without speed": (["--sites"], "--sites must come with"),
