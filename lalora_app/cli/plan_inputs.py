@@ -49,9 +49,10 @@ def _rows_of(path: str, data: Data) -> int:
 def _simulated_sizes(config: Config, nodes: int) -> list[int]:
     """Return the number of examples of each client, dealt as the run deals them."""
     from lalora_app.data.examples import with_classes
-    from lalora_app.data.partition import partition
+    from lalora_app.data.partition import clients_data
 
-    return list(map(len, partition(with_classes(config.data), config.seed, nodes)))
+    named = replace(config, data=with_classes(config.data))
+    return list(map(len, clients_data(named, nodes)))
 
 
 def given_of(args: argparse.Namespace, launch: Launch, examples: int) -> Given:
@@ -60,6 +61,11 @@ def given_of(args: argparse.Namespace, launch: Launch, examples: int) -> Given:
 
     config, speed = launch.config, None
     per_round = clients_per_round(config.fraction_train, launch.nodes)
+    if config.sums_classes(1) and per_round < launch.nodes:
+        raise ConfigError(
+            f"fraction-train={config.fraction_train} must take all {launch.nodes} clients in a plan "
+            f'with model.head="class-means": the others release no class sums'
+        )
     if args.examples_per_second is not None:
         speed = Speed(args.examples_per_second, per_round if args.sites else 1)
     given = Given(
@@ -74,6 +80,7 @@ def given_of(args: argparse.Namespace, launch: Launch, examples: int) -> Given:
         local_steps=_local_steps(args, config),
         past=tuple(class_sum_releases(config)),
         rounds_before=int(config.sums_classes(1)),
+        head_rounds=config.train.head_rounds,
     )
     if args.max_examples is None and args.max_seconds is None:
         rounds = given.client_rounds(config.num_server_rounds - given.rounds_before)

@@ -35,13 +35,17 @@ def _rows(tensors: dict[str, Tensor]) -> tuple[tuple[int, ...], ...]:
     return tuple(tuple(tokens[start:end]) for start, end in pairwise(ends))
 
 
+def _lengths(longest: int, shortest: int) -> dict[str, str]:
+    return {"longest": str(longest), "shortest": str(shortest)}
+
+
 def _packed(encoded: Encoded) -> tuple[dict[str, Tensor], dict[str, str]]:
     match encoded:
-        case EncodedTexts(tokens, labels, pad, longest):
+        case EncodedTexts(tokens, labels, pad, longest, shortest):
             saved = _flat(tokens) | {"labels": torch.tensor(labels)}
-            return saved, {"kind": "texts", "pad": str(pad), "longest": str(longest)}
-        case EncodedSequences(tokens, longest):
-            return _flat(tokens), {"kind": "sequences", "longest": str(longest)}
+            return saved, {"kind": "texts", "pad": str(pad)} | _lengths(longest, shortest)
+        case EncodedSequences(tokens, longest, shortest):
+            return _flat(tokens), {"kind": "sequences"} | _lengths(longest, shortest)
         case EncodedImages(stacks, labels, places):
             saved = {f"{_STACK}{i}": stack for i, stack in enumerate(stacks)}
             where = torch.tensor(places).reshape(-1, 2)
@@ -51,13 +55,14 @@ def _packed(encoded: Encoded) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 def _unpacked(tensors: dict[str, Tensor], metadata: dict[str, str]) -> Encoded:
     if metadata["kind"] == "sequences":
-        return EncodedSequences(_rows(tensors), int(metadata["longest"]))
+        return EncodedSequences(_rows(tensors), int(metadata["longest"]), int(metadata["shortest"]))
     labels = tuple(tensors["labels"].tolist())
     if metadata["kind"] == "images":  # memory-mapped: a batch reads its own rows
         stacks = sum(name.startswith(_STACK) for name in tensors)
         places = tuple((stack, row) for stack, row in tensors["places"].tolist())
         return EncodedImages(tuple(tensors[f"{_STACK}{i}"] for i in range(stacks)), labels, places)
-    return EncodedTexts(_rows(tensors), labels, int(metadata["pad"]), int(metadata["longest"]))
+    numbers = (int(metadata[key]) for key in ("pad", "longest", "shortest"))
+    return EncodedTexts(_rows(tensors), labels, *numbers)
 
 
 @dataclass(frozen=True)

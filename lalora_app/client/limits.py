@@ -51,11 +51,12 @@ def _planned_class_sums(
     """Return the release of class sums and its limits, with the steps that are planned after it."""
     privacy, train, policy = config.privacy, config.train, site.policy
     limit = Limit(privacy.epsilon, privacy.delta)
-    (release,) = class_sum_releases(config)
+    past = site.ledger.releases(site.dataset, request.run)
+    (release,) = class_sum_releases(config, past)
     policy.check_noise(release.noise_multiplier)
     later = []
     if (steps := request.steps_left - train.local_steps) > 0:  # this round takes no step
-        q, past = train.batch_size / size, site.ledger.releases(site.dataset, request.run)
+        q = train.batch_size / size
         noise = noise_for([], limit, sampling_rate=q, steps=steps, before=[*past, release])
         policy.check_noise(noise)
         later = [Release(q, noise, steps)]

@@ -22,7 +22,15 @@ from lalora_app.settings.run_config import Config, Data, flatten
 from lalora_app.wire.code_version import code_hash
 
 # Prefixes of the keys that decide on the encoding of an example.
-_KEYS = ("data.", "model.name", "model.task", "model.max-length", "model.image-", "model.weights")
+_KEYS = (
+    "data.",
+    "model.name",
+    "model.task",
+    "model.max-length",
+    "model.min-length",
+    "model.image-",
+    "model.weights",
+)
 _LIBRARIES = ("transformers", "tokenizers", "pillow")
 
 

@@ -14,8 +14,12 @@ from lalora_app.settings.names import CLASS_MEANS
 from lalora_app.settings.run_config import Config
 
 
-def class_sum_releases(config: Config) -> list[Release]:
+def class_sum_releases(config: Config, past: Sequence[Release] = ()) -> list[Release]:
     """Return the release of class sums that a client plans before its steps; [] without one.
+
+    Args:
+        config: the run's config.
+        past: the client's class sums of earlier attempts.
 
     Raises:
         BudgetError: if no noise is enough for ``privacy.head-share`` of ``privacy.epsilon``.
@@ -23,7 +27,7 @@ def class_sum_releases(config: Config) -> list[Release]:
     if config.model.head != CLASS_MEANS:
         return []
     privacy = config.privacy
-    return [first_release(Limit(privacy.epsilon, privacy.delta), privacy.head_share)]
+    return [first_release(Limit(privacy.epsilon, privacy.delta), privacy.head_share, past)]
 
 
 def after_head_rounds(method: Method, config: Config) -> Method:

@@ -43,17 +43,27 @@ def check_limit(past: list[Release], plan: Release, limit: Limit, owner: str) ->
         )
 
 
-def first_release(limit: Limit, share: float) -> Release:
-    """Return one release of all examples (q = 1) that costs a share of a limit by itself.
+def first_release(limit: Limit, share: float, past: Sequence[Release] = ()) -> Release:
+    """Return one release of all examples (q = 1) that costs a share of what a limit leaves.
+
+    Of attempts 1, 2, … at one release, each costs the same share of the rest, so that the steps
+    after them keep a part of the limit.
+
+    Args:
+        limit: ε and δ of all releases.
+        share: the share of ε, or of what ``past`` leaves of it.
+        past: the releases so far.
 
     Limit: ε = inf gives no noise.
 
     Raises:
         BudgetError: if no noise is enough for this share.
     """
-    target = share * limit.epsilon
+    spent = epsilon(past, limit.delta) if past else 0.0
+    target = limit.epsilon if math.isinf(limit.epsilon) else spent + share * (limit.epsilon - spent)
     try:
-        return Release(1.0, calibrate(target, limit.delta, sampling_rate=1.0, steps=1), 1)
+        noise = calibrate(target, limit.delta, sampling_rate=1.0, steps=1, past=past)
+        return Release(1.0, noise, 1)
     except ValueError as error:
         raise BudgetError(str(error)) from error
 

@@ -64,6 +64,7 @@ class Given:
         local_steps: numbers of local steps per round to choose from.
         past: releases of every client besides its steps, such as its class sums.
         rounds_before: rounds without steps, such as that of the class sums; no choice counts them.
+        head_rounds: rounds that train the head alone; every choice has more rounds than these.
     """
 
     examples: int
@@ -78,6 +79,7 @@ class Given:
     local_steps: Sequence[int] = LOCAL_STEPS
     past: tuple[Release, ...] = ()
     rounds_before: int = 0
+    head_rounds: int = 0
 
     def client_rounds(self, rounds: int) -> int:
         """Return the rounds of the client that is selected most often."""
@@ -209,13 +211,16 @@ def grid(given: Given) -> Iterator[tuple[int, int, int]]:
 
     For each number of steps, the batch is the largest that the limits allow: at the same steps a
     smaller batch has more noise. Numbers of steps: ``min_steps`` (made a multiple of the local
-    steps), and its doubles.
+    steps), and its doubles; more where the rounds of the head alone leave the method no round.
     """
+    seen = set()
     for doubling, local_steps in product(range(_DOUBLINGS), given.local_steps):
-        rounds = -(-given.min_steps * 2**doubling // local_steps)
-        batch = _largest_batch(given, local_steps, rounds)
-        if batch > 0 and local_steps * rounds <= _MOST_STEPS:
-            yield batch, local_steps, rounds
+        wanted = -(-given.min_steps * 2**doubling // local_steps)
+        rounds = max(wanted, given.head_rounds + 1)
+        cell = (_largest_batch(given, local_steps, rounds), local_steps, rounds)
+        if cell[0] > 0 and local_steps * rounds <= _MOST_STEPS and cell not in seen:
+            seen.add(cell)
+            yield cell
 
 
 def check_limits(given: Given) -> None:

@@ -117,6 +117,23 @@ def test_clients_are_dealt_as_in_the_run(plan, no_accountant):
     assert lines[0].startswith("clients   2, 2 in a round, with 120 to 240 examples each")
 
 
+def test_the_one_client_of_a_central_run_has_the_whole_split(plan, no_accountant):
+    alone = {"central": True, "min-clients": 1, "min-replies": 1}
+    deal = {"data.partitioner": "pathological", "data.classes-per-client": 1}  # drops a class
+    code, lines, err = plan("--nodes", "1", **alone | deal)
+    assert (code, err) == (0, "")
+    assert lines[0].startswith("clients   1, 1 in a round, with 360 examples each")
+
+
+def test_the_planned_rounds_are_more_than_those_of_the_head_alone(plan, tmp_path, no_accountant):
+    file = tmp_path / "planned.toml"
+    head = {"train.head-rounds": 3, "num-server-rounds": 5, "model.head": "class-means"}
+    code, lines, err = plan(*SMALL, "--write", str(file), **head)
+    assert (code, err) == (0, "")
+    assert row_of(lines, "best")["rounds"] == "5"  # class sums, three rounds of the head, one more
+    assert read_launch(ROOT, [str(file)], 2).config.num_server_rounds == 5
+
+
 def test_the_rows_of_a_clients_own_file_are_counted(plan, tmp_path, no_accountant):
     """Labels and texts play no part: there is no label column, and all texts are equal."""
     own = tmp_path / "own.jsonl"

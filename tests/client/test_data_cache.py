@@ -36,12 +36,13 @@ def same(one, other, size=3):
 
 
 @settings(deadline=None)  # it syncs files
-@given(TOKENS, st.integers(0, 9))
-def test_texts_come_back(tmp_path_factory, tokens, pad):
+@given(TOKENS, st.integers(0, 9), st.integers(1, 9))
+def test_texts_come_back(tmp_path_factory, tokens, pad, shortest):
     rows = tuple(map(tuple, tokens))
     file = CacheFile(tmp_path_factory.mktemp("cache") / "x.safetensors", "f")
     labels = tuple(range(len(rows)))
-    for encoded in (EncodedTexts(rows, labels, pad, 9), EncodedSequences(rows, 10)):
+    texts = EncodedTexts(rows, labels, pad, 9, shortest)
+    for encoded in (texts, EncodedSequences(rows, 10, shortest)):
         file.write(encoded)
         assert file.read() == encoded
         same(file.read(), encoded)
@@ -99,8 +100,9 @@ def test_a_change_of_data_or_keys_is_another_fingerprint(data_file):
 
     plain = seen()
     assert seen(**{"train.batch-size": 7, "seed": 5, "model.device": "cpu"}) == plain
-    changes = ({"model.max-length": 9}, {"data.label-column": "other"}, {"data.num-labels": 3})
-    assert len({plain, *(seen(**change) for change in changes)}) == 4
+    lengths = ({"model.max-length": 9}, {"model.min-length": 9})
+    changes = (*lengths, {"data.label-column": "other"}, {"data.num-labels": 3})
+    assert len({plain, *(seen(**change) for change in changes)}) == 5
     before = data_file.stat()
     os.utime(data_file, ns=(before.st_atime_ns, before.st_mtime_ns + 1))
     assert seen() != plain

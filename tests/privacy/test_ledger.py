@@ -13,6 +13,8 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import helpers.shared_accounting  # noqa: F401
 from conftest import ROOT
@@ -20,7 +22,7 @@ from lalora_app.privacy import accounting
 from lalora_app.privacy import budget as book
 from lalora_app.privacy import ledger as book_file
 from lalora_app.privacy.accounting import Release, calibrate, epsilon
-from lalora_app.privacy.budget import BudgetError, Limit, noise_for
+from lalora_app.privacy.budget import BudgetError, Limit, first_release, noise_for
 from lalora_app.privacy.ledger import Ledger, Reservation
 from lalora_app.privacy.ledger_schema import SCHEMA
 
@@ -405,3 +407,15 @@ def test_a_client_killed_at_any_moment_has_drawn_nothing_that_is_not_written(tmp
     connection = sqlite3.connect(path)
     assert connection.execute("PRAGMA integrity_check").fetchall() == [("ok",)]
     connection.close()
+
+
+@given(share=st.floats(0.05, 0.95), limit=st.floats(0.5, 8.0), attempts=st.integers(1, 4))
+@settings(deadline=None, max_examples=10, derandomize=True)
+def test_each_attempt_at_a_release_costs_its_share_of_what_is_left(share, limit, attempts):
+    past, left = [], limit
+    for _ in range(attempts):
+        past.append(first_release(Limit(limit, DELTA), share, past))
+        left *= 1 - share
+        spent = epsilon(past, DELTA)
+        # The noise is calibrated to 0.1 %, on the private side.
+        assert limit - left - 0.01 * limit <= spent <= limit - left

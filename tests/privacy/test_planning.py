@@ -129,13 +129,25 @@ def test_every_choice_is_within_the_limits_and_its_batch_is_the_largest(start):
         )
 
 
+@pytest.mark.parametrize("first", [0, 39, 40, 100])
+def test_every_choice_leaves_the_method_a_round(first):
+    cells = list(grid(replace(GIVEN, head_rounds=first, max_examples=math.inf)))
+    assert len(set(cells)) == len(cells) > 0
+    assert min(rounds for _, _, rounds in cells) > first
+    rest = [cell for cell in cells if cell[2] > first + 1]
+    free = grid(replace(GIVEN, max_examples=math.inf))
+    assert rest == [cell for cell in free if cell[2] > first + 1]
+
+
 @given(start=GIVENS)
 @fast
 def test_a_limit_that_allows_no_step_is_named(start):
     if any(grid(start)):
         planning.check_limits(start)
         return
-    with pytest.raises(ConfigError, match=r"--max-(examples|seconds) \S+ must allow") as refused:
+    with pytest.raises(
+        ConfigError, match=r"--max-(examples|seconds) \S+ must be enough"
+    ) as refused:
         planning.check_limits(start)
     assert "\n" not in str(refused.value)
 

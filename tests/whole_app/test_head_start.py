@@ -113,11 +113,12 @@ def test_the_release_is_on_the_ledger_before_its_noise_is_drawn(tiny, monkeypatc
     assert all(drawn < total for drawn, total in enumerate(counted))
 
 
-def test_a_failed_first_attempt_is_repeated_counted_twice_and_paid_by_the_steps(tiny):
+@pytest.mark.parametrize("share", [SHARE, 0.8])  # two releases at 0.8 of epsilon would exceed it
+def test_a_failed_first_attempt_is_repeated_counted_twice_and_paid_by_the_steps(share, tiny):
     def fault(attempt, partition, reply):
         return None if attempt == 1 and partition == 1 else reply
 
-    done = run(tiny(**sized() | MEANS), fault=fault)
+    done = run(tiny(**sized() | MEANS | {"privacy.head-share": share}), fault=fault)
     assert [(row["round"], row["phase"]) for row in done.rows] == [
         (1, "head"),
         (1, "head"),
