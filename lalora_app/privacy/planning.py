@@ -218,6 +218,17 @@ def grid(given: Given) -> Iterator[tuple[int, int, int]]:
             yield batch, local_steps, rounds
 
 
+def _least_time(given: Given) -> str:
+    """Return what the fastest choice takes, in words: one example in each of the fewest steps."""
+    rounds = [(-(-given.min_steps // steps), steps) for steps in given.local_steps]
+    fewest, steps = min(rounds, key=lambda found: given.seconds(1, found[1], found[0]))
+    words = f"at this speed they take {math.ceil(given.seconds(1, steps, fewest)):,} s"
+    evaluations = given.seconds(0, steps, fewest)
+    if not evaluations:
+        return words
+    return f"{words}, {evaluations:,.0f} s of them for evaluations (evaluate-every)"
+
+
 def check_limits(given: Given) -> None:
     """Check that at least one choice is within the limits, before anything is calibrated.
 
@@ -230,7 +241,7 @@ def check_limits(given: Given) -> None:
         return
     law = f"must allow one example in each of --min-steps {given.min_steps}"
     if any(grid(replace(given, max_seconds=math.inf))):
-        raise ConfigError(f"--max-seconds {given.max_seconds:g} {law}")
+        raise ConfigError(f"--max-seconds {given.max_seconds:g} {law}: {_least_time(given)}")
     raise ConfigError(f"--max-examples {given.max_examples} {law}")
 
 

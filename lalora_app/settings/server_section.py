@@ -42,7 +42,7 @@ class Server:
     )
     lr: float = positive(
         meaning="Learning rate of `server.optimizer`; `adam` and `yogi` move each entry by about "
-        "this number per round."
+        "this number per round, and need one below 1, such as 0.01."
     )
     momentum: float = law(
         "must be in [0, 1)",

@@ -71,6 +71,7 @@ OUT_OF_RANGE = [
     ("compare", "plan.json"),
     ("model.name", " "),
     ("model.max-length", 0),
+    ("model.min-length", 0),
     ("model.pooling", "cls"),
     ("model.head", "means"),
     ("privacy.head-share", 0.0),
@@ -357,6 +358,14 @@ def test_only_images_whose_states_are_not_kept_have_views(changes, words):
 def test_images_may_have_views():
     image = {"model.task": "image-classification", "model.pooling": "model"}
     assert make_config(**image | {"train.views": 16}).train.views == 16
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "yogi"])
+def test_an_adaptive_optimiser_of_the_server_needs_a_small_rate(optimizer):
+    message = complaint({"server.optimizer": optimizer})  # the default rate is 1
+    assert f'server.lr=1.0 must be below 1 for server.optimizer="{optimizer}"' in message
+    assert "\n" not in message
+    assert make_config(**{"server.optimizer": optimizer, "server.lr": 0.99}).server.lr == 0.99
 
 
 def test_automatic_clipping_needs_a_clip_norm():
