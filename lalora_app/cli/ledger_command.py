@@ -21,7 +21,10 @@ _SLACK = 0.004  # absolute tolerance: the additive error of the first accountant
 def _open_ledger(path: Path | None) -> Ledger:
     file = path or state_folder({}) / "ledger.sqlite"
     if not file.is_file():
-        raise ConfigError(f"ledger={file} must be an existing ledger")
+        raise ConfigError(
+            f"ledger={file} must be an existing ledger: the first private round writes it; --path "
+            "names the one of another state-path"
+        )
     try:
         return Ledger(file)
     except sqlite3.DatabaseError as error:

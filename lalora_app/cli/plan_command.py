@@ -117,7 +117,11 @@ def _new_file(name: str) -> Path:
 def _trial(launch: Launch, *, sites: bool) -> "tuple[Speed, Traffic]":
     from lalora_app.simulation.trial import trial
 
-    _say("timing some steps")
+    words = "timing some steps and an evaluation"
+    if sys.stderr.isatty():
+        _say(words)
+    else:  # a line in a log: this may take minutes
+        print(words, file=sys.stderr, flush=True)
     return trial(launch, sites=sites)
 
 

@@ -63,8 +63,8 @@ def given_of(args: argparse.Namespace, launch: Launch, examples: int) -> Given:
     per_round = clients_per_round(config.fraction_train, launch.nodes)
     if config.sums_classes(1) and per_round < launch.nodes:
         raise ConfigError(
-            f"fraction-train={config.fraction_train} must take all {launch.nodes} clients in a plan "
-            f'with model.head="class-means": the others release no class sums'
+            f"fraction-train={config.fraction_train} must take all {launch.nodes} clients in a "
+            f'plan with model.head="class-means": the others release no class sums'
         )
     if args.examples_per_second is not None:
         speed = Speed(args.examples_per_second, per_round if args.sites else 1)

@@ -12,7 +12,7 @@ _LEGEND = """\
 epochs    examples of a client's steps, divided by its examples
 z         noise multiplier of a client's steps, as the run calibrates it
 own       noise over signal in one entry of the mean update, each client adding its own noise
-shared    the same if noise were added once for all clients: a calculation, no run does so yet
+shared    the same if noise were added once for all clients: as central=true does it
 times     own, divided by the smallest one: compare choices by this column
 now       the config as it is, within the limits or not"""
 _LONG = 1e4 * 3600  # seconds; longer durations are shown in hours

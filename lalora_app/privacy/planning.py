@@ -206,6 +206,11 @@ def _largest_batch(given: Given, local_steps: int, rounds: int) -> int:
     return int(batch)
 
 
+def _rounds(given: Given, local_steps: int, doubling: int = 0) -> int:
+    """Return the rounds of the smallest number of steps, doubled so many times."""
+    return max(-(-given.min_steps * 2**doubling // local_steps), given.head_rounds + 1)
+
+
 def grid(given: Given) -> Iterator[tuple[int, int, int]]:
     """Yield (batch size, local steps, rounds) of every choice within the limits.
 
@@ -215,12 +220,22 @@ def grid(given: Given) -> Iterator[tuple[int, int, int]]:
     """
     seen = set()
     for doubling, local_steps in product(range(_DOUBLINGS), given.local_steps):
-        wanted = -(-given.min_steps * 2**doubling // local_steps)
-        rounds = max(wanted, given.head_rounds + 1)
+        rounds = _rounds(given, local_steps, doubling)
         cell = (_largest_batch(given, local_steps, rounds), local_steps, rounds)
         if cell[0] > 0 and local_steps * rounds <= _MOST_STEPS and cell not in seen:
             seen.add(cell)
             yield cell
+
+
+def _least_time(given: Given) -> str:
+    """Return what the fastest choice takes, in words: one example in each of the fewest steps."""
+    rounds = [(_rounds(given, steps), steps) for steps in given.local_steps]
+    fewest, steps = min(rounds, key=lambda found: given.seconds(1, found[1], found[0]))
+    words = f"at this speed they take {math.ceil(given.seconds(1, steps, fewest)):,} s"
+    evaluations = given.seconds(0, steps, fewest)
+    if not evaluations:
+        return words
+    return f"{words}, {evaluations:,.0f} s of them for evaluations (evaluate-every)"
 
 
 def check_limits(given: Given) -> None:
@@ -235,7 +250,7 @@ def check_limits(given: Given) -> None:
         return
     law = f"must be enough for one example in each of {given.min_steps} steps (--min-steps)"
     if any(grid(replace(given, max_seconds=math.inf))):
-        raise ConfigError(f"--max-seconds {given.max_seconds:g} {law}")
+        raise ConfigError(f"--max-seconds {given.max_seconds:g} {law}: {_least_time(given)}")
     raise ConfigError(f"--max-examples {given.max_examples} {law}")
 
 

@@ -72,6 +72,15 @@ def _check_head(config: Config) -> None:
         )
 
 
+def _check_server(config: Config) -> None:
+    server = config.server
+    if server.optimizer in ("adam", "yogi") and server.lr >= 1:
+        raise ConfigError(
+            f'server.lr={server.lr} must be below 1 for server.optimizer="{server.optimizer}", '
+            "which moves each entry by about server.lr in every round; begin with 0.01"
+        )
+
+
 def check_together(config: Config) -> None:
     """Check the keys whose laws depend on other keys.
 
@@ -90,6 +99,7 @@ def check_together(config: Config) -> None:
         )
     _check_model(config)
     _check_views(config)
+    _check_server(config)
     if config.train.momentum > 0 and config.train.optimizer != "sgd":
         raise ConfigError(
             f"train.momentum={config.train.momentum} must be 0 for optimizer "

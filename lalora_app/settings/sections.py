@@ -56,9 +56,10 @@ class Model:
     )
     max_length: int = count(meaning="Largest length of a text in tokens; longer texts are cut.")
     min_length: int = count(
-        meaning="Length in tokens to which a text is padded at least, up to `model.max-length`. "
-        "Each padded length costs a micro-batch per step; on a GPU, where small micro-batches cost "
-        "as much as large ones, `model.max-length` is often faster."
+        meaning="Smallest length in tokens to which a text is padded. The lengths are 8, 16, 32 "
+        "and so on, up to `model.max-length`, and each needs micro-batches of its own. With the "
+        "value of `model.max-length` there is one length: often faster on a GPU, slower on a CPU "
+        "([performance](performance.md#padding))."
     )
     image_size: int = count(
         meaning="Side in pixels of the square image that the model receives: the middle of the "
@@ -291,7 +292,7 @@ class Train:
     )
     views: int = count(
         meaning="Number of random views (mirrored, shifted) of a drawn image in one step; their "
-        "mean gradient is clipped. 1: the image itself; k views need k times the memory "
+        "mean gradient is clipped. 1: the image itself; k views need k times the time and memory "
         "([privacy](privacy.md#views-of-an-image))."
     )
     momentum: float = law(

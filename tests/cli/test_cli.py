@@ -175,7 +175,8 @@ def test_a_missing_ledger_is_one_line_and_is_not_made(tmp_path, monkeypatch, cap
     for action in ("show", "verify"):
         assert main.main(["ledger", action]) == 2
         captured = capsys.readouterr()
-        assert captured.err == f"lalora: ledger={path} must be an existing ledger\n"
+        assert captured.err.startswith(f"lalora: ledger={path} must be an existing ledger: ")
+        assert captured.err.count("\n") == 1
         assert captured.out == ""
     assert not path.parent.exists()
 

@@ -360,6 +360,14 @@ def test_images_may_have_views():
     assert make_config(**image | {"train.views": 16}).train.views == 16
 
 
+@pytest.mark.parametrize("optimizer", ["adam", "yogi"])
+def test_an_adaptive_optimiser_of_the_server_needs_a_small_rate(optimizer):
+    message = complaint({"server.optimizer": optimizer})  # the default rate is 1
+    assert f'server.lr=1.0 must be below 1 for server.optimizer="{optimizer}"' in message
+    assert "\n" not in message
+    assert make_config(**{"server.optimizer": optimizer, "server.lr": 0.99}).server.lr == 0.99
+
+
 def test_automatic_clipping_needs_a_clip_norm():
     changes = {"privacy.clip-norm": INF, "privacy.epsilon": INF, "privacy.clipping": "automatic"}
     message = complaint(changes)
