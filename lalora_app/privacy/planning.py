@@ -208,7 +208,8 @@ def _largest_batch(given: Given, local_steps: int, rounds: int) -> int:
 
 def _rounds(given: Given, local_steps: int, doubling: int = 0) -> int:
     """Return the rounds of the smallest number of steps, doubled so many times."""
-    return max(-(-given.min_steps * 2**doubling // local_steps), given.head_rounds + 1)
+    steps = given.min_steps << doubling
+    return max(-(-steps // local_steps), given.head_rounds + 1)
 
 
 def grid(given: Given) -> Iterator[tuple[int, int, int]]:

@@ -42,8 +42,8 @@ class Server:
     )
     lr: float = positive(
         meaning="Learning rate of `server.optimizer`; `adam` and `yogi` move an entry by about "
-        "this number per round where its updates are far above 0.001, and need a rate below 1, such "
-        "as 0.01."
+        "this number per round where its updates are far above 0.001, and need a rate below 1, as "
+        "0.01 is."
     )
     momentum: float = law(
         "must be in [0, 1)",

@@ -17,7 +17,7 @@ NEW_COORDINATES = {"rac-lora", "fedsvd", "deer", "galore-dwa", "beamlora", "sd-l
 MOVES_BASE = {"flora", "fedex-lora", "rac-lora", "galore-dwa"}
 MORE_TENSORS = {"beamlora", "sd-lora", "duallora", "losa"}
 LAST_ROUND = {"fedsa-lora"}
-STEPS = {"server.optimizer": "adam", "server.lr": 0.5}
+STEPS = {"server.optimizer": "momentum", "server.lr": 0.5}
 AVERAGES = ("ema:0.9", "tail:0.5")
 
 
