@@ -5,12 +5,12 @@ python benchmarks/compare_lines.py PLAN.toml OTHER.toml --at-once 14 --minutes 6
 lalora compare PLAN.toml --table-only       # the table of the runs
 
 Each line (a method or control at one epsilon) is a `lalora compare` of its own with one worker
-process, and tunes its own rates, so lines do not wait for each other. At the end the finished runs
-of all lines are moved to ~/lalora-results/NAME, as one `lalora compare` would have written them;
-`lalora compare PLAN.toml` then runs what is missing. This script would begin again. The plan must
-have `methods` and `epsilons`; its `baselines` are not read. On a GPU the steps of a small model
-wait for the host, and many processes share the card; start `nvidia-cuda-mps-control -d` first, or
-their kernels run in turn.
+process, and tunes its own rates, so lines do not wait for each other. At the end
+~/lalora-results/NAME has links to the finished runs of all lines, so `lalora compare PLAN.toml`
+shows them and runs what is missing; this script continues too. The plan must have `methods` and
+`epsilons`; its `baselines` are not read. On a GPU the steps of a small model wait for the host, and
+many processes share the card; start `nvidia-cuda-mps-control -d` first, or their kernels run in
+turn.
 """
 
 import argparse
@@ -83,7 +83,7 @@ class Comparison:
         return command
 
     def start(self, line: Line, cores: str) -> subprocess.Popen[bytes]:
-        """Start a line; its finished runs that were not moved yet count."""
+        """Start a line, or continue it: its finished runs count."""
         own = self._out / f"{self._name}-{line}"
         env = os.environ | {
             "OMP_NUM_THREADS": "1",  # threads of many lines would wait for each other
@@ -98,12 +98,13 @@ class Comparison:
             )
 
     def gather(self) -> None:
-        """Move the finished runs of all lines into the folder of the whole comparison."""
+        """Link the finished runs of all lines into the folder of the whole comparison."""
         for own in [self._out / f"{self._name}-{line}" for line in self.lines]:
-            for summary in list(own.rglob("summary.json")):
-                target = self.whole / summary.parent.relative_to(own)
-                target.parent.mkdir(parents=True, exist_ok=True)
-                summary.parent.rename(target)
+            for cell in {summary.parents[1] for summary in own.rglob("summary.json")}:
+                link = self.whole / cell.relative_to(own)
+                link.parent.mkdir(parents=True, exist_ok=True)
+                if not link.exists():
+                    link.symlink_to(os.path.relpath(cell, link.parent), target_is_directory=True)
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
@@ -138,14 +139,15 @@ def run_all(comparisons: Sequence[Comparison], at_once: int, each: int, deadline
 
 
 def _accuracies(folder: Path) -> Iterator[str]:
-    for file in sorted(folder.rglob("summary.json")):
+    # rglob follows no links before Python 3.13.
+    for file in sorted([*folder.glob("*/*/summary.json"), *folder.glob("tuning/*/*/summary.json")]):
         found = json.loads(file.read_text("utf-8"))
         place = file.parent.parent.relative_to(folder)
         yield f"{place}: {found['status']}, accuracy {found['accuracy']}, {found['seconds']} s"
 
 
 def main() -> None:
-    """Run the lines and gather their runs."""
+    """Run the lines and link their runs."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
     cores = len(os.sched_getaffinity(0))
