@@ -56,10 +56,8 @@ class Model:
     )
     max_length: int = count(meaning="Largest length of a text in tokens; longer texts are cut.")
     min_length: int = count(
-        meaning="Smallest length in tokens to which a text is padded. The lengths are 8, 16, 32 "
-        "and so on, up to `model.max-length`, and each needs micro-batches of its own. With the "
-        "value of `model.max-length` there is one length: often faster on a GPU, slower on a CPU "
-        "([performance](performance.md#padding))."
+        meaning="Smallest padded length of a text in tokens; longer texts are padded to the next "
+        "power of two, up to `model.max-length` ([performance](performance.md#padding))."
     )
     image_size: int = count(
         meaning="Side in pixels of the square image that the model receives: the middle of the "
