@@ -58,7 +58,7 @@ def row(name: str, method: Method, config: Config) -> str:
     drift = " + drift" if method.moves_base else ""
     down, later = (
         f"{num_bytes(start):,}{drift}",
-        f"{traffic(method, start, config).down[1]:,}{drift}",
+        f"{traffic(method, start, config).down[0]:,}{drift}",
     )
     flags = (
         method.exact,
