@@ -53,7 +53,7 @@ LEVELS: Sequence[tuple[str, Sequence[str]]] = (
     ("6", ("client", "results")),
     ("5", ("models", "site_files")),
     ("4", ("methods", "secagg", "blocks", "server_state")),
-    ("3", ("private_step", "aggregation", "wire")),
+    ("3", ("private_step", "aggregation", "wire", "shared_noise")),
     ("2", ("adapter", "privacy", "data")),
     ("1", ("settings",)),
 )

@@ -39,6 +39,7 @@ LINES = {
     "private_step": 3,
     "aggregation": 3,
     "wire": 3,
+    "shared_noise": 3,
     "adapter": 2,
     "privacy": 2,
     "data": 2,
@@ -47,7 +48,7 @@ LINES = {
 USES_FLWR = {"wire", "secagg", "client", "server", "client_app", "server_app", "comparison"}
 USES_FLWR |= {"workers", "site_files", "site_worker"}
 NO_TORCH = {"settings", "privacy", "wire", "aggregation", "reports", "comparison", "cli"}
-NO_TORCH |= {"simulation", "site_worker", "server_state"}
+NO_TORCH |= {"simulation", "site_worker", "server_state", "shared_noise"}
 MODULES_PER_FOLDER, LINES_PER_MODULE = 12, 300
 TOP = {"__init__.py", "client_app.py", "server_app.py"}
 

@@ -1,0 +1,122 @@
+"""Rounded Gaussian noise drawn from seeds: who has the seed can draw the same integers again.
+
+A component of a client's noise is round(N(0, v)) per entry. Its words are the ChaCha20 stream of a
+256-bit seed, and its normals follow from them by the Box-Muller formula, two from each 128 bits.
+Entry j depends on its own words only. So if two machines disagree in the last bit of a logarithm,
+an entry differs by one lattice unit at most, about once in 2^52/√v entries, and all others are
+equal. A method that rejects some of its draws, as numpy's normals do, would go out of step.
+"""
+
+import math
+import secrets
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from numpy.typing import NDArray
+
+from lalora_app.shared_noise.lattice import Lattice, Words, to_words
+from lalora_app.shared_noise.shares import Cohort
+
+Integers = NDArray[np.int64]
+SEED_BYTES = 32
+
+
+def new_seeds(cohort: Cohort) -> tuple[bytes, ...]:
+    """Return one secret seed per component of a client's noise, for one upload."""
+    return tuple(secrets.token_bytes(SEED_BYTES) for _ in cohort.fractions)
+
+
+def _uniform(seed: bytes, pairs: int) -> NDArray[np.float64]:
+    """Return (2, pairs) numbers in (0, 1], with 53 bits and down to 2^-65."""
+    stream = Cipher(algorithms.ChaCha20(seed, bytes(16)), mode=None).encryptor()
+    words = np.frombuffer(stream.update(bytes(16 * pairs)), "<u8").reshape(pairs, 2)
+    return (words.T.astype(np.float64) + 0.5) * 2.0**-64
+
+
+def rounded_gaussian(seed: bytes, std: float, size: int) -> Integers:
+    """Return (size,) integers round(N(0, std²)): (√(-2 ln u)·cos 2πv, √(-2 ln u)·sin 2πv)·std.
+
+    Args:
+        seed: 32 bytes, the key of the stream.
+        std: standard deviation before rounding, in lattice units. Limit: 0 gives zeros.
+        size: number of entries.
+
+    Raises:
+        ValueError: if the seed does not have 32 bytes.
+
+    Privacy: noise only against those who do not have the seed. No entry exceeds 9.5·std; a normal
+    number does with chance 3e-20.
+    """
+    radius, angle = _uniform(seed, -(-size // 2))
+    radius = np.sqrt(-2 * np.log(radius)) * std
+    angle = angle * (2 * math.pi)
+    normals = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+    rounded: Integers = np.rint(normals.ravel()[:size]).astype(np.int64)
+    return rounded
+
+
+def component(seed: bytes, number: int, lattice: Lattice) -> Integers:
+    """Return (d,) integers: one component of a client's noise, of variance fraction·σ²."""
+    fraction = lattice.constants.cohort.fractions[number]
+    return rounded_gaussian(
+        seed, lattice.noise_std * math.sqrt(fraction), lattice.constants.entries
+    )
+
+
+def share(seeds: Sequence[bytes], lattice: Lattice) -> Integers:
+    """Return (d,) integers: all noise that a client adds to its upload, in lattice units.
+
+    Args:
+        seeds: one per component, from :func:`new_seeds`.
+        lattice: the integers of the run.
+
+    Raises:
+        ValueError: if there are not as many different seeds as components.
+
+    Privacy: one share alone is not the promised noise; only the sum of the counted shares is.
+    """
+    needed = len(lattice.constants.cohort.fractions)
+    if len(seeds) != needed or len(set(seeds)) != needed:
+        raise ValueError(f"the noise of a client needs {needed} different seeds")
+    total = np.zeros(lattice.constants.entries, np.int64)
+    for number, seed in enumerate(seeds):
+        total += component(seed, number, lattice)
+    return total
+
+
+def _check(revealed: Mapping[int, Mapping[int, bytes]], cohort: Cohort) -> None:
+    superfluous = set(cohort.superfluous(cohort.clients - len(revealed)))
+    if any(set(seeds) != superfluous for seeds in revealed.values()):
+        raise ValueError(f"the seeds of the components {sorted(superfluous)} must be revealed")
+    known = [seed for seeds in revealed.values() for seed in seeds.values()]
+    if len(set(known)) < len(known):
+        raise ValueError("a seed is revealed twice")
+
+
+def without_excess(
+    total: Words, revealed: Mapping[int, Mapping[int, bytes]], lattice: Lattice
+) -> Words:
+    """Return the sum of uploads less the components that nobody needs.
+
+    Args:
+        total: (d,), the sum of uploads modulo 2^w.
+        revealed: for each client whose upload is in the sum, the seeds of the superfluous
+            components by their number.
+        lattice: the integers of the run.
+
+    Raises:
+        ValueError: if too few clients are in the sum, if the seeds are not those of exactly the
+            superfluous components, or if one seed stands for two of them.
+
+    Limit: with n - t clients missing nothing is superfluous and the sum is returned as it is.
+
+    Privacy: the noise left over has the variance ``sum_fraction``·σ², of which the counted shares
+    have at least σ². Who reveals seeds must answer once for an upload.
+    """
+    _check(revealed, lattice.constants.cohort)
+    rest = total.copy()
+    for seeds in revealed.values():
+        for number, seed in seeds.items():
+            rest -= to_words(component(seed, number, lattice), lattice.word)
+    return rest

@@ -1,0 +1,116 @@
+"""How the noise of a sum is shared among clients, some of which are absent or dishonest.
+
+σ² is the promised variance of the noise in a sum. Of n clients, D are missing in the sum, at most
+n - t. An attacker is one of the clients and may know the noise of c more, so it knows up to 1 + c
+of the n - D shares. N = n - 1 - c shares are left to count on when nobody is missing, and h = t - 1
+- c when as many as possible are. With D missing a counted share must have the variance
+σ²/(N - D). No client knows D when it uploads, so each adds the components (XNoise,
+arXiv:2209.12528)::
+
+    0:             σ²/N                                 needed always
+    k = 1 … n-t:   σ²/(N-k) - σ²/(N-k+1)                needed if at least k are missing
+
+Components 0 … D add up to σ²/(N - D). The clients reveal the seeds of the others, which are
+subtracted from the sum. Then N - D or more counted shares have σ² or more, and the whole sum has
+(n - D)/(N - D)·σ².
+"""
+
+from dataclasses import dataclass
+from fractions import Fraction
+from functools import cached_property
+from itertools import pairwise
+
+from lalora_app.settings.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Cohort:
+    """The clients of a round, and the most that may be absent or dishonest.
+
+    Attributes:
+        clients: n, clients that begin the round.
+        threshold: t, the fewest uploads in a sum.
+        colluding: c, clients whose noise an attacker may know beside its own.
+
+    Raises:
+        ConfigError: if fewer than one share is left to count on, h = t - 1 - c < 1.
+    """
+
+    clients: int
+    threshold: int
+    colluding: int = 0
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.threshold <= self.clients:
+            raise ConfigError(
+                f"threshold={self.threshold} must be from 1 to the {self.clients} clients"
+            )
+        if not 0 <= self.colluding <= self.threshold - 2:
+            raise ConfigError(
+                f"colluding={self.colluding} must be from 0 to {self.threshold - 2}: of the "
+                f"{self.threshold} smallest number of uploads, the attacker's own and those of "
+                "colluding clients do not count, and one must be left"
+            )
+
+    @property
+    def honest(self) -> int:
+        """Return h = t - 1 - c, the shares counted on when n - t clients are missing."""
+        return self.threshold - 1 - self.colluding
+
+    @property
+    def honest_if_all_upload(self) -> int:
+        """Return N = n - 1 - c, the shares counted on when nobody is missing."""
+        return self.clients - 1 - self.colluding
+
+    @property
+    def most_missing(self) -> int:
+        """Return n - t."""
+        return self.clients - self.threshold
+
+    @cached_property
+    def fractions(self) -> tuple[Fraction, ...]:
+        """Return the variance of the components 0 … n - t of one client, as fractions of σ²."""
+        totals = [self.share_fraction(missing) for missing in range(self.most_missing + 1)]
+        steps = (after - before for before, after in pairwise(totals))
+        return (totals[0], *steps)
+
+    def share_fraction(self, missing: int) -> Fraction:
+        """Return 1/(N - D): the variance of one client's needed components, over σ².
+
+        Raises:
+            ValueError: if D is not from 0 to n - t.
+        """
+        self._check(missing)
+        return Fraction(1, self.honest_if_all_upload - missing)
+
+    def sum_fraction(self, missing: int) -> Fraction:
+        """Return (n - D)/(N - D): the variance of the noise in the whole sum, over σ².
+
+        Limit: 1 + (1 + c)/N with nobody missing; n if one share must do.
+        """
+        return (self.clients - missing) * self.share_fraction(missing)
+
+    def superfluous(self, missing: int) -> range:
+        """Return the numbers of the components that D missing clients make superfluous.
+
+        Args:
+            missing: D, the clients whose upload is not in the sum. A client that uploads, and is
+                away later, is not missing.
+
+        Privacy: the seeds of these components may be revealed, once: two answers for different D
+        reveal a component that one of the sums needs.
+        """
+        self._check(missing)
+        return range(missing + 1, self.most_missing + 1)
+
+    def most_summands(self) -> int:
+        """Return the largest number of components in the counted part of a sum.
+
+        It is (N - D)·(1 + D), for the D where it is largest.
+        """
+        counted = self.honest_if_all_upload
+        return max((counted - d) * (1 + d) for d in range(self.most_missing + 1))
+
+    def _check(self, missing: int) -> None:
+        if not 0 <= missing <= self.most_missing:
+            raise ValueError(f"missing={missing} must be from 0 to {self.most_missing}")

@@ -1,0 +1,108 @@
+"""The variance of shared noise, for every admissible pattern of missing and dishonest clients."""
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lalora_app.settings.errors import ConfigError
+from lalora_app.shared_noise.shares import Cohort
+
+
+@st.composite
+def cohorts(draw, most: int = 60) -> Cohort:
+    clients = draw(st.integers(2, most))
+    threshold = draw(st.integers(2, clients))
+    return Cohort(clients, threshold, draw(st.integers(0, threshold - 2)))
+
+
+@st.composite
+def patterns(draw) -> tuple[Cohort, set[int], set[int]]:
+    """A cohort, the clients that are missing, and those whose noise the attacker knows."""
+    cohort = draw(cohorts())
+    everyone = st.integers(0, cohort.clients - 1)
+    missing = draw(st.sets(everyone, max_size=cohort.clients - cohort.threshold))
+    return cohort, missing, draw(st.sets(everyone, max_size=1 + cohort.colluding))
+
+
+def left(cohort: Cohort, missing: int) -> Fraction:
+    """The variance that one upload keeps after the removal, over σ², component by component."""
+    gone = set(cohort.superfluous(missing))
+    return sum((f for k, f in enumerate(cohort.fractions) if k not in gone), Fraction(0))
+
+
+@settings(max_examples=200, deadline=None)
+@given(pattern=patterns())
+def test_the_counted_shares_have_the_promised_variance_whoever_is_missing(pattern):
+    cohort, missing, known = pattern
+    counted = set(range(cohort.clients)) - missing - known
+    assert len(counted) >= cohort.honest
+    assert len(counted) * left(cohort, len(missing)) >= 1
+
+
+@settings(max_examples=100, deadline=None)
+@given(cohort=cohorts(), data=st.data())
+def test_the_worst_attacker_meets_the_promise_exactly(cohort, data):
+    missing = data.draw(st.integers(0, cohort.most_missing))
+    counted = cohort.clients - missing - 1 - cohort.colluding
+    assert counted * left(cohort, missing) == 1
+    assert left(cohort, missing) == cohort.share_fraction(missing)
+
+
+@settings(max_examples=100, deadline=None)
+@given(cohort=cohorts())
+def test_with_nobody_missing_the_sum_has_n_over_n_minus_1_minus_c(cohort):
+    n, c = cohort.clients, cohort.colluding
+    assert n * left(cohort, 0) == Fraction(n, n - 1 - c) == cohort.sum_fraction(0)
+    most = cohort.most_missing
+    assert cohort.threshold * left(cohort, most) == Fraction(cohort.threshold, cohort.honest)
+    assert cohort.sum_fraction(most) == max(
+        cohort.sum_fraction(missing) for missing in range(most + 1)
+    )
+
+
+@settings(max_examples=100, deadline=None)
+@given(cohort=cohorts())
+def test_every_component_is_positive_and_there_is_one_per_number_of_drop_outs(cohort):
+    assert min(cohort.fractions) > 0
+    assert len(cohort.fractions) == 1 + cohort.clients - cohort.threshold
+    assert list(cohort.superfluous(cohort.most_missing)) == []
+    counts = [
+        (cohort.honest_if_all_upload - d) * len(cohort.fractions[: d + 1])
+        for d in range(cohort.most_missing + 1)
+    ]
+    assert cohort.most_summands() == max(counts)
+
+
+def test_two_answers_for_one_upload_leave_less_than_the_promise():
+    cohort = Cohort(20, 14)
+    gone = set(cohort.superfluous(6)) | set(cohort.superfluous(0))
+    kept = sum(f for k, f in enumerate(cohort.fractions) if k not in gone)
+    assert cohort.honest * kept == Fraction(13, 19)
+
+
+def test_numbers_of_a_worked_example():
+    assert Cohort(4, 3).fractions == (Fraction(1, 3), Fraction(1, 6))  # 1/3 + 1/6 = 1/2
+    assert Cohort(4, 3).sum_fraction(0) == Fraction(4, 3)
+    assert Cohort(4, 3).sum_fraction(1) == Fraction(3, 2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((4, 5, 0), "threshold=5 must be from 1 to the 4 clients"),
+        ((4, 3, 2), "colluding=2 must be from 0 to 1"),
+        ((4, 3, -1), "colluding=-1 must be from 0 to 1"),
+        ((2, 1, 0), "colluding=0 must be from 0 to -1"),
+    ],
+)
+def test_a_cohort_without_a_share_to_count_on_is_refused(arguments, words):
+    with pytest.raises(ConfigError, match=words):
+        Cohort(*arguments)
+
+
+@pytest.mark.parametrize("missing", [-1, 2])
+def test_more_missing_than_the_threshold_allows_is_an_error(missing):
+    with pytest.raises(ValueError, match=f"missing={missing} must be from 0 to 1"):
+        Cohort(4, 3).superfluous(missing)
