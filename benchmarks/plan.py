@@ -18,8 +18,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from lalora_app.data.examples import with_classes
-from lalora_app.data.partition import partition
+from lalora_app.cli.plan_inputs import simulated_sizes
 from lalora_app.methods.head_rounds import class_sum_releases
 from lalora_app.privacy.ledger import Ledger
 from lalora_app.privacy.planning import Choice, Given, choice
@@ -34,7 +33,7 @@ APP = Path(__file__).resolve().parents[1]
 def planned(launch: Launch) -> tuple[Choice, Traffic]:
     """Return the plan of a config as it is, with a trial's speed."""
     config, (speed, traffic) = launch.config, trial(launch)
-    sizes = map(len, partition(with_classes(config.data), config.seed, launch.nodes))
+    sizes = simulated_sizes(config, launch.nodes)
     given = Given(
         examples=min(sizes),
         clients=launch.nodes,

@@ -27,7 +27,7 @@ def sizes(args: argparse.Namespace, launch: Launch) -> tuple[int, int]:
     elif args.data_path is not None:
         found = [_rows_of(args.data_path, config.data)]
     else:
-        found = _simulated_sizes(config, launch.nodes)
+        found = simulated_sizes(config, launch.nodes)
     for size in found:
         check_client(size, batch_size=1, delta=config.privacy.delta)
     return min(found), max(found)
@@ -46,7 +46,7 @@ def _rows_of(path: str, data: Data) -> int:
     return len(next(iter(columns.values())))
 
 
-def _simulated_sizes(config: Config, nodes: int) -> list[int]:
+def simulated_sizes(config: Config, nodes: int) -> list[int]:
     """Return the number of examples of each client, dealt as the run deals them."""
     from lalora_app.data.examples import with_classes
     from lalora_app.data.partition import clients_data

@@ -1,4 +1,4 @@
-"""What it costs that a sum holds many rounded Gaussians, and not one.
+"""The privacy cost of a sum of many rounded Gaussians in place of a single Gaussian.
 
 Let y = Σx + N(0, σ²) with an integer vector Σx: the Gaussian mechanism. Round y at random to an
 integer k with probability B_m(k - y), where B_m is the density of a sum of m uniform numbers on

@@ -1,4 +1,4 @@
-"""What rounding each share costs, against distributions computed by convolution."""
+"""The bound on the cost of rounding, against distributions computed by convolution."""
 
 import math
 
