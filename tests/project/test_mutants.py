@@ -365,7 +365,7 @@ MUTANTS = {
         "shared_noise/lattice.py",
         "(lattice.unit / divisor)",
         "(lattice.unit / divisor * (1 - 2.0**-12))",
-        "tests/shared_noise/test_central.py::test_clients_with_shared_noise_equal_one_client_with_all_data",
+        "tests/shared_noise/test_one_client.py::test_clients_with_shared_noise_equal_one_client_with_all_data",
     ),
 }
 HELPERS = {
