@@ -21,7 +21,7 @@ Words = NDArray[np.uint32] | NDArray[np.uint64]
 # Word width in bits, bits of the largest sum, and √d·γ/C. The first line that holds is taken. Sums
 # stay below 2^53 so that they are exact in float64, and far coarser than its spacing at the noise.
 _CHOICES = ((32, 31, 2.0**-10), (32, 31, 2.0**-7), (64, 53, 2.0**-10))
-SLACK_SHARE = 0.01  # of δ, that rounding may cost
+SLACK_SHARE = 1e-9  # of δ, that rounding may cost: so little that no ledger counts it
 _LARGEST_INTEGER = 2.0**62
 
 
@@ -92,7 +92,7 @@ class Lattice:
         """
         run, cohort = self.constants, self.constants.cohort
         batch = run.expected_batch + 10 * math.sqrt(run.expected_batch) + 10
-        noise = self.noise_std * math.sqrt(cohort.sum_fraction(cohort.most_missing))
+        noise = self.noise_std * math.sqrt(cohort.most_noise())
         return batch * run.clip_norm / self.unit + cohort.clients / 2 + 10 * noise
 
     @property
@@ -140,7 +140,7 @@ def choose(constants: Constants) -> Lattice:
     """Return the unit and the word width of a run.
 
     The noise grows by at most 0.1 % by rounding where that fits into 32 bits; else by at most
-    0.8 % in 32 bits; else by at most 0.1 % in 64 bits. The slack is below 1 % of δ.
+    0.8 % in 32 bits; else by at most 0.1 % in 64 bits. The slack is below 1e-9 of δ.
 
     Args:
         constants: the public constants; every client and the server choose the same.

@@ -5,11 +5,15 @@ A component of a client's noise is round(N(0, v)) per entry. Its words are the C
 Entry j depends on its own words only. So if two machines disagree in the last bit of a logarithm,
 an entry differs by one lattice unit at most, about once in 2^52/√v entries, and all others are
 equal. A method that rejects some of its draws, as numpy's normals do, would go out of step.
+
+The seed of component 0 is never revealed. Those of the removable components 1 … J are a chain:
+s_{k+1} = SHA-256(s_k). So one seed s_{j+1} reveals all components from j + 1, and no other.
 """
 
+import hashlib
 import math
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
@@ -22,9 +26,26 @@ Integers = NDArray[np.int64]
 SEED_BYTES = 32
 
 
+def _chain(seed: bytes, seeds: int) -> Iterator[bytes]:
+    """Yield ``seeds`` seeds of a chain, from a given one."""
+    for _ in range(seeds):
+        yield seed
+        seed = hashlib.sha256(seed).digest()
+
+
 def new_seeds(cohort: Cohort) -> tuple[bytes, ...]:
-    """Return one secret seed per component of a client's noise, for one upload."""
-    return tuple(secrets.token_bytes(SEED_BYTES) for _ in cohort.fractions)
+    """Return the secret seeds of one upload: that of component 0, then the chain s_1 … s_J."""
+    needed, first = (secrets.token_bytes(SEED_BYTES) for _ in range(2))
+    return (needed, *_chain(first, cohort.removable))
+
+
+def commitment(seed: bytes, number: int, cohort: Cohort) -> bytes:
+    """Return SHA-256 of s_J, computed from s_number; equal for all seeds of one chain.
+
+    Privacy: it tells nothing of s_J to whoever cannot invert SHA-256.
+    """
+    *_, last = _chain(seed, cohort.removable - number + 1)
+    return hashlib.sha256(last).digest()
 
 
 def _uniform(seed: bytes, pairs: int) -> NDArray[np.float64]:
@@ -85,38 +106,32 @@ def share(seeds: Sequence[bytes], lattice: Lattice) -> Integers:
     return total
 
 
-def _check(revealed: Mapping[int, Mapping[int, bytes]], cohort: Cohort) -> None:
-    superfluous = set(cohort.superfluous(cohort.clients - len(revealed)))
-    if any(set(seeds) != superfluous for seeds in revealed.values()):
-        raise ValueError(f"the seeds of the components {sorted(superfluous)} must be revealed")
-    known = [seed for seeds in revealed.values() for seed in seeds.values()]
-    if len(set(known)) < len(known):
-        raise ValueError("a seed is revealed twice")
-
-
 def without_excess(
-    total: Words, revealed: Mapping[int, Mapping[int, bytes]], lattice: Lattice
+    total: Words, revealed: Mapping[int, bytes], missing: int, lattice: Lattice
 ) -> Words:
     """Return the sum of uploads less the components that nobody needs.
 
     Args:
         total: (d,), the sum of uploads modulo 2^w.
-        revealed: for each client whose upload is in the sum, the seeds of the superfluous
-            components by their number.
+        revealed: the seed s_{j+1} of each client whose upload is in the sum; the noise of a client
+            without an entry stays whole.
+        missing: D, the clients whose upload is not in the sum.
         lattice: the integers of the run.
 
     Raises:
-        ValueError: if too few clients are in the sum, if the seeds are not those of exactly the
-            superfluous components, or if one seed stands for two of them.
+        ValueError: if too few clients are in the sum, or two of them have the same seed.
 
-    Limit: with n - t clients missing nothing is superfluous and the sum is returned as it is.
+    Limit: with as many missing as possible nothing is superfluous, and no seed changes the sum.
 
-    Privacy: the noise left over has the variance ``sum_fraction``·σ², of which the counted shares
-    have at least σ². Who reveals seeds must answer once for an upload.
+    Privacy: the noise left over has at least the variance ``sum_fraction``·σ², of which the counted
+    shares have at least σ². Who reveals seeds must answer once for an upload.
     """
-    _check(revealed, lattice.constants.cohort)
+    cohort = lattice.constants.cohort
+    first = cohort.needed(missing) + 1
+    if len(set(revealed.values())) < len(revealed):
+        raise ValueError("a seed is revealed twice")
     rest = total.copy()
-    for seeds in revealed.values():
-        for number, seed in seeds.items():
-            rest -= to_words(component(seed, number, lattice), lattice.word)
+    for seed in revealed.values():
+        for number, known in enumerate(_chain(seed, cohort.removable - first + 1), first):
+            rest -= to_words(component(known, number, lattice), lattice.word)
     return rest

@@ -4,21 +4,22 @@
 n - t. An attacker is one of the clients and may know the noise of c more, so it knows up to 1 + c
 of the n - D shares. N = n - 1 - c shares are left to count on when nobody is missing, and h = t - 1
 - c when as many as possible are. With D missing a counted share must have the variance
-σ²/(N - D). No client knows D when it uploads, so each adds the components (XNoise,
-arXiv:2209.12528)::
+σ²/(N - D). No client knows D when it uploads, so each adds components (XNoise, arXiv:2209.12528),
+one per level L_j = 0, 1, 2, 4, 8, … n - t of missing clients::
 
-    0:             σ²/N                                 needed always
-    k = 1 … n-t:   σ²/(N-k) - σ²/(N-k+1)                needed if at least k are missing
+    0:            σ²/N                                 needed always
+    j = 1 … J:    σ²/(N-L_j) - σ²/(N-L_{j-1})          needed if more than L_{j-1} are missing
 
-Components 0 … D add up to σ²/(N - D). The clients reveal the seeds of the others, which are
-subtracted from the sum. Then N - D or more counted shares have σ² or more, and the whole sum has
-(n - D)/(N - D)·σ².
+Components 0 … j add up to σ²/(N - L_j), where L_j is the smallest level that is D or more. The
+seeds of the others are revealed, and their noise is subtracted from the sum. Then N - D or more
+counted shares have σ² or more, and the whole sum has (n - D)/(N - L_j)·σ².
 """
 
+from bisect import bisect_left
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from itertools import pairwise
+from itertools import count, pairwise, takewhile
 
 from lalora_app.settings.errors import ConfigError
 
@@ -52,6 +53,28 @@ class Cohort:
                 "colluding clients do not count, and one must be left"
             )
 
+    @classmethod
+    def of(cls, clients: int, colluding: int = 0) -> "Cohort":
+        """Return the cohort of an attempt, with its threshold.
+
+        t is two thirds of n, or more if (n + 2 + c)/2 is more: two sets of t clients then have at
+        least 2 + c clients in common, one of them honest, and an honest client answers once.
+
+        Args:
+            clients: n, the clients with public keys.
+            colluding: c, the key ``privacy.colluding``.
+
+        Raises:
+            ConfigError: if c is not from 0 to n - 2.
+        """
+        if not 0 <= colluding <= clients - 2:
+            raise ConfigError(
+                f"privacy.colluding={colluding} must be from 0 to {clients - 2} for {clients} "
+                "clients: beside the attacker and colluding clients one must be left"
+            )
+        threshold = max(-(-2 * clients // 3), -(-(clients + 2 + colluding) // 2))
+        return cls(clients, threshold, colluding)
+
     @property
     def honest(self) -> int:
         """Return h = t - 1 - c, the shares counted on when n - t clients are missing."""
@@ -68,48 +91,66 @@ class Cohort:
         return self.clients - self.threshold
 
     @cached_property
-    def fractions(self) -> tuple[Fraction, ...]:
-        """Return the variance of the components 0 … n - t of one client, as fractions of σ²."""
-        totals = [self.share_fraction(missing) for missing in range(self.most_missing + 1)]
-        steps = (after - before for before, after in pairwise(totals))
-        return (totals[0], *steps)
+    def levels(self) -> tuple[int, ...]:
+        """Return L_0 … L_J: 0, the powers of two below n - t, and n - t."""
+        most = self.most_missing
+        powers = takewhile(lambda level: level < most, (1 << k for k in count()))
+        return (0, *powers, most) if most else (0,)
 
-    def share_fraction(self, missing: int) -> Fraction:
-        """Return 1/(N - D): the variance of one client's needed components, over σ².
+    @property
+    def removable(self) -> int:
+        """Return J, the number of components that may be superfluous."""
+        return len(self.levels) - 1
 
-        Raises:
-            ValueError: if D is not from 0 to n - t.
-        """
-        self._check(missing)
-        return Fraction(1, self.honest_if_all_upload - missing)
-
-    def sum_fraction(self, missing: int) -> Fraction:
-        """Return (n - D)/(N - D): the variance of the noise in the whole sum, over σ².
-
-        Limit: 1 + (1 + c)/N with nobody missing; n if one share must do.
-        """
-        return (self.clients - missing) * self.share_fraction(missing)
-
-    def superfluous(self, missing: int) -> range:
-        """Return the numbers of the components that D missing clients make superfluous.
+    def needed(self, missing: int) -> int:
+        """Return j, the number of removable components that D missing clients leave in the sum.
 
         Args:
             missing: D, the clients whose upload is not in the sum. A client that uploads, and is
                 away later, is not missing.
 
-        Privacy: the seeds of these components may be revealed, once: two answers for different D
-        reveal a component that one of the sums needs.
+        Raises:
+            ValueError: if D is not from 0 to n - t.
+
+        Privacy: the seeds of the components from j + 1 may be revealed, once: two answers for
+        different D reveal a component that one of the sums needs.
         """
         self._check(missing)
-        return range(missing + 1, self.most_missing + 1)
+        return bisect_left(self.levels, missing)
+
+    @cached_property
+    def fractions(self) -> tuple[Fraction, ...]:
+        """Return the variance of the components 0 … J of one client, as fractions of σ²."""
+        totals = [self.share_fraction(level) for level in self.levels]
+        steps = (after - before for before, after in pairwise(totals))
+        return (totals[0], *steps)
+
+    def share_fraction(self, missing: int) -> Fraction:
+        """Return 1/(N - L_j): the variance of one client's needed components, over σ².
+
+        Raises:
+            ValueError: if D is not from 0 to n - t.
+        """
+        return Fraction(1, self.honest_if_all_upload - self.levels[self.needed(missing)])
+
+    def sum_fraction(self, missing: int) -> Fraction:
+        """Return (n - D)/(N - L_j): the variance of the noise in the whole sum, over σ².
+
+        Limit: 1 + (1 + c)/N with nobody missing; n if one share must do.
+        """
+        return (self.clients - missing) * self.share_fraction(missing)
+
+    def most_noise(self) -> Fraction:
+        """Return the largest variance of the noise in a sum, over σ²."""
+        return max(self.sum_fraction(missing) for missing in range(self.most_missing + 1))
 
     def most_summands(self) -> int:
         """Return the largest number of components in the counted part of a sum.
 
-        It is (N - D)·(1 + D), for the D where it is largest.
+        It is (N - D)·(1 + j), for the D where it is largest.
         """
         counted = self.honest_if_all_upload
-        return max((counted - d) * (1 + d) for d in range(self.most_missing + 1))
+        return max((counted - d) * (1 + self.needed(d)) for d in range(self.most_missing + 1))
 
     def _check(self, missing: int) -> None:
         if not 0 <= missing <= self.most_missing:

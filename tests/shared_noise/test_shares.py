@@ -1,5 +1,6 @@
 """The variance of shared noise, for every admissible pattern of missing and dishonest clients."""
 
+import math
 from fractions import Fraction
 
 import pytest
@@ -28,8 +29,7 @@ def patterns(draw) -> tuple[Cohort, set[int], set[int]]:
 
 def left(cohort: Cohort, missing: int) -> Fraction:
     """The variance that one upload keeps after the removal, over σ², component by component."""
-    gone = set(cohort.superfluous(missing))
-    return sum((f for k, f in enumerate(cohort.fractions) if k not in gone), Fraction(0))
+    return sum(cohort.fractions[: cohort.needed(missing) + 1], Fraction(0))
 
 
 @settings(max_examples=200, deadline=None)
@@ -43,8 +43,8 @@ def test_the_counted_shares_have_the_promised_variance_whoever_is_missing(patter
 
 @settings(max_examples=100, deadline=None)
 @given(cohort=cohorts(), data=st.data())
-def test_the_worst_attacker_meets_the_promise_exactly(cohort, data):
-    missing = data.draw(st.integers(0, cohort.most_missing))
+def test_the_worst_attacker_meets_the_promise_exactly_at_a_level(cohort, data):
+    missing = data.draw(st.sampled_from(cohort.levels))
     counted = cohort.clients - missing - 1 - cohort.colluding
     assert counted * left(cohort, missing) == 1
     assert left(cohort, missing) == cohort.share_fraction(missing)
@@ -57,29 +57,55 @@ def test_with_nobody_missing_the_sum_has_n_over_n_minus_1_minus_c(cohort):
     assert n * left(cohort, 0) == Fraction(n, n - 1 - c) == cohort.sum_fraction(0)
     most = cohort.most_missing
     assert cohort.threshold * left(cohort, most) == Fraction(cohort.threshold, cohort.honest)
-    assert cohort.sum_fraction(most) == max(
-        cohort.sum_fraction(missing) for missing in range(most + 1)
-    )
+    sums = [(n - d) * left(cohort, d) for d in range(most + 1)]
+    assert cohort.most_noise() == max(sums) == max(map(cohort.sum_fraction, range(most + 1)))
 
 
 @settings(max_examples=100, deadline=None)
 @given(cohort=cohorts())
-def test_every_component_is_positive_and_there_is_one_per_number_of_drop_outs(cohort):
+def test_every_component_is_positive_and_there_are_few(cohort):
+    most = cohort.most_missing
     assert min(cohort.fractions) > 0
-    assert len(cohort.fractions) == 1 + cohort.clients - cohort.threshold
-    assert list(cohort.superfluous(cohort.most_missing)) == []
+    assert len(cohort.fractions) == cohort.removable + 1 <= 3 + math.log2(max(most, 1))
+    assert cohort.needed(most) == cohort.removable
+    for d in range(most + 1):
+        level = cohort.levels[cohort.needed(d)]
+        assert d <= level <= min(max(2 * d - 1, d), most)
     counts = [
-        (cohort.honest_if_all_upload - d) * len(cohort.fractions[: d + 1])
-        for d in range(cohort.most_missing + 1)
+        (cohort.honest_if_all_upload - d) * len(cohort.fractions[: cohort.needed(d) + 1])
+        for d in range(most + 1)
     ]
     assert cohort.most_summands() == max(counts)
 
 
+def test_levels_are_powers_of_two_and_the_largest_number_of_missing_clients():
+    assert Cohort(100, 67).levels == (0, 1, 2, 4, 8, 16, 32, 33)
+    assert Cohort(20, 14).levels == (0, 1, 2, 4, 6)
+    assert Cohort(4, 3).levels == (0, 1)
+    assert Cohort(4, 4).levels == (0,)
+
+
 def test_two_answers_for_one_upload_leave_less_than_the_promise():
     cohort = Cohort(20, 14)
-    gone = set(cohort.superfluous(6)) | set(cohort.superfluous(0))
-    kept = sum(f for k, f in enumerate(cohort.fractions) if k not in gone)
+    kept = sum(cohort.fractions[: cohort.needed(0) + 1])  # six are missing
     assert cohort.honest * kept == Fraction(13, 19)
+
+
+@settings(max_examples=200, deadline=None)
+@given(clients=st.integers(2, 200), data=st.data())
+def test_no_two_sets_of_threshold_many_clients_are_all_dishonest_where_they_meet(clients, data):
+    colluding = data.draw(st.integers(0, clients - 2))
+    cohort = Cohort.of(clients, colluding)
+    assert cohort.threshold >= Fraction(2 * clients, 3)
+    assert 2 * cohort.threshold - clients > 1 + colluding  # the attacker and its helpers
+    fewer = cohort.threshold - 1
+    assert fewer < Fraction(2 * clients, 3) or 2 * fewer - clients <= 1 + colluding
+
+
+@pytest.mark.parametrize(("clients", "colluding"), [(4, 3), (4, -1), (1, 0), (2, 1)])
+def test_as_many_colluding_clients_as_leave_nobody_are_refused(clients, colluding):
+    with pytest.raises(ConfigError, match=rf"privacy\.colluding={colluding} must be from 0 to"):
+        Cohort.of(clients, colluding)
 
 
 def test_numbers_of_a_worked_example():
@@ -105,4 +131,4 @@ def test_a_cohort_without_a_share_to_count_on_is_refused(arguments, words):
 @pytest.mark.parametrize("missing", [-1, 2])
 def test_more_missing_than_the_threshold_allows_is_an_error(missing):
     with pytest.raises(ValueError, match=f"missing={missing} must be from 0 to 1"):
-        Cohort(4, 3).superfluous(missing)
+        Cohort(4, 3).needed(missing)
