@@ -33,6 +33,11 @@ from lalora_app.server.enrolment import SETTLE_SECONDS, find_clients
 from lalora_app.server.initial_state import initial_state
 from lalora_app.server.log_lines import folder_text
 from lalora_app.server.secure_strategy import SecureFederatedLora
+from lalora_app.server.shared_strategy import (
+    SharedNoiseLora,
+    require_union_size,
+    with_union_size,
+)
 from lalora_app.server.strategy import FederatedLora
 from lalora_app.settings.errors import ConfigError, first_line
 from lalora_app.settings.names import NONE, full_path
@@ -41,7 +46,11 @@ from lalora_app.wire import tensors
 
 app = ServerApp()
 _log = logging.getLogger("flwr")
-STRATEGIES = {"none": FederatedLora, "secagg+": SecureFederatedLora}
+STRATEGIES = {
+    ("none", "own"): FederatedLora,
+    ("secagg+", "own"): SecureFederatedLora,
+    ("secagg+", "sum"): SharedNoiseLora,
+}
 
 
 def _partition(config: Config, clients: int) -> dict[str, Any]:
@@ -136,7 +145,8 @@ def run(grid: Grid, config: Config, settle: float = 0.0) -> None:
     config = replace(config, data=with_classes(config.data))
     _log.info("LaLoRA loading model %s and data %s", config.model.name, config.data.name)
     model, start = backbones.build(config)
-    public = split(config.data)[1]
+    train, public = split(config.data)
+    given, config = config, with_union_size(config, len(train))
     _warn_of_missing_classes(public, config)
     test = model.encode(public)
     _warn_of_truncated_texts(test, config)
@@ -144,7 +154,7 @@ def run(grid: Grid, config: Config, settle: float = 0.0) -> None:
     sizes = sum(array.size for array in start.values())
     _log.info("LaLoRA model with %d target layers, %d trainable parameters", model.targets, sizes)
     clients = find_clients(grid, config, settle, model.fingerprint)
-
+    require_union_size(given, clients.simulated)
     if resumed and resumed[0].num_clients() != len(clients.nodes):
         raise ConfigError(
             f'resume-from="{config.resume_from}" must have {resumed[0].num_clients()} clients '
@@ -158,7 +168,7 @@ def run(grid: Grid, config: Config, settle: float = 0.0) -> None:
     folder.write_json("clients.json", {"clients": len(clients.nodes)})
     if clients.simulated and config.data.label_column != NONE:
         folder.write_json("partition.json", _partition(config, len(clients.nodes)))
-    kind = STRATEGIES[config.secure_aggregation]
+    kind = STRATEGIES[config.secure_aggregation, config.privacy.noise_share]
     strategy = kind(config, method, folder.name, clients, point.state, point.epsilon_spent)
     after_round = AfterRound(config, folder, strategy, model, test, point.rows, began)
     try:

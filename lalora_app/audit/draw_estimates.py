@@ -18,8 +18,8 @@ from torch import Tensor
 
 from lalora_app.adapter.factors import Adapter, Kind, active_names, kind
 from lalora_app.audit.planted_federation import Federation, VictimRound
-from lalora_app.client.local_round import learning_rates, rate_factor
 from lalora_app.data.encoding import Encoded
+from lalora_app.methods.learning_rates import learning_rates, rate_factor
 from lalora_app.methods.method import Method
 from lalora_app.methods.optimizers import configured_optimizer
 from lalora_app.privacy.randomness import seeded

@@ -118,7 +118,7 @@ def victim_releases(request: AuditRequest) -> CountedReleases:
     data = clients_data(request.config, request.clients)[0]
     cohorts = planned_cohorts(request.config, request.clients)
     return counted(
-        rate=train.batch_size / len(data),
+        rate=train.rate(len(data)),
         rounds=sum(0 in cohort for cohort in cohorts),
         steps=train.local_steps,
     )

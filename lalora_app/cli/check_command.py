@@ -107,7 +107,7 @@ def _plan(config: Config, size: int) -> tuple[float, float, int]:
     from lalora_app.privacy.accounting import calibrate
 
     privacy, train, sums = config.privacy, config.train, class_sum_releases(config)
-    q, steps = train.batch_size / size, train.local_steps * (config.num_server_rounds - len(sums))
+    q, steps = train.rate(size), train.local_steps * (config.num_server_rounds - len(sums))
     target, delta = privacy.epsilon, privacy.delta
     return q, calibrate(target, delta, sampling_rate=q, steps=steps, past=sums), steps
 
@@ -183,7 +183,7 @@ def _costs(config: Config, model: "Backbone", data: "Encoded", size: int) -> Ite
     from lalora_app.client.trial_step import measure_step
     from lalora_app.methods.head_rounds import class_sum_releases
 
-    privacy, train = config.privacy, config.train
+    privacy = config.privacy
     for sums in class_sum_releases(config):
         yield f"head      one release of class sums: noise multiplier {sums.noise_multiplier:.3g}"
     q, noise, steps = _plan(config, size)
@@ -194,7 +194,7 @@ def _costs(config: Config, model: "Backbone", data: "Encoded", size: int) -> Ite
     cost = measure_step(config, model, model.adapter(), data)
     each = ", ".join(f"{seconds:.3g} s ({name})" for name, seconds in cost.seconds.items())
     yield (
-        f"step      {each} with {train.batch_size} rows on {model.device}; largest memory "
+        f"step      {each} with {q * size:.4g} rows on {model.device}; largest memory "
         f"{cost.peak_bytes / 2**30:.1f} GiB"
     )
     yield "ok        no data was sent or written, no privacy budget was spent"

@@ -33,8 +33,16 @@ if TYPE_CHECKING:
     from lalora_app.simulation.traffic import Traffic
 
 
+def _check_batches(launch: Launch) -> None:
+    if rate := launch.config.train.sampling_rate:
+        raise ConfigError(
+            f"train.sampling-rate={rate} must be 0.0 for lalora plan, which chooses a batch size"
+        )
+
+
 def _plan(args: argparse.Namespace) -> int:
     launch = _launch(args)
+    _check_batches(launch)
     file = _new_file(args.write) if args.write else None
     smallest, largest = sizes(args, launch)
     given = given_of(args, launch, smallest)

@@ -16,6 +16,7 @@ from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.budget import Limit, noise_for
 from lalora_app.privacy.ledger import Limits, Reservation
 from lalora_app.settings.run_config import Config
+from lalora_app.shared_noise.run_constants import noise_multiplier
 from lalora_app.wire.messages import TrainRequest
 
 
@@ -56,7 +57,7 @@ def _planned_class_sums(
     policy.check_noise(release.noise_multiplier)
     later = []
     if (steps := request.steps_left - train.local_steps) > 0:  # this round takes no step
-        q = train.batch_size / size
+        q = train.rate(size)
         noise = noise_for([], limit, sampling_rate=q, steps=steps, before=[*past, release])
         policy.check_noise(noise)
         later = [Release(q, noise, steps)]
@@ -71,15 +72,33 @@ def _planned_class_sums(
     return release, limits
 
 
+def _planned_shared(config: Config, site: Site, request: TrainRequest) -> tuple[Release, Limits]:
+    """Return the one release of a round with shared noise, whose z is a constant of the run."""
+    privacy, policy = config.privacy, site.policy
+    past = site.ledger.releases(site.dataset, request.run)
+    noise = noise_multiplier(config, past)
+    policy.check_noise(noise)
+    limits = Limits(
+        planned=max(request.steps_left, 1),
+        run_limit=Limit(privacy.epsilon, privacy.delta),
+        node_limit=policy.limit,
+        max_rounds=policy.max_rounds,
+        per_day=policy.max_rounds_per_day,
+    )
+    return Release(config.train.sampling_rate, noise, 1), limits
+
+
 def _planned(
     config: Config, site: Site, request: TrainRequest, size: int
 ) -> tuple[Release, Limits]:
     """Choose the noise of a round with ``size`` examples, and return its releases and limits."""
     if config.sums_classes(request.round):
         return _planned_class_sums(config, site, request, size)
+    if config.privacy.shared:
+        return _planned_shared(config, site, request)
     privacy, steps, policy = config.privacy, config.train.local_steps, site.policy
     limit = Limit(privacy.epsilon, privacy.delta)
-    q = config.train.batch_size / size
+    q = config.train.rate(size)
     entries = site.ledger.entries(site.dataset, request.run)
     sums = [entry.release for entry in entries if config.sums_classes(entry.round)]
     past = [entry.release for entry in entries if not config.sums_classes(entry.round)]

@@ -106,7 +106,7 @@ class Site:
         Raises:
             DataError: if it cannot.
         """
-        batch_size, delta = config.train.batch_size, config.privacy.delta
+        batch_size, delta = config.train.fewest, config.privacy.delta
         check_client(size, batch_size=batch_size, delta=delta)
 
 

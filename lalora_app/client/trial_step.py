@@ -48,7 +48,7 @@ def _steps(config: Config) -> Iterator[Factors]:
 
 def _seconds(config: Config, model: Backbone, data: Encoded) -> float:
     """Return the duration of one step with its Poisson batch, clip and noise."""
-    q = config.train.batch_size / len(data)
+    q = config.train.rate(len(data))
     streams = RandomStreams(randomness.secure(), randomness.secure())
     began = time.perf_counter()
     private_gradient(

@@ -1,8 +1,9 @@
 """Look up a method, and refuse settings that do not go with it or with secure aggregation."""
 
 import json
+from dataclasses import replace
 
-from lalora_app.methods import schedule
+from lalora_app.methods import alignment, optimizers, schedule
 from lalora_app.methods.head_rounds import after_head_rounds
 from lalora_app.methods.method import Method
 from lalora_app.methods.table import METHODS
@@ -140,19 +141,56 @@ def _require_known(name: str) -> None:
         )
 
 
-def lookup(name: str, local_steps: int) -> Method:
+def _no_gradient_reason(method: Method) -> str | None:
+    """Return why one gradient of all clients does not train a method; None if it does."""
+    if not method.linear or not method.averages_tensors:
+        return "whose server rule is not a mean of tensors"
+    if method.finally_syncs:
+        return "which sends a factor in the last round only"
+    if method.optimizer is not optimizers.configured_optimizer:
+        return "which has an optimiser of its own at the client"
+    if method.effective or method.perturb or method.align is not alignment.keep_result:
+        return "whose local steps are more than a gradient step on A, B and head"
+    return None
+
+
+def one_step(method: Method, name: str) -> Method:
+    """Return a method whose clients send one gradient per round, of the factors that travel.
+
+    The server takes the step, after the method's filter of noised gradients.
+
+    Args:
+        method: an entry of METHODS.
+        name: its name.
+
+    Limit: a method that trains what it sends, as `rolora` and `dp-lora`, is unchanged.
+
+    Raises:
+        ConfigError: if the method is more than a filtered gradient step.
+    """
+    if reason := _no_gradient_reason(method):
+        raise ConfigError(
+            f'privacy.noise-share="sum" must be "own" for method {name}, {reason}: clients send '
+            "sums of gradients, and the server takes the step"
+        )
+    return replace(method, trains=lambda t, k: method.syncs(t), keeps_client_state=False)
+
+
+def lookup(name: str, local_steps: int, *, shared: bool = False) -> Method:
     """Return the method called ``name`` after checking that every sent factor is trained.
 
     Args:
         name: the value of the key ``method``.
         local_steps: the number of local steps per round.
+        shared: whether clients share the noise of a sum, so that the method has its form of one
+            step.
 
     Raises:
         ConfigError: if the method is unknown or gives no guarantee, or if its schedule needs more
             local steps.
     """
     _require_known(name)
-    method = METHODS[name]
+    method = one_step(METHODS[name], name) if shared else METHODS[name]
     for t in (1, 2):  # the longest period of any schedule
         if not method.syncs(t) <= schedule.factors_trained_in(method.trains, t, local_steps):
             raise ConfigError(
@@ -168,7 +206,8 @@ def method_of(config: Config) -> Method:
     Raises:
         ConfigError: with the keys, their values and the reason.
     """
-    method, ranks = lookup(config.method, config.train.local_steps), config.lora.ranks
+    steps, shared, ranks = config.train.local_steps, config.privacy.shared, config.lora.ranks
+    method = lookup(config.method, steps, shared=shared)
     if ranks != "none" and not method.heterogeneous:
         able = ", ".join(name for name, entry in METHODS.items() if entry.heterogeneous)
         raise ConfigError(

@@ -13,6 +13,8 @@ from lalora_app.settings.run_config import Config, Scalar, flatten
 # The defaults in pyproject.toml, which an installed package does not have at run time.
 DEFAULTS: dict[str, Scalar] = {
     "privacy.head-share": 0.3,
+    "privacy.colluding": 0,
+    "train.union-size": 0,
     "train.optimizer": "sgd",
     "train.momentum": 0.0,
     "train.lr-a": 2.0,
@@ -66,6 +68,7 @@ def unread_keys(config: Config) -> list[str]:
     """
     read = _train_keys(method_of(config), config)
     read |= {"privacy.head-share"} if config.model.head == CLASS_MEANS else set()
+    read |= {"privacy.colluding", "train.union-size"} if config.privacy.shared else set()
     read |= {key for key, methods in _READERS.items() if config.method in methods}
     read |= {"server.momentum"} if config.server.optimizer != "sgd" else set()
     values = flatten(config)

@@ -1,11 +1,12 @@
 """One private step: count the release, sample a batch, clip per example, sum, add noise.
 
-:func:`private_gradient` is the only function that turns gradients of private examples into a
-result that may leave the client. It calls ``mechanism.py`` for sampling, clipping and noise. The
-privacy budget was reserved in the ledger before.
+Gradients of private examples become a result that may leave the client in two functions only:
+:func:`private_gradient` adds the whole noise, :func:`private_integers` adds a client's share of the
+noise of a sum. They call ``mechanism.py`` for sampling, clipping and noise. The privacy budget was
+reserved in the ledger before.
 """
 
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Sequence, Sized
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -17,6 +18,8 @@ from torch import Tensor
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.private_step.gradients import NoisedGrads, PerExampleGrads
 from lalora_app.private_step.mechanism import add_noise, clipped_sum, poisson_batch
+from lalora_app.shared_noise.lattice import Lattice, to_lattice
+from lalora_app.shared_noise.seeded import Integers, share
 
 
 class LabelledBatch(Protocol):
@@ -98,6 +101,59 @@ def _clipped_batch_sum(
             sums = totals
     active = [(n, p) for n, p in model.engine.parameters.items() if p.requires_grad]
     return {n: sums[n] if sums else torch.zeros_like(p, dtype=dtype) for n, p in active}
+
+
+def private_integers(
+    model: PrivateModel[B],
+    data: PrivateData[B],
+    *,
+    reservation: Reservation,
+    lattice: Lattice,
+    seeds: Sequence[bytes],
+    micro_batch: int,
+    sampling: np.random.Generator,
+    clipping: str = "flat",
+) -> Integers:
+    """Compute a client's part of a private sum: (d,) integers of its active tensors, by name.
+
+    round(Σ_i min(1, C/‖g_i‖)·g_i / γ) + the client's share of the noise, with i over a Poisson
+    batch of rate q, and the sum over micro-batches in float64.
+
+    Args:
+        model: the model; the tensors to train in this step are active (require gradients).
+        data: the client's examples.
+        reservation: the reserved releases, with sampling rate q and noise multiplier z; one release
+            is taken from it.
+        lattice: the run's integers, with unit γ, clip norm C and the same z and q.
+        seeds: the secret seeds of this upload's noise, used for no other.
+        micro_batch: number of examples per forward pass.
+        sampling: the random generator of the batch.
+        clipping: ``privacy.clipping``.
+
+    Raises:
+        BudgetError: if the reservation has no release left; nothing is drawn in this case.
+        ValueError: if the lattice has another rate or noise than the ledger, or another size.
+
+    Limit: without noise (z = 0) the share is zero.
+
+    Privacy: the sum over all clients is one release with noise multiplier z. This part alone has
+    only a share of the noise: it must leave under masks.
+    """
+    run = lattice.constants
+    if (run.sampling_rate, run.noise_multiplier) != (
+        reservation.sampling_rate,
+        reservation.noise_multiplier,
+    ):
+        raise ValueError("the lattice must have the sampling rate and the noise of the ledger")
+    reservation.take()
+    indices = poisson_batch(len(data), run.sampling_rate, sampling)
+    wide = torch.float64
+    sums = _clipped_batch_sum(model, data, indices, run.clip_norm, micro_batch, clipping, wide)
+    flat = torch.cat([sums[name].flatten() for name in sorted(sums)]).cpu().numpy()
+    noise = share(seeds, lattice)
+    if flat.size != noise.size:
+        raise ValueError(f"the lattice must have {flat.size} entries, not {noise.size}")
+    return to_lattice(flat, lattice.unit) + noise
 
 
 def noise_std_of(reservation: Reservation, clip_norm: float) -> float:

@@ -17,6 +17,7 @@ from lalora_app.server.cohorts import planned_cohorts
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.names import CLASS_MEANS
 from lalora_app.settings.run_config import Config, clients_per_round
+from lalora_app.shared_noise.shares import Cohort
 
 if TYPE_CHECKING:
     from lalora_app.models.backbone import Backbone
@@ -109,7 +110,7 @@ def check_epsilon(config: Config, sizes: list[int]) -> None:
     largest: dict[int, float] = {}  # steps -> largest sampling rate; ε grows with both
     for i, n in enumerate(sizes):
         steps = rounds[i] * train.local_steps
-        largest[steps] = max(largest.get(steps, 0.0), train.batch_size / n)
+        largest[steps] = max(largest.get(steps, 0.0), train.rate(n))
     smallest, q, steps = max(
         (smallest_epsilon(privacy.delta, sampling_rate=q, steps=steps, past=sums), q, steps)
         for steps, q in largest.items()
@@ -137,8 +138,10 @@ def check_data(config: Config, clients: int) -> CheckedData:
     config = replace(config, data=with_classes(config.data))
     train, test = split(config.data)
     sizes = list(map(len, clients_data(config, clients)))
+    if config.privacy.shared:
+        Cohort.of(clients, config.privacy.colluding)
     for size in sizes:
-        check_client(size, batch_size=config.train.batch_size, delta=config.privacy.delta)
+        check_client(size, batch_size=config.train.fewest, delta=config.privacy.delta)
     check_epsilon(config, sizes)
     return CheckedData(config, train, test, sizes)
 

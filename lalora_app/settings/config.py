@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 from lalora_app.settings.method_numbers import MethodNumbers
 from lalora_app.settings.names import CLASS_MEANS
-from lalora_app.settings.sections import Data, Lora, Model, Privacy, Train
+from lalora_app.settings.sections import Data, Lora, Model
 from lalora_app.settings.server_section import Server
+from lalora_app.settings.training_sections import Privacy, Train
 from lalora_app.settings.value_rules import (
     count,
     law,

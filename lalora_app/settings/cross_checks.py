@@ -1,10 +1,11 @@
 """Laws of the run config that concern several keys."""
 
+import json
 import math
 
 from lalora_app.settings.config import Config
 from lalora_app.settings.errors import ConfigError
-from lalora_app.settings.names import AUTO
+from lalora_app.settings.names import AUTO, CLASS_MEANS
 from lalora_app.settings.sections import BY_LABEL
 
 
@@ -81,6 +82,45 @@ def _check_server(config: Config) -> None:
         )
 
 
+def _check_shared(config: Config) -> None:
+    """Check the laws of noise that only the sum of all uploads has whole.
+
+    One step per round, since a second one would start from weights that only a share of the noise
+    protects; one rate and one number of releases for all, so that all need the same noise.
+    """
+    privacy, train = config.privacy, config.train
+    if not privacy.shared:
+        return
+    for key, value, only in (
+        ("secure-aggregation", config.secure_aggregation, "secagg+"),
+        ("train.local-steps", train.local_steps, 1),
+        ("fraction-train", config.fraction_train, 1.0),
+        ("train.optimizer", train.optimizer, "sgd"),  # the server steps: server.optimizer
+        ("train.momentum", train.momentum, 0.0),
+        ("train.weight-decay", train.weight_decay, 0.0),
+    ):
+        if value != only:
+            raise ConfigError(
+                f"{key}={json.dumps(value)} must be {json.dumps(only)} for "
+                'privacy.noise-share="sum"'
+            )
+    if train.sampling_rate == 0:
+        raise ConfigError(
+            'train.sampling-rate=0.0 must be above 0 for privacy.noise-share="sum": all clients '
+            "draw their examples with one probability, in place of train.batch-size"
+        )
+    if config.model.head == CLASS_MEANS:
+        raise ConfigError(
+            f'model.head="{CLASS_MEANS}" must be another start for privacy.noise-share="sum": '
+            "class sums have the whole noise of each client"
+        )
+    if privacy.noise == "seeded" and math.isfinite(privacy.epsilon):
+        raise ConfigError(
+            'privacy.noise="seeded" must be "secure" for privacy.noise-share="sum" with '
+            f"privacy.epsilon={privacy.epsilon}: seeds of shared noise are always secret"
+        )
+
+
 def check_together(config: Config) -> None:
     """Check the keys whose laws depend on other keys.
 
@@ -100,6 +140,7 @@ def check_together(config: Config) -> None:
     _check_model(config)
     _check_views(config)
     _check_server(config)
+    _check_shared(config)
     if config.train.momentum > 0 and config.train.optimizer != "sgd":
         raise ConfigError(
             f"train.momentum={config.train.momentum} must be 0 for optimizer "

@@ -17,10 +17,9 @@ from lalora_app.settings.sections import (
     Data,
     Lora,
     Model,
-    Privacy,
-    Train,
 )
 from lalora_app.settings.server_section import Server
+from lalora_app.settings.training_sections import Privacy, Train
 
 __all__ = [  # the sections of a run config are imported from here, beside Config
     "BY_LABEL",
@@ -45,7 +44,7 @@ __all__ = [  # the sections of a run config are imported from here, beside Confi
 
 Scalar = str | int | float | bool
 # Values that a run replaces by what it finds in its data; its config.toml holds the latter.
-OPEN: dict[str, Scalar] = {"data.labels": AUTO, "data.num-labels": 0}
+OPEN: dict[str, Scalar] = {"data.labels": AUTO, "data.num-labels": 0, "train.union-size": 0}
 T = TypeVar("T")
 
 

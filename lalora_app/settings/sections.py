@@ -1,6 +1,5 @@
 """The tables of the run config, one frozen dataclass per table: keys, laws and meanings."""
 
-import math
 from dataclasses import dataclass
 
 from lalora_app.settings.names import AUTO, CLASS_MEANS
@@ -9,7 +8,6 @@ from lalora_app.settings.value_rules import (
     are_ranks,
     class_list,
     class_names_in,
-    clip_norm,
     columns,
     count,
     device,
@@ -203,97 +201,3 @@ class Data:
         if self.labels == AUTO:
             return tuple(map(str, range(self.num_labels)))
         return class_names_in(self.labels)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Privacy:
-    """The guarantee to every client over the whole run."""
-
-    epsilon: float = law(
-        "must be greater than 0 (inf: not private)",
-        lambda v: v > 0,
-        meaning="Privacy budget ε of every client over the whole run.",
-    )
-    delta: float = law(
-        "must be in (0, 1)",
-        lambda v: 0 < v < 1,
-        meaning="Failure probability δ of the guarantee; below 1 / (examples of the client).",
-    )
-    clip_norm: float = clip_norm(
-        meaning="Clip norm C: largest l2 norm of one example's gradient over all trained tensors "
-        "together."
-    )
-    clipping: str = one_of(
-        "flat",
-        "automatic",
-        meaning="Factor of an example's gradient g before the sum: `flat` is min(1, C/‖g‖), "
-        "`automatic` is C/(‖g‖ + 0.01). The guarantee is the same "
-        "([privacy](privacy.md#automatic-clipping)).",
-    )
-    noise: str = one_of(
-        "secure",
-        "seeded",
-        meaning="Source of noise and of Poisson sampling: the operating system's randomness, or "
-        "the run's seed. `seeded` makes a run repeatable and NOT private.",
-    )
-    head_share: float = law(
-        "must be in (0, 1)",
-        lambda v: 0 < v < 1,
-        meaning="Share of `privacy.epsilon` that the release for `model.head=class-means` may use "
-        "by itself; the noise of all later steps is planned with it.",
-    )
-
-    @property
-    def private(self) -> bool:
-        """Whether the guarantee holds: finite ε, and noise that nobody can repeat."""
-        return self.noise == "secure" and math.isfinite(self.epsilon)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Train:
-    """The local steps of one client."""
-
-    local_steps: int = count(meaning="Training steps per client and round.")
-    head_rounds: int = law(
-        "must not be negative",
-        lambda v: v >= 0,
-        meaning="Rounds that train and send the head alone, before the method's first round "
-        "([models](models.md#the-start-of-the-head)).",
-    )
-    batch_size: int = count(
-        meaning="Expected number of examples per local step; every example is drawn with "
-        "probability batch-size / (examples of the client)."
-    )
-    micro_batch: int = count(
-        meaning="Examples per forward and backward pass; affects memory and speed only."
-    )
-    optimizer: str = one_of("adamw", "sgd", meaning="Optimiser of the noised gradients.")
-    lr_a: float = positive(meaning="Learning rate of the A factors.")
-    lr_b: float = positive(meaning="Learning rate of the B factors.")
-    lr_head: float = positive(meaning="Learning rate of the head.")
-    lr_decay: float = law(
-        "must be in (0, 1]",
-        lambda v: 0 < v <= 1,
-        meaning="Factor that multiplies all learning rates after each round.",
-    )
-    schedule: str = one_of(
-        "constant",
-        "cosine",
-        meaning="Factor of all learning rates over the steps of the run, after the warm-up: 1, or "
-        "a cosine from 1 to 0 at the end of the run. `train.lr-decay` multiplies it.",
-    )
-    warm_up: float = law(
-        "must be in [0, 1)",
-        lambda v: 0 <= v < 1,
-        meaning="Share of the run's steps at its start, in which the factor of all learning rates "
-        "grows in equal parts to 1; the first step has one part, not 0.",
-    )
-    views: int = count(
-        meaning="Number of random views (mirrored, shifted) of a drawn image in one step; their "
-        "mean gradient is clipped. 1: the image itself; k views need k times the time and memory "
-        "([privacy](privacy.md#views-of-an-image))."
-    )
-    momentum: float = law(
-        "must be in [0, 1)", lambda v: 0 <= v < 1, meaning="Momentum of `sgd`; 0 for `adamw`."
-    )
-    weight_decay: float = not_negative(meaning="Weight decay of the optimiser.")

@@ -12,7 +12,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from conftest import make_config
-from lalora_app.client.local_round import LocalSettings, make_optimizer, rate_factor
+from lalora_app.client.local_round import LocalSettings, make_optimizer
+from lalora_app.methods.learning_rates import rate_factor
 from lalora_app.methods.noised_optimizers import LowPassSGD, UnbiasedAdamW
 from lalora_app.methods.optimizers import (
     OptimizerSettings,

@@ -25,6 +25,8 @@ from lalora_app.server_state.optimizer_step import server_step
 
 OTHER = {
     "privacy.head-share": 0.5,
+    "privacy.colluding": 1,
+    "train.union-size": 9,
     "train.optimizer": "adamw",
     "train.momentum": 0.5,
     "train.lr-a": 0.3,

@@ -17,8 +17,9 @@ from torch import Tensor
 
 from helpers.oracle import joint, randomise, trained, without_engine
 from lalora_app.adapter.factors import kind
-from lalora_app.client.local_round import LocalSettings, learning_rates, run_round
+from lalora_app.client.local_round import LocalSettings, run_round
 from lalora_app.data.encoding import Batch, EncodedImages
+from lalora_app.methods.learning_rates import learning_rates
 from lalora_app.methods.table import METHODS
 from lalora_app.models.backbone import Backbone, _build, build, wire_name
 from lalora_app.models.forwards import Pixels

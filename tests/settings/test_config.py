@@ -30,6 +30,12 @@ OUT_OF_RANGE = [
     ("round-timeout", INF),
     ("node-timeout", -1.0),
     ("evaluate-every", 0),
+    ("privacy.noise-share", "all"),
+    ("privacy.colluding", -1),
+    ("train.sampling-rate", -0.1),
+    ("train.sampling-rate", 1.1),
+    ("train.sampling-rate", NAN),
+    ("train.union-size", -1),
     ("weighting", "size"),
     ("robust", "mean"),
     ("secure-aggregation", "secagg"),
@@ -163,6 +169,12 @@ MISTYPED = [
     ("method", 7),
     ("output", None),
 ]
+SHARED = {
+    "privacy.noise-share": "sum",
+    "secure-aggregation": "secagg+",
+    "train.local-steps": 1,
+    "train.sampling-rate": 0.1,
+}
 LANGUAGE = {"model.task": "causal-lm", "model.pooling": "model"}
 AT_THE_EDGE = [
     ("train.head-rounds", 9),  # of 10 rounds
@@ -244,6 +256,20 @@ def test_every_key_has_a_default_and_a_law_that_some_value_breaks():
     assert {key for key, _ in OUT_OF_RANGE} == set(defaults()) - lawless
 
 
+def test_shared_noise_is_taken_with_its_laws_kept_and_without_noise_from_a_seed():
+    assert make_config(**SHARED).privacy.shared
+    inf = {"privacy.noise": "seeded", "privacy.epsilon": INF}
+    assert make_config(**SHARED, **inf).privacy.shared
+    assert not make_config(**{"train.sampling-rate": 0.1}).privacy.shared
+
+
+def test_a_sampling_rate_stands_in_place_of_the_batch_size():
+    rated, batches = make_config(**{"train.sampling-rate": 0.1}).train, make_config().train
+    assert (rated.rate(50), rated.rate(5000), rated.fewest) == (0.1, 0.1, 1)
+    assert batches.rate(1000) == batches.batch_size / 1000
+    assert batches.fewest == batches.batch_size
+
+
 def test_an_integer_is_taken_for_a_float_and_becomes_one():
     value = make_config(**{"privacy.epsilon": 3}).privacy.epsilon
     assert value == 3
@@ -296,6 +322,20 @@ def test_a_missing_key_is_named(key):
             ['model.head="zero"', '"auto"', "causal-lm", "no head"],
         ),
         (LANGUAGE | {"train.head-rounds": 1}, ["train.head-rounds=1", "must be 0", "no head"]),
+        *(
+            (SHARED | {key: value}, [f"{key}={text} must be {only}", "noise-share"])
+            for key, value, text, only in (
+                ("secure-aggregation", "none", '"none"', '"secagg+"'),
+                ("train.local-steps", 2, "2", "1"),
+                ("fraction-train", 0.5, "0.5", "1.0"),
+                ("train.optimizer", "adamw", '"adamw"', '"sgd"'),
+                ("train.momentum", 0.5, "0.5", "0.0"),
+                ("train.weight-decay", 0.1, "0.1", "0.0"),
+                ("train.sampling-rate", 0.0, "0.0", "above 0"),
+                ("model.head", "class-means", '"class-means"', "another start"),
+                ("privacy.noise", "seeded", '"seeded"', '"secure"'),
+            )
+        ),
     ],
 )
 def test_a_robust_mean_needs_more_replies_than_suspects_can_outvote(changes, words):
