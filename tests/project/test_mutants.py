@@ -319,10 +319,34 @@ MUTANTS = {
         "    if False:\n",
         "tests/shared_noise/test_seeded.py::test_too_many_missing_or_seeds_given_twice_are_refused",
     ),
-    "shared noise: component 0 begins the chain": Mutant(
+    "shared noise: a client's sum without its share": Mutant(
+        "private_step/step.py",
+        "    return to_lattice(flat, lattice.unit) + noise\n",
+        "    return to_lattice(flat, lattice.unit)\n",
+        "tests/private_step/test_lattice_sum.py::test_the_share_of_the_noise_is_added_and_has_the_variance_of_its_components",
+    ),
+    "shared noise: less noise than on the ledger": Mutant(
+        "private_step/step.py",
+        "    if (run.sampling_rate, run.noise_multiplier) != (\n",
+        "    if False and (run.sampling_rate, run.noise_multiplier) != (\n",
+        "tests/private_step/test_lattice_sum.py::test_another_rate_or_noise_than_the_ledgers_is_an_error_and_takes_nothing",
+    ),
+    "shared noise: a sum that no release counts": Mutant(
+        "private_step/step.py",
+        "    reservation.take()\n    indices = poisson_batch(len(data), run.sampling_rate, sampling)\n",
+        "    indices = poisson_batch(len(data), run.sampling_rate, sampling)\n",
+        "tests/private_step/test_lattice_sum.py::test_an_empty_batch_is_noise_alone_and_uses_up_the_reservation",
+    ),
+    "shared noise: the sensitivity of fewer entries": Mutant(
+        "private_step/step.py",
+        "    if flat.size != noise.size:\n",
+        "    if flat.size < noise.size:\n",
+        "tests/private_step/test_lattice_sum.py::test_an_upload_of_another_size_than_the_sensitivity_counts_is_an_error",
+    ),
+    "shared noise: the chain gives component 0": Mutant(
         "shared_noise/seeded.py",
         "    return (needed, *_chain(first, cohort.removable))\n",
-        "    return (needed, *_chain(hashlib.sha256(needed).digest(), cohort.removable))\n",
+        "    return (hashlib.sha256(first).digest(), *_chain(first, cohort.removable))\n",
         "tests/shared_noise/test_seeded.py::test_a_revealed_seed_gives_the_later_ones_and_is_bound_by_the_commitment",
     ),
     "shared noise: two answers from dishonest clients alone": Mutant(
