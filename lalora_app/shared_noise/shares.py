@@ -15,6 +15,7 @@ seeds of the others are revealed, and their noise is subtracted from the sum. Th
 counted shares have σ² or more, and the whole sum has (n - D)/(N - L_j)·σ².
 """
 
+import math
 from bisect import bisect_left
 from dataclasses import dataclass
 from fractions import Fraction
@@ -84,6 +85,20 @@ class Cohort:
     def honest_if_all_upload(self) -> int:
         """Return N = n - 1 - c, the shares counted on when nobody is missing."""
         return self.clients - 1 - self.colluding
+
+    def alone(self, multiplier: float) -> float:
+        """Return z/√N, the noise multiplier of one client's upload that is opened after all.
+
+        It is not z/√h: when nobody is missing, the seeds of all components but component 0 are
+        revealed, and σ²/N is left in an upload. Rounding costs nothing here: an upload with
+        component 0 alone is the rounded output of the Gaussian mechanism, and what else is added
+        does not depend on the data.
+
+        Limit: z if one share is counted on in any case.
+
+        Privacy: it needs no honest server and no other client.
+        """
+        return multiplier / math.sqrt(self.honest_if_all_upload)
 
     @property
     def most_missing(self) -> int:

@@ -386,16 +386,10 @@ MUTANTS = {
         "tests/shared_noise/test_lattice.py::test_little_noise_among_many_clients_gets_a_finer_unit",
     ),
     "shared noise: z/√h for an upload alone": Mutant(
-        "shared_noise/promise.py",
-        "math.sqrt(cohort.honest_if_all_upload)",
-        "math.sqrt(cohort.honest)",
-        "tests/shared_noise/test_promise.py::test_an_upload_alone_keeps_what_the_fewest_components_give",
-    ),
-    "shared noise: no slack in δ": Mutant(
-        "shared_noise/promise.py",
-        "delta + slack(spent, distance)",
-        "delta",
-        "tests/shared_noise/test_promise.py::test_the_sum_has_the_epsilon_of_its_whole_noise_and_delta_holds_the_slack",
+        "shared_noise/shares.py",
+        "multiplier / math.sqrt(self.honest_if_all_upload)",
+        "multiplier / math.sqrt(self.honest)",
+        "tests/shared_noise/test_shares.py::test_an_upload_alone_keeps_what_the_fewest_components_give",
     ),
     "shared noise: the mean of fewer units": Mutant(
         "shared_noise/lattice.py",

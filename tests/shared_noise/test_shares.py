@@ -108,6 +108,15 @@ def test_as_many_colluding_clients_as_leave_nobody_are_refused(clients, colludin
         Cohort.of(clients, colluding)
 
 
+@settings(max_examples=100, deadline=None)
+@given(cohort=cohorts())
+def test_an_upload_alone_keeps_what_the_fewest_components_give(cohort):
+    fewest = min(left(cohort, missing) for missing in range(cohort.most_missing + 1))
+    assert cohort.alone(3.0) == pytest.approx(3.0 * math.sqrt(fewest))
+    assert Cohort(2, 2).alone(3.0) == 3.0
+    assert cohort.alone(0.0) == 0
+
+
 def test_numbers_of_a_worked_example():
     assert Cohort(4, 3).fractions == (Fraction(1, 3), Fraction(1, 6))  # 1/3 + 1/6 = 1/2
     assert Cohort(4, 3).sum_fraction(0) == Fraction(4, 3)
