@@ -5,6 +5,7 @@ the strategy collect masked vectors ("train"), and collect shares to remove the 
 `pipeline.py` decides in which wave a stage travels.
 """
 
+import functools
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -13,7 +14,6 @@ import numpy as np
 from flwr.app import ConfigRecord
 
 from lalora_app.secagg import masks
-from lalora_app.secagg.fixed_point import Words
 from lalora_app.secagg.messages import (
     ADVERTISE,
     SHARE,
@@ -24,6 +24,7 @@ from lalora_app.secagg.messages import (
     mapping_of,
 )
 from lalora_app.secagg.waves import Part
+from lalora_app.shared_noise.lattice import Words
 from lalora_app.wire.tensors import WireError
 
 
@@ -160,26 +161,27 @@ class Session:
         return key
 
     def unmasked_sum(self, vectors: Mapping[int, Words]) -> Words:
-        """Remove all masks from the sum of the masked vectors; return the sum modulo 2^32.
+        """Remove all masks from the sum of the masked vectors; return the sum modulo 2^w.
 
         The mask of every client whose vector arrived is computed from its seed. The pair masks of
         lost clients are computed from their mask keys.
 
         Args:
-            vectors: masked vector per client, of the clients named in :meth:`unmask`.
+            vectors: masked vector per client, of words of w = 32 or 64 bits; the clients are those
+                named in :meth:`unmask`.
 
         Raises:
             WireError: if too few clients sent shares, or a reconstructed secret is wrong.
 
         Privacy: only the sum over the clients is revealed.
         """
-        total: Words = np.add.reduce(list(vectors.values()), dtype=np.uint32)
+        total: Words = functools.reduce(np.add, vectors.values())
         for client in vectors:
             seed = self._verified_seed(client, self.revealed[client])
-            total = total - masks.mask(seed, total.size)
+            total = total - masks.mask(seed, total)
         for client in set(self.revealed) - set(vectors):
             key = self._verified_mask_key(client, self.revealed[client])
             for other in vectors:
                 secret = masks.shared_secret(key, self.mask_keys[other])
-                total = total - masks.pair_mask(other, client, secret, total.size)
+                total = total - masks.pair_mask(other, client, secret, total)
         return total

@@ -71,11 +71,11 @@ def _masked_update(state: ClientState, upload: Adapter, start: Adapter) -> Uploa
     """Return the quantised update plus the client's own mask and one mask per other client."""
     update = fixed_point.update_of(upload, start)
     words = fixed_point.quantise(update, len(state.mask_keys))
-    words = words + masks.mask(state.seed, words.size)
+    words = words + masks.mask(state.seed, words)
     for other in state.seed_shares:
         if other != state.client:
             secret = masks.shared_secret(state.mask_key, state.mask_keys[other])
-            words = words + masks.pair_mask(state.client, other, secret, words.size)
+            words = words + masks.pair_mask(state.client, other, secret, words)
     return {MASKED: words}
 
 

@@ -9,12 +9,12 @@ from flwr.serverapp import Grid
 
 from lalora_app.adapter.factors import Adapter, Factors, select
 from lalora_app.secagg import fixed_point
-from lalora_app.secagg.fixed_point import Words
 from lalora_app.secagg.messages import KEYS_MESSAGE, MASKED, SECAGG
 from lalora_app.secagg.pipeline import Pipeline
 from lalora_app.secagg.session import Session
 from lalora_app.secagg.waves import Part, add_parts, exchange
 from lalora_app.server.strategy import FederatedLora
+from lalora_app.shared_noise.lattice import Words
 from lalora_app.wire.messages import TrainReply
 from lalora_app.wire.tensors import WireError
 
