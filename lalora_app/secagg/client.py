@@ -1,7 +1,7 @@
 """The client's stages of the protocol that need no model; an attempt has four, in this order.
 
 * :func:`advertise_keys`: create two key pairs and send their public keys.
-* :func:`share_secrets`: split the mask key and the mask seed into shares, encrypted for the others.
+* :func:`share_secrets`: split the secrets into shares, encrypted for the others.
 * `upload.py`: after training, send the update plus masks.
 * :func:`unmask`: send one share per client, with which the server removes the masks of the sum.
 
@@ -12,13 +12,14 @@ attempts do not depend on each other.
 
 import hashlib
 import secrets
+from collections.abc import Sequence
 from dataclasses import replace
 
 from flwr.app import ConfigRecord, Context
 from flwr.common.secure_aggregation.crypto.symmetric_encryption import encrypt
 from flwr.common.secure_aggregation.secaggplus_utils import share_keys_plaintext_concat
 
-from lalora_app.secagg import masks
+from lalora_app.secagg import masks, noise_seeds
 from lalora_app.secagg.client_state import (
     ADVERTISED,
     MASKED_SENT,
@@ -33,12 +34,14 @@ from lalora_app.secagg.messages import (
     ADVERTISE,
     SHARE,
     UNMASK,
+    Value,
     clients_of,
     columns,
     mapping_of,
     reply_of,
     run_and_attempt_of,
 )
+from lalora_app.shared_noise import seeded
 from lalora_app.wire.messages import count_of
 
 
@@ -82,44 +85,82 @@ def _with_public_keys(state: ClientState, record: ConfigRecord) -> ClientState:
     return replace(state, mask_keys=mask_keys, cipher_keys=cipher_keys)
 
 
-def share_secrets(record: ConfigRecord, context: Context) -> ConfigRecord:
-    """Stage 2: split the two secrets into shares, each encrypted for the client that will hold it.
+def _with_secrets(state: ClientState) -> ClientState:
+    """Return the state with the seeds of mask and noise, and everybody's shares of all secrets."""
+    clients, cohort, seed = state.mask_keys, state.cohort, secrets.token_bytes(32)
+    seeds = seeded.new_seeds(cohort) if cohort else ()
+    noise = noise_seeds.split(seeds, clients, cohort) if cohort else dict.fromkeys(clients, b"")
+    return replace(
+        state,
+        seed=seed,
+        noise_seeds=dict(enumerate(seeds)),
+        seed_shares=masks.split_into_shares(seed, clients, state.threshold),
+        key_shares=masks.split_into_shares(state.mask_key, clients, state.threshold),
+        noise_shares=noise,
+    )
 
-    The reply contains the SHA-256 of the seed (a commitment), so that the server can detect a seed
-    that was reconstructed from wrong shares.
+
+def _encrypted(state: ClientState, other: int) -> bytes:
+    """Return the shares that another client will hold, encrypted for it."""
+    key = masks.shared_secret(state.cipher_key, state.cipher_keys[other])
+    seeds = state.seed_shares[other] + state.noise_shares[other]
+    plain = share_keys_plaintext_concat(state.client, other, seeds, state.key_shares[other])
+    return encrypt(key, plain)
+
+
+def share_secrets(record: ConfigRecord, context: Context) -> ConfigRecord:
+    """Stage 2: split the secrets into shares, each encrypted for the client that will hold it.
+
+    The secrets are the mask seed, the mask key, and with shared noise the seeds of the removable
+    noise. The reply contains a commitment to the seeds (SHA-256), so that the server can detect a
+    seed that was reconstructed from wrong shares.
 
     Raises:
         StageError: if the stage before is missing or the public keys are not acceptable.
+        ConfigError: if so many clients may collude that no noise is left to count on.
     """
     state = _with_public_keys(state_after(ADVERTISED, context, run_and_attempt_of(record)), record)
-    seed, own = secrets.token_bytes(32), state.client
-    seeds = masks.split_into_shares(seed, state.mask_keys)
-    keys = masks.split_into_shares(state.mask_key, state.mask_keys)
-    encrypted = {
-        other: encrypt(
-            masks.shared_secret(state.cipher_key, public),
-            share_keys_plaintext_concat(own, other, seeds[other], keys[other]),
-        )
-        for other, public in state.cipher_keys.items()
-        if other != own
+    if "colluding" in record:
+        state = replace(state, colluding=count_of(record, "colluding", 0))
+    state = _with_secrets(state)
+    own = state.client
+    encrypted = {other: _encrypted(state, other) for other in state.mask_keys if other != own}
+    replace(
+        state,
+        stage=SHARED,
+        seed_shares={own: state.seed_shares[own]},
+        key_shares={own: state.key_shares[own]},
+        noise_shares={own: state.noise_shares[own]},
+    ).save(context)
+    committed: dict[str, Value] = {
+        "seed": hashlib.sha256(state.seed).digest(),
+        "noise": noise_seeds.commitment(list(state.noise_seeds.values())),
     }
-    held = replace(state, seed_shares={own: seeds[own]}, key_shares={own: keys[own]})
-    replace(held, stage=SHARED, seed=seed).save(context)
-    commitment = hashlib.sha256(seed).digest()
-    return reply_of(columns("shares", encrypted) | {"seed": commitment})
+    return reply_of(columns("shares", encrypted) | committed)
+
+
+def _noise_given(state: ClientState, arrived: Sequence[int]) -> dict[int, bytes]:
+    """Return a share of s_{j+1} per client whose vector arrived; nothing if all noise is needed."""
+    if state.cohort is None:
+        return {}
+    number = state.cohort.needed(len(state.mask_keys) - len(arrived)) + 1
+    if number > state.cohort.removable:
+        return {}
+    return {c: noise_seeds.share_of(state.noise_shares[c], number) for c in arrived}
 
 
 def unmask(record: ConfigRecord, context: Context) -> ConfigRecord:
     """Stage 4: return one share per client, of the seed or the mask key.
 
-    It is a share of the seed if the client's vector arrived, otherwise of its mask key.
+    It is a share of the seed if the client's vector arrived, otherwise of its mask key. With shared
+    noise, each client whose vector arrived has one share more, of a seed of its superfluous noise.
 
     Raises:
         StageError: if the lists of arrived and lost clients overlap or are incomplete, or too few
             vectors have arrived.
 
     Privacy: both secrets of a client together would reveal its upload. This client reveals a share
-    of one of them, once.
+    of one of them, once. It decides which noise is superfluous by its own count of missing clients.
     """
     state = state_after(MASKED_SENT, context, run_and_attempt_of(record))
     close(state, context)  # first: an attempt has one answer, also if it is a refusal
@@ -132,11 +173,10 @@ def unmask(record: ConfigRecord, context: Context) -> ConfigRecord:
     check(
         state.client in arrived, "this client has sent its vector and must be in the list arrived"
     )
-    enough = len(arrived) >= masks.threshold(len(state.mask_keys))
-    check(enough, "too few vectors have arrived")
+    check(len(arrived) >= state.threshold, "too few vectors have arrived")
     given = {client: state.seed_shares[client] for client in arrived}
     given |= {client: state.key_shares[client] for client in lost}
-    return reply_of(columns("shares", given))
+    return reply_of(columns("shares", given) | columns("noise", _noise_given(state, arrived)))
 
 
 # In the order of the attempts in one message: the present attempt comes first.

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from flwr.app import ConfigRecord, Context
 
+from lalora_app.secagg import masks
 from lalora_app.secagg.messages import (
     StageError,
     Value,
@@ -16,11 +17,13 @@ from lalora_app.secagg.messages import (
     mapping_of,
     run_and_attempt_of,
 )
+from lalora_app.shared_noise.shares import Cohort
 from lalora_app.wire.messages import count_of
 
 # The stages that a client has finished, as stored in its state.
 ADVERTISED, SHARED, MASKED_SENT = "advertised", "shared", "masked"
 OPEN_ATTEMPTS = 3  # the present one, the next one with its shares, the one after it with its keys
+NO_SHARED_NOISE = -1
 _PREFIX = "secagg-"
 _TRAINED = f"{_PREFIX}trained"  # record with the last attempt of each run that began to train
 
@@ -47,6 +50,9 @@ class ClientState:
         cipher_keys: public cipher key per client.
         seed_shares: share of the seed per client that may send a vector.
         key_shares: share of the private mask key per client that may send a vector.
+        colluding: c of a run with shared noise; negative without it.
+        noise_seeds: seeds of this client's own noise, by component.
+        noise_shares: joined shares of the noise seeds per client that may send a vector.
     """
 
     stage: str
@@ -60,6 +66,19 @@ class ClientState:
     cipher_keys: dict[int, bytes] = field(default_factory=dict)
     seed_shares: dict[int, bytes] = field(default_factory=dict)
     key_shares: dict[int, bytes] = field(default_factory=dict)
+    colluding: int = NO_SHARED_NOISE
+    noise_seeds: dict[int, bytes] = field(default_factory=dict)
+    noise_shares: dict[int, bytes] = field(default_factory=dict)
+
+    @property
+    def cohort(self) -> Cohort | None:
+        """The cohort of shared noise; None without it."""
+        return Cohort.of(len(self.mask_keys), self.colluding) if self.colluding >= 0 else None
+
+    @property
+    def threshold(self) -> int:
+        """The number of shares that reconstruct a secret of this attempt."""
+        return self.cohort.threshold if self.cohort else masks.threshold(len(self.mask_keys))
 
     def save(self, context: Context) -> None:
         """Save the state for the next message."""
@@ -81,6 +100,9 @@ def _loaded(record: ConfigRecord) -> ClientState:
         cipher_keys=mapping_of(record, "cipher_keys"),
         seed_shares=mapping_of(record, "seed_shares"),
         key_shares=mapping_of(record, "key_shares"),
+        colluding=count_of(record, "colluding", NO_SHARED_NOISE),
+        noise_seeds=mapping_of(record, "noise_seeds"),
+        noise_shares=mapping_of(record, "noise_shares"),
     )
 
 

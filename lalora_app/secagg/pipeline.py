@@ -23,12 +23,14 @@ class Pipeline:
         cohorts: node id per client number, for every attempt of the run.
         min_clients: smallest number of clients of an attempt.
         timeout: largest duration of a wave in seconds.
+        colluding: c of a run with shared noise; None without it.
     """
 
     run: str
     cohorts: Sequence[Mapping[int, int]]
     min_clients: int
     timeout: float
+    colluding: int | None = None
     _sessions: dict[int, Session] = field(default_factory=dict)
 
     def begin(self, attempt: int, grid: Grid) -> Session:
@@ -55,7 +57,9 @@ class Pipeline:
         if attempt > len(self.cohorts):
             return []
         before = self._sessions.get(attempt)
-        session = Session(self.run, attempt, self.cohorts[attempt - 1], self.min_clients)
+        session = Session(
+            self.run, attempt, self.cohorts[attempt - 1], self.min_clients, self.colluding
+        )
         session.drop_reasons.extend(before.drop_reasons if before else [])
         self._sessions[attempt] = session
         return [session.advertise()]

@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from flwr.app import ConfigRecord
 
-from lalora_app.secagg import masks
+from lalora_app.secagg import masks, noise_seeds
 from lalora_app.secagg.messages import (
     ADVERTISE,
     SHARE,
@@ -25,6 +25,7 @@ from lalora_app.secagg.messages import (
 )
 from lalora_app.secagg.waves import Part
 from lalora_app.shared_noise.lattice import Words
+from lalora_app.shared_noise.shares import Cohort
 from lalora_app.wire.tensors import WireError
 
 
@@ -42,24 +43,36 @@ class Session:
         attempt: number of the attempt; keys are valid for one attempt.
         nodes: node id per client number.
         min_clients: smallest number of clients; with fewer the attempt fails.
+        colluding: c of a run with shared noise; None without it.
         drop_reasons: one sentence per refused or missing reply.
         mask_keys: public mask key per client.
         cipher_keys: public cipher key per client.
         shares: encrypted shares by sender and receiver.
         commitments: SHA-256 of the mask seed per client.
+        noise_commitments: commitment to the noise seeds per client; empty without shared noise.
         revealed: shares from the stage "unmask", by owner and holder.
+        noise_revealed: shares of noise seeds from that stage, by owner and holder.
     """
 
     run: str
     attempt: int
     nodes: Mapping[int, int]
     min_clients: int
+    colluding: int | None = None
     drop_reasons: list[str] = field(default_factory=list)
     mask_keys: dict[int, bytes] = field(default_factory=dict)
     cipher_keys: dict[int, bytes] = field(default_factory=dict)
     shares: dict[int, dict[int, bytes]] = field(default_factory=dict)
     commitments: dict[int, bytes] = field(default_factory=dict)
+    noise_commitments: dict[int, bytes] = field(default_factory=dict)
     revealed: dict[int, dict[int, bytes]] = field(default_factory=dict)
+    noise_revealed: dict[int, dict[int, bytes]] = field(default_factory=dict)
+
+    @property
+    def threshold(self) -> int:
+        """The fewest vectors in a sum, also if there are still too few clients for any sum."""
+        smallest = 1 if self.colluding is None else 2 + self.colluding
+        return masks.threshold(max(len(self.mask_keys), smallest), self.colluding)
 
     def _part(
         self,
@@ -93,13 +106,16 @@ class Session:
             shares, commitment = mapping_of(record, "shares"), bytes_of(record, "seed")
             if set(shares) != set(self.mask_keys) - {client}:
                 raise WireError("there must be one share for every other client")
+            self.noise_commitments[client] = bytes_of(record, "noise")
             self.shares[client], self.commitments[client] = shares, commitment
 
         directory = columns("mask-keys", self.mask_keys) | columns("cipher-keys", self.cipher_keys)
+        if self.colluding is not None:
+            directory["colluding"] = self.colluding
         return self._part(SHARE, {client: directory for client in self.mask_keys}, read)
 
     def _has_enough(self, clients: int) -> bool:
-        needed = max(self.min_clients, masks.threshold(max(len(self.mask_keys), 1)))
+        needed = max(self.min_clients, self.threshold)
         if clients < needed:
             reason = f"{clients} of {len(self.nodes)} are left, and it takes {needed}"
             self.drop_reasons.extend([] if reason in self.drop_reasons else [reason])
@@ -131,12 +147,14 @@ class Session:
             arrived: clients whose masked vectors arrived. Limit: too few of them give no stage.
         """
         arrived = sorted(arrived)
-        if len(arrived) < (needed := masks.threshold(len(self.mask_keys))):
-            reason = f"{len(arrived)} masked vectors arrived, and unmasking takes {needed}"
-            self.drop_reasons.append(reason)
+        if len(arrived) < self.threshold:
+            self.drop_reasons.append(
+                f"{len(arrived)} masked vectors arrived, and unmasking takes {self.threshold}"
+            )
             return []
         lost = sorted(set(self.shares) - set(arrived))
         self.revealed = {client: {} for client in [*arrived, *lost]}
+        self.noise_revealed = {client: {} for client in arrived}
 
         def read(record: ConfigRecord, client: int) -> None:
             shares = mapping_of(record, "shares")
@@ -144,18 +162,20 @@ class Session:
                 raise WireError("there must be one share of every client's secret")
             for owner, share in shares.items():
                 self.revealed[owner][client] = share
+            for owner, share in mapping_of(record, "noise").items():
+                self.noise_revealed.get(owner, {})[client] = share
 
         both: dict[str, Value] = {"arrived": arrived, "lost": lost}
         return [self._part(UNMASK, {client: both for client in arrived}, read)]
 
     def _verified_seed(self, client: int, shares: Mapping[int, bytes]) -> bytes:
-        seed = masks.reconstruct_secret(shares, len(self.mask_keys))
+        seed = masks.reconstruct_secret(shares, self.threshold)
         if hashlib.sha256(seed).digest() != self.commitments[client]:
             raise WireError("a reconstructed seed differs from its client's commitment")
         return seed
 
     def _verified_mask_key(self, client: int, shares: Mapping[int, bytes]) -> bytes:
-        key = masks.reconstruct_secret(shares, len(self.mask_keys))
+        key = masks.reconstruct_secret(shares, self.threshold)
         if masks.public_key_of(key) != self.mask_keys[client]:
             raise WireError("a reconstructed mask key differs from its client's public key")
         return key
@@ -185,3 +205,28 @@ class Session:
                 secret = masks.shared_secret(key, self.mask_keys[other])
                 total = total - masks.pair_mask(other, client, secret, total)
         return total
+
+    def noise_seeds(self) -> dict[int, bytes]:
+        """Return the seed s_{j+1} of the superfluous noise of each client whose vector arrived.
+
+        A client without a verified seed keeps its noise in the sum, and is named in
+        ``drop_reasons``. Limit: no seeds if all noise is needed.
+
+        Privacy: the clients decide by their own counts of missing vectors which seed they reveal.
+        """
+        if self.colluding is None:
+            return {}
+        cohort, found = Cohort.of(len(self.mask_keys), self.colluding), dict[int, bytes]()
+        number = cohort.needed(cohort.clients - len(self.noise_revealed)) + 1
+        if number > cohort.removable:
+            return {}
+        for client, shares in self.noise_revealed.items():
+            try:
+                committed = self.noise_commitments[client]
+                seed = noise_seeds.verified(shares, number, cohort, committed)
+                if seed in found.values():
+                    raise WireError("two clients have one noise seed")
+                found[client] = seed
+            except WireError as error:
+                self.drop_reasons.append(f"noise of client {client} stays in the sum: {error}")
+        return found

@@ -46,16 +46,16 @@ def test_a_mask_depends_on_all_of_its_key():
 @pytest.mark.parametrize("clients", [2, 3, 4, 7])
 def test_a_secret_takes_its_threshold_of_shares(clients):
     secret = secrets.token_bytes(masks.KEY_BYTES)
-    shares = masks.split_into_shares(secret, range(clients))
     needed = masks.threshold(clients)
+    shares = masks.split_into_shares(secret, range(clients), needed)
     assert 2 <= needed <= clients < 2 * needed
     last = dict(list(shares.items())[-needed:])
-    assert masks.reconstruct_secret(last, clients) == secret
+    assert masks.reconstruct_secret(last, needed) == secret
     with pytest.raises(WireError, match="too few"):
-        masks.reconstruct_secret(dict(list(shares.items())[1:needed]), clients)
+        masks.reconstruct_secret(dict(list(shares.items())[1:needed]), needed)
     forged = last | {clients - 1: b"\xff" * len(shares[0])}
     with contextlib.suppress(WireError):
-        assert masks.reconstruct_secret(forged, clients) != secret
+        assert masks.reconstruct_secret(forged, needed) != secret
 
 
 @pytest.mark.parametrize("junk", [b"", b"junk", masks.public_key_of(masks.new_private_key())[:-40]])

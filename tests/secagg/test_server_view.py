@@ -65,8 +65,8 @@ def test_nothing_but_the_allowed_keys_leaves_a_client(tiny):
     allowed = {
         "train": code | {"arrays": {MASKED}, "metrics": {"round", "epsilon"}},
         "advertise": {"advertise": {"code", "mask-key", "cipher-key"}},
-        "share": {"share": {"code", "shares-of", "shares", "seed"}},
-        "unmask": {"unmask": {"code", "shares-of", "shares"}},
+        "share": {"share": {"code", "shares-of", "shares", "seed", "noise"}},
+        "unmask": {"unmask": {"code", "shares-of", "shares", "noise-of", "noise"}},
     }
     hello = {"config": {"client", "rank", "code"}, "model": {"weights", "tokenizer"}}
     for exchange in done.grid.exchanges:

@@ -223,6 +223,7 @@ def test_a_stage_that_fails_changes_no_other_part_of_its_message(table, junk):
     records = {"share": ConfigRecord(junk), "advertise": ConfigRecord(junk)}
     content = table.train(0, also=records)
     assert MASKED in content["arrays"]
+    assert "refusal" not in content["config"]
     assert all(dict(content[name]) == {"refusal": "request"} for name in records)
     order = {"run": "run-1", "attempt": 2, "client": 1}
     content = table.train(1, sources=[], also={"advertise": ConfigRecord(order)})
