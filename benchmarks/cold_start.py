@@ -254,7 +254,7 @@ def _rounds(site: Site, config: Any) -> tuple[list[Row], list[Any]]:
 
 
 def _require(reply: Any, refusal: str | None) -> None:
-    found = reply.content["config"].get("refusal")
+    found = next((r["refusal"] for r in reply.content.values() if "refusal" in r), None)
     if found != refusal:
         raise RuntimeError(f"the reply has the refusal {found!r}, and must have {refusal!r}")
 
@@ -284,6 +284,7 @@ def _waves() -> dict[str, tuple[Any, Any]]:
     import secagg
     from flwr.app import Message
 
+    from lalora_app.secagg.messages import KEYS_MESSAGE
     from lalora_app.wire.flower_bytes import context_from_bytes, context_to_bytes
 
     found: dict[str, tuple[Any, Any]] = {}
@@ -291,9 +292,10 @@ def _waves() -> dict[str, tuple[Any, Any]]:
     class Recording(secagg.Loopback):
         def _answer(self, message: Message) -> Message:
             context = self.contexts[message.metadata.dst_node_id]
-            wave = message.metadata.message_type.partition(".")[2]
             before = context_from_bytes(context_to_bytes(context))
-            found.setdefault(wave, (message, before))
+            if message.metadata.message_type == KEYS_MESSAGE:
+                for wave in [wave for wave in WAVES if wave in message.content]:
+                    found.setdefault(wave, (message, before))
             return super()._answer(message)
 
     config, start = secagg.config_of("secagg+", 20, 1), secagg.adapter_of("default")

@@ -33,8 +33,10 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from lalora_app.adapter.factors import Adapter, select
+from lalora_app.client.answers import add_stages
 from lalora_app.methods.compatibility import method_of
-from lalora_app.secagg import client, fixed_point
+from lalora_app.secagg import fixed_point, upload
+from lalora_app.secagg.messages import KEYS_MESSAGE
 from lalora_app.server.cohorts import Clients
 from lalora_app.server_app import STRATEGIES
 from lalora_app.server_state.state import ServerState
@@ -45,11 +47,6 @@ APP = Path(__file__).resolve().parents[1]
 OUTPUT = Path(__file__).parent / "results" / "secagg.json"
 SHAPES = {"tiny": (4, 16, 2), "default": (12, 384, 8)}  # target layers, width, rank
 FACTOR = 1 << 40  # makes node ids as large as Flower's
-STAGES = {
-    "advertise": client.advertise_keys,
-    "share": client.share_secrets,
-    "unmask": client.unmask,
-}
 
 
 def adapter_of(size: str) -> Adapter:
@@ -78,19 +75,21 @@ class Loopback(Grid):
         """Reply like a client, with noise in place of the result of training."""
         request = messages.parse_request(message.content, self.config)
         start = select(messages.adapter_of(message.content, self.like), frozenset("B"))
-        upload = {
+        sent = {
             n: x + 0.05 * self.rng.standard_normal(x.shape, np.float32) for n, x in start.items()
         }
-        self.uploads.append(upload)
-        seal = client.UPLOAD_ENCODERS[self.config.secure_aggregation](
+        self.uploads.append(sent)
+        seal = upload.UPLOAD_ENCODERS[self.config.secure_aggregation](
             message.content, context, request
         )
-        return messages.TrainReply(seal(upload, start), request.round, 1.0).record()
+        return messages.TrainReply(seal(sent, start), request.round, 1.0).record()
 
     def _answer(self, message: Message) -> Message:
         context = self.contexts[message.metadata.dst_node_id]
-        stage = message.metadata.message_type.partition(".")[2]
-        return Message(STAGES.get(stage, self._trained)(message, context), reply_to=message)
+        trains = message.metadata.message_type != KEYS_MESSAGE
+        content = self._trained(message, context) if trains else RecordDict()
+        add_stages(content, message, context)
+        return Message(content, reply_to=message)
 
     def send_and_receive(self, messages, *, timeout=None):
         """Deliver messages; time in here counts as client time, all other time as server time."""

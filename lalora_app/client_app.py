@@ -1,10 +1,9 @@
 """The ClientApp: one message in, one reply out; every error becomes a fixed sentence."""
 
-from flwr.app import Context, Message
+from flwr.app import Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from lalora_app.client import answers
-from lalora_app.secagg import client as secagg
 from lalora_app.site_worker.hand_over import by_site_worker
 
 app = ClientApp()
@@ -26,23 +25,18 @@ def query(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Train one round under the client's own ledger and policy, or refuse."""
-    return _answer(message, context, by_site_worker("train", answers.train))
+    """Train one round under the client's own ledger and policy, or refuse.
+
+    A stage of a later attempt in the same message is answered in any case, and after it.
+    """
+    reply = _answer(message, context, by_site_worker("train", answers.train))
+    answers.add_stages(reply.content, message, context)
+    return reply
 
 
-@app.train("advertise")
-def advertise(message: Message, context: Context) -> Message:
-    """Begin an attempt under secure aggregation with fresh keys. Spends nothing."""
-    return _answer(message, context, secagg.advertise_keys)
-
-
-@app.train("share")
-def share(message: Message, context: Context) -> Message:
-    """Share the secrets of this attempt's masks among its clients. Spends nothing."""
-    return _answer(message, context, secagg.share_secrets)
-
-
-@app.train("unmask")
-def unmask(message: Message, context: Context) -> Message:
-    """Give shares that remove the masks from the sum of enough uploads; spends nothing."""
-    return _answer(message, context, secagg.unmask)
+@app.train("secagg")
+def secagg(message: Message, context: Context) -> Message:
+    """Answer stages of secure aggregation that need no model; spends nothing."""
+    content = RecordDict()
+    answers.add_stages(content, message, context)
+    return Message(content, reply_to=message)

@@ -15,9 +15,10 @@ from lalora_app.client.received_round import read_request
 from lalora_app.privacy.budget import BudgetError
 from lalora_app.privacy.ledger import LedgerBusyError
 from lalora_app.privacy.policy import PolicyError
-from lalora_app.secagg import client as secagg
+from lalora_app.secagg.client import STAGES
 from lalora_app.secagg.fixed_point import RangeError
 from lalora_app.secagg.messages import StageError
+from lalora_app.secagg.upload import UPLOAD_ENCODERS
 from lalora_app.settings.errors import ConfigError, DataError
 from lalora_app.site_files import held_download
 from lalora_app.wire import messages, tensors
@@ -66,6 +67,31 @@ def content_or_refusal(message: Message, context: Context, handle: Handler) -> R
         return messages.refusal(refusal_key(error, context.node_config))
 
 
+def _stage(name: str) -> Handler:
+    """Return the handler of a stage of secure aggregation; its content is one record."""
+
+    def handle(message: Message, context: Context) -> RecordDict:
+        record = message.content.config_records[name]
+        return RecordDict({messages.CONFIG: STAGES[name](record, context)})
+
+    return handle
+
+
+def add_stages(content: RecordDict, message: Message, context: Context) -> None:
+    """Add the reply to each stage of secure aggregation in a message; none needs a model.
+
+    Args:
+        content: the content of the reply.
+        message: the message, with one record per stage.
+        context: Flower's context of the client.
+
+    Limit: a stage that fails is a refusal in its own record, and changes no other record.
+    """
+    for name in [name for name in STAGES if name in message.content.config_records]:
+        found = content_or_refusal(message, context, _stage(name))
+        content[name] = found[messages.CONFIG]
+
+
 def hello(message: Message, context: Context) -> RecordDict:
     """Return the site's name, rank and base model, after checking that its data can take part.
 
@@ -86,7 +112,7 @@ def train(message: Message, context: Context) -> RecordDict:
     if repeated is not None:
         return repeated
     # A stage of secure aggregation out of order is refused here, before anything is spent.
-    make_encoder = secagg.UPLOAD_ENCODERS[asked.config.secure_aggregation]
+    make_encoder = UPLOAD_ENCODERS[asked.config.secure_aggregation]
     encode_upload = make_encoder(message.content, context, asked.request)
     check_limits(asked.config, asked.site, asked.request)
     from lalora_app.client import requests  # imports torch, transformers and PEFT

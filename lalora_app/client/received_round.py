@@ -22,7 +22,7 @@ from lalora_app.client.site import Site, admit
 from lalora_app.methods.compatibility import method_of
 from lalora_app.methods.method import Method
 from lalora_app.privacy.accounting import epsilon
-from lalora_app.secagg.client import Upload
+from lalora_app.secagg.upload import Upload
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.names import NONE
 from lalora_app.settings.run_config import Config, parse

@@ -28,7 +28,7 @@ from lalora_app.models import backbone
 from lalora_app.privacy import randomness
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.private_step import step
-from lalora_app.secagg import client as secagg
+from lalora_app.secagg.upload import Upload, UploadEncoder
 from lalora_app.settings.run_config import Config
 from lalora_app.wire import messages
 from lalora_app.wire.same_model import check_same_model
@@ -141,12 +141,12 @@ def _log_durations(current: Round, clock: Sequence[float]) -> None:
         _log.info("LaLoRA timing %d %s %.3f %.3f", attempt, client, accounting, training)
 
 
-def _encoded(current: Round, result: Adapter, encode: secagg.UploadEncoder) -> secagg.Upload:
+def _encoded(current: Round, result: Adapter, encode: UploadEncoder) -> Upload:
     """Return the factors that travel in this round, encoded for the wire."""
     return encode(select(result, current.sent), select(current.received.adapter, current.sent))
 
 
-def train(asked: Asked, encode_upload: secagg.UploadEncoder) -> RecordDict:
+def train(asked: Asked, encode_upload: UploadEncoder) -> RecordDict:
     """Train one round and return the reply.
 
     Args:

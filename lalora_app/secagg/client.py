@@ -1,62 +1,56 @@
-"""The client's four stages of the protocol, in this order.
+"""The client's stages of the protocol that need no model; an attempt has four, in this order.
 
 * :func:`advertise_keys`: create two key pairs and send their public keys.
-* :func:`share_secrets`: split the mask key and the mask seed into shares, encrypted for the others.
-* :func:`send_masked`: after training, send the update plus masks.
+* :func:`share_secrets`: split the secrets into shares, encrypted for the others.
+* `upload.py`: after training, send the update plus masks.
 * :func:`unmask`: send one share per client, with which the server removes the masks of the sum.
 
 A stage out of order raises `StageError`. So no attempt trains twice, no mask is used for two
-vectors, and no client reveals shares of both secrets of another client.
+vectors, and no client reveals shares of both secrets of another client. Stages of different
+attempts do not depend on each other.
 """
 
 import hashlib
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
-from cryptography.fernet import InvalidToken
-from flwr.app import ConfigRecord, Context, Message, RecordDict
-from flwr.common.secure_aggregation.crypto.symmetric_encryption import decrypt, encrypt
-from flwr.common.secure_aggregation.secaggplus_utils import (
-    share_keys_plaintext_concat,
-    share_keys_plaintext_separate,
-)
+from flwr.app import ConfigRecord, Context
+from flwr.common.secure_aggregation.crypto.symmetric_encryption import encrypt
+from flwr.common.secure_aggregation.secaggplus_utils import share_keys_plaintext_concat
 
-from lalora_app.adapter.factors import Adapter
-from lalora_app.secagg import fixed_point, masks
+from lalora_app.secagg import masks, noise_seeds
 from lalora_app.secagg.client_state import (
     ADVERTISED,
-    DONE,
     MASKED_SENT,
     SHARED,
-    TRAINING,
     ClientState,
+    begin,
     check,
+    close,
     state_after,
 )
 from lalora_app.secagg.messages import (
-    MASKED,
-    StageError,
+    ADVERTISE,
+    SHARE,
+    UNMASK,
+    Value,
     clients_of,
     columns,
     mapping_of,
-    record_of,
     reply_of,
     run_and_attempt_of,
 )
-from lalora_app.wire.messages import TrainRequest, count_of
-
-Upload = Mapping[str, np.ndarray]
-UploadEncoder = Callable[[Adapter, Adapter], Upload]
+from lalora_app.shared_noise import seeded
+from lalora_app.wire.messages import count_of
 
 
-def advertise_keys(message: Message, context: Context) -> RecordDict:
+def advertise_keys(record: ConfigRecord, context: Context) -> ConfigRecord:
     """Stage 1: start an attempt with new keys and return the public keys.
 
-    The state of an earlier attempt is overwritten.
+    Raises:
+        StageError: if this client began to train in this attempt or in a later one.
     """
-    record = record_of(message.content)
     state = ClientState(
         ADVERTISED,
         *run_and_attempt_of(record),
@@ -64,7 +58,7 @@ def advertise_keys(message: Message, context: Context) -> RecordDict:
         mask_key=masks.new_private_key(),
         cipher_key=masks.new_private_key(),
     )
-    state.save(context)
+    begin(state, context)
     public = (masks.public_key_of(key) for key in (state.mask_key, state.cipher_key))
     return reply_of(dict(zip(("mask-key", "cipher-key"), public, strict=True)))
 
@@ -91,139 +85,85 @@ def _with_public_keys(state: ClientState, record: ConfigRecord) -> ClientState:
     return replace(state, mask_keys=mask_keys, cipher_keys=cipher_keys)
 
 
-def share_secrets(message: Message, context: Context) -> RecordDict:
-    """Stage 2: split the two secrets into shares, each encrypted for the client that will hold it.
+def _with_secrets(state: ClientState) -> ClientState:
+    """Return the state with the seeds of mask and noise, and everybody's shares of all secrets."""
+    clients, cohort, seed = state.mask_keys, state.cohort, secrets.token_bytes(32)
+    seeds = seeded.new_seeds(cohort) if cohort else ()
+    noise = noise_seeds.split(seeds, clients, cohort) if cohort else dict.fromkeys(clients, b"")
+    return replace(
+        state,
+        seed=seed,
+        noise_seeds=dict(enumerate(seeds)),
+        seed_shares=masks.split_into_shares(seed, clients, state.threshold),
+        key_shares=masks.split_into_shares(state.mask_key, clients, state.threshold),
+        noise_shares=noise,
+    )
 
-    The reply contains the SHA-256 of the seed (a commitment), so that the server can detect a seed
-    that was reconstructed from wrong shares.
+
+def _encrypted(state: ClientState, other: int) -> bytes:
+    """Return the shares that another client will hold, encrypted for it."""
+    key = masks.shared_secret(state.cipher_key, state.cipher_keys[other])
+    seeds = state.seed_shares[other] + state.noise_shares[other]
+    plain = share_keys_plaintext_concat(state.client, other, seeds, state.key_shares[other])
+    return encrypt(key, plain)
+
+
+def share_secrets(record: ConfigRecord, context: Context) -> ConfigRecord:
+    """Stage 2: split the secrets into shares, each encrypted for the client that will hold it.
+
+    The secrets are the mask seed, the mask key, and with shared noise the seeds of the removable
+    noise. The reply contains a commitment to the seeds (SHA-256), so that the server can detect a
+    seed that was reconstructed from wrong shares.
 
     Raises:
         StageError: if the stage before is missing or the public keys are not acceptable.
+        ConfigError: if so many clients may collude that no noise is left to count on.
     """
-    record = record_of(message.content)
     state = _with_public_keys(state_after(ADVERTISED, context, run_and_attempt_of(record)), record)
-    seed, own = secrets.token_bytes(32), state.client
-    seeds = masks.split_into_shares(seed, state.mask_keys)
-    keys = masks.split_into_shares(state.mask_key, state.mask_keys)
-    encrypted = {
-        other: encrypt(
-            masks.shared_secret(state.cipher_key, public),
-            share_keys_plaintext_concat(own, other, seeds[other], keys[other]),
-        )
-        for other, public in state.cipher_keys.items()
-        if other != own
+    if "colluding" in record:
+        state = replace(state, colluding=count_of(record, "colluding", 0))
+    state = _with_secrets(state)
+    own = state.client
+    encrypted = {other: _encrypted(state, other) for other in state.mask_keys if other != own}
+    replace(
+        state,
+        stage=SHARED,
+        seed_shares={own: state.seed_shares[own]},
+        key_shares={own: state.key_shares[own]},
+        noise_shares={own: state.noise_shares[own]},
+    ).save(context)
+    committed: dict[str, Value] = {
+        "seed": hashlib.sha256(state.seed).digest(),
+        "noise": noise_seeds.commitment(list(state.noise_seeds.values())),
     }
-    held = replace(state, seed_shares={own: seeds[own]}, key_shares={own: keys[own]})
-    replace(held, stage=SHARED, seed=seed).save(context)
-    commitment = hashlib.sha256(seed).digest()
-    return reply_of(columns("shares", encrypted) | {"seed": commitment})
+    return reply_of(columns("shares", encrypted) | committed)
 
 
-def _decrypted_shares(state: ClientState, source: int, encrypted: bytes) -> tuple[bytes, bytes]:
-    """Decrypt the shares of the two secrets of client ``source``.
-
-    Raises:
-        StageError: if the shares do not decrypt or belong to another pair of clients.
-    """
-    check(source in state.cipher_keys, "shares must come from a client with public keys")
-    try:
-        plain = decrypt(masks.shared_secret(state.cipher_key, state.cipher_keys[source]), encrypted)
-    except InvalidToken as error:
-        raise StageError("a share cannot be decrypted") from error
-    sender, receiver, seed_share, key_share = share_keys_plaintext_separate(plain)
-    check(
-        (sender, receiver) == (source, state.client),
-        "a share must name its sender and this client as receiver",
-    )
-    return seed_share, key_share
+def _noise_given(state: ClientState, arrived: Sequence[int]) -> dict[int, bytes]:
+    """Return a share of s_{j+1} per client whose vector arrived; nothing if all noise is needed."""
+    if state.cohort is None:
+        return {}
+    number = state.cohort.needed(len(state.mask_keys) - len(arrived)) + 1
+    if number > state.cohort.removable:
+        return {}
+    return {c: noise_seeds.share_of(state.noise_shares[c], number) for c in arrived}
 
 
-def _receive_shares(content: RecordDict, context: Context, request: TrainRequest) -> ClientState:
-    """Decrypt and check the other clients' shares, before training.
-
-    The state is saved as "training" first, so that this attempt cannot train a second time.
-    """
-    state = state_after(SHARED, context, (request.run, request.attempt))
-    replace(state, stage=TRAINING).save(context)
-    encrypted = mapping_of(record_of(content), "shares")
-    check(
-        state.client not in encrypted,
-        "the shares of this client itself must not be among the shares",
-    )
-    opened = {
-        source: _decrypted_shares(state, source, share) for source, share in encrypted.items()
-    }
-    enough = len(opened) + 1 >= masks.threshold(len(state.mask_keys))
-    check(enough, "too few clients have shared their secrets")
-    seeds = {source: pair[0] for source, pair in opened.items()}
-    keys = {source: pair[1] for source, pair in opened.items()}
-    return replace(state, seed_shares=state.seed_shares | seeds, key_shares=state.key_shares | keys)
-
-
-def _masked_update(state: ClientState, upload: Adapter, start: Adapter) -> Upload:
-    """Return the quantised update plus the client's own mask and one mask per other client."""
-    update = fixed_point.update_of(upload, start)
-    words = fixed_point.quantise(update, len(state.mask_keys))
-    words = words + masks.mask(state.seed, words.size)
-    for other in state.seed_shares:
-        if other != state.client:
-            secret = masks.shared_secret(state.mask_key, state.mask_keys[other])
-            words = words + masks.pair_mask(state.client, other, secret, words.size)
-    return {MASKED: words}
-
-
-def send_masked(content: RecordDict, context: Context, request: TrainRequest) -> UploadEncoder:
-    """Stage 3: return the function that turns an upload into a masked vector.
-
-    Call this before privacy budget is reserved: it checks that the attempt may train.
-
-    Args:
-        content: content of the training request, with the other clients' shares.
-        context: Flower's context of the client.
-        request: the parsed training request.
-
-    Raises:
-        StageError: if an earlier stage is missing or a share is wrong. No budget has been spent
-            then, and this attempt cannot train any more.
-
-    Privacy: the vector is uniformly random without knowledge of the masks. The upload is clipped
-    and noised before; its (ε, δ) guarantee does not depend on the masks.
-    """
-    state = _receive_shares(content, context, request)
-
-    def encode(upload: Adapter, start: Adapter) -> Upload:
-        masked = _masked_update(state, upload, start)
-        # The client's own secrets are no longer needed; other clients hold shares of them.
-        spent = replace(state, mask_key=b"", cipher_key=b"", seed=b"")
-        replace(spent, stage=MASKED_SENT).save(context)
-        return masked
-
-    return encode
-
-
-def send_unmasked(content: RecordDict, context: Context, request: TrainRequest) -> UploadEncoder:
-    """Return the function that leaves an upload unchanged (no secure aggregation)."""
-    return lambda upload, start: upload
-
-
-UPLOAD_ENCODERS = {"none": send_unmasked, "secagg+": send_masked}
-
-
-def unmask(message: Message, context: Context) -> RecordDict:
+def unmask(record: ConfigRecord, context: Context) -> ConfigRecord:
     """Stage 4: return one share per client, of the seed or the mask key.
 
-    It is a share of the seed if the client's vector arrived, otherwise of its mask key.
+    It is a share of the seed if the client's vector arrived, otherwise of its mask key. With shared
+    noise, each client whose vector arrived has one share more, of a seed of its superfluous noise.
 
     Raises:
         StageError: if the lists of arrived and lost clients overlap or are incomplete, or too few
             vectors have arrived.
 
     Privacy: both secrets of a client together would reveal its upload. This client reveals a share
-    of one of them, once.
+    of one of them, once. It decides which noise is superfluous by its own count of missing clients.
     """
-    record = record_of(message.content)
     state = state_after(MASKED_SENT, context, run_and_attempt_of(record))
-    replace(state, stage=DONE, seed_shares={}, key_shares={}).save(context)
+    close(state, context)  # first: an attempt has one answer, also if it is a refusal
     arrived, lost = clients_of(record, "arrived"), clients_of(record, "lost")
     check(not set(arrived) & set(lost), "no client may be in both lists, arrived and lost")
     check(
@@ -233,8 +173,11 @@ def unmask(message: Message, context: Context) -> RecordDict:
     check(
         state.client in arrived, "this client has sent its vector and must be in the list arrived"
     )
-    enough = len(arrived) >= masks.threshold(len(state.mask_keys))
-    check(enough, "too few vectors have arrived")
+    check(len(arrived) >= state.threshold, "too few vectors have arrived")
     given = {client: state.seed_shares[client] for client in arrived}
     given |= {client: state.key_shares[client] for client in lost}
-    return reply_of(columns("shares", given))
+    return reply_of(columns("shares", given) | columns("noise", _noise_given(state, arrived)))
+
+
+# In the order of the attempts in one message: the present attempt comes first.
+STAGES = {UNMASK: unmask, SHARE: share_secrets, ADVERTISE: advertise_keys}

@@ -9,12 +9,10 @@ entry needs 4 bytes, as in float32.
 from collections.abc import Mapping
 
 import numpy as np
-from numpy.typing import NDArray
 
 from lalora_app.adapter.factors import Adapter, Array
 from lalora_app.adapter.low_rank import Float64Array
-
-Words = NDArray[np.uint32]
+from lalora_app.shared_noise.lattice import Words
 
 # The largest absolute value of an entry of an update. Noised updates of a round are far smaller.
 # A larger entry raises an error; clipping it would change the mean without notice.

@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from flwr.common.secure_aggregation.crypto.shamir import combine_shares, create_shares
 from flwr.common.secure_aggregation.crypto.symmetric_encryption import generate_shared_key
 from flwr.supercore.primitives.asymmetric import (
@@ -20,19 +19,30 @@ from flwr.supercore.primitives.asymmetric import (
     public_key_to_bytes,
 )
 
-from lalora_app.secagg.fixed_point import Words
+from lalora_app.privacy.randomness import key_stream
+from lalora_app.shared_noise.lattice import Words
+from lalora_app.shared_noise.shares import Cohort
 from lalora_app.wire.tensors import WireError
 
 KEY_BYTES = 48  # size of a private key on the curve P-384, which Flower uses
 
 
-def threshold(clients: int) -> int:
+def threshold(clients: int, colluding: int | None = None) -> int:
     """Return the number of shares that reconstruct a secret: two thirds of the clients, at least 2.
 
     Up to a third of the clients may drop out. Every client has two secrets, and another client
     reveals a share of only one of them. A server that wants both secrets needs
     ``2·threshold - clients`` clients that break the protocol.
+
+    Args:
+        clients: number of clients with public keys.
+        colluding: c of a run with shared noise, whose threshold may be larger; None without it.
+
+    Raises:
+        ConfigError: if c is not from 0 to ``clients - 2``.
     """
+    if colluding is not None:
+        return Cohort.of(clients, colluding).threshold
     return max(2, -(-2 * clients // 3))
 
 
@@ -74,24 +84,23 @@ def shared_secret(key: bytes, public: bytes) -> bytes:
         raise WireError("a public key must be a point on P-384, as PEM") from error
 
 
-def split_into_shares(secret: bytes, clients: Iterable[int]) -> dict[int, bytes]:
-    """Split a secret into one Shamir share per client; :func:`threshold` shares reconstruct it."""
+def split_into_shares(secret: bytes, clients: Iterable[int], needed: int) -> dict[int, bytes]:
+    """Split a secret into one Shamir share per client; ``needed`` shares reconstruct it."""
     order = sorted(clients)
-    shares = create_shares(secret, threshold(len(order)), len(order))
+    shares = create_shares(secret, needed, len(order))
     return dict(zip(order, shares, strict=True))
 
 
-def reconstruct_secret(shares: Mapping[int, bytes], clients: int) -> bytes:
+def reconstruct_secret(shares: Mapping[int, bytes], needed: int) -> bytes:
     """Return a secret from enough of its shares.
 
     Args:
         shares: share per client that held it.
-        clients: number of shares that the secret was split into.
+        needed: number of shares that it takes.
 
     Raises:
         WireError: if there are too few shares, or they belong to different secrets.
     """
-    needed = threshold(clients)
     if len(shares) < needed:
         raise WireError(f"{len(shares)} shares of a secret are too few: it takes {needed}")
     try:
@@ -100,13 +109,19 @@ def reconstruct_secret(shares: Mapping[int, bytes], clients: int) -> bytes:
         raise WireError("the shares of a secret do not fit together") from error
 
 
-def mask(key: bytes, size: int) -> Words:
-    """Return ``size`` uniform 32-bit words: the ChaCha20 stream of ``key``, which is used once."""
-    stream = Cipher(algorithms.ChaCha20(key, bytes(16)), mode=None).encryptor()
-    return np.frombuffer(stream.update(bytes(4 * size)), "<u4").astype(np.uint32)
+def mask(key: bytes, like: Words) -> Words:
+    """Return uniform words: the ChaCha20 stream of ``key``, which is used once.
+
+    Args:
+        key: 32 bytes.
+        like: a vector of 32-bit or 64-bit words, for size and type.
+    """
+    words = np.empty_like(like)
+    words[:] = np.frombuffer(key_stream(key, like.nbytes), like.dtype.newbyteorder("<"))
+    return words
 
 
-def pair_mask(own: int, other: int, secret: bytes, size: int) -> Words:
+def pair_mask(own: int, other: int, secret: bytes, like: Words) -> Words:
     """Return the mask of a pair of clients, as added by the client ``own``.
 
     The other client adds the negative of it, so the masks cancel in the sum.
@@ -115,7 +130,7 @@ def pair_mask(own: int, other: int, secret: bytes, size: int) -> Words:
         own: number of the client that adds the mask.
         other: number of the other client.
         secret: shared secret of the two clients.
-        size: number of 32-bit words.
+        like: a vector of 32-bit or 64-bit words, for size and type.
     """
-    words = mask(base64.urlsafe_b64decode(secret), size)
+    words = mask(base64.urlsafe_b64decode(secret), like)
     return words if own < other else np.negative(words)

@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping
 
-from flwr.app import ConfigRecord, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 
 from lalora_app.wire.code_version import code_hash
-from lalora_app.wire.messages import CONFIG, count_of
+from lalora_app.wire.messages import count_of
+from lalora_app.wire.refusals import RefusedError
 from lalora_app.wire.tensors import WireError
 
 # The types of values that a Flower ConfigRecord accepts.
@@ -14,7 +15,10 @@ Value = (
     | list[int] | list[float] | list[str] | list[bytes] | list[bool]
 )  # fmt: skip
 
-SECAGG = "secagg"  # name of the record in messages and in the client's state
+# Names of the records of the stages in a message and in its reply.
+ADVERTISE, SHARE, UNMASK = "advertise", "share", "unmask"
+SECAGG = "secagg"  # name of the record in a training request
+KEYS_MESSAGE = "train.secagg"  # type of a message that has stages only
 MASKED = "masked"  # name of the masked vector in a reply, in place of the tensors
 
 
@@ -22,10 +26,25 @@ class StageError(WireError):
     """A message breaks the order or the rules of the stages; its text is never sent."""
 
 
-def reply_of(values: Mapping[str, Value]) -> RecordDict:
+def reply_of(values: Mapping[str, Value]) -> ConfigRecord:
     """Return a client's reply to a stage, with the given values."""
-    code = ConfigRecord({"code": code_hash()})
-    return RecordDict({CONFIG: code, SECAGG: ConfigRecord(dict(values))})
+    return ConfigRecord({"code": code_hash()} | dict(values))
+
+
+def stage_reply(message: Message, stage: str) -> ConfigRecord:
+    """Return the record of one stage in a client's reply.
+
+    Raises:
+        WireError: if the record is missing or a refusal, or the client runs other code.
+    """
+    record = message.content.config_records.get(stage, ConfigRecord())
+    if not record:
+        raise WireError("the reply lacks this stage")
+    if "refusal" in record:
+        raise RefusedError(str(record["refusal"]))
+    if record.get("code") != code_hash():
+        raise WireError("the client runs other code than the server")
+    return record
 
 
 def columns(name: str, values: Mapping[int, bytes]) -> dict[str, Value]:
@@ -33,9 +52,9 @@ def columns(name: str, values: Mapping[int, bytes]) -> dict[str, Value]:
     return {f"{name}-of": list(values), name: list(values.values())}
 
 
-def record_of(content: RecordDict) -> ConfigRecord:
-    """Return the protocol's record of a message. Limit: an empty record if it is missing."""
-    return content.config_records.get(SECAGG, ConfigRecord())
+def record_of(content: RecordDict, name: str) -> ConfigRecord:
+    """Return a record of a message. Limit: an empty record if it is missing."""
+    return content.config_records.get(name, ConfigRecord())
 
 
 def clients_of(record: ConfigRecord, name: str) -> list[int]:

@@ -2,23 +2,31 @@
 
 The server's stages are: collect public keys ("advertise"), forward encrypted shares ("share"), let
 the strategy collect masked vectors ("train"), and collect shares to remove the masks ("unmask").
+`pipeline.py` decides in which wave a stage travels.
 """
 
+import functools
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-from flwr.app import ConfigRecord, Message, RecordDict
-from flwr.serverapp import Grid
+from flwr.app import ConfigRecord
 
-from lalora_app.secagg import masks
-from lalora_app.secagg.fixed_point import Words
-from lalora_app.secagg.messages import SECAGG, Value, bytes_of, columns, mapping_of, record_of
-from lalora_app.wire.messages import content_or_raise
+from lalora_app.secagg import masks, noise_seeds
+from lalora_app.secagg.messages import (
+    ADVERTISE,
+    SHARE,
+    UNMASK,
+    Value,
+    bytes_of,
+    columns,
+    mapping_of,
+)
+from lalora_app.secagg.waves import Part
+from lalora_app.shared_noise.lattice import Words
+from lalora_app.shared_noise.shares import Cohort
 from lalora_app.wire.tensors import WireError
-
-ReplyReader = Callable[[ConfigRecord, int], None]  # (record of a reply, its client)
 
 
 def _shares_for(client: int, shares: Mapping[int, Mapping[int, bytes]]) -> dict[int, bytes]:
@@ -31,168 +39,194 @@ class Session:
     """The protocol of one attempt. A client that drops out at one stage is not asked again.
 
     Attributes:
-        grid: Flower's connection to the clients.
-        timeout: largest duration of a stage in seconds.
         run: name of the run.
         attempt: number of the attempt; keys are valid for one attempt.
         nodes: node id per client number.
         min_clients: smallest number of clients; with fewer the attempt fails.
+        colluding: c of a run with shared noise; None without it.
         drop_reasons: one sentence per refused or missing reply.
         mask_keys: public mask key per client.
+        cipher_keys: public cipher key per client.
+        shares: encrypted shares by sender and receiver.
         commitments: SHA-256 of the mask seed per client.
+        noise_commitments: commitment to the noise seeds per client; empty without shared noise.
+        revealed: shares from the stage "unmask", by owner and holder.
+        noise_revealed: shares of noise seeds from that stage, by owner and holder.
     """
 
-    grid: Grid
-    timeout: float
     run: str
     attempt: int
     nodes: Mapping[int, int]
     min_clients: int
+    colluding: int | None = None
     drop_reasons: list[str] = field(default_factory=list)
     mask_keys: dict[int, bytes] = field(default_factory=dict)
+    cipher_keys: dict[int, bytes] = field(default_factory=dict)
+    shares: dict[int, dict[int, bytes]] = field(default_factory=dict)
     commitments: dict[int, bytes] = field(default_factory=dict)
+    noise_commitments: dict[int, bytes] = field(default_factory=dict)
+    revealed: dict[int, dict[int, bytes]] = field(default_factory=dict)
+    noise_revealed: dict[int, dict[int, bytes]] = field(default_factory=dict)
 
-    def _message(self, client: int, stage: str, values: Mapping[str, Value]) -> Message:
+    @property
+    def threshold(self) -> int:
+        """The fewest vectors in a sum, also if there are still too few clients for any sum."""
+        smallest = 1 if self.colluding is None else 2 + self.colluding
+        return masks.threshold(max(len(self.mask_keys), smallest), self.colluding)
+
+    def _part(
+        self,
+        stage: str,
+        values: Mapping[int, Mapping[str, Value]],
+        read: Callable[[ConfigRecord, int], None],
+    ) -> Part:
+        """Return one stage, from the fields per client and the function that reads a reply."""
         order: dict[str, Value] = {"run": self.run, "attempt": self.attempt}
-        content = RecordDict({SECAGG: ConfigRecord(order | dict(values))})
-        return Message(
-            content,
-            dst_node_id=self.nodes[client],
-            message_type=f"train.{stage}",
-            group_id=str(self.attempt),
+        clients = {self.nodes[client]: client for client in values}
+        records = {
+            node: ConfigRecord(order | dict(values[client])) for node, client in clients.items()
+        }
+        return Part(
+            stage, records, lambda record, node: read(record, clients[node]), self.drop_reasons
         )
 
-    def _read_reply(
-        self, stage: str, message: Message, read: ReplyReader, asked: Mapping[int, int]
-    ) -> None:
-        """Read one reply; an invalid reply is dropped and does not end the attempt."""
-        try:
-            record, node = record_of(content_or_raise(message)), message.metadata.src_node_id
-            if node not in asked:
-                raise WireError("the reply of a node that was not asked")
-            read(record, asked[node])
-        except WireError as error:
-            self.drop_reasons.append(f"{stage}: {error}")
-
-    def _run_stage(
-        self, stage: str, values: Mapping[int, Mapping[str, Value]], read: ReplyReader
-    ) -> None:
-        """Send the messages of one stage and read the replies.
-
-        Args:
-            stage: name of the stage.
-            values: fields of the message per client.
-            read: function that reads one reply.
-        """
-        messages = [self._message(client, stage, own) for client, own in values.items()]
-        replies = list(self.grid.send_and_receive(messages, timeout=self.timeout))
-        asked = {self.nodes[client]: client for client in values}
-        for message in replies:
-            self._read_reply(stage, message, read, asked)
-        if (missing := len(messages) - len(replies)) > 0:
-            self.drop_reasons.append(f"{stage}: {missing} did not answer in time")
-
-    def _collect_public_keys(self) -> dict[str, Value]:
-        """Stage "advertise": collect the two public keys of every client."""
-        cipher_keys: dict[int, bytes] = {}
+    def advertise(self) -> Part:
+        """Return the stage that collects the two public keys of every client."""
 
         def read(record: ConfigRecord, client: int) -> None:
             keys = bytes_of(record, "mask-key"), bytes_of(record, "cipher-key")
-            self.mask_keys[client], cipher_keys[client] = keys
+            self.mask_keys[client], self.cipher_keys[client] = keys
 
-        self._run_stage("advertise", {client: {"client": client} for client in self.nodes}, read)
-        return columns("mask-keys", self.mask_keys) | columns("cipher-keys", cipher_keys)
+        return self._part(ADVERTISE, {client: {"client": client} for client in self.nodes}, read)
 
-    def _collect_shares(self, directory: Mapping[str, Value]) -> dict[int, dict[int, bytes]]:
-        """Stage "share": return the encrypted shares by sender and receiver."""
-        found: dict[int, dict[int, bytes]] = {}
+    def share(self) -> Part:
+        """Return the stage that collects the encrypted shares."""
 
         def read(record: ConfigRecord, client: int) -> None:
             shares, commitment = mapping_of(record, "shares"), bytes_of(record, "seed")
             if set(shares) != set(self.mask_keys) - {client}:
                 raise WireError("there must be one share for every other client")
-            found[client], self.commitments[client] = shares, commitment
+            self.noise_commitments[client] = bytes_of(record, "noise")
+            self.shares[client], self.commitments[client] = shares, commitment
 
-        self._run_stage("share", {client: directory for client in self.mask_keys}, read)
-        return found
+        directory = columns("mask-keys", self.mask_keys) | columns("cipher-keys", self.cipher_keys)
+        if self.colluding is not None:
+            directory["colluding"] = self.colluding
+        return self._part(SHARE, {client: directory for client in self.mask_keys}, read)
 
     def _has_enough(self, clients: int) -> bool:
-        needed = max(self.min_clients, masks.threshold(max(len(self.mask_keys), 1)))
+        needed = max(self.min_clients, self.threshold)
         if clients < needed:
-            self.drop_reasons.append(
-                f"{clients} of {len(self.nodes)} are left, and it takes {needed}"
-            )
+            reason = f"{clients} of {len(self.nodes)} are left, and it takes {needed}"
+            self.drop_reasons.extend([] if reason in self.drop_reasons else [reason])
         return clients >= needed
 
-    def share_secrets(self) -> dict[int, dict[str, Value]]:
-        """Run the stages "advertise" and "share".
+    def has_keys(self) -> bool:
+        """Tell whether enough clients have sent their public keys, and note it if not."""
+        return self._has_enough(len(self.mask_keys))
 
-        Returns:
-            Per client, the fields to add to its training request: the shares encrypted for it.
-            Empty if too few clients have replied; then no client trains and no budget is spent.
+    def has_shares(self) -> bool:
+        """Tell whether enough clients have sent their shares, and note it if not.
+
+        Without enough of them no client trains and no budget is spent.
         """
-        directory = self._collect_public_keys()
-        if not self._has_enough(len(self.mask_keys)):
-            return {}
-        shares = self._collect_shares(directory)
-        if not self._has_enough(len(shares)):
-            return {}
-        return {client: columns("shares", _shares_for(client, shares)) for client in shares}
+        return self._has_enough(len(self.shares))
 
-    def _collect_unmasking_shares(
-        self, arrived: list[int], lost: list[int]
-    ) -> dict[int, dict[int, bytes]]:
-        """Stage "unmask": return one secret's shares per client, by owner and holder."""
-        found: dict[int, dict[int, bytes]] = {client: {} for client in [*arrived, *lost]}
+    def training_fields(self) -> dict[int, dict[str, Value]]:
+        """Return, per client that may train, the fields to add to its training request."""
+        if not self.has_shares():
+            return {}
+        return {
+            client: columns("shares", _shares_for(client, self.shares)) for client in self.shares
+        }
+
+    def unmask(self, arrived: Iterable[int]) -> list[Part]:
+        """Return the stage that collects one secret's shares per client.
+
+        Args:
+            arrived: clients whose masked vectors arrived. Limit: too few of them give no stage.
+        """
+        arrived = sorted(arrived)
+        if len(arrived) < self.threshold:
+            self.drop_reasons.append(
+                f"{len(arrived)} masked vectors arrived, and unmasking takes {self.threshold}"
+            )
+            return []
+        lost = sorted(set(self.shares) - set(arrived))
+        self.revealed = {client: {} for client in [*arrived, *lost]}
+        self.noise_revealed = {client: {} for client in arrived}
 
         def read(record: ConfigRecord, client: int) -> None:
             shares = mapping_of(record, "shares")
-            if set(shares) != set(found):
+            if set(shares) != set(self.revealed):
                 raise WireError("there must be one share of every client's secret")
             for owner, share in shares.items():
-                found[owner][client] = share
+                self.revealed[owner][client] = share
+            for owner, share in mapping_of(record, "noise").items():
+                self.noise_revealed.get(owner, {})[client] = share
 
         both: dict[str, Value] = {"arrived": arrived, "lost": lost}
-        self._run_stage("unmask", {client: both for client in arrived}, read)
-        return found
+        return [self._part(UNMASK, {client: both for client in arrived}, read)]
 
     def _verified_seed(self, client: int, shares: Mapping[int, bytes]) -> bytes:
-        seed = masks.reconstruct_secret(shares, len(self.mask_keys))
+        seed = masks.reconstruct_secret(shares, self.threshold)
         if hashlib.sha256(seed).digest() != self.commitments[client]:
             raise WireError("a reconstructed seed differs from its client's commitment")
         return seed
 
     def _verified_mask_key(self, client: int, shares: Mapping[int, bytes]) -> bytes:
-        key = masks.reconstruct_secret(shares, len(self.mask_keys))
+        key = masks.reconstruct_secret(shares, self.threshold)
         if masks.public_key_of(key) != self.mask_keys[client]:
             raise WireError("a reconstructed mask key differs from its client's public key")
         return key
 
     def unmasked_sum(self, vectors: Mapping[int, Words]) -> Words:
-        """Remove all masks from the sum of the masked vectors; return the sum modulo 2^32.
+        """Remove all masks from the sum of the masked vectors; return the sum modulo 2^w.
 
         The mask of every client whose vector arrived is computed from its seed. The pair masks of
         lost clients are computed from their mask keys.
 
         Args:
-            vectors: masked vector per client.
+            vectors: masked vector per client, of words of w = 32 or 64 bits; the clients are those
+                named in :meth:`unmask`.
 
         Raises:
-            WireError: if too few vectors arrived, too few clients sent shares, or a reconstructed
-                secret is wrong.
+            WireError: if too few clients sent shares, or a reconstructed secret is wrong.
 
         Privacy: only the sum over the clients is revealed.
         """
-        arrived, lost = sorted(vectors), sorted(set(self.commitments) - set(vectors))
-        if len(arrived) < (needed := masks.threshold(len(self.mask_keys))):
-            raise WireError(f"{len(arrived)} masked vectors arrived, and unmasking takes {needed}")
-        shares = self._collect_unmasking_shares(arrived, lost)
-        total: Words = np.add.reduce(list(vectors.values()), dtype=np.uint32)
-        for client in arrived:
-            total = total - masks.mask(self._verified_seed(client, shares[client]), total.size)
-        for client in lost:
-            key = self._verified_mask_key(client, shares[client])
-            for other in arrived:
+        total: Words = functools.reduce(np.add, vectors.values())
+        for client in vectors:
+            seed = self._verified_seed(client, self.revealed[client])
+            total = total - masks.mask(seed, total)
+        for client in set(self.revealed) - set(vectors):
+            key = self._verified_mask_key(client, self.revealed[client])
+            for other in vectors:
                 secret = masks.shared_secret(key, self.mask_keys[other])
-                total = total - masks.pair_mask(other, client, secret, total.size)
+                total = total - masks.pair_mask(other, client, secret, total)
         return total
+
+    def noise_seeds(self) -> dict[int, bytes]:
+        """Return the seed s_{j+1} of the superfluous noise of each client whose vector arrived.
+
+        A client without a verified seed keeps its noise in the sum, and is named in
+        ``drop_reasons``. Limit: no seeds if all noise is needed.
+
+        Privacy: the clients decide by their own counts of missing vectors which seed they reveal.
+        """
+        if self.colluding is None:
+            return {}
+        cohort, found = Cohort.of(len(self.mask_keys), self.colluding), dict[int, bytes]()
+        number = cohort.needed(cohort.clients - len(self.noise_revealed)) + 1
+        if number > cohort.removable:
+            return {}
+        for client, shares in self.noise_revealed.items():
+            try:
+                committed = self.noise_commitments[client]
+                seed = noise_seeds.verified(shares, number, cohort, committed)
+                if seed in found.values():
+                    raise WireError("two clients have one noise seed")
+                found[client] = seed
+            except WireError as error:
+                self.drop_reasons.append(f"noise of client {client} stays in the sum: {error}")
+        return found

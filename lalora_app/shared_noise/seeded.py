@@ -16,9 +16,9 @@ import secrets
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 from numpy.typing import NDArray
 
+from lalora_app.privacy.randomness import key_stream
 from lalora_app.shared_noise.lattice import Lattice, Words, to_words
 from lalora_app.shared_noise.shares import Cohort
 
@@ -50,8 +50,7 @@ def commitment(seed: bytes, number: int, cohort: Cohort) -> bytes:
 
 def _uniform(seed: bytes, pairs: int) -> NDArray[np.float64]:
     """Return (2, pairs) numbers in (0, 1], with 53 bits and down to 2^-65."""
-    stream = Cipher(algorithms.ChaCha20(seed, bytes(16)), mode=None).encryptor()
-    words = np.frombuffer(stream.update(bytes(16 * pairs)), "<u8").reshape(pairs, 2)
+    words = np.frombuffer(key_stream(seed, 16 * pairs), "<u8").reshape(pairs, 2)
     return (words.T.astype(np.float64) + 0.5) * 2.0**-64
 
 

@@ -95,6 +95,7 @@ class FakeGrid(Grid):
         self.fault = fault or (lambda attempt, partition, reply: reply)
         self.before = before
         self.exchanges: list[Exchange] = []
+        self.waves: list[int] = []  # the attempt of each wave of messages
         self.contexts: dict[int, Context] = {}
         self.partitions: dict[int, int] = {}
         self._replies: dict[str, list[Message]] = {}
@@ -144,7 +145,9 @@ class FakeGrid(Grid):
         except Exception as error:  # as Flower does: the exception's text goes to the server
             reply = Message(Error(RAISED, f"{type(error)}:<{error!r}>"), reply_to=request)
         exchange.reply = over_the_wire(reply)
-        arrived = self.fault(attempt, exchange.partition, over_the_wire(reply))
+        on_its_way = over_the_wire(reply)
+        on_its_way.__dict__["asked"] = request  # for faults of one stage of a wave
+        arrived = self.fault(attempt, exchange.partition, on_its_way)
         if not isinstance(arrived, list):
             arrived = [] if arrived is None else [arrived]
         exchange.delivered = [over_the_wire(m) for m in arrived]
@@ -156,6 +159,7 @@ class FakeGrid(Grid):
         assert len(outgoing) == checked, "Flower's grid goes through the messages twice"
         for attempt in sorted({int(m.metadata.group_id or 0) for m in outgoing}):
             self.before(attempt)
+            self.waves.append(attempt)
         ids = [secrets.token_hex(8) for _ in outgoing]
         for message, message_id in zip(outgoing, ids, strict=True):
             self._deliver(message, message_id)

@@ -22,7 +22,7 @@ from lalora_app.simulation import launch
 each_document = pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 EXAMPLE = "lalora_app/aggregation/forget.py"  # CONTRIBUTING tells the reader to write it
 NUMBERS = {"E": "1"}  # letters that stand for a number in a command
-OTHER_NAMES = {"privacy.json", "train.advertise", "train.share", "train.unmask"}
+OTHER_NAMES = {"privacy.json", "train.secagg"}
 OTHER_NAMES |= {"server.key", "server.pem"}  # files of a TLS server
 FLOWER_SETS = {"partition-id", "num-partitions"}  # keys of a node config in simulation
 

@@ -397,6 +397,54 @@ MUTANTS = {
         "(lattice.unit / divisor * (1 - 2.0**-12))",
         "tests/shared_noise/test_one_client.py::test_clients_with_shared_noise_equal_one_client_with_all_data",
     ),
+    "secure aggregation: the missing clients counted from the server's lists": Mutant(
+        "secagg/client.py",
+        "state.cohort.needed(len(state.mask_keys) - len(arrived))",
+        "state.cohort.needed(len(state.seed_shares) - len(arrived))",
+        "tests/secagg/test_noise_of_a_sum.py::test_a_client_counts_who_is_missing_by_itself",
+    ),
+    "secure aggregation: the seed of component 0 shared": Mutant(
+        "secagg/noise_seeds.py",
+        "for seed in seeds[1:]]",
+        "for seed in (seeds[0], *seeds[2:])]",
+        "tests/secagg/test_noise_of_a_sum.py::test_the_first_seed_is_kept_and_the_others_are_deleted_after_the_upload",
+    ),
+    "secure aggregation: two answers to unmask": Mutant(
+        "secagg/client.py",
+        "    close(state, context)  # first",
+        "    # close(state, context)  # first",
+        "tests/secagg/test_noise_of_a_sum.py::test_a_client_told_two_lists_answers_once",
+    ),
+    "secure aggregation: the threshold of shared noise too small": Mutant(
+        "shared_noise/shares.py",
+        "-(-(clients + 2 + colluding) // 2)",
+        "-(-(clients + colluding) // 2)",
+        "tests/secagg/test_noise_of_a_sum.py::test_two_numbers_of_missing_clients_cannot_both_be_answered",
+    ),
+    "secure aggregation: a noise seed that is not verified": Mutant(
+        "secagg/noise_seeds.py",
+        "    if seeded.commitment(seed, number, cohort) != committed:",
+        "    if False:",
+        "tests/secagg/test_noise_of_a_sum.py::test_a_client_with_a_wrong_commitment_keeps_its_noise_alone",
+    ),
+    "secure aggregation: two vectors under the same masks": Mutant(
+        "secagg/upload.py",
+        '        check(record_name(state.attempt) not in records, "an attempt masks one vector")\n',
+        "",
+        "tests/secagg/test_noise_of_a_sum.py::test_an_attempt_masks_one_vector",
+    ),
+    "secure aggregation: an attempt that trains twice": Mutant(
+        "secagg/client_state.py",
+        "    check(state.attempt > last, ",
+        "    check(state.attempt > 0, ",
+        "tests/secagg/test_stages.py::test_an_attempt_that_began_to_train_never_begins_again",
+    ),
+    "secure aggregation: a later stage that fails spoils the present one": Mutant(
+        "client/answers.py",
+        "        content[name] = found[messages.CONFIG]\n",
+        "        content[name] = content[messages.CONFIG] = found[messages.CONFIG]\n",
+        "tests/secagg/test_stages.py::test_a_stage_that_fails_changes_no_other_part_of_its_message",
+    ),
 }
 HELPERS = {
     "privacy/ledger.py": "\n\n_OPEN: list[sqlite3.Connection] = []\n",

@@ -8,7 +8,7 @@ from flwr.app import Context, RecordDict
 from helpers import app_runs
 from helpers.app_runs import crash_before, fresh, interrupted, open_run, run, same_bits
 from helpers.fake_grid import FakeGrid
-from helpers.secure_runs import CLIENTS, ON
+from helpers.secure_runs import CLIENTS, ON, stages_of
 from helpers.simulation_runs import run_toml, summaries
 from lalora_app import server_app
 from lalora_app.methods.compatibility import method_of
@@ -36,11 +36,11 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does(tiny, tmp_path, mon
 
 
 def test_a_restarted_supernode_is_left_behind_and_comes_back(tiny):
-    """Its keys were in memory only: it refuses, and takes part again in the next attempt."""
+    """Its keys were in memory only: it refuses, and takes part again with its next keys."""
     grid = None
 
     def fault(attempt, partition, reply):
-        if (attempt, partition, reply.metadata.message_type) == (2, 1, "train.share"):
+        if partition == 1 and stages_of(reply.asked).get("unmask") == 1:
             (node,) = (n for n, p in grid.partitions.items() if p == partition)
             old = grid.contexts[node]
             grid.contexts[node] = Context(
@@ -48,12 +48,13 @@ def test_a_restarted_supernode_is_left_behind_and_comes_back(tiny):
             )
         return reply
 
-    config = tiny(**open_run(CLIENTS) | ON)
+    config = tiny(**open_run(CLIENTS) | ON | {"num-server-rounds": 4})
     grid = FakeGrid(config, CLIENTS, fault=fault)
     server_app.run(grid, config)
     rows = app_runs.run_folder(config).history()
-    assert [row["replies"] for row in rows] == [4, 3, 4]
-    assert rows[1]["dropped"] == [f"refused: {REFUSALS['stage']}"]
+    assert [row["replies"] for row in rows] == [4, 3, 3, 4]
+    told = f"refused: {REFUSALS['stage']}"
+    assert [row["dropped"] for row in rows] == [[], [told], [f"share: {told}"], []]
 
 
 @pytest.mark.parametrize(

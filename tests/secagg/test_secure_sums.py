@@ -9,7 +9,6 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from flwr.app import ConfigRecord
 
 from helpers.app_runs import (
     arrays,
@@ -21,12 +20,22 @@ from helpers.app_runs import (
     same_bits,
     sized,
 )
-from helpers.secure_runs import CLIENTS, ON, STAGES, done_state, lose, states, uploads
+from helpers.secure_runs import (
+    CLIENTS,
+    ON,
+    STAGES,
+    changed,
+    done_state,
+    lose,
+    stages_of,
+    states,
+    uploads,
+)
 from lalora_app.adapter.factors import B, active_names, select
 from lalora_app.client import local_round
 from lalora_app.methods.table import METHODS
 from lalora_app.secagg import fixed_point, masks
-from lalora_app.secagg.messages import MASKED, SECAGG
+from lalora_app.secagg.messages import MASKED
 from lalora_app.wire.refusals import REFUSALS
 
 pytestmark = pytest.mark.usefixtures("no_waiting", "no_report")
@@ -68,21 +77,24 @@ def test_one_client_may_drop_out_at_any_stage(tiny, rounds, stage):
     done = run(config, CLIENTS, fault=lose(stage, 2, 1))
     assert [row["aggregated"] for row in done.rows] == [True] * 3
     told = {"train": "1 did not answer in time"}
-    told = told.get(stage, f"{stage.removeprefix('train.')}: 1 did not answer in time")
+    told = told.get(stage, f"{stage}: the reply lacks this stage")
     assert done.rows[1]["dropped"] == [told]
     sent = uploads(done, rounds, 2)
-    trains = stage in ("train", "train.unmask")
+    trains = stage in ("train", "unmask")
     assert set(sent) == {0, 1, 2, 3} if trains else {0, 2, 3}
-    counted = {0, 1, 2, 3} if stage == "train.unmask" else {0, 2, 3}
+    counted = {0, 1, 2, 3} if stage == "unmask" else {0, 2, 3}
     assert done.rows[1]["replies"] == len(counted)
-    directory = 3 if stage == "train.advertise" else 4
+    directory = 3 if stage == "advertise" else 4
     summands = [upload for partition, upload in sent.items() if partition in counted]
     assert_mean(done_state(done, 2), summands, directory)
-    # The rounds before and after are whole, and nobody has spent twice.
+    # The round before is whole, and that after unless its shares were lost too.
     assert_mean(done_state(done, 1), list(uploads(done, rounds, 1).values()), CLIENTS)
     assert_mean(done_state(done, 3), list(uploads(done, rounds, 3).values()), CLIENTS)
+    assert done.rows[2]["replies"] == CLIENTS - (stage == "train")
+    # Nobody has spent twice.
     books = by_dataset(ledger_entries())
-    assert sorted(len(book) for book in books.values()) == [3 - (not trains), 3, 3, 3]
+    spent = 3 - (stage != "unmask")
+    assert sorted(len(book) for book in books.values()) == [spent, 3, 3, 3]
 
 
 @pytest.mark.parametrize("server", [{}, {"server.optimizer": "momentum", "server.lr": 0.5}])
@@ -116,29 +128,35 @@ def test_with_too_few_clients_left_nothing_moves_and_the_run_goes_on(tiny, stage
     assert [row["aggregated"] for row in done.rows] == [True, False, True]
     assert [row["round"] for row in done.rows] == [1, 2, 2]
     assert [row["phase"] for row in done.rows] == ["B", "A", "A"]
-    assert any("did not answer in time" in reason for reason in done.rows[1]["dropped"])
+    told = "did not answer in time" if stage == "train" else "lacks this stage"
+    assert any(told in reason for reason in done.rows[1]["dropped"])
     if done.grid.trained(2):
         before, after = (done.grid.trained(i)[0].start for i in (2, 3))
         assert same_bits(before, after)
-    messages = Counter(
-        e.request.metadata.message_type for e in done.grid.exchanges if e.attempt == 2
+    asked = Counter(
+        kind
+        for exchange in done.grid.exchanges
+        if exchange.attempt
+        for kind, attempt in stages_of(exchange.request).items()
+        if attempt == 2
     )
-    left = {"train.advertise": 4, "train.share": 0, "train": 0, "train.unmask": 0}
-    for earlier, later in pairwise(STAGES):
-        if earlier != stage and left[earlier]:
-            left[later] = left[earlier]
-        if earlier == stage:
-            break
-    assert {kind: messages[kind] for kind in STAGES} == left
+    # The pipeline has asked once, and the set-up once more.
+    wanted = {
+        "advertise": {"advertise": 8},
+        "share": {"advertise": 8, "share": 8},
+        "train": {"advertise": 4, "share": 4, "train": 4},
+        "unmask": {"advertise": 4, "share": 4, "train": 4, "unmask": 4},
+    }
+    assert asked == wanted[stage]
     books = by_dataset(ledger_entries())
-    trained = 3 if stage in ("train", "train.unmask") else 2
+    trained = 3 if stage in ("train", "unmask") else 2
     assert [len(book) for book in books.values()] == [trained] * CLIENTS
 
 
 def test_an_attempt_that_never_trained_costs_no_epsilon(tiny):
     """Keys were lost, and nobody was asked to train: the largest epsilon is still the first's."""
     config = tiny(**sized(CLIENTS) | ON)
-    done = run(config, CLIENTS, fault=lose("train.share", 2, 0, 1, 2))
+    done = run(config, CLIENTS, fault=lose("share", 2, 0, 1, 2))
     spent = [row["epsilon_max"] for row in done.rows]
     assert spent[0] == spent[1] < spent[2] <= config.privacy.epsilon
 
@@ -165,17 +183,6 @@ def test_an_update_that_the_sum_cannot_hold_is_refused_by_its_client(tiny, monke
     assert [len(book) for book in by_dataset(ledger_entries()).values()] == [3] * CLIENTS
 
 
-def changed(attempt, stage, change):
-    """Change the record of one client's reply at one stage of one attempt."""
-
-    def fault(now, partition, reply):
-        if (now, reply.metadata.message_type, partition) == (attempt, stage, 1):
-            reply.content[SECAGG] = ConfigRecord(change(dict(reply.content[SECAGG])))
-        return reply
-
-    return fault
-
-
 def forged(record):
     return record | {"shares": [share[:4] + share[:3:-1] for share in record["shares"]]}
 
@@ -191,14 +198,14 @@ def without_shares(record):
 @pytest.mark.parametrize(
     ("stage", "change", "works"),
     [
-        ("train.unmask", forged, False),  # no wrong sum: the client committed to its seed
-        ("train.unmask", without_shares, True),  # three others have helped
-        ("train.share", without_shares, True),
-        ("train.advertise", foreign_key, True),  # it refuses the directory, and is left behind
-        ("train.advertise", lambda record: {}, True),
+        ("unmask", forged, False),  # no wrong sum: the client committed to its seed
+        ("unmask", without_shares, True),  # three others have helped
+        ("share", without_shares, True),
+        ("advertise", foreign_key, True),  # it refuses the directory, and is left behind
+        ("advertise", lambda record: {}, True),
     ],
 )
 def test_a_bad_reply_at_a_stage_is_dropped_or_fails_the_attempt(tiny, stage, change, works):
-    done = run(tiny(**open_run(CLIENTS) | ON), CLIENTS, fault=changed(2, stage, change))
+    done = run(tiny(**open_run(CLIENTS) | ON), CLIENTS, fault=changed(stage, 2, change, 1))
     assert [row["aggregated"] for row in done.rows] == [True, works, True]
     assert done.rows[1]["dropped"]

@@ -9,9 +9,9 @@ import pytest
 from helpers import app_runs
 from helpers.app_runs import arrays, open_run, run, sized
 from helpers.fake_grid import wire_bytes
-from helpers.secure_runs import CLIENTS, ON, STAGES, lose, uploads
+from helpers.secure_runs import CLIENTS, ON, STAGES, lose, stages_of, uploads
 from lalora_app.secagg import fixed_point
-from lalora_app.secagg.messages import MASKED, SECAGG
+from lalora_app.secagg.messages import MASKED
 
 pytestmark = pytest.mark.usefixtures("no_waiting", "no_report")
 
@@ -61,31 +61,32 @@ def test_the_check_for_a_factor_in_a_message_can_fail(tiny, rounds):
 
 def test_nothing_but_the_allowed_keys_leaves_a_client(tiny):
     done = run(tiny(**sized(CLIENTS) | ON), CLIENTS)
+    code, seen = {"config": {"code"}}, Counter()
     allowed = {
-        "query": {"config": {"client", "rank", "code"}, "model": {"weights", "tokenizer"}},
-        "train.advertise": {"config": {"code"}, SECAGG: {"mask-key", "cipher-key"}},
-        "train.share": {"config": {"code"}, SECAGG: {"shares-of", "shares", "seed"}},
-        "train": {"arrays": {MASKED}, "metrics": {"round", "epsilon"}, "config": {"code"}},
-        "train.unmask": {"config": {"code"}, SECAGG: {"shares-of", "shares"}},
+        "train": code | {"arrays": {MASKED}, "metrics": {"round", "epsilon"}},
+        "advertise": {"advertise": {"code", "mask-key", "cipher-key"}},
+        "share": {"share": {"code", "shares-of", "shares", "seed", "noise"}},
+        "unmask": {"unmask": {"code", "shares-of", "shares", "noise-of", "noise"}},
     }
-    seen = Counter()
+    hello = {"config": {"client", "rank", "code"}, "model": {"weights", "tokenizer"}}
     for exchange in done.grid.exchanges:
-        kind = exchange.request.metadata.message_type
-        assert app_runs.contents(exchange.reply) == allowed[kind]
-        seen[kind] += 1
-    assert seen == {"query": CLIENTS} | dict.fromkeys(STAGES, 3 * CLIENTS)
+        stages = stages_of(exchange.request) if exchange.attempt else {}
+        found = {key: fields for stage in stages for key, fields in allowed[stage].items()}
+        assert app_runs.contents(exchange.reply) == (found or hello)
+        seen.update(stages.keys())
+    assert seen == dict.fromkeys(STAGES, 3 * CLIENTS)
 
 
 def given_by(exchange):
     """Which secret of every client a reply to `unmask` gives a share of."""
-    order = exchange.request.content[SECAGG]
+    order = exchange.request.content["unmask"]
     return {c: "seed" for c in order["arrived"]} | {c: "key" for c in order["lost"]}
 
 
 def test_a_vector_that_comes_late_stays_closed(tiny):
     """Of a client that is counted as lost the server learns the mask key, and never the seed."""
     done = run(tiny(**open_run(CLIENTS) | ON), CLIENTS, fault=lose("train", 2, 1))
-    asked = [e for e in done.grid.exchanges if e.request.metadata.message_type == "train.unmask"]
+    asked = [e for e in done.grid.exchanges if "unmask" in e.request.content]
     for attempt in (1, 2, 3):
         views = [given_by(e) for e in asked if e.attempt == attempt]
         assert len(views) == (3 if attempt == 2 else 4)

@@ -8,7 +8,7 @@ from helpers.fake_grid import FakeGrid
 from helpers.secure_runs import CLIENTS, ON
 from lalora_app.models import backbone
 from lalora_app.secagg import masks
-from lalora_app.secagg.messages import MASKED, SECAGG, columns, mapping_of
+from lalora_app.secagg.messages import KEYS_MESSAGE, MASKED, SECAGG, columns, mapping_of
 from lalora_app.settings.run_config import flatten
 from lalora_app.wire import messages, tensors
 from lalora_app.wire.same_model import MODEL, model_record
@@ -29,18 +29,18 @@ class Table:
     def ask(self, client, stage, content, attempt=1):
         order = ConfigRecord({"run": "run-1", "attempt": attempt} | content)
         message = Message(
-            RecordDict({SECAGG: order}), dst_node_id=self.nodes[client], message_type=stage
+            RecordDict({stage: order}), dst_node_id=self.nodes[client], message_type=KEYS_MESSAGE
         )
-        return self.send(message)
+        return self.send(message)[stage]
 
     def send(self, message):
         (identifier,) = self.grid.push_messages([message])
         (reply,) = self.grid.pull_messages([identifier])
         return reply.content
 
-    def advertise(self):
+    def advertise(self, attempt=1):
         for client in range(CLIENTS):
-            said = self.ask(client, "train.advertise", {"client": client})[SECAGG]
+            said = self.ask(client, "advertise", {"client": client}, attempt)
             self.keys[client] = said["mask-key"], said["cipher-key"]
 
     def directory(self, **changes):
@@ -48,12 +48,12 @@ class Table:
         one, two = ({c: pair[i] for c, pair in found.items()} for i in (0, 1))
         return columns("mask-keys", one) | columns("cipher-keys", two)
 
-    def share(self):
+    def share(self, attempt=1):
         for client in range(CLIENTS):
-            reply = self.ask(client, "train.share", self.directory())
-            self.shares[client] = mapping_of(reply[SECAGG], "shares")
+            reply = self.ask(client, "share", self.directory(), attempt)
+            self.shares[client] = mapping_of(reply, "shares")
 
-    def train(self, client, sources=None, attempt=1):
+    def train(self, client, sources=None, attempt=1, also=None):
         model, start = backbone.build(self.config)
         sources = range(CLIENTS) if sources is None else sources
         sealed = {s: self.shares[s][client] for s in sources if s != client} if self.shares else {}
@@ -64,13 +64,14 @@ class Table:
             messages.RUN_CONFIG: messages.run_config(flatten(self.config)),
             MODEL: model_record(model.fingerprint),
             SECAGG: ConfigRecord(columns("shares", sealed)),
+            **(also or {}),
         }
         message = Message(RecordDict(records), dst_node_id=self.nodes[client], message_type="train")
         return self.send(message)
 
     def unmask(self, client, arrived, lost=(), attempt=1):
         both = {"arrived": list(arrived), "lost": list(lost)}
-        return self.ask(client, "train.unmask", both, attempt)
+        return self.ask(client, "unmask", both, attempt)
 
 
 @pytest.fixture
@@ -79,21 +80,21 @@ def table(tiny):
 
 
 def refused(content, key="stage"):
-    said = dict(content["config"]) if set(content) == {"config"} else {}
-    return said == {"refusal": key}
+    said = content["config"] if set(content) == {"config"} else content
+    return dict(said) == {"refusal": key}
 
 
 def test_stages_out_of_order_are_refused_and_spend_nothing(table):
     everyone = range(CLIENTS)
     assert refused(table.train(0))
     assert refused(table.unmask(0, everyone))
-    assert refused(table.ask(0, "train.share", columns("mask-keys", {})))
+    assert refused(table.ask(0, "share", columns("mask-keys", {})))
     table.advertise()
     assert refused(table.train(0))
     assert refused(table.unmask(0, everyone))
     table.share()
     assert refused(table.unmask(0, everyone))
-    assert refused(table.ask(0, "train.share", table.directory()))
+    assert refused(table.ask(0, "share", table.directory()))
     assert refused(table.train(0, attempt=2))
     assert ledger_entries() == []
     assert MASKED in table.train(0)["arrays"]
@@ -122,12 +123,11 @@ def test_nobody_helps_to_open_one_vector(table, arrived, lost):
     table.share()
     table.train(0)
     answer = table.unmask(0, arrived, lost)
-    assert SECAGG not in answer
+    assert "shares" not in answer
     assert refused(answer) or refused(answer, "request")
     assert refused(table.unmask(0, [0, 1, 2, 3]))  # there is no second try
     (state,) = (c.state for n, c in table.grid.contexts.items() if n == table.nodes[0])
-    assert not state[SECAGG]["seed_shares"]
-    assert not state[SECAGG]["key_shares"]
+    assert set(state) == {"secagg-trained"}
 
 
 @pytest.mark.parametrize("change", ["own", "twice", "alone", "foreign", "junk"])
@@ -145,7 +145,7 @@ def test_a_directory_that_lies_is_refused_before_any_share(table, change):
             del table.keys[0]
         case "junk":
             table.keys[1] = (b"junk", b"more junk")
-    answer = table.ask(0, "train.share", table.directory())
+    answer = table.ask(0, "share", table.directory())
     assert refused(answer) or refused(answer, "request")
     assert refused(table.train(0)), "an attempt that went wrong trains nobody"
 
@@ -161,10 +161,71 @@ def test_shares_of_too_few_or_of_another_pair_are_refused_before_training(table)
     assert ledger_entries() == []
 
 
-def test_a_new_attempt_forgets_the_one_before(table):
+def test_an_attempt_that_began_to_train_never_begins_again(table):
+    """Also if it has ended, and for an earlier attempt: a mask is used for one vector."""
+    table.advertise(attempt=2)
+    table.share(attempt=2)
+    table.train(0, attempt=2)
+    for attempt in (1, 2):
+        assert refused(table.ask(0, "advertise", {"client": 0}, attempt))
+    assert not refused(table.unmask(0, range(CLIENTS), attempt=2))
+    assert refused(table.ask(0, "advertise", {"client": 0}, 2))
+    assert refused(table.train(0, attempt=2))
+    assert len(ledger_entries()) == 1
+    assert not refused(table.ask(0, "advertise", {"client": 0}, 3))
+
+
+def kept(table):
+    (state,) = (c.state for n, c in table.grid.contexts.items() if n == table.nodes[0])
+    return set(state)
+
+
+def test_secrets_of_three_attempts_are_kept_and_of_one_run(table):
+    """Attempts do not disturb each other: the shares of the first outlive keys of the next two."""
+    table.advertise()
+    table.share()
+    first = dict(table.shares)
+    for attempt in (2, 3):
+        table.advertise(attempt)
+    assert kept(table) == {"secagg-1", "secagg-2", "secagg-3"}
+    table.share(attempt=3)
+    assert table.shares != first
+    table.shares = first
+    assert MASKED in table.train(0)["arrays"]
+    assert not refused(table.unmask(0, range(CLIENTS)))
+    assert kept(table) == {"secagg-2", "secagg-3", "secagg-trained"}
+    table.advertise(attempt=9)
+    assert kept(table) == {"secagg-9", "secagg-trained"}
+    order = ConfigRecord({"run": "run-2", "attempt": 10, "client": 0})
+    message = Message(
+        RecordDict({"advertise": order}), dst_node_id=table.nodes[0], message_type=KEYS_MESSAGE
+    )
+    table.send(message)
+    assert kept(table) == {"secagg-10", "secagg-trained"}
+
+
+def test_training_forgets_the_attempt_before(table):
+    """Its vector was lost, or it would have been unmasked by now."""
     table.advertise()
     table.share()
     table.train(0)
-    table.ask(0, "train.advertise", {"client": 0}, attempt=2)
+    table.advertise(attempt=2)
+    table.share(attempt=2)
+    assert MASKED in table.train(0, attempt=2)["arrays"]
     assert refused(table.unmask(0, range(CLIENTS)))
-    assert refused(table.unmask(0, range(CLIENTS), attempt=2))
+    assert not refused(table.unmask(0, range(CLIENTS), attempt=2))
+
+
+@pytest.mark.parametrize("junk", [{}, {"run": "run-1"}, {"run": "run-1", "attempt": ""}])
+def test_a_stage_that_fails_changes_no_other_part_of_its_message(table, junk):
+    table.advertise()
+    table.share()
+    records = {"share": ConfigRecord(junk), "advertise": ConfigRecord(junk)}
+    content = table.train(0, also=records)
+    assert MASKED in content["arrays"]
+    assert "refusal" not in content["config"]
+    assert all(dict(content[name]) == {"refusal": "request"} for name in records)
+    order = {"run": "run-1", "attempt": 2, "client": 1}
+    content = table.train(1, sources=[], also={"advertise": ConfigRecord(order)})
+    assert dict(content["config"]) == {"refusal": "stage"}
+    assert "mask-key" in content["advertise"]

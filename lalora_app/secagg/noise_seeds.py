@@ -1,0 +1,60 @@
+"""Shares of the seeds of a client's removable noise, joined to one value per client.
+
+The seeds s_1 … s_J of a chain are split like the seed of the mask. A client holds J shares of every
+client; in the stage "unmask" it gives one of them, which its own count of missing clients decides.
+"""
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+
+from lalora_app.secagg import masks
+from lalora_app.shared_noise import seeded
+from lalora_app.shared_noise.shares import Cohort
+from lalora_app.wire.tensors import WireError
+
+SHARE_BYTES = 52  # of a secret of 32 bytes, as Flower pads and numbers it
+
+
+def split(seeds: Sequence[bytes], clients: Iterable[int], cohort: Cohort) -> dict[int, bytes]:
+    """Return, per client, its shares of s_1 … s_J, joined.
+
+    Args:
+        seeds: the seeds of all components. That of component 0 is not shared.
+        clients: the clients with public keys.
+        cohort: clients, threshold, and colluding clients of the attempt.
+
+    Limit: with no removable component, nothing per client.
+
+    Privacy: fewer shares of a seed than the threshold tell nothing about it.
+    """
+    clients = sorted(clients)
+    parts = [masks.split_into_shares(seed, clients, cohort.threshold) for seed in seeds[1:]]
+    return {client: b"".join(part[client] for part in parts) for client in clients}
+
+
+def share_of(joined: bytes, number: int) -> bytes:
+    """Return the share of the seed s_number, from 1, out of a client's joined shares."""
+    return joined[(number - 1) * SHARE_BYTES : number * SHARE_BYTES]
+
+
+def commitment(seeds: Sequence[bytes]) -> bytes:
+    """Return SHA-256 of s_J, or nothing if there is no removable component."""
+    return hashlib.sha256(seeds[-1]).digest() if len(seeds) > 1 else b""
+
+
+def verified(shares: Mapping[int, bytes], number: int, cohort: Cohort, committed: bytes) -> bytes:
+    """Return the seed s_number of one client.
+
+    Args:
+        shares: share per client that held it.
+        number: number of the seed, from 1 to J.
+        cohort: clients, threshold, and colluding clients of the attempt.
+        committed: the client's :func:`commitment`.
+
+    Raises:
+        WireError: if there are too few shares, or the chain does not end as the client has said.
+    """
+    seed = masks.reconstruct_secret(shares, cohort.threshold)
+    if seeded.commitment(seed, number, cohort) != committed:
+        raise WireError("a reconstructed noise seed differs from its client's commitment")
+    return seed
