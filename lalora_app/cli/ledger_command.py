@@ -10,8 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from lalora_app.cli.argument_types import to_delta, to_limit
-from lalora_app.privacy.accounting import PRV_TRUSTED, epsilon, is_tight, second_epsilon
-from lalora_app.privacy.ledger import Ledger, LedgerEntry, state_folder
+from lalora_app.privacy.accounting import (
+    PRV_TRUSTED,
+    Release,
+    epsilon,
+    is_tight,
+    second_epsilon,
+)
+from lalora_app.privacy.ledger import Ledger, state_folder
+from lalora_app.privacy.ledger_entries import LedgerEntry, releases_alone, releases_of, share_noise
+from lalora_app.privacy.two_epsilons import sentences
 from lalora_app.settings.errors import ConfigError
 
 _AGREEMENT = 0.01  # relative tolerance; both accountants give upper bounds of the same epsilon
@@ -44,47 +52,72 @@ def _show(args: argparse.Namespace) -> int:
     entries = ledger.entries(args.dataset)
     print(f"{ledger.path}: {len(entries)} lines, delta {args.delta:g}")
     for (dataset, run), group in sorted(_groups(entries).items()):
-        spent = epsilon([entry.release for entry in group], args.delta)
+        spent = f"epsilon {epsilon(releases_of(group), args.delta):.3f}"
+        if share_noise(group):
+            spent += f"  |  epsilon-alone {epsilon(releases_alone(group), args.delta):.3f}"
         steps = sum(entry.release.count for entry in group)
-        print(f"{dataset}  |  {run}  |  {steps} releases  |  epsilon {spent:.3f}")
+        print(f"{dataset}  |  {run}  |  {steps} releases  |  {spent}")
+    _explain(entries)
     return 0
+
+
+def _explain(entries: Sequence[LedgerEntry]) -> None:
+    """Print who must be honest for which of the two ε, if there are two."""
+    if share_noise(entries):
+        print(*sentences("epsilon", "epsilon-alone"), sep="\n")
+
+
+def _verified(
+    releases: Sequence[Release], delta: float, limit: float, option: str
+) -> tuple[str, int]:
+    """Return the text on one ε by both accountants, and the number of faults in it."""
+    first, second = epsilon(releases, delta), second_epsilon(releases, delta)
+    tolerance = _AGREEMENT * second + _SLACK
+    untrusted = min(first, second) > PRV_TRUSTED  # far above any useful epsilon: not compared
+    tight = is_tight(releases, delta)  # otherwise RDP, whose epsilon may only be larger
+    agree = untrusted or -tolerance <= first - second <= (tolerance if tight else math.inf)
+    verdict, name = "agree" if agree else "DISAGREE", "PRV" if tight else "RDP"
+    text = f"{name} {first:.4f}  PLD {second:.4f}  {verdict}"
+    above = limit < first
+    return text + f"\n    above {option} {limit}" * above, int(not agree) + int(above)
 
 
 def _verify(args: argparse.Namespace) -> int:
     ledger = _open_ledger(args.path)
     if damage := ledger.damage():
         raise ConfigError(f"ledger={ledger.path} must be whole: {damage}")
-    wrong = 0
-    for (dataset, run), group in sorted(_groups(ledger.entries(args.dataset)).items()):
-        releases = [entry.release for entry in group]
-        first, second = epsilon(releases, args.delta), second_epsilon(releases, args.delta)
-        tolerance = _AGREEMENT * second + _SLACK
-        untrusted = min(first, second) > PRV_TRUSTED  # far above any useful epsilon: not compared
-        tight = is_tight(releases, args.delta)  # otherwise RDP, whose epsilon may only be larger
-        agree = untrusted or -tolerance <= first - second <= (tolerance if tight else math.inf)
-        wrong += not agree
-        verdict = "agree" if agree else "DISAGREE"
-        name = "PRV" if tight else "RDP"
-        print(f"{dataset}  |  {run}  |  {name} {first:.4f}  PLD {second:.4f}  {verdict}")
-        if args.max_epsilon < first:
-            wrong += 1
-            print(f"    above max-epsilon {args.max_epsilon}")
+    wrong, entries = 0, ledger.entries(args.dataset)
+    for (dataset, run), group in sorted(_groups(entries).items()):
+        text, faults = _verified(releases_of(group), args.delta, args.max_epsilon, "max-epsilon")
+        print(f"{dataset}  |  {run}  |  {text}")
+        wrong += faults
+        if share_noise(group) or args.max_epsilon_alone < math.inf:
+            limit, option = args.max_epsilon_alone, "max-epsilon-alone"
+            text, faults = _verified(releases_alone(group), args.delta, limit, option)
+            print(f"    epsilon-alone  |  {text}")
+            wrong += faults
+    _explain(entries)
     return 1 if wrong else 0
 
 
-_COLUMNS = ("time", "dataset", "run", "round", "sampling_rate", "noise_multiplier", "count", "uid")
+_COLUMNS = (
+    *("time", "dataset", "run", "round", "sampling_rate", "noise_multiplier", "count", "uid"),
+    "alone_multiplier",  # the last, as it is left out where no noise was shared
+)
 
 
 def _csv_line(entry: LedgerEntry) -> tuple[object, ...]:
     release = entry.release
     numbers = (release.sampling_rate, release.noise_multiplier, release.count)
-    return entry.time, entry.dataset, entry.run, entry.round, *numbers, entry.uid
+    return entry.time, entry.dataset, entry.run, entry.round, *numbers, entry.uid, entry.alone
 
 
 def _export(args: argparse.Namespace) -> int:
+    entries = _open_ledger(args.path).entries(args.dataset)
+    width = len(_COLUMNS) if share_noise(entries) else len(_COLUMNS) - 1
     writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(_COLUMNS)
-    writer.writerows(map(_csv_line, _open_ledger(args.path).entries(args.dataset)))
+    writer.writerow(_COLUMNS[:width])
+    writer.writerows(_csv_line(entry)[:width] for entry in entries)
     return 0
 
 
@@ -116,6 +149,12 @@ def add_ledger(commands: Any) -> None:
         type=to_limit,
         default=math.inf,
         help="largest allowed epsilon; exit code 1 above it (default: no limit)",
+    )
+    action.add_argument(
+        "--max-epsilon-alone",
+        type=to_limit,
+        default=math.inf,
+        help="the same for the epsilon of uploads with shared noise that a server opens",
     )
     export = actions.add_parser("export", help="every line, as CSV")
     export.add_argument("--path", type=Path, help="the SQLite file (default: this machine's)")

@@ -22,7 +22,9 @@ class Limit:
     delta: float
 
 
-def check_limit(past: list[Release], plan: Release, limit: Limit, owner: str) -> None:
+def check_limit(
+    past: list[Release], plan: Release, limit: Limit, owner: str, number: str = "epsilon"
+) -> None:
     """Check that past and planned releases stay within a limit; ε = inf is no limit.
 
     Args:
@@ -30,6 +32,7 @@ def check_limit(past: list[Release], plan: Release, limit: Limit, owner: str) ->
         plan: planned releases.
         limit: upper limit of ε for past and planned releases together.
         owner: name of the limit's owner in the error: run or node.
+        number: name of the limited ε in the error.
 
     Raises:
         BudgetError: if the limit would be exceeded.
@@ -39,7 +42,7 @@ def check_limit(past: list[Release], plan: Release, limit: Limit, owner: str) ->
     spent = epsilon([*past, plan], limit.delta)
     if spent > limit.epsilon:
         raise BudgetError(
-            f"the {owner}'s epsilon would be {spent:.3f}, and must be at most {limit.epsilon}"
+            f"the {owner}'s {number} would be {spent:.3f}, and must be at most {limit.epsilon}"
         )
 
 

@@ -5,17 +5,24 @@ import secrets
 import sqlite3
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import NotRequired, TypedDict, Unpack
 
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.budget import BudgetError, Limit, check_limit
+from lalora_app.privacy.ledger_entries import (
+    LedgerEntry,
+    check_alone,
+    read_entries,
+    releases_alone,
+    releases_of,
+    write_entry,
+)
 from lalora_app.privacy.ledger_schema import create
 from lalora_app.settings.names import full_path
 
-_COLUMNS = "time, dataset, run, round, sampling_rate, noise_multiplier, count, uid"
 _WAIT = 120.0  # seconds to wait for the transaction of another process
 
 
@@ -46,18 +53,6 @@ class Reservation:
         self._left -= 1
 
 
-@dataclass(frozen=True)
-class LedgerEntry:
-    """One line of the ledger; ``uid`` is the same in every copy of the ledger."""
-
-    time: str
-    dataset: str
-    run: str
-    round: int
-    release: Release
-    uid: str
-
-
 class Limits(TypedDict):
     """The limits of a round, see :meth:`Ledger.check`."""
 
@@ -67,6 +62,8 @@ class Limits(TypedDict):
     later: NotRequired[Sequence[Release]]
     max_rounds: NotRequired[int | None]
     per_day: NotRequired[int | None]
+    alone: NotRequired[float | None]
+    alone_limit: NotRequired[Limit | None]
 
 
 class Ledger:
@@ -113,11 +110,11 @@ class Ledger:
     def entries(self, dataset: str | None = None, run: str | None = None) -> list[LedgerEntry]:
         """Return the lines of a dataset and run; None: of all."""
         with self._open() as db:
-            return _read(db, dataset, run)
+            return read_entries(db, dataset, run)
 
     def releases(self, dataset: str, run: str | None = None) -> list[Release]:
         """Return the releases of a dataset, in one run or in all (None)."""
-        return _releases(self.entries(dataset, run))
+        return releases_of(self.entries(dataset, run))
 
     def damage(self) -> str:
         """Return SQLite's description of the file's damage; an empty text: no damage."""
@@ -135,10 +132,10 @@ class Ledger:
         equal values count twice.
         """
         with self._exclusive() as db:
-            known = {entry.uid for entry in _read(db, None, None)}
+            known = {entry.uid for entry in read_entries(db)}
             new = [entry for entry in other.entries() if entry.uid not in known]
             for entry in new:
-                _write(db, entry)
+                write_entry(db, entry)
         return new
 
     def check(
@@ -153,6 +150,8 @@ class Ledger:
         later: Sequence[Release] = (),
         max_rounds: int | None = None,
         per_day: int | None = None,
+        alone: float | None = None,
+        alone_limit: Limit | None = None,
     ) -> list[LedgerEntry]:
         """Check that :meth:`reserve` would not refuse, and write nothing.
 
@@ -168,24 +167,33 @@ class Ledger:
             max_rounds: largest number of lines of this run and dataset; None: any number.
             per_day: largest number of rounds of this dataset in 24 hours; None: any number. A line
                 with a later time counts, so a clock that was set back only delays a client.
+            alone: noise multiplier of the client's upload alone, if the noise of ``release`` is
+                shared by the clients; None: all of it is the client's own.
+            alone_limit: limit of ε-alone: of all lines of this dataset, each with the noise of its
+                upload alone; None: no limit.
 
         Returns:
             The lines of the dataset with which the checks were made.
 
         Raises:
-            BudgetError: if a limit would be exceeded.
+            BudgetError: if a limit would be exceeded; the text names the limit and which ε.
             LedgerBusyError: if another process keeps the file locked.
+            ValueError: if ``alone`` is more noise than that of the release.
         """
-        count = max(planned, release.count)
-        plan = Release(release.sampling_rate, release.noise_multiplier, count)
+        check_alone(release, alone)
+        plan = replace(release, count=max(planned, release.count))
         seen = self.entries(dataset)
         own = [entry for entry in seen if entry.run == run]
         if max_rounds is not None:
             _check_run(own, max_rounds)
         if per_day is not None:
             _check_day(seen, datetime.now(UTC), per_day)
-        check_limit([*_releases(own), *later], plan, run_limit, "run")
-        check_limit([*_releases(seen), *later], plan, node_limit, "node")
+        check_limit([*releases_of(own), *later], plan, run_limit, "run")
+        check_limit([*releases_of(seen), *later], plan, node_limit, "node")
+        if alone_limit is not None:
+            opened = plan if alone is None else replace(plan, noise_multiplier=alone)
+            past = [*releases_alone(seen), *later]
+            check_limit(past, opened, alone_limit, "node", "epsilon-alone")
         return seen
 
     def reserve(
@@ -208,7 +216,8 @@ class Ledger:
             # Accounting takes seconds: outside of the transaction, other processes may write.
             seen = self.check(dataset, run, release, **limits)
             now, uid = datetime.now(UTC), secrets.token_hex(16)
-            entry = LedgerEntry(_stamp(now), dataset, run, round_, release, uid)
+            alone = limits.get("alone")
+            entry = LedgerEntry(_stamp(now), dataset, run, round_, release, uid, alone)
             if self._append_after(seen, entry):
                 return Reservation(release)
 
@@ -219,9 +228,9 @@ class Ledger:
             Whether it was written. If not, checks that were made with ``seen`` do not hold.
         """
         with self._exclusive() as db:
-            unchanged = _read(db, entry.dataset, None) == seen
+            unchanged = read_entries(db, entry.dataset) == seen
             if unchanged:
-                _write(db, entry)
+                write_entry(db, entry)
         return unchanged
 
 
@@ -231,31 +240,8 @@ def _is_busy(error: sqlite3.Error) -> bool:
     return code & 0xFF == sqlite3.SQLITE_BUSY
 
 
-def _releases(entries: list[LedgerEntry]) -> list[Release]:
-    return [entry.release for entry in entries]
-
-
 def _stamp(moment: datetime) -> str:
     return moment.isoformat(timespec="seconds")
-
-
-def _write(db: sqlite3.Connection, entry: LedgerEntry) -> None:
-    release = entry.release
-    row = (entry.time, entry.dataset, entry.run, entry.round)
-    numbers = (release.sampling_rate, release.noise_multiplier, release.count)
-    db.execute(
-        f"INSERT INTO releases ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        (*row, *numbers, entry.uid),
-    )
-
-
-def _read(db: sqlite3.Connection, dataset: str | None, run: str | None) -> list[LedgerEntry]:
-    rows = db.execute(
-        f"SELECT {_COLUMNS} FROM releases "
-        "WHERE (?1 IS NULL OR dataset = ?1) AND (?2 IS NULL OR run = ?2) ORDER BY id",
-        (dataset, run),
-    )
-    return [LedgerEntry(t, d, r, n, Release(q, z, c), uid) for t, d, r, n, q, z, c, uid in rows]
 
 
 def _check_run(entries: list[LedgerEntry], most: int) -> None:

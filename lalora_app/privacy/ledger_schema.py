@@ -13,7 +13,8 @@ CREATE TABLE IF NOT EXISTS releases (
     sampling_rate REAL NOT NULL,
     noise_multiplier REAL NOT NULL,
     count INTEGER NOT NULL CHECK (count > 0),
-    uid TEXT
+    uid TEXT,
+    alone_multiplier REAL
 );
 CREATE INDEX IF NOT EXISTS releases_of ON releases (dataset, run);
 """
@@ -27,11 +28,17 @@ COMMIT;
 """
 
 
+# Columns that older ledgers lack. In their lines all noise was the client's own: alone_multiplier
+# is then NULL, as it is in new lines without shared noise.
+_ADDED = {"uid": "TEXT", "alone_multiplier": "REAL"}
+
+
 def create(db: sqlite3.Connection) -> None:
-    """Make the table if it is missing, and give every line of an older ledger its uid."""
+    """Make the table if it is missing, and give an older ledger its columns and uids."""
     db.executescript(SCHEMA)
-    if "uid" not in {column[1] for column in db.execute("PRAGMA table_info(releases)")}:
+    known = {column[1] for column in db.execute("PRAGMA table_info(releases)")}
+    for name in sorted(_ADDED.keys() - known):
         with suppress(sqlite3.OperationalError):  # another process has added the column already
-            db.execute("ALTER TABLE releases ADD COLUMN uid TEXT")
+            db.execute(f"ALTER TABLE releases ADD COLUMN {name} {_ADDED[name]}")
     if not db.execute("SELECT 1 FROM sqlite_master WHERE name = 'release_names'").fetchone():
         db.executescript(_ADD_UIDS)

@@ -1,7 +1,7 @@
 """The report page: one run or a comparison of runs, as one self-contained HTML file."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -12,7 +12,8 @@ from jinja2 import Environment, StrictUndefined
 from lalora_app.reports.charts import all_charts
 from lalora_app.reports.differences import difference_note, difference_table
 from lalora_app.reports.page_template import TEMPLATE
-from lalora_app.reports.table_formats import TableCell
+from lalora_app.reports.privacy_notes import audit_notes, privacy_notes
+from lalora_app.reports.table_formats import TableCell, joined
 from lalora_app.reports.tables import (
     ACCURACY,
     METRICS,
@@ -56,28 +57,19 @@ class PageRow:
     first: bool
 
 
-def _text(value: object) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _joined(values: Iterable[object]) -> str:
-    """Return the distinct values, in order of appearance, joined by commas."""
-    return ", ".join(dict.fromkeys(map(_text, values)))
-
-
 def _setting(runs: Sequence[Record], key: str) -> str:
-    return _joined(run.config.get(key, "not set") for run in runs)
+    return joined(run.config.get(key, "not set") for run in runs)
 
 
 def _summary_sentence(records: Sequence[Record]) -> str:
     clients = [record.clients for record in records if record.clients is not None]
-    among = f", by {_joined(clients)} clients" if clients else ""
-    epsilons = _joined(f"{record.epsilon:g}" for record in sorted(records, key=lambda r: r.epsilon))
-    seeds = _joined(sorted(record.seed for record in records))
+    among = f", by {joined(clients)} clients" if clients else ""
+    epsilons = joined(f"{record.epsilon:g}" for record in sorted(records, key=lambda r: r.epsilon))
+    seeds = joined(sorted(record.seed for record in records))
     plural = "s" if "," in seeds else ""
     runs = f"{len(records)} runs" if len(records) > 1 else "One run"
     return (
-        f"{runs} of {_joined(record.label for record in records)} at ε = {epsilons}, "
+        f"{runs} of {joined(record.label for record in records)} at ε = {epsilons}, "
         f"seed{plural} {seeds}: federated fine-tuning of {_setting(records, 'model.name')} with "
         f"LoRA adapters of rank {_setting(records, 'lora.rank')} on "
         f"{_setting(records, 'data.name')}{among}, in {_setting(records, 'num-server-rounds')} "
@@ -91,7 +83,7 @@ def _warnings(records: Sequence[Record]) -> list[str]:
     repeatable = [record for record in finite if not record.private]
     found = []
     if noiseless:
-        labels = _joined(record.label for record in noiseless)
+        labels = joined(record.label for record in noiseless)
         found.append(f"{labels} at ε = inf: no noise was added, so there is no guarantee.")
     for (label, epsilon), runs in group(repeatable).items():
         noise = _setting(runs, "privacy.noise")
@@ -100,38 +92,6 @@ def _warnings(records: Sequence[Record]) -> list[str]:
             "computed again and subtracted, so the ε shown is no guarantee."
         )
     return found
-
-
-def _audits(records: Sequence[Record]) -> list[str]:
-    """Return one sentence per audited run, with the attack's and the ledger's ε."""
-    return [
-        f"Audit of {r.label} at ε = {r.epsilon:g}, seed {r.seed}: the attack proves an ε of at "
-        f"least {r.audit['epsilon_lower']:.2f} at {r.audit['confidence']:.0%} confidence; the "
-        f"ledger counts at most {r.audit['epsilon_upper']:.2f} at δ = {r.audit['delta']:g}. "
-        + ("This mechanism is BROKEN." if r.audit["broken"] else "The two are consistent.")
-        for r in records
-        if r.audit is not None
-    ]
-
-
-def _privacy(records: Sequence[Record]) -> list[str]:
-    private = [record for record in records if record.private]
-    if not private:
-        return []
-    epsilons = _joined(f"{r.epsilon:g}" for r in sorted(private, key=lambda r: r.epsilon))
-    deltas = _joined(f"{record.summary['delta']:g}" for record in private)
-    units = _joined(record.privacy["unit"] for record in private)
-    accountants = _joined(record.privacy["accountant"] for record in private)
-    promise = (
-        f"Privacy: each client has (ε, δ)-differential privacy with ε = {epsilons} and "
-        f"δ = {deltas}, over all rounds of a run. Unit: {units}. Accounting: {accountants}."
-    )
-    if len(private) == 1:
-        return [promise]
-    return [
-        promise,
-        "This holds for each run alone. For several runs on the same data, see lalora ledger show.",
-    ]
 
 
 def _row_tiles(row: RunRow) -> list[SummaryTile]:
@@ -144,10 +104,19 @@ def _row_tiles(row: RunRow) -> list[SummaryTile]:
     return [
         *scores,
         SummaryTile("largest client ε", f"{row.epsilon_reached:.2f}", promised),
+        *_alone_tile(row),
         SummaryTile("sent", f"{row.upload / 1e3:,.0f} kB", "by one client in one round"),
         SummaryTile(
             "time", f"{row.seconds:,.0f} s", "median of the seeds" if row.seeds > 1 else "in all"
         ),
+    ]
+
+
+def _alone_tile(row: RunRow) -> list[SummaryTile]:
+    if row.epsilon_alone is None:
+        return []
+    return [
+        SummaryTile("ε alone", f"{row.epsilon_alone:.2f}", "if one client's uploads are opened")
     ]
 
 
@@ -156,7 +125,7 @@ def _best_tile(epsilon: float, rows: Sequence[RunRow]) -> SummaryTile:
     title = f"highest accuracy at ε = {epsilon:g}" if leaders else f"accuracy at ε = {epsilon:g}"
     winners = leaders or rows
     mean = format_score(ACCURACY, MeanAndDeviation(winners[0].scores[ACCURACY.key].mean, None))
-    return SummaryTile(title, _joined(row.label for row in winners), f"{mean} %")
+    return SummaryTile(title, joined(row.label for row in winners), f"{mean} %")
 
 
 def _tiles(rows: Sequence[RunRow]) -> list[SummaryTile]:
@@ -185,7 +154,7 @@ def _notes(records: Sequence[Record]) -> list[str]:
             if key != "seed" and len({_setting([run], key) for run in runs}) > 1
         ]
         if mixed:
-            notes.append(f"{name}: the runs of this mean differ in {_joined(mixed)}.")
+            notes.append(f"{name}: the runs of this mean differ in {joined(mixed)}.")
         if len({run.seed for run in runs}) < len(runs):
             notes.append(f"{name}: the same seed was run more than once.")
     return notes
@@ -243,7 +212,7 @@ def to_html(records: Sequence[Record], title: str, reference: str | None = None)
         title=title,
         subject=_summary_sentence(records),
         warnings=_warnings(records),
-        privacy=[*_privacy(records), *_audits(records)],
+        privacy=[*privacy_notes(records), *audit_notes(records)],
         tiles=_tiles(rows),
         titles=titles,
         lines=_page_rows(rows, cells),

@@ -1,7 +1,7 @@
 """A table of cells as plain text, Markdown and LaTeX."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -72,3 +72,12 @@ def as_latex(table: Table) -> str:
         + "\\midrule\n".join(body)
         + "\\bottomrule\n\\end{tabular}\n"
     )
+
+
+def _text(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def joined(values: Iterable[object]) -> str:
+    """Return the distinct values, in order of appearance, joined by commas."""
+    return ", ".join(dict.fromkeys(map(_text, values)))

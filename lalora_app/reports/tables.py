@@ -7,7 +7,7 @@ import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from lalora_app.reports.table_formats import Table, TableCell, as_latex, as_markdown, as_text
 from lalora_app.results.finished_run import Record, group
@@ -63,6 +63,8 @@ class RunRow:
         seconds: duration of a run, median over seeds.
         error_left: relative aggregation error after the server's rule, mean over rounds and seeds;
             None if no round has one.
+        epsilon_alone: largest ε of any client's uploads alone, in runs with shared noise; None: no
+            run of the row shares noise.
     """
 
     label: str
@@ -75,6 +77,7 @@ class RunRow:
     download: float
     seconds: float
     error_left: float | None = None
+    epsilon_alone: float | None = None
 
 
 def _mean_and_deviation(values: Sequence[float]) -> MeanAndDeviation:
@@ -86,6 +89,11 @@ def _error_left(runs: Sequence[Record]) -> float | None:
     rows = [row.get("remaining_error") for run in runs for row in run.history]
     known = [error for error in rows if error is not None]
     return statistics.fmean(known) if known else None
+
+
+def _largest_alone(summaries: Sequence[dict[str, Any]]) -> float | None:
+    known = [s["epsilon_alone"] for s in summaries if s.get("epsilon_alone") is not None]
+    return max(known, default=None)
 
 
 def _row(label: str, epsilon: float, runs: Sequence[Record]) -> RunRow:
@@ -102,6 +110,7 @@ def _row(label: str, epsilon: float, runs: Sequence[Record]) -> RunRow:
         download=statistics.fmean(s["download_bytes_per_round"] for s in summaries),
         seconds=statistics.median(summary["seconds"] for summary in summaries),
         error_left=_error_left(runs),
+        epsilon_alone=_largest_alone(summaries),
     )
 
 
@@ -136,7 +145,9 @@ def titles_and_cells(rows: Sequence[RunRow], infinity: str = "inf") -> Table:
     """Return titles and rows of cells of the table; ``infinity`` is the text for ε = inf."""
     metrics = [m for m in METRICS if any(m.key in row.scores for row in rows)]
     titles = ["method", "ε promised", "seeds", *(m.title for m in metrics)]
-    titles += ["largest client ε", "bytes up", "bytes down", "seconds", "error left"]
+    shared = any(row.epsilon_alone is not None for row in rows)
+    titles += ["largest client ε", *["ε alone"] * shared]
+    titles += ["bytes up", "bytes down", "seconds", "error left"]
     leaders = {
         (metric.key, row.label, row.epsilon)
         for metric in metrics
@@ -150,16 +161,19 @@ def titles_and_cells(rows: Sequence[RunRow], infinity: str = "inf") -> Table:
         leads = (metric.key, row.label, row.epsilon) in leaders
         return TableCell(format_score(metric, row.scores[metric.key]), leads)
 
-    def number(value: float, form: str) -> TableCell:
+    def number(value: float | None, form: str) -> TableCell:
+        if value is None:
+            return TableCell("–")
         return TableCell(format(value, form) if math.isfinite(value) else infinity)
 
     cells = [
         [
             *(TableCell(row.label), number(row.epsilon, "g"), TableCell(str(row.seeds))),
             *(score(metric, row) for metric in metrics),
-            *(number(row.epsilon_reached, ".2f"), number(row.upload, ",.0f")),
-            *(number(row.download, ",.0f"), number(row.seconds, ".0f")),
-            TableCell("–" if row.error_left is None else f"{row.error_left:.2g}"),
+            number(row.epsilon_reached, ".2f"),
+            *[number(row.epsilon_alone, ".2f")] * shared,
+            *(number(row.upload, ",.0f"), number(row.download, ",.0f")),
+            *(number(row.seconds, ".0f"), number(row.error_left, ".2g")),
         ]
         for row in rows
     ]
@@ -192,9 +206,11 @@ def to_csv(records: Sequence[Record]) -> str:
     """Return CSV with one line per run, at full precision; missing values are empty."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["label", "method", "epsilon", "seed", "clients", *_SUMMARY_COLUMNS])
+    shared = any(run.summary.get("epsilon_alone") is not None for run in records)
+    columns = (*_SUMMARY_COLUMNS, *["epsilon_alone"] * shared)
+    writer.writerow(["label", "method", "epsilon", "seed", "clients", *columns])
     for runs in group(records).values():
         for run in runs:
-            known = [run.summary.get(key) for key in _SUMMARY_COLUMNS]
+            known = [run.summary.get(key) for key in columns]
             writer.writerow([run.label, run.method, run.epsilon, run.seed, run.clients, *known])
     return buffer.getvalue()

@@ -6,6 +6,7 @@ from typing import Any
 from lalora_app.models.pretrained import public_name
 from lalora_app.models.scores import format_scores, scores_in_row
 from lalora_app.models.transformers_models import auto_class
+from lalora_app.privacy.two_epsilons import sentences
 from lalora_app.settings.names import TIMM, is_local
 from lalora_app.settings.run_config import Config
 
@@ -92,13 +93,19 @@ _PRIVATE = """
 | privacy | |
 |---|---|
 | ε, upper bound (ledger) | {epsilon:.2f} (the largest of all clients) |
-{audit}
+{alone}{audit}
 | δ | {delta:g} |
 | unit | {adjacency} |
 | accountant | {accountant} |
 
-Only tensors that were clipped per example and noised left the clients. Not covered: the choice
+{left}Not covered: the choice
 of hyper-parameters, and floating-point effects of the noise."""
+
+_LEFT = "Only tensors that were clipped per example and noised left the clients. "
+_LEFT_SHARED = """\
+The clients shared the noise of a sum, so there are two ε. {of_sums} {alone}
+
+Only clipped sums left the clients, with a share of the noise and under masks. """
 
 _NOT_PRIVATE = """
 **Not private**: {reason}."""
@@ -107,10 +114,19 @@ CARD_ROW = "| ε, lower bound (audit) |"  # first cells of the audit's line in t
 NOT_AUDITED = f"{CARD_ROW} not audited: `lalora audit --run` with the folder of the run |"
 
 
-def privacy_sentence(config: Config, epsilon: float) -> str:
-    """Return the privacy section of the model card."""
+def privacy_sentence(config: Config, epsilon: float, alone: float | None = None) -> str:
+    """Return the privacy section of the model card.
+
+    Args:
+        config: the run's config.
+        epsilon: largest ε of all clients; with shared noise, of the sums.
+        alone: largest ε of one client's uploads alone, with shared noise; None: own noise.
+    """
     if config.privacy.private:
+        row, left = ("", _LEFT) if alone is None else _of_shared_noise(alone)
         return _PRIVATE.format(
+            alone=row,
+            left=left,
             epsilon=epsilon,
             delta=config.privacy.delta,
             audit=NOT_AUDITED,
@@ -121,6 +137,13 @@ def privacy_sentence(config: Config, epsilon: float) -> str:
     return _NOT_PRIVATE.format(
         reason="the noise was drawn from a known seed" if seeded else "trained with ε = inf"
     )
+
+
+def _of_shared_noise(alone: float) -> tuple[str, str]:
+    """Return the table's row on ε alone, and the sentences on who must be honest for which ε."""
+    of_sums, of_uploads = sentences("The first ε", "The second ε")
+    row = f"| ε if one client's uploads are opened (ledger) | {alone:.2f} |\n"
+    return row, _LEFT_SHARED.format(of_sums=of_sums, alone=of_uploads)
 
 
 def _load_code(config: Config, base: str) -> str:
@@ -176,6 +199,6 @@ def model_card(config: Config, row: Mapping[str, Any]) -> str:
         method=config.method,
         rounds=row["round"],
         data=config.data.name,
-        privacy=privacy_sentence(config, row["epsilon_max"]),
+        privacy=privacy_sentence(config, row["epsilon_max"], row.get("epsilon_alone")),
         quality=format_scores(scores_in_row(row), ", "),
     )

@@ -22,6 +22,12 @@ def _mean_bytes(rows: list[dict[str, Any]], key: str) -> float:
     return int(mean) if mean == int(mean) else mean
 
 
+def _alone(last: dict[str, Any]) -> dict[str, float]:
+    """Return the largest ε of one client's uploads alone; nothing without shared noise."""
+    alone = last.get("epsilon_alone")
+    return {} if alone is None else {"epsilon_alone": alone}
+
+
 def _summary(config: Config, rows: list[dict[str, Any]], seconds: float) -> dict[str, Any]:
     last = rows[-1]
     failed = sum(not row["aggregated"] for row in rows)
@@ -30,6 +36,7 @@ def _summary(config: Config, rows: list[dict[str, Any]], seconds: float) -> dict
         "rounds": sum(row["aggregated"] for row in rows),
         **scores_in_row(last),
         "epsilon_max": last["epsilon_max"],
+        **_alone(last),
         "delta": config.privacy.delta,
         "upload_bytes_per_round": _mean_bytes(rows, "upload_bytes"),
         "download_bytes_per_round": _mean_bytes(rows, "download_bytes"),
@@ -56,6 +63,7 @@ def _privacy_report(config: Config, rows: list[dict[str, Any]]) -> dict[str, Any
     return {
         "private": config.privacy.private,
         "epsilon_max": rows[-1]["epsilon_max"],
+        **_alone(rows[-1]),
         "epsilon_promised": config.privacy.epsilon,
         "delta": config.privacy.delta,
         "unit": ADJACENCY,
@@ -109,10 +117,11 @@ def _results(folder: RunFolder, summary: dict[str, Any], *, private: bool) -> di
     """Return the last lines of a run's log: label -> text."""
     up, down = (summary[f"{way}_bytes_per_round"] for way in ("upload", "download"))
     warning = "" if private else "  (NOT private, see privacy.json)"
+    alone = f", {summary['epsilon_alone']:.2f} alone" if "epsilon_alone" in summary else ""
     return {
         "folder": str(folder.path),
         "quality": format_scores(scores_in_row(summary)),
         "privacy": f"largest client epsilon {summary['epsilon_max']:.2f} "
-        f"at delta {summary['delta']:g}{warning}",
+        f"at delta {summary['delta']:g}{alone}{warning}",
         "bytes": f"{up:,.0f} up, {down:,.0f} down, per client and round",
     }

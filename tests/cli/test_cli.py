@@ -513,3 +513,67 @@ def test_where_rdp_keeps_the_books_they_may_only_be_above_the_second_opinion(
     out = capsys.readouterr().out
     assert "RDP 64." in out
     assert ("DISAGREE" in out) == bool(code)
+
+
+# --- shared noise -----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_numbers(ledger):
+    """The ledger of above, and one round with shared noise on other data."""
+    limits = {"planned": 4, "run_limit": NO_LIMIT, "node_limit": NO_LIMIT}
+    ledger.reserve("ward", "run-3", 1, RELEASE, alone=1.0, **limits)
+    return ledger
+
+
+def test_show_has_both_epsilons_where_noise_was_shared_and_says_who_must_be_honest(
+    two_numbers, capsys
+):
+    assert main.main(["ledger", "show"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    own, shared = ([line for line in lines if line.startswith(d)] for d in ("mail", "ward"))
+    assert "alone" not in "".join(own)
+    first, second = (accounting.epsilon([Release(0.05, z, 4)], 1e-5) for z in (2.0, 1.0))
+    assert len(shared) == 2
+    for line in shared:
+        assert line.endswith(f"epsilon {first:.3f}  |  epsilon-alone {second:.3f}")
+    assert lines[-2].startswith("epsilon holds against the server, other clients and users")
+    assert lines[-1].startswith("epsilon-alone holds against a server that opens")
+    assert main.main(["ledger", "show", "--dataset", "mail"]) == 0
+    assert "alone" not in capsys.readouterr().out
+
+
+def test_verify_computes_both_epsilons_again(two_numbers, capsys, monkeypatch):
+    assert main.main(["ledger", "verify", "--dataset", "ward"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines[:4]] == ["agree"] * 4
+    assert [line.startswith("    epsilon-alone") for line in lines[:4]] == [False, True] * 2
+    honest = ledger_command.second_epsilon
+
+    def wrong_alone(releases, delta):
+        return honest(releases, delta) * (0.9 if releases[0].noise_multiplier == 1.0 else 1.0)
+
+    monkeypatch.setattr(ledger_command, "second_epsilon", wrong_alone)
+    assert main.main(["ledger", "verify", "--dataset", "ward"]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split()[-1] for line in lines[:4]] == ["agree", "DISAGREE"] * 2
+
+
+def test_verify_has_a_limit_of_its_own_for_each_epsilon(two_numbers, capsys):
+    first, second = (accounting.epsilon([Release(0.05, z, 4)], 1e-5) for z in (2.0, 1.0))
+    between, command = str((first + second) / 2), ["ledger", "verify", "--dataset", "ward"]
+    assert main.main([*command, "--max-epsilon", between]) == 0
+    assert main.main([*command, "--max-epsilon-alone", str(1.01 * second)]) == 0
+    capsys.readouterr()
+    assert main.main([*command, "--max-epsilon-alone", between]) == 1
+    assert capsys.readouterr().out.count(f"above max-epsilon-alone {between}") == 2
+    # Of own noise, the one ε is both.
+    assert main.main(["ledger", "verify", "--dataset", "mail", "--max-epsilon-alone", "0.01"]) == 1
+
+
+def test_export_has_a_column_more_where_noise_was_shared(two_numbers, capsys):
+    assert main.main(["ledger", "export"]) == 0
+    lines = list(csv.DictReader(capsys.readouterr().out.splitlines()))
+    assert [line["alone_multiplier"] for line in lines] == ["", "", "", "1.0"]
+    assert main.main(["ledger", "export", "--dataset", "mail"]) == 0
+    assert "alone" not in capsys.readouterr().out

@@ -189,7 +189,7 @@ def test_a_crash_between_snapshot_and_commit_writes_nothing(path, monkeypatch):
     def crash(*arguments):
         raise Killed
 
-    for module, name in ((budget, "epsilon"), (ledger_module, "_write")):
+    for module, name in ((budget, "epsilon"), (ledger_module, "write_entry")):
         with monkeypatch.context() as patch:
             patch.setattr(budget, "epsilon", spent)
             patch.setattr(module, name, crash)

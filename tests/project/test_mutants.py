@@ -445,6 +445,30 @@ MUTANTS = {
         "        content[name] = content[messages.CONFIG] = found[messages.CONFIG]\n",
         "tests/secagg/test_stages.py::test_a_stage_that_fails_changes_no_other_part_of_its_message",
     ),
+    "shared noise: opened uploads composed with the noise of the sums": Mutant(
+        "privacy/ledger.py",
+        "            past = [*releases_alone(seen), *later]\n",
+        "            past = [*releases_of(seen), *later]\n",
+        "tests/privacy/test_two_epsilons.py::test_the_limit_alone_holds_over_all_runs_each_release_with_its_own_noise",
+    ),
+    "shared noise: the next upload counted with the noise of the sum": Mutant(
+        "privacy/ledger.py",
+        "            opened = plan if alone is None else replace(plan, noise_multiplier=alone)\n",
+        "            opened = plan\n",
+        "tests/privacy/test_two_epsilons.py::test_a_run_that_would_exceed_the_limit_alone_later_is_refused_at_its_first_round",
+    ),
+    "shared noise: the noise of an upload alone is not written": Mutant(
+        "privacy/ledger_entries.py",
+        "(*row, *numbers, entry.uid, entry.alone)",
+        "(*row, *numbers, entry.uid, None)",
+        "tests/privacy/test_two_epsilons.py::test_the_file_holds_both_multipliers_and_none_for_own_noise",
+    ),
+    "shared noise: more noise for an upload than for its sum": Mutant(
+        "privacy/ledger_entries.py",
+        "not 0 <= alone <= release.noise_multiplier",
+        "not 0 <= alone",
+        "tests/privacy/test_two_epsilons.py::test_an_upload_has_no_more_noise_than_its_sum",
+    ),
 }
 HELPERS = {
     "privacy/ledger.py": "\n\n_OPEN: list[sqlite3.Connection] = []\n",
