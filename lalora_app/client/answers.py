@@ -11,14 +11,15 @@ from collections.abc import Callable, Mapping
 from flwr.app import Context, Message, RecordDict
 
 from lalora_app.client.limits import check_limits
-from lalora_app.client.received_round import read_request
+from lalora_app.client.received_round import Asked, read_request
+from lalora_app.client.shared_round import SharedPart, open_shared
 from lalora_app.privacy.budget import BudgetError
 from lalora_app.privacy.ledger import LedgerBusyError
 from lalora_app.privacy.policy import PolicyError
 from lalora_app.secagg.client import STAGES
 from lalora_app.secagg.fixed_point import RangeError
 from lalora_app.secagg.messages import StageError
-from lalora_app.secagg.upload import UPLOAD_ENCODERS
+from lalora_app.secagg.upload import UPLOAD_ENCODERS, UploadEncoder
 from lalora_app.settings.errors import ConfigError, DataError
 from lalora_app.site_files import held_download
 from lalora_app.wire import messages, tensors
@@ -112,9 +113,17 @@ def train(message: Message, context: Context) -> RecordDict:
     if repeated is not None:
         return repeated
     # A stage of secure aggregation out of order is refused here, before anything is spent.
-    make_encoder = UPLOAD_ENCODERS[asked.config.secure_aggregation]
-    encode_upload = make_encoder(message.content, context, asked.request)
-    check_limits(asked.config, asked.site, asked.request)
+    way = _way_of_upload(asked, message, context)
+    cohort = way.cohort if isinstance(way, SharedPart) else None
+    check_limits(asked.config, asked.site, asked.request, cohort)
     from lalora_app.client import requests  # imports torch, transformers and PEFT
 
-    return requests.train(asked, encode_upload)
+    return requests.train(asked, way)
+
+
+def _way_of_upload(asked: Asked, message: Message, context: Context) -> UploadEncoder | SharedPart:
+    """Return how the round's result leaves: as tensors with all of the noise, or as a part."""
+    if asked.config.privacy.shared:
+        return open_shared(asked, message.content, context)
+    make_encoder = UPLOAD_ENCODERS[asked.config.secure_aggregation]
+    return make_encoder(message.content, context, asked.request)

@@ -17,6 +17,7 @@ from lalora_app.privacy.budget import Limit, noise_for
 from lalora_app.privacy.ledger import Limits, Reservation
 from lalora_app.settings.run_config import Config
 from lalora_app.shared_noise.run_constants import noise_multiplier
+from lalora_app.shared_noise.shares import Cohort
 from lalora_app.wire.messages import TrainRequest
 
 
@@ -72,7 +73,9 @@ def _planned_class_sums(
     return release, limits
 
 
-def _planned_shared(config: Config, site: Site, request: TrainRequest) -> tuple[Release, Limits]:
+def _planned_shared(
+    config: Config, site: Site, request: TrainRequest, cohort: Cohort
+) -> tuple[Release, Limits]:
     """Return the one release of a round with shared noise, whose z is a constant of the run."""
     privacy, policy = config.privacy, site.policy
     past = site.ledger.releases(site.dataset, request.run)
@@ -84,18 +87,20 @@ def _planned_shared(config: Config, site: Site, request: TrainRequest) -> tuple[
         node_limit=policy.limit,
         max_rounds=policy.max_rounds,
         per_day=policy.max_rounds_per_day,
+        alone=cohort.alone(noise),
+        alone_limit=policy.alone_limit,
     )
     return Release(config.train.sampling_rate, noise, 1), limits
 
 
 def _planned(
-    config: Config, site: Site, request: TrainRequest, size: int
+    config: Config, site: Site, request: TrainRequest, size: int, cohort: Cohort | None
 ) -> tuple[Release, Limits]:
     """Choose the noise of a round with ``size`` examples, and return its releases and limits."""
     if config.sums_classes(request.round):
         return _planned_class_sums(config, site, request, size)
-    if config.privacy.shared:
-        return _planned_shared(config, site, request)
+    if cohort is not None:
+        return _planned_shared(config, site, request, cohort)
     privacy, steps, policy = config.privacy, config.train.local_steps, site.policy
     limit = Limit(privacy.epsilon, privacy.delta)
     q = config.train.rate(size)
@@ -115,8 +120,16 @@ def _planned(
     return Release(q, noise_multiplier, steps), limits
 
 
-def check_limits(config: Config, site: Site, request: TrainRequest) -> None:
+def check_limits(
+    config: Config, site: Site, request: TrainRequest, cohort: Cohort | None = None
+) -> None:
     """Check a round's limits without data and model, if the number of examples is remembered.
+
+    Args:
+        config: the run's config.
+        site: this client.
+        request: the server's order.
+        cohort: the clients that share the noise; None: the noise is the site's own.
 
     Raises:
         BudgetError: if a limit would be exceeded.
@@ -125,16 +138,25 @@ def check_limits(config: Config, site: Site, request: TrainRequest) -> None:
     size = remembered_size(site, config)
     if size is not None:
         site.require_size(size, config)
-        release, limits = _planned(config, site, request, size)
+        release, limits = _planned(config, site, request, size, cohort)
         site.ledger.check(site.dataset, request.run, release, **limits)
 
 
-def reserve(config: Config, site: Site, request: TrainRequest, size: int) -> Reservation:
+def reserve(
+    config: Config, site: Site, request: TrainRequest, size: int, cohort: Cohort | None = None
+) -> Reservation:
     """Choose the noise, check the limits, and commit the round's releases to the ledger.
+
+    Args:
+        config: the run's config.
+        site: this client.
+        request: the server's order.
+        size: the number of its examples.
+        cohort: the clients that share the noise; None: the noise is the site's own.
 
     Raises:
         BudgetError: if a limit would be exceeded; nothing is written then.
         PolicyError: if the noise would be too small for the site; nothing is written then.
     """
-    release, limits = _planned(config, site, request, size)
+    release, limits = _planned(config, site, request, size, cohort)
     return site.ledger.reserve(site.dataset, request.run, request.round, release, **limits)

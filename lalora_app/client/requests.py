@@ -22,6 +22,7 @@ from lalora_app.client.received_round import (
     receive,
     run_config_of,
 )
+from lalora_app.client.shared_round import SharedPart, shared_upload
 from lalora_app.client.site import Site, admit
 from lalora_app.data.encoding import Encoded
 from lalora_app.models import backbone
@@ -146,24 +147,30 @@ def _encoded(current: Round, result: Adapter, encode: UploadEncoder) -> Upload:
     return encode(select(result, current.sent), select(current.received.adapter, current.sent))
 
 
-def train(asked: Asked, encode_upload: UploadEncoder) -> RecordDict:
+def train(asked: Asked, way: UploadEncoder | SharedPart) -> RecordDict:
     """Train one round and return the reply.
 
     Args:
         asked: a checked request that has not been answered before.
-        encode_upload: the function that makes the reply's tensors of the factors.
+        way: the function that makes the reply's tensors of the factors; or the attempt of a round
+            with shared noise, in which no factor changes at the site.
 
     Privacy: the round's releases are on the ledger before the first one is drawn.
     """
     current = _prepare(asked)
     start = current.start()
     clock = [time.monotonic()]
-    reservation = reserve(current.config, current.site, current.request, len(current.data))
+    cohort = way.cohort if isinstance(way, SharedPart) else None
+    size = len(current.data)
+    reservation = reserve(current.config, current.site, current.request, size, cohort)
     clock.append(time.monotonic())
     streams = _streams(current.config, current.site.client, current.request.attempt)
-    result = run_local_steps(current, start, reservation, streams)
+    if isinstance(way, SharedPart):
+        result, upload = start, shared_upload(current, start, way, reservation, streams)
+    else:
+        result = run_local_steps(current, start, reservation, streams)
+        upload = _encoded(current, result, way)
     clock.append(time.monotonic())
     _log_durations(current, clock)
-    upload = _encoded(current, result, encode_upload)
     current.save_files(result, upload)
-    return asked.reply(upload, len(current.data))
+    return asked.reply(upload, size)

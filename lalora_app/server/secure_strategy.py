@@ -37,7 +37,9 @@ class SecureFederatedLora(FederatedLora):
     def __post_init__(self) -> None:
         nodes, config = self.clients.nodes, self.config
         cohorts = [{client: nodes[client] for client in c} for c in self.clients.cohorts]
-        self._pipeline = Pipeline(self.run, cohorts, config.min_replies, config.round_timeout)
+        self._pipeline = Pipeline(
+            self.run, cohorts, config.min_replies, config.round_timeout, self._colluding()
+        )
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -57,6 +59,10 @@ class SecureFederatedLora(FederatedLora):
             client = self._training[request.metadata.dst_node_id]
             request.content[SECAGG] = ConfigRecord(shares[client])
         return add_parts(self._later, attempt, asked)
+
+    def _colluding(self) -> int | None:
+        """Return c of shared noise; None: every upload has its own noise."""
+        return None
 
     def _asked(self) -> dict[int, int]:
         return self._training

@@ -17,11 +17,10 @@ from lalora_app.secagg.messages import MASKED
 from lalora_app.server.secure_strategy import SecureFederatedLora
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import Config
-from lalora_app.shared_noise.lattice import Lattice, mean
+from lalora_app.shared_noise.lattice import Lattice, Words, mean
 from lalora_app.shared_noise.run_constants import lattice_of, noise_multiplier
 from lalora_app.shared_noise.seeded import without_excess
 from lalora_app.shared_noise.shares import Cohort
-from lalora_app.wire.messages import TrainReply
 
 _log = logging.getLogger("flwr")
 
@@ -118,20 +117,26 @@ class SharedNoiseLora(SecureFederatedLora):
         entries = sum(array.size for array in self._travelling().values())
         return lattice_of(self.config, entries, cohort, noise_multiplier(self.config))
 
+    def _colluding(self) -> int | None:
+        return self.config.privacy.colluding
+
     def _travelling(self) -> Adapter:
         return select(self.state.adapter, self._synced())
 
     def _expected(self, client: int) -> Mapping[str, np.ndarray]:
-        lattice = self._lattice(self._session.cohort)
+        lattice = self._lattice(self._cohort())
         words = np.uint32 if lattice.word == 32 else np.uint64
         return {MASKED: np.zeros(lattice.constants.entries, words)}
 
-    def _unmasked(self, accepted: dict[int, TrainReply]) -> Adapter:
+    def _cohort(self) -> Cohort:
+        return Cohort.of(len(self._session.mask_keys), self.config.privacy.colluding)
+
+    def _unmasked(self, vectors: Mapping[int, Words]) -> Adapter:
         """Return the global tensors after the round's step."""
-        vectors = {self._training[node]: r.upload[MASKED] for node, r in accepted.items()}
-        total = self._session.unmasked_sum(vectors)
-        cohort, t = self._session.cohort, self.state.round + 1
+        total, cohort = self._session.unmasked_sum(vectors), self._cohort()
         lattice, missing = self._lattice(cohort), cohort.clients - len(vectors)
-        rest = without_excess(total, self._session.noise_seeds, missing, lattice)
+        rest = without_excess(total, self._session.noise_seeds(), missing, lattice)
         gradient = mean(rest, lattice, lattice.constants.expected_batch)
-        return gradient_step(self.config, self.method, self._travelling(), gradient, t)
+        return gradient_step(
+            self.config, self.method, self._travelling(), gradient, self.state.round + 1
+        )
