@@ -391,6 +391,24 @@ MUTANTS = {
         "not 0 <= alone",
         "tests/privacy/test_two_epsilons.py::test_an_upload_has_no_more_noise_than_its_sum",
     ),
+    "shared noise: a site without conditions takes part": Mutant(
+        "privacy/policy.py",
+        '        if getattr(config.privacy, "noise_share", "own") == "sum":\n',
+        "        if False:\n",
+        "tests/privacy/test_shared_policy.py::test_without_the_table_a_site_refuses_and_a_simulated_client_allows",
+    ),
+    "shared noise: own data treated as simulated data": Mutant(
+        "privacy/policy.py",
+        "SharedNoise(Limit(math.inf, limit.delta)) if simulated else None\n",
+        "SharedNoise(Limit(math.inf, limit.delta))\n",
+        "tests/privacy/test_shared_policy.py::test_without_the_table_a_site_refuses_and_a_simulated_client_allows",
+    ),
+    "shared noise: any number of honest shares": Mutant(
+        "privacy/shared_policy.py",
+        "        if honest < self.min_honest:\n",
+        "        if honest < 1:\n",
+        "tests/privacy/test_shared_policy.py::test_an_attempt_with_too_few_honest_shares_is_refused",
+    ),
 }
 HELPERS = {
     "privacy/ledger.py": "\n\n_OPEN: list[sqlite3.Connection] = []\n",
