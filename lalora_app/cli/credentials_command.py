@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from lalora_app.cli.argument_types import at_least_one
+from lalora_app.settings.errors import ConfigError
 
 
 def _ca(args: argparse.Namespace) -> int:
@@ -31,6 +32,21 @@ def _node(args: argparse.Namespace) -> int:
     return 0
 
 
+def _peer(args: argparse.Namespace) -> int:
+    from lalora_app.secagg.peers import public_text
+    from lalora_app.site_files.peer_key import make_peer_key
+
+    if Path(args.name).name != args.name:
+        raise ConfigError(f"name={args.name!r} must be a plain file name")
+    identity = make_peer_key(args.folder / args.name)
+    print(
+        f"lalora: {args.name} stays here, in {args.folder}; the next line is for the policies of "
+        "the other sites, over a channel that they trust"
+    )
+    print(public_text(identity))
+    return 0
+
+
 def add_credentials(commands: Any) -> None:
     """Add ``lalora credentials`` for deployments, see docs/deployment.md."""
     credentials = commands.add_parser("credentials", help="keys and certificates of a deployment")
@@ -38,7 +54,8 @@ def add_credentials(commands: Any) -> None:
     ca = actions.add_parser("ca", help="a certificate authority; once, at the server")
     server = actions.add_parser("server", help="the SuperLink's certificate; also to renew it")
     node = actions.add_parser("node", help="a SuperNode's key pair; at its site")
-    for action, act in ((ca, _ca), (server, _server), (node, _node)):
+    peer = actions.add_parser("peer", help="a site's signing key, for shared noise; at its site")
+    for action, act in ((ca, _ca), (server, _server), (node, _node), (peer, _peer)):
         action.add_argument("folder", type=Path)
         action.set_defaults(act=act)
     server.add_argument(
@@ -47,4 +64,5 @@ def add_credentials(commands: Any) -> None:
     server.add_argument(
         "--days", type=at_least_one, default=365, help="days of validity (default 365)"
     )
-    node.add_argument("name", help="file name of the key")
+    for action in (node, peer):
+        action.add_argument("name", help="file name of the key")

@@ -7,6 +7,8 @@ from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
+from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+
 from lalora_app.client.own_data import check_columns, own_data
 from lalora_app.data.examples import Examples, check_client
 from lalora_app.data.examples import private_file as read_private_file
@@ -19,6 +21,7 @@ from lalora_app.privacy.policy import Policy, read_policy
 from lalora_app.settings.errors import ConfigError, DataError
 from lalora_app.settings.names import full_path
 from lalora_app.settings.run_config import Config, Data, flatten
+from lalora_app.site_files.peer_key import read_peer_key
 from lalora_app.wire.code_version import code_hash
 
 # Prefixes of the keys that decide on the encoding of an example.
@@ -62,6 +65,7 @@ class Site:
             file format where it has own data.
         data_path: the path of its own data; None: its data is part of the simulated split.
         cache: the folder for encoded examples; None: no cache.
+        identity: its private signing key, for runs with pinned peers; None: it has none.
     """
 
     client: str
@@ -73,6 +77,7 @@ class Site:
     data: Data
     data_path: str | None = None
     cache: Path | None = None
+    identity: Ed25519PrivateKey | None = None
 
     @property
     def ledger(self) -> Ledger:
@@ -163,6 +168,22 @@ def _cache(node: Mapping[str, object]) -> Path | None:
     return full_path(str(node["data-cache"]))
 
 
+def _identity(
+    config: Config, node: Mapping[str, object], policy: Policy
+) -> Ed25519PrivateKey | None:
+    """Return the site's private signing key; None if it has none and needs none.
+
+    Raises:
+        ConfigError: if the file holds no such key, or the policy pins peers and there is no file.
+    """
+    if "peer-key" in node:
+        return read_peer_key(full_path(str(node["peer-key"])))
+    shared = getattr(config.privacy, "noise_share", "own") == "sum"
+    if shared and policy.shared_noise is not None and policy.shared_noise.peers is not None:
+        raise ConfigError("node config must have peer-key: the policy's peers sign their keys")
+    return None
+
+
 def admit(config: Config, node: Mapping[str, object], node_id: int) -> Site:
     """Return this client after checking its policy; neither data nor model is loaded yet.
 
@@ -180,5 +201,5 @@ def admit(config: Config, node: Mapping[str, object], node_id: int) -> Site:
     policy.check_run(config)
     check_columns(config, node)
     rank, state = _rank(config, node), state_folder(node)
-    own = _data_path(node), _cache(node)
+    own = _data_path(node), _cache(node), _identity(config, node, policy)
     return Site(client, dataset, rank, policy, state, load, data, *own)

@@ -8,20 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from lalora_app.privacy.budget import Limit
+from lalora_app.privacy.policy_values import PolicyError as PolicyError
+from lalora_app.privacy.policy_values import flag, integer, names, number, require_known
+from lalora_app.privacy.shared_policy import SharedNoise, read_shared_noise
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.names import full_path
-from lalora_app.settings.run_config import Config, as_float
+from lalora_app.settings.run_config import Config
 
 _INLINE = ("max-epsilon", "delta", "public-size")
 _KEYS = (
     *(*_INLINE, "min-noise-multiplier", "max-rounds", "max-rounds-per-day"),
     "max-local-steps",
-    *("methods", "models", "datasets", "require-secure-aggregation"),
+    *("methods", "models", "datasets", "require-secure-aggregation", "shared-noise"),
 )
-
-
-class PolicyError(RuntimeError):
-    """The client's policy does not allow the server's request; nothing was spent."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +37,7 @@ class Policy:
         methods: allowed values of ``method``; None: all.
         models: allowed values of ``model.name``; None: all.
         require_secure_aggregation: whether every upload must be masked.
+        shared_noise: conditions for noise that clients share; None: shared noise is refused.
     """
 
     limit: Limit
@@ -49,6 +49,12 @@ class Policy:
     methods: frozenset[str] | None = None
     models: frozenset[str] | None = None
     require_secure_aggregation: bool = False
+    shared_noise: SharedNoise | None = None
+
+    @property
+    def alone_limit(self) -> Limit | None:
+        """The limit of ε-alone, for the ledger; None without conditions for shared noise."""
+        return None if self.shared_noise is None else self.shared_noise.limit
 
     def check_run(self, config: Config) -> None:
         """Check the run's config before its model is loaded.
@@ -63,11 +69,37 @@ class Policy:
         if self.require_secure_aggregation and config.secure_aggregation == "none":
             raise PolicyError('secure-aggregation="none" must be "secagg+"')
         self.check_noise(math.inf if config.privacy.private else 0.0)
-        if math.isfinite(self.limit.epsilon) and config.privacy.noise != "secure":
+        self._check_noise_source(config.privacy.noise)
+        if getattr(config.privacy, "noise_share", "own") == "sum":
+            self._conditions().check_colluding(getattr(config.privacy, "colluding", 0))
+
+    def check_cohort(self, honest: int, colluding: int) -> None:
+        """Check the numbers of an attempt with shared noise, before the ledger.
+
+        Args:
+            honest: the honest shares that are counted on, h.
+            colluding: the colluding clients that the attempt withstands, c.
+
+        Raises:
+            PolicyError: if the policy has no conditions for shared noise, or they do not hold.
+        """
+        self._conditions().check_cohort(honest, colluding)
+
+    def _conditions(self) -> SharedNoise:
+        if self.shared_noise is None:
             raise PolicyError(
-                f'privacy.noise="{config.privacy.noise}" must be "secure" for a node with '
-                f"max-epsilon={self.limit.epsilon}: the server could repeat it"
+                'privacy.noise-share="sum" must be "own": the policy has no table [shared-noise]'
             )
+        return self.shared_noise
+
+    def _check_noise_source(self, noise: str) -> None:
+        limits = {"max-epsilon": self.limit, "max-epsilon-alone": self.alone_limit or self.limit}
+        for key, limit in limits.items():
+            if math.isfinite(limit.epsilon) and noise != "secure":
+                raise PolicyError(
+                    f'privacy.noise="{noise}" must be "secure" for a node with '
+                    f"{key}={limit.epsilon}: the server could repeat it"
+                )
 
     def lines(self) -> list[str]:
         """Return the policy as text, one line per rule."""
@@ -82,6 +114,7 @@ class Policy:
             *(f"{key}: {', '.join(sorted(v)) if v else 'all'}" for key, v in any_of.items()),
             f"the number of examples may {'' if self.public_size else 'not '}be sent",
             f"uploads leave {'under masks only' if masked else 'with or without masks'}",
+            *(self.shared_noise.lines() if self.shared_noise else ["noise may not be shared"]),
         ]
 
     def check_noise(self, noise_multiplier: float) -> None:
@@ -111,16 +144,9 @@ def _require_listed(key: str, value: str, allowed: frozenset[str] | None) -> Non
         raise PolicyError(f'{key}="{value}" must be one of {", ".join(sorted(allowed))}')
 
 
-def _number(values: Mapping[str, object], key: str, default: float, source: str) -> float:
-    value = values.get(key, default)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ConfigError(f"{source} {key}={value!r} must be a number")
-    return as_float(value)
-
-
 def _limit(values: Mapping[str, object], run_delta: float, source: str) -> Limit:
-    limit = _number(values, "max-epsilon", math.inf, source)
-    delta = _number(values, "delta", run_delta, source)
+    limit = number(values, "max-epsilon", math.inf, source)
+    delta = number(values, "delta", run_delta, source)
     if not limit > 0:
         raise ConfigError(f"{source} max-epsilon={limit} must be greater than 0")
     if not 0 < delta < 1:
@@ -128,29 +154,6 @@ def _limit(values: Mapping[str, object], run_delta: float, source: str) -> Limit
     if math.isfinite(limit) and "delta" not in values:
         raise ConfigError(f"{source} max-epsilon={limit} needs a delta, at which the limit holds")
     return Limit(limit, delta)
-
-
-def _flag(values: Mapping[str, object], key: str, default: bool, source: str) -> bool:
-    value = values.get(key, default)
-    if not isinstance(value, bool):
-        raise ConfigError(f"{source} {key}={value!r} must be true or false")
-    return value
-
-
-def _rounds(values: Mapping[str, object], key: str, source: str) -> int | None:
-    value = values.get(key)
-    if value is not None and (type(value) is not int or value < 1):
-        raise ConfigError(f"{source} {key}={value!r} must be an integer of at least 1")
-    return value
-
-
-def _names(values: Mapping[str, object], key: str, source: str) -> frozenset[str] | None:
-    value = values.get(key)
-    if value is None:
-        return None
-    if not isinstance(value, list) or not value or not all(isinstance(v, str) for v in value):
-        raise ConfigError(f"{source} {key}={value!r} must be a list of at least one name")
-    return frozenset(value)
 
 
 def _tables(path: Path, source: str) -> dict[str, Any]:
@@ -168,14 +171,9 @@ def _of_dataset(tables: Mapping[str, Any], dataset: str, source: str) -> dict[st
     if not isinstance(datasets, dict) or not all(isinstance(t, dict) for t in datasets.values()):
         raise ConfigError(f"{source} datasets must be tables, one per dataset-id")
     for table in datasets.values():
-        _require_known(table, ("max-epsilon", "delta"), f"{source} datasets:")
+        require_known(table, ("max-epsilon", "delta"), f"{source} datasets:")
         _limit({**tables, **table}, 0.5, source)
     return {**tables, **datasets.get(dataset, {})}
-
-
-def _require_known(values: Mapping[str, object], known: tuple[str, ...], source: str) -> None:
-    for key in sorted(set(values) - set(known)):
-        raise ConfigError(f"{source} {key} must be one of {', '.join(known)}")
 
 
 def read_policy_file(path: Path, dataset: str = "") -> Policy:
@@ -190,25 +188,32 @@ def read_policy_file(path: Path, dataset: str = "") -> Policy:
     """
     source = f"policy {path}:"
     tables = _tables(path, source)
-    _require_known(tables, _KEYS, source)
+    require_known(tables, _KEYS, source)
     for key in ("max-epsilon", "delta"):
         if key not in tables:
             raise ConfigError(f"{source} {key} is missing: a policy must set it")
     values = _of_dataset(tables, dataset, source)
-    noise = _number(values, "min-noise-multiplier", 0.0, source)
+    noise = number(values, "min-noise-multiplier", 0.0, source)
     if not 0 <= noise < math.inf:
         raise ConfigError(f"{source} min-noise-multiplier={noise} must be at least 0, and finite")
+    limit = _limit(values, 0.5, source)
     return Policy(
-        _limit(values, 0.5, source),
-        _flag(values, "public-size", False, source),
+        limit,
+        flag(values, "public-size", False, source),
         noise,
-        _rounds(values, "max-rounds", source),
-        _rounds(values, "max-rounds-per-day", source),
-        _rounds(values, "max-local-steps", source),
-        _names(values, "methods", source),
-        _names(values, "models", source),
-        _flag(values, "require-secure-aggregation", False, source),
+        integer(values, "max-rounds", 1, source),
+        integer(values, "max-rounds-per-day", 1, source),
+        integer(values, "max-local-steps", 1, source),
+        names(values, "methods", source),
+        names(values, "models", source),
+        flag(values, "require-secure-aggregation", False, source),
+        _shared_noise(values, limit, source),
     )
+
+
+def _shared_noise(values: Mapping[str, Any], limit: Limit, source: str) -> SharedNoise | None:
+    table = values.get("shared-noise")
+    return None if table is None else read_shared_noise(table, limit.delta, source)
 
 
 def read_policy(
@@ -240,5 +245,8 @@ def read_policy(
         )
     limit = _limit(node_config, run_delta, "node config")
     # A server must not decide on publishing the size of a site's own data.
-    default = public and "data-path" not in node_config
-    return Policy(limit, _flag(node_config, "public-size", default, "node config"))
+    simulated = "data-path" not in node_config
+    size = flag(node_config, "public-size", public and simulated, "node config")
+    # In simulation nothing is hidden, and nothing need be: shared noise has no conditions there.
+    shared = SharedNoise(Limit(math.inf, limit.delta)) if simulated else None
+    return Policy(limit, size, shared_noise=shared)

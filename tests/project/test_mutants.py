@@ -469,6 +469,60 @@ MUTANTS = {
         "not 0 <= alone",
         "tests/privacy/test_two_epsilons.py::test_an_upload_has_no_more_noise_than_its_sum",
     ),
+    "shared noise: a site without conditions takes part": Mutant(
+        "privacy/policy.py",
+        '        if getattr(config.privacy, "noise_share", "own") == "sum":\n',
+        "        if False:\n",
+        "tests/privacy/test_shared_policy.py::test_without_the_table_a_site_refuses_and_a_simulated_client_allows",
+    ),
+    "shared noise: own data treated as simulated data": Mutant(
+        "privacy/policy.py",
+        "SharedNoise(Limit(math.inf, limit.delta)) if simulated else None\n",
+        "SharedNoise(Limit(math.inf, limit.delta))\n",
+        "tests/privacy/test_shared_policy.py::test_without_the_table_a_site_refuses_and_a_simulated_client_allows",
+    ),
+    "shared noise: any number of honest shares": Mutant(
+        "privacy/shared_policy.py",
+        "        if honest < self.min_honest:\n",
+        "        if honest < 1:\n",
+        "tests/privacy/test_shared_policy.py::test_an_attempt_with_too_few_honest_shares_is_refused",
+    ),
+    "pinned peers: one site counted as two": Mutant(
+        "secagg/peers.py",
+        "identities.count(entry.identity) == 1\n",
+        "identities.count(entry.identity) >= 1\n",
+        "tests/secagg/test_peers.py::test_an_identity_that_occurs_twice_is_refused",
+    ),
+    "pinned peers: a made-up client accepted": Mutant(
+        "secagg/peers.py",
+        "        known = entry.identity == own or entry.identity in peers\n",
+        "        known = True\n",
+        "tests/secagg/test_peers.py::test_an_identity_that_is_not_pinned_is_refused",
+    ),
+    "pinned peers: signatures not verified": Mutant(
+        "secagg/peers.py",
+        "        signed = _is_signed(entry.identity, entry.signature, message)\n",
+        "        signed = len(message) > 0\n",
+        "tests/secagg/test_peers.py::test_any_changed_byte_of_an_entry_is_refused",
+    ),
+    "pinned peers: keys of another attempt accepted": Mutant(
+        "secagg/peers.py",
+        "for number in (attempt, client))",
+        "for number in (client,))",
+        "tests/secagg/test_peers.py::test_signatures_of_another_run_attempt_or_settings_are_refused",
+    ),
+    "pinned peers: fields signed without their lengths": Mutant(
+        "secagg/peers.py",
+        'len(field).to_bytes(8, "big") + field for',
+        "field for",
+        "tests/secagg/test_peers.py::test_bytes_moved_from_one_field_to_the_next_are_refused",
+    ),
+    "a site's signing key is replaced": Mutant(
+        "site_files/peer_key.py",
+        "        os.link(part, path)  #",
+        "        os.replace(part, path)  #",
+        "tests/site_files/test_peer_key.py::test_a_key_is_never_replaced",
+    ),
 }
 HELPERS = {
     "privacy/ledger.py": "\n\n_OPEN: list[sqlite3.Connection] = []\n",
