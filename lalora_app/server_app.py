@@ -35,6 +35,7 @@ from lalora_app.server.log_lines import folder_text
 from lalora_app.server.secure_strategy import SecureFederatedLora
 from lalora_app.server.shared_strategy import (
     SharedNoiseLora,
+    after_interruption,
     require_union_size,
     with_union_size,
 )
@@ -164,6 +165,7 @@ def run(grid: Grid, config: Config, settle: float = 0.0) -> None:
         new_folder(config, _run_name(config)),
         ResumePoint(initial_state(config, model, test, start)),
     )
+    point = after_interruption(config, method, point) if resumed else point
     _log.info("LaLoRA %s", folder_text(folder.path))
     folder.write_json("clients.json", {"clients": len(clients.nodes)})
     if clients.simulated and config.data.label_column != NONE:

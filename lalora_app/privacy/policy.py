@@ -70,8 +70,8 @@ class Policy:
             raise PolicyError('secure-aggregation="none" must be "secagg+"')
         self.check_noise(math.inf if config.privacy.private else 0.0)
         self._check_noise_source(config.privacy.noise)
-        if getattr(config.privacy, "noise_share", "own") == "sum":
-            self._conditions().check_colluding(getattr(config.privacy, "colluding", 0))
+        if config.privacy.shared:
+            self._conditions().check_colluding(config.privacy.colluding)
 
     def check_cohort(self, honest: int, colluding: int) -> None:
         """Check the numbers of an attempt with shared noise, before the ledger.

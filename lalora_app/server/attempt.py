@@ -24,6 +24,8 @@ class Attempt:
         remaining_spectrum: largest singular values of the remaining error.
         update_cosine: mean cosine between two clients' updates; None if only a sum is known.
         seconds: time from the requests to the aggregate.
+        epsilon_alone: ε of one client's uploads of the whole run, if each of them is opened; None:
+            every upload has its own noise.
     """
 
     round: int
@@ -40,3 +42,30 @@ class Attempt:
     remaining_spectrum: tuple[float, ...]
     update_cosine: float | None
     seconds: float
+    epsilon_alone: float | None = None
+
+
+def failed_attempt(round_: int, phase: str, epsilon: float) -> Attempt:
+    """Return the record of an attempt in which the run was interrupted.
+
+    Args:
+        round_: number t of the round.
+        phase: factors that the clients were to send.
+        epsilon: largest ε that a client can have spent.
+    """
+    return Attempt(
+        round=round_,
+        phase=phase,
+        aggregated=False,
+        replies=0,
+        dropped=("the run was interrupted in this attempt",),
+        upload_bytes=0,
+        download_bytes=0,
+        epsilon_max=epsilon,
+        aggregation_error=None,
+        aggregation_spectrum=(),
+        remaining_error=None,
+        remaining_spectrum=(),
+        update_cosine=None,
+        seconds=0.0,
+    )

@@ -3,17 +3,20 @@
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lalora_app.adapter.factors import Adapter, kind, select
+from lalora_app.adapter.factors import Adapter, factors_text, kind, select
 from lalora_app.methods.learning_rates import learning_rates, rate_factor
 from lalora_app.methods.method import Method
+from lalora_app.privacy.accounting import Release, epsilon
 from lalora_app.private_step.gradients import NoisedGrads
+from lalora_app.results.run_folder import ResumePoint
 from lalora_app.secagg.messages import MASKED
+from lalora_app.server.attempt import failed_attempt
 from lalora_app.server.secure_strategy import SecureFederatedLora
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import Config
@@ -50,6 +53,29 @@ def require_union_size(config: Config, simulated: bool) -> None:
             "train.union-size=0 must be the number of examples of all sites together, or an "
             'estimate, for privacy.noise-share="sum": it divides the sum of the gradients'
         )
+
+
+def after_interruption(config: Config, method: Method, point: ResumePoint) -> ResumePoint:
+    """Return where a resumed run with shared noise goes on: behind the interrupted attempt.
+
+    Clients may have released a sum in that attempt, and z is meant for ``num-server-rounds`` of
+    them. So the attempt is not repeated, it counts as failed.
+
+    Args:
+        config: the run's config.
+        method: the run's method.
+        point: the state after the last attempt that is known to be whole.
+
+    Limit: unchanged with own noise, whose repeated attempts get more noise, and at the end.
+    """
+    state = point.state
+    if not config.privacy.shared or config.is_last(state.attempts):
+        return point
+    sent = method.sent(state.round + 1, last=config.is_last(state.attempts + 1))
+    failed = failed_attempt(state.round + 1, factors_text(sent), config.privacy.epsilon)
+    row = {"attempt": state.attempts + 1, **asdict(failed)}
+    row["elapsed"] = point.rows[-1]["elapsed"] if point.rows else 0.0
+    return replace(point, state=state.failed(), rows=[*point.rows, row])
 
 
 def _by_name(flat: NDArray[np.float64], like: Adapter) -> NoisedGrads:
@@ -116,6 +142,13 @@ class SharedNoiseLora(SecureFederatedLora):
     def _lattice(self, cohort: Cohort) -> Lattice:
         entries = sum(array.size for array in self._travelling().values())
         return lattice_of(self.config, entries, cohort, noise_multiplier(self.config))
+
+    def _epsilon_alone(self) -> float | None:
+        """Return ε of all uploads of the run, each opened: of N releases with z/√(n - 1 - c)."""
+        cohort = Cohort.of(len(self.clients.nodes), self.config.privacy.colluding)
+        alone, privacy = cohort.alone(noise_multiplier(self.config)), self.config.privacy
+        count = self.config.num_server_rounds
+        return epsilon([Release(self.config.train.sampling_rate, alone, count)], privacy.delta)
 
     def _colluding(self) -> int | None:
         return self.config.privacy.colluding

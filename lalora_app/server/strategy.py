@@ -268,11 +268,16 @@ class FederatedLora(Strategy):
                 remaining_spectrum=errors.remaining_spectrum,
                 update_cosine=errors.cosine,
                 seconds=time.monotonic() - self._asked_at,
+                epsilon_alone=self._epsilon_alone(),
             )
         )
         for reason in dropped:
             _log.warning("LaLoRA round %d: a reply was dropped: %s", t, reason)
         return (tensors.to_record(self.state.adapter), None) if enough else (None, None)
+
+    def _epsilon_alone(self) -> float | None:
+        """Return ε of one client's uploads, each opened; None: they have their own noise."""
+        return None
 
     def _cohort_nodes(self) -> list[int]:
         """Return the nodes of the current attempt's cohort."""
