@@ -24,6 +24,8 @@ class Attempt:
         remaining_spectrum: largest singular values of the remaining error.
         update_cosine: mean cosine between two clients' updates; None if only a sum is known.
         seconds: time from the requests to the aggregate.
+        epsilon_alone: as ``epsilon_max``, if a server opens the uploads of a client whose noise is
+            only a share; None with own noise.
     """
 
     round: int
@@ -40,3 +42,4 @@ class Attempt:
     remaining_spectrum: tuple[float, ...]
     update_cosine: float | None
     seconds: float
+    epsilon_alone: float | None = None
