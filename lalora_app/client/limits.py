@@ -66,6 +66,7 @@ def _planned_class_sums(
         planned=release.count,
         run_limit=limit,
         node_limit=policy.limit,
+        alone_limit=policy.alone_limit,
         later=later,
         max_rounds=policy.max_rounds,
         per_day=policy.max_rounds_per_day,
@@ -85,10 +86,10 @@ def _planned_shared(
         planned=max(request.steps_left, 1),
         run_limit=Limit(privacy.epsilon, privacy.delta),
         node_limit=policy.limit,
+        alone_limit=policy.alone_limit,
         max_rounds=policy.max_rounds,
         per_day=policy.max_rounds_per_day,
         alone=cohort.alone(noise),
-        alone_limit=policy.alone_limit,
     )
     return Release(config.train.sampling_rate, noise, 1), limits
 
@@ -114,6 +115,7 @@ def _planned(
         planned=planned,
         run_limit=limit,
         node_limit=policy.limit,
+        alone_limit=policy.alone_limit,
         max_rounds=policy.max_rounds,
         per_day=policy.max_rounds_per_day,
     )

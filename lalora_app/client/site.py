@@ -178,7 +178,7 @@ def _identity(
     """
     if "peer-key" in node:
         return read_peer_key(full_path(str(node["peer-key"])))
-    shared = getattr(config.privacy, "noise_share", "own") == "sum"
+    shared = config.privacy.shared
     if shared and policy.shared_noise is not None and policy.shared_noise.peers is not None:
         raise ConfigError("node config must have peer-key: the policy's peers sign their keys")
     return None

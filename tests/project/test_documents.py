@@ -15,6 +15,7 @@ from helpers.documents import DOCUMENTS, commands, inline
 from lalora_app.cli.main import _parser
 from lalora_app.client.own_data import _COLUMNS, _FORMAT, _LABELS
 from lalora_app.comparison.plan_file import _DEFAULTS, _TUNE
+from lalora_app.privacy import shared_policy
 from lalora_app.privacy.policy import _KEYS
 from lalora_app.server.strategy import Attempt
 from lalora_app.simulation import launch
@@ -150,7 +151,10 @@ def test_the_page_of_the_node_config_has_every_key_that_is_read():
 
 def test_the_page_of_the_node_config_has_every_key_of_a_policy():
     found = first_cells(ROOT / "docs" / "node-config.md", "## Policy file")
-    assert found - {'[datasets."ID"]'} == set(_KEYS) - {"datasets"}
+    tables = {'[datasets."ID"]', "[shared-noise]"}
+    assert found - tables == set(_KEYS) - {"datasets", "shared-noise"}
+    shared = first_cells(ROOT / "docs" / "node-config.md", "### Conditions for shared noise")
+    assert shared == set(shared_policy._KEYS)
 
 
 def test_every_node_config_in_a_command_uses_keys_of_the_page():

@@ -471,7 +471,7 @@ MUTANTS = {
     ),
     "shared noise: a site without conditions takes part": Mutant(
         "privacy/policy.py",
-        '        if getattr(config.privacy, "noise_share", "own") == "sum":\n',
+        "        if config.privacy.shared:\n",
         "        if False:\n",
         "tests/privacy/test_shared_policy.py::test_without_the_table_a_site_refuses_and_a_simulated_client_allows",
     ),
