@@ -29,7 +29,8 @@ def assert_unrelated(masked, hidden):
 def test_no_message_to_the_server_holds_a_clients_factor(tiny, rounds):
     done = run(tiny(**sized(CLIENTS) | ON), CLIENTS, fault=lose("train", 2, 1))
     everything = [wire_bytes(reply) for reply in done.grid.replies()]
-    assert len(done.grid.trained()) == len(rounds) == 3 * CLIENTS
+    # The lost message had the shares for attempt 3 too, so that client is not asked in it.
+    assert len(done.grid.trained()) == len(rounds) == 3 * CLIENTS - 1
     for exchange, local in zip(done.grid.trained(), rounds, strict=True):
         start = exchange.start
         sent = uploads(done, rounds, exchange.attempt)[exchange.partition]
@@ -89,6 +90,6 @@ def test_a_vector_that_comes_late_stays_closed(tiny):
     asked = [e for e in done.grid.exchanges if "unmask" in e.request.content]
     for attempt in (1, 2, 3):
         views = [given_by(e) for e in asked if e.attempt == attempt]
-        assert len(views) == (3 if attempt == 2 else 4)
+        assert len(views) == (4 if attempt == 1 else 3)
         assert all(view == views[0] for view in views)
         assert Counter(views[0].values())["key"] == (1 if attempt == 2 else 0)
