@@ -7,7 +7,7 @@ the strategy collect masked vectors ("train"), and collect shares to remove the 
 
 import functools
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -216,17 +216,23 @@ class Session:
         """
         if self.colluding is None:
             return {}
-        cohort, found = Cohort.of(len(self.mask_keys), self.colluding), dict[int, bytes]()
+        cohort = Cohort.of(len(self.mask_keys), self.colluding)
         number = cohort.needed(cohort.clients - len(self.noise_revealed)) + 1
         if number > cohort.removable:
             return {}
-        for client, shares in self.noise_revealed.items():
+        found: dict[int, bytes] = {}
+        for client in self.noise_revealed:
             try:
-                committed = self.noise_commitments[client]
-                seed = noise_seeds.verified(shares, number, cohort, committed)
-                if seed in found.values():
-                    raise WireError("two clients have one noise seed")
-                found[client] = seed
+                found[client] = self._verified_noise_seed(client, number, cohort, found.values())
             except WireError as error:
                 self.drop_reasons.append(f"noise of client {client} stays in the sum: {error}")
         return found
+
+    def _verified_noise_seed(
+        self, client: int, number: int, cohort: Cohort, others: Collection[bytes]
+    ) -> bytes:
+        shares, committed = self.noise_revealed[client], self.noise_commitments[client]
+        seed = noise_seeds.verified(shares, number, cohort, committed)
+        if seed in others:
+            raise WireError("two clients have one noise seed")
+        return seed

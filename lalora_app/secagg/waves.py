@@ -60,16 +60,16 @@ def add_parts(parts: Iterable[Part], attempt: int, requests: Iterable[Message]) 
         requests: messages of the wave that get the records; a node without one gets a new message.
     """
     messages = {request.metadata.dst_node_id: request for request in requests}
-    for part in parts:
-        for node, record in part.records.items():
-            if node not in messages:
-                messages[node] = Message(
-                    RecordDict(),
-                    dst_node_id=node,
-                    message_type=KEYS_MESSAGE,
-                    group_id=str(attempt),
-                )
-            messages[node].content[part.stage] = record
+    records = [(part.stage, *pair) for part in parts for pair in part.records.items()]
+    for stage, node, record in records:
+        if node not in messages:
+            messages[node] = Message(
+                RecordDict(),
+                dst_node_id=node,
+                message_type=KEYS_MESSAGE,
+                group_id=str(attempt),
+            )
+        messages[node].content[stage] = record
     return list(messages.values())
 
 

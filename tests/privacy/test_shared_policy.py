@@ -2,7 +2,6 @@
 
 import math
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 
@@ -34,12 +33,11 @@ def policy(tmp_path):
 
 
 def asked(colluding=0, share="sum", noise="secure"):
-    """A run's config as it will be with the keys of shared noise."""
-    config = make_config(**{"secure-aggregation": "secagg+"})
-    privacy = {**vars(config.privacy), "private": config.privacy.private}
-    privacy |= {"noise_share": share, "colluding": colluding, "noise": noise}
-    values = {**vars(config), "privacy": SimpleNamespace(**privacy)}
-    return SimpleNamespace(**values)
+    """A run's config with shared noise."""
+    own = {"privacy.noise-share": share, "privacy.colluding": colluding, "privacy.noise": noise}
+    steps = {"train.local-steps": 1, "train.sampling-rate": 0.1, "secure-aggregation": "secagg+"}
+    budget = {"privacy.epsilon": math.inf} if noise == "seeded" else {}
+    return make_config(**own, **steps, **budget)
 
 
 def test_a_file_has_conditions_with_the_delta_of_its_dataset(policy):

@@ -15,8 +15,6 @@ from lalora_app.privacy.budget import BudgetError, Limit
 from lalora_app.privacy.ledger import Ledger
 from lalora_app.privacy.ledger_entries import releases_alone, releases_of, share_noise
 from lalora_app.privacy.ledger_schema import SCHEMA
-from lalora_app.shared_noise.promise import alone as promised_alone
-from lalora_app.shared_noise.promise import alone_multiplier
 from lalora_app.shared_noise.shares import Cohort
 
 DELTA = 1e-5
@@ -157,11 +155,12 @@ def test_merging_keeps_both_multipliers(ledger, tmp_path):
     rounds=st.integers(1, 3),
 )
 @settings(deadline=None, max_examples=10, derandomize=True)
-def test_the_ledger_counts_what_the_promise_says(tmp_path_factory, z, cohort, rounds):
+def test_the_ledger_counts_the_noise_of_an_opened_upload(tmp_path_factory, z, cohort, rounds):
     ledger = Ledger(tmp_path_factory.mktemp("promise") / "ledger.sqlite")
     release = Release(0.02, z, 1)
     for _ in range(rounds):
-        reserve(ledger, release, alone_multiplier(z, cohort))
+        reserve(ledger, release, cohort.alone(z))
     found = epsilon(releases_alone(ledger.entries()), DELTA)
-    assert found == promised_alone([release] * rounds, DELTA, cohort).epsilon
+    opened = Release(0.02, z / math.sqrt(19 - cohort.colluding), 1)
+    assert found == pytest.approx(epsilon([opened] * rounds, DELTA), rel=1e-9)
     assert found > epsilon(releases_of(ledger.entries()), DELTA)
