@@ -12,13 +12,13 @@ from flwr.app import Context, Message, RecordDict
 
 from lalora_app.client.limits import check_limits
 from lalora_app.client.received_round import Asked, read_request
-from lalora_app.client.shared_round import SharedPart, open_shared
+from lalora_app.client.shared_round import SharedPart, open_shared, with_signature
 from lalora_app.privacy.budget import BudgetError
 from lalora_app.privacy.ledger import LedgerBusyError
 from lalora_app.privacy.policy import PolicyError
 from lalora_app.secagg.client import STAGES
 from lalora_app.secagg.fixed_point import RangeError
-from lalora_app.secagg.messages import StageError
+from lalora_app.secagg.messages import ADVERTISE, StageError
 from lalora_app.secagg.upload import UPLOAD_ENCODERS, UploadEncoder
 from lalora_app.settings.errors import ConfigError, DataError
 from lalora_app.site_files import held_download
@@ -73,7 +73,10 @@ def _stage(name: str) -> Handler:
 
     def handle(message: Message, context: Context) -> RecordDict:
         record = message.content.config_records[name]
-        return RecordDict({messages.CONFIG: STAGES[name](record, context)})
+        reply = STAGES[name](record, context)
+        if name == ADVERTISE:
+            reply = with_signature(reply, record, context)
+        return RecordDict({messages.CONFIG: reply})
 
     return handle
 

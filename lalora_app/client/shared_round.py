@@ -3,16 +3,27 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from flwr.app import Context, RecordDict
+from flwr.app import ConfigRecord, Context, RecordDict
 
 from lalora_app.adapter.factors import Adapter, active_names, select
 from lalora_app.client.received_round import Asked, Round
 from lalora_app.privacy.ledger import Reservation
-from lalora_app.secagg.client_state import check
+from lalora_app.secagg.client_state import ClientState, check
+from lalora_app.secagg.messages import bytes_of, run_and_attempt_of
+from lalora_app.secagg.peers import (
+    SignedKeys,
+    check_directory,
+    digest_of,
+    identity_bytes,
+    sign_keys,
+)
 from lalora_app.secagg.upload import OpenAttempt, Upload, open_attempt
+from lalora_app.settings.names import full_path
 from lalora_app.shared_noise.lattice import to_words
 from lalora_app.shared_noise.run_constants import lattice_of
 from lalora_app.shared_noise.shares import Cohort
+from lalora_app.site_files.peer_key import read_peer_key
+from lalora_app.wire.messages import count_of, run_config_of
 
 if TYPE_CHECKING:
     from lalora_app.private_step.step import RandomStreams
@@ -31,18 +42,68 @@ class SharedPart:
     cohort: Cohort
 
 
+def with_signature(reply: ConfigRecord, order: ConfigRecord, context: Context) -> ConfigRecord:
+    """Return a client's public keys, signed by its site if its node config names a signing key.
+
+    Args:
+        reply: the reply to the stage "advertise".
+        order: the request, with the digest of the run config that the server names.
+        context: Flower's context of the client.
+
+    Raises:
+        ConfigError: if the file of the signing key cannot be used.
+
+    Limit: without ``peer-key``, or without a digest, the reply is returned unchanged.
+    """
+    if "peer-key" not in context.node_config or "digest" not in order:
+        return reply
+    identity = read_peer_key(full_path(str(context.node_config["peer-key"])))
+    run, attempt = run_and_attempt_of(order)
+    keys = bytes_of(reply, "mask-key"), bytes_of(reply, "cipher-key")
+    number = count_of(order, "client", 0)
+    signature = sign_keys(identity, run, attempt, number, *keys, bytes_of(order, "digest"))
+    signed = {"identity": identity_bytes(identity), "signature": signature}
+    return ConfigRecord({**reply, **signed})
+
+
+def _check_peers(asked: Asked, content: RecordDict, state: ClientState) -> None:
+    """Check that all clients of an attempt are pinned sites with this run config.
+
+    Limit: nothing is checked if the site's policy pins no peers.
+
+    Raises:
+        PeerError: if a client is not pinned, or has signed other keys or another run config.
+    """
+    conditions, identity = asked.site.policy.shared_noise, asked.site.identity
+    if conditions is None or conditions.peers is None or identity is None:
+        return
+    entries = {
+        client: SignedKeys(
+            state.mask_keys[client],
+            state.cipher_keys[client],
+            state.identities.get(client, b""),
+            state.signatures.get(client, b""),
+        )
+        for client in state.mask_keys
+    }
+    digest = digest_of(run_config_of(content))
+    run, attempt = asked.request.run, asked.request.attempt
+    check_directory(conditions.peers, identity_bytes(identity), run, attempt, digest, entries)
+
+
 def open_shared(asked: Asked, content: RecordDict, context: Context) -> SharedPart:
     """Return the attempt of a checked request, before any budget is reserved.
 
     Raises:
-        StageError: if a stage is missing or wrong, or the attempt has another number of colluding
-            clients than the run.
+        StageError: if a stage is missing or wrong, the attempt has another number of colluding
+            clients than the run, or the site's policy pins peers and a client is none of them.
         PolicyError: if the site's policy asks for more honest clients.
     """
     attempt, colluding = (
         open_attempt(content, context, asked.request),
         asked.config.privacy.colluding,
     )
+    _check_peers(asked, content, attempt.state)
     check(attempt.colluding == colluding, f"the attempt must have colluding={colluding}")
     cohort = Cohort.of(attempt.clients, colluding)
     asked.site.policy.check_cohort(cohort.honest, colluding)

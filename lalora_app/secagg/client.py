@@ -82,7 +82,13 @@ def _with_public_keys(state: ClientState, record: ConfigRecord) -> ClientState:
             found.get(state.client) == masks.public_key_of(own),
             "this client's own public keys must be among the keys",
         )
-    return replace(state, mask_keys=mask_keys, cipher_keys=cipher_keys)
+    return replace(
+        state,
+        mask_keys=mask_keys,
+        cipher_keys=cipher_keys,
+        identities=mapping_of(record, "identities"),
+        signatures=mapping_of(record, "signatures"),
+    )
 
 
 def _with_secrets(state: ClientState) -> ClientState:

@@ -48,6 +48,8 @@ class ClientState:
         seed: key of this client's own mask.
         mask_keys: public mask key per client.
         cipher_keys: public cipher key per client.
+        identities: public signing key per client that has one; not checked yet.
+        signatures: its signature of the other two keys; not checked yet.
         seed_shares: share of the seed per client that may send a vector.
         key_shares: share of the private mask key per client that may send a vector.
         colluding: c of a run with shared noise; negative without it.
@@ -64,6 +66,8 @@ class ClientState:
     seed: bytes = b""
     mask_keys: dict[int, bytes] = field(default_factory=dict)
     cipher_keys: dict[int, bytes] = field(default_factory=dict)
+    identities: dict[int, bytes] = field(default_factory=dict)
+    signatures: dict[int, bytes] = field(default_factory=dict)
     seed_shares: dict[int, bytes] = field(default_factory=dict)
     key_shares: dict[int, bytes] = field(default_factory=dict)
     colluding: int = NO_SHARED_NOISE
@@ -98,6 +102,8 @@ def _loaded(record: ConfigRecord) -> ClientState:
         seed=bytes_of(record, "seed"),
         mask_keys=mapping_of(record, "mask_keys"),
         cipher_keys=mapping_of(record, "cipher_keys"),
+        identities=mapping_of(record, "identities"),
+        signatures=mapping_of(record, "signatures"),
         seed_shares=mapping_of(record, "seed_shares"),
         key_shares=mapping_of(record, "key_shares"),
         colluding=count_of(record, "colluding", NO_SHARED_NOISE),

@@ -24,6 +24,7 @@ class Pipeline:
         min_clients: smallest number of clients of an attempt.
         timeout: largest duration of a wave in seconds.
         colluding: c of a run with shared noise; None without it.
+        digest: SHA-256 of the run config; empty without shared noise.
     """
 
     run: str
@@ -31,6 +32,7 @@ class Pipeline:
     min_clients: int
     timeout: float
     colluding: int | None = None
+    digest: bytes = b""
     _sessions: dict[int, Session] = field(default_factory=dict)
 
     def begin(self, attempt: int, grid: Grid) -> Session:
@@ -58,7 +60,12 @@ class Pipeline:
             return []
         before = self._sessions.get(attempt)
         session = Session(
-            self.run, attempt, self.cohorts[attempt - 1], self.min_clients, self.colluding
+            self.run,
+            attempt,
+            self.cohorts[attempt - 1],
+            self.min_clients,
+            self.colluding,
+            self.digest,
         )
         session.drop_reasons.extend(before.drop_reasons if before else [])
         self._sessions[attempt] = session

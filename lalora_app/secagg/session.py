@@ -44,9 +44,12 @@ class Session:
         nodes: node id per client number.
         min_clients: smallest number of clients; with fewer the attempt fails.
         colluding: c of a run with shared noise; None without it.
+        digest: SHA-256 of the run config, which sites with signing keys sign; empty without it.
         drop_reasons: one sentence per refused or missing reply.
         mask_keys: public mask key per client.
         cipher_keys: public cipher key per client.
+        identities: public signing key per client that has one.
+        signatures: its signature of the other two keys.
         shares: encrypted shares by sender and receiver.
         commitments: SHA-256 of the mask seed per client.
         noise_commitments: commitment to the noise seeds per client; empty without shared noise.
@@ -59,9 +62,12 @@ class Session:
     nodes: Mapping[int, int]
     min_clients: int
     colluding: int | None = None
+    digest: bytes = b""
     drop_reasons: list[str] = field(default_factory=list)
     mask_keys: dict[int, bytes] = field(default_factory=dict)
     cipher_keys: dict[int, bytes] = field(default_factory=dict)
+    identities: dict[int, bytes] = field(default_factory=dict)
+    signatures: dict[int, bytes] = field(default_factory=dict)
     shares: dict[int, dict[int, bytes]] = field(default_factory=dict)
     commitments: dict[int, bytes] = field(default_factory=dict)
     noise_commitments: dict[int, bytes] = field(default_factory=dict)
@@ -95,9 +101,14 @@ class Session:
 
         def read(record: ConfigRecord, client: int) -> None:
             keys = bytes_of(record, "mask-key"), bytes_of(record, "cipher-key")
+            if "identity" in record:
+                signed = bytes_of(record, "identity"), bytes_of(record, "signature")
+                self.identities[client], self.signatures[client] = signed
             self.mask_keys[client], self.cipher_keys[client] = keys
 
-        return self._part(ADVERTISE, {client: {"client": client} for client in self.nodes}, read)
+        order = {"digest": self.digest} if self.digest else {}
+        fields: dict[int, Mapping[str, Value]] = {c: {"client": c, **order} for c in self.nodes}
+        return self._part(ADVERTISE, fields, read)
 
     def share(self) -> Part:
         """Return the stage that collects the encrypted shares."""
@@ -110,6 +121,8 @@ class Session:
             self.shares[client], self.commitments[client] = shares, commitment
 
         directory = columns("mask-keys", self.mask_keys) | columns("cipher-keys", self.cipher_keys)
+        directory |= columns("identities", self.identities)
+        directory |= columns("signatures", self.signatures)
         if self.colluding is not None:
             directory["colluding"] = self.colluding
         return self._part(SHARE, {client: directory for client in self.mask_keys}, read)

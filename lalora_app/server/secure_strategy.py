@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message
@@ -37,9 +38,8 @@ class SecureFederatedLora(FederatedLora):
     def __post_init__(self) -> None:
         nodes, config = self.clients.nodes, self.config
         cohorts = [{client: nodes[client] for client in c} for c in self.clients.cohorts]
-        self._pipeline = Pipeline(
-            self.run, cohorts, config.min_replies, config.round_timeout, self._colluding()
-        )
+        limits = config.min_replies, config.round_timeout
+        self._pipeline = Pipeline(self.run, cohorts, *limits, **self._terms())
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -60,9 +60,9 @@ class SecureFederatedLora(FederatedLora):
             request.content[SECAGG] = ConfigRecord(shares[client])
         return add_parts(self._later, attempt, asked)
 
-    def _colluding(self) -> int | None:
-        """Return c of shared noise; None: every upload has its own noise."""
-        return None
+    def _terms(self) -> dict[str, Any]:
+        """Return what the protocol of shared noise needs; nothing for own noise."""
+        return {}
 
     def _asked(self) -> dict[int, int]:
         return self._training

@@ -4,6 +4,7 @@ import logging
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,10 +17,11 @@ from lalora_app.privacy.accounting import Release, epsilon
 from lalora_app.private_step.gradients import NoisedGrads
 from lalora_app.results.run_folder import ResumePoint
 from lalora_app.secagg.messages import MASKED
+from lalora_app.secagg.peers import digest_of
 from lalora_app.server.attempt import failed_attempt
 from lalora_app.server.secure_strategy import SecureFederatedLora
 from lalora_app.settings.errors import ConfigError
-from lalora_app.settings.run_config import Config
+from lalora_app.settings.run_config import Config, flatten
 from lalora_app.shared_noise.lattice import Lattice, Words, mean
 from lalora_app.shared_noise.run_constants import lattice_of, noise_multiplier
 from lalora_app.shared_noise.seeded import without_excess
@@ -150,8 +152,9 @@ class SharedNoiseLora(SecureFederatedLora):
         count = self.config.num_server_rounds
         return epsilon([Release(self.config.train.sampling_rate, alone, count)], privacy.delta)
 
-    def _colluding(self) -> int | None:
-        return self.config.privacy.colluding
+    def _terms(self) -> dict[str, Any]:
+        config = self.config
+        return {"colluding": config.privacy.colluding, "digest": digest_of(flatten(config))}
 
     def _travelling(self) -> Adapter:
         return select(self.state.adapter, self._synced())
