@@ -19,6 +19,7 @@ from lalora_app.privacy.policy import PolicyError
 from lalora_app.secagg.client import STAGES
 from lalora_app.secagg.fixed_point import RangeError
 from lalora_app.secagg.messages import ADVERTISE, StageError
+from lalora_app.secagg.peers import PeerError
 from lalora_app.secagg.upload import UPLOAD_ENCODERS, UploadEncoder
 from lalora_app.settings.errors import ConfigError, DataError
 from lalora_app.site_files import held_download
@@ -36,6 +37,7 @@ _REFUSAL_KEYS: tuple[tuple[type[Exception], str], ...] = (
     (LedgerBusyError, "busy"),
     (PolicyError, "policy"),
     (ConfigError, "config"),
+    (PeerError, "peers"),
     (StageError, "stage"),
     (RangeError, "update"),
     (held_download.HeldError, "held"),

@@ -26,6 +26,8 @@ REFUSALS = {
     "train.batch-size": "train.batch-size must be at most the client's number of examples",
     "privacy.delta": "privacy.delta must be below 1/n, n the client's number of examples",
     "stage": "the stages of secure aggregation must come in order, from one attempt",
+    "peers": "every client of the attempt must be one of the client's pinned peers, with the same "
+    "run config",
     "update": "the update must be finite, and within the range of secure aggregation",
     "held": "the client's copy of the server's tensors is missing or different; the next request "
     "sends all tensors",

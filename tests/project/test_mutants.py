@@ -343,6 +343,36 @@ MUTANTS = {
         "    if flat.size < noise.size:\n",
         "tests/private_step/test_lattice_sum.py::test_an_upload_of_another_size_than_the_sensitivity_counts_is_an_error",
     ),
+    "shared noise: peers that nobody checks": Mutant(
+        "client/shared_round.py",
+        "    _check_peers(asked, content, attempt.state)\n",
+        "",
+        "tests/secagg/test_pinned_runs.py::test_keys_that_the_server_has_exchanged_are_refused_by_every_site",
+    ),
+    "shared noise: peers with another run config": Mutant(
+        "client/shared_round.py",
+        "    digest = digest_of(run_config_of(content))\n",
+        "    digest = digest_of({})\n",
+        "tests/secagg/test_pinned_runs.py::test_sites_that_know_each_other_complete_a_run",
+    ),
+    "shared noise: a cohort that no policy checks": Mutant(
+        "client/shared_round.py",
+        "    asked.site.policy.check_cohort(cohort.honest, colluding)\n",
+        "",
+        "tests/secagg/test_pinned_runs.py::test_a_site_that_asks_for_more_honest_shares_refuses",
+    ),
+    "shared noise: an interrupted attempt is repeated": Mutant(
+        "server_app.py",
+        "    point = after_interruption(config, method, point) if resumed else point\n",
+        "",
+        "tests/secagg/test_shared_runs.py::test_a_resumed_run_does_not_repeat_the_attempt",
+    ),
+    "shared noise: more noise left than needed is taken off": Mutant(
+        "server/shared_strategy.py",
+        "cohort.clients - len(vectors)",
+        "0",
+        "tests/secagg/test_shared_runs.py::test_a_round_is_the_step_of_one_client_with_the_whole_noise",
+    ),
     "shared noise: the chain gives component 0": Mutant(
         "shared_noise/seeded.py",
         "    return (needed, *_chain(first, cohort.removable))\n",
