@@ -63,7 +63,11 @@ class Canaries:
         return {name: StoredShape(shape) for name, shape in self.shapes.items()}
 
     def gradients(self, indices: Tensor) -> PerExampleGrads:
-        """Return the gradients of the canaries ``indices`` (batch,), as one block of rows.
+        """Return the gradients of the canaries ``indices`` (batch,), as one block."""
+        return PerExampleGrads((self.block(indices),))
+
+    def block(self, indices: Tensor) -> FlatBlock:
+        """Return the gradients of the canaries ``indices`` (batch,), as rows.
 
         Canary i has the entry i // SPREAD of each of the first SPREAD tensors, with the signs of
         pattern i % SPREAD.
@@ -74,7 +78,7 @@ class Canaries:
         patterns = torch.from_numpy(_patterns()).float()[indices % SPREAD]
         places = (indices // SPREAD)[:, None] + size * torch.arange(SPREAD)
         rows.scatter_(1, places, _NORM * max(self.clip_norm, AUTOMATIC_SHIFT) * patterns)
-        return PerExampleGrads((FlatBlock(slots, rows),))
+        return FlatBlock(slots, rows)
 
     def projected(self, release: NoisedGrads) -> np.ndarray:
         """Return (canaries + blanks,): a release along every direction, in clip norms."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lalora_app.adapter.factors import Adapter, Kind, active_names, kind
 from lalora_app.audit.planted_federation import Federation, VictimRound
+from lalora_app.audit.shared_step import check_own_noise
 from lalora_app.data.encoding import Encoded
 from lalora_app.methods.learning_rates import learning_rates, rate_factor
 from lalora_app.methods.method import Method
@@ -60,9 +61,10 @@ def check_linear(config: Config, method: Method) -> None:
     """Check that a client's change is the linear map that the attack inverts.
 
     Raises:
-        ConfigError: for any optimiser but plain SGD, and for random views, which the attack does
-            not know.
+        ConfigError: for any optimiser but plain SGD, for random views, which the attack does not
+            know, and for shared noise.
     """
+    check_own_noise(config)
     train = config.train
     if train.views > 1:
         raise ConfigError(

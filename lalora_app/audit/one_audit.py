@@ -1,18 +1,25 @@
 """One audit with one seed: the attacks on a mechanism, their numbers of trials, the report."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 
 from lalora_app.audit import published_mechanism
 from lalora_app.audit.broken_mechanisms import BROKEN
-from lalora_app.audit.counted_releases import CountedReleases, counted_releases
+from lalora_app.audit.broken_shares import BROKEN_SHARING
 from lalora_app.audit.estimators import counted_p_value
 from lalora_app.audit.findings import AuditReport, AuditRow
+from lalora_app.audit.shared_step import (
+    check_own_noise,
+    shared_releases,
+    shared_views,
+)
 from lalora_app.audit.step_attack import (
     ATTACKS,
     Bound,
+    Observed,
+    Step,
     bounded,
     by_curve,
     observe,
@@ -22,22 +29,26 @@ from lalora_app.audit.step_attack import (
 )
 from lalora_app.data.partition import clients_data
 from lalora_app.privacy.budget import Limit
+from lalora_app.privacy.counted_releases import CountedReleases, counted_releases
 from lalora_app.privacy.randomness import seed_of
 from lalora_app.server.cohorts import planned_cohorts
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.names import CLASS_MEANS
 from lalora_app.settings.run_config import Config
+from lalora_app.shared_noise.shares import Cohort
 
 REAL = "lalora"
 CONTROL = "gaussian"
 PUBLISHED = "la-lora-published"
-MECHANISMS = (REAL, CONTROL, PUBLISHED, *BROKEN)
+MECHANISMS = (REAL, CONTROL, PUBLISHED, *BROKEN, *BROKEN_SHARING)
 _WIDTH, _RANK, _LAYERS = 384, 8, 12  # sizes of the default run's B factors
 _SHAPES: dict[str, tuple[int, ...]] = {
     **{f"layer.{i}.lora_B.weight": (_WIDTH, _RANK) for i in range(_LAYERS)},
     "classifier.weight": (2, _WIDTH),
     "classifier.bias": (2,),
 }
+_SHARED_SHAPES = {f"layer.{i}.lora_B.weight": (64, _RANK) for i in range(_LAYERS)}
+_SHARED_CANARIES = 3840  # of a broken form of shared noise: 4,096 directions less the blanks
 _BLANKS = 256  # number of directions without a canary, for the measurement of the noise
 
 
@@ -80,7 +91,8 @@ class AuditRequest:
         size: FULL or FAST.
 
     Raises:
-        ConfigError: for an unknown mechanism, ε = inf, or class means, which no attack covers.
+        ConfigError: for an unknown mechanism, ε = inf, class means, which no attack covers, or a
+            whole run with shared noise.
     """
 
     config: Config
@@ -102,19 +114,33 @@ class AuditRequest:
                 f'model.head="{CLASS_MEANS}" must be another one for an audit, whose attacks know '
                 "local steps only"
             )
+        if self.mechanism == REAL and self.size.mislabelled:
+            check_own_noise(self.config)
+
+    @property
+    def shared(self) -> bool:
+        """Whether the sums of a round are attacked, and not single uploads."""
+        return self.mechanism == REAL and self.config.privacy.shared
 
 
 LogLine = Callable[[str], None]
 
 
 def victim_releases(request: AuditRequest) -> CountedReleases:
-    """Return the attacked client's releases in the ledger; the control has one full batch."""
+    """Return the attacked client's releases in the ledger.
+
+    The control and a broken form of shared noise have one round of full batches.
+    """
     privacy, train = request.config.privacy, request.config.train
     limit = Limit(privacy.epsilon, privacy.delta)
     clip_norm, clipping = privacy.clip_norm, privacy.clipping
     counted = partial(counted_releases, limit, clip_norm=clip_norm, clipping=clipping)
     if request.mechanism == CONTROL:
         return counted(rate=1.0, rounds=1, steps=1)
+    if request.mechanism in BROKEN_SHARING:
+        return counted(rate=1.0, rounds=1, steps=BROKEN_SHARING[request.mechanism].steps)
+    if request.shared:
+        return shared_releases(request.config)
     data = clients_data(request.config, request.clients)[0]
     cohorts = planned_cohorts(request.config, request.clients)
     return counted(
@@ -131,26 +157,29 @@ def _row(name: str, bound: Bound, plan: CountedReleases, curve: float | None = N
     return AuditRow(name, bound.epsilon, curve, evidence, p_value, bound.roc)
 
 
+def _observed(
+    request: AuditRequest, plan: CountedReleases, seed: int, step: Step, runs: int
+) -> Observed:
+    """Observe ``runs`` whole runs on many canaries, half of them in the data."""
+    seeds = [seed_of(seed, "audit run", i) for i in range(runs)]
+    count = request.size.canaries
+    seen = [observe(plan, _SHAPES, count, own, blanks=_BLANKS, step=step) for own in seeds]
+    return side_by_side(seen)
+
+
 def _many_canaries(
     request: AuditRequest, plan: CountedReleases, seed: int, confidence: float
 ) -> AuditRow:
-    """Attack whole runs on many canaries, half of them in the data."""
-    size, broken = request.size, BROKEN.get(request.mechanism)
-    runs = 1 if broken else size.runs  # the attack on a fixed order needs the canaries of one run
-    seen = [
-        observe(
-            plan,
-            _SHAPES,
-            size.canaries,
-            seed_of(seed, "audit run", i),
-            blanks=_BLANKS,
-            step=broken.make() if broken else real_step,
+    """Attack whole runs on many canaries."""
+    broken = BROKEN.get(request.mechanism)
+    if broken is None:
+        bound = bounded(
+            _observed(request, plan, seed, real_step, request.size.runs), plan, confidence
         )
-        for i in range(runs)
-    ]
-    attacks = {**ATTACKS, **(broken.attacks if broken else {})}
-    bound = bounded(side_by_side(seen), plan, confidence, attacks)
-    return _row("step", bound, plan, None if broken else by_curve(bound, plan, confidence))
+        return _row("step", bound, plan, by_curve(bound, plan, confidence))
+    # One run: the attack on a fixed order needs the canaries of one.
+    seen = _observed(request, plan, seed, broken.make(), runs=1)
+    return _row("step", bounded(seen, plan, confidence, {**ATTACKS, **broken.attacks}), plan)
 
 
 def _single_canary(
@@ -161,6 +190,25 @@ def _single_canary(
     step = broken.make() if broken else real_step
     seen = observe_single_canary(plan, request.size.single_canary_runs, seed, step=step)
     return _row("step, alone", bounded(seen, plan, confidence), plan)
+
+
+def _shared_rows(request: AuditRequest, plan: CountedReleases, seed: int) -> Iterator[AuditRow]:
+    """Attack a client's rounds as another client sees them, and its uploads if they are opened."""
+    views = shared_views(plan, Cohort.of(request.clients, request.config.privacy.colluding))
+    confidence = 1 - (1 - request.confidence) / len(views)
+    for name, (step, counted) in views.items():
+        bound = bounded(
+            _observed(request, plan, seed, step, request.size.runs), counted, confidence
+        )
+        row = _row(name, bound, counted, by_curve(bound, counted, confidence))
+        yield row if counted is plan else replace(row, promise=counted.epsilon)
+
+
+def _broken_sharing(request: AuditRequest, plan: CountedReleases, seed: int) -> AuditRow:
+    """Attack one round of a broken form of shared noise."""
+    step = BROKEN_SHARING[request.mechanism].make(plan)
+    seen = observe(plan, _SHARED_SHAPES, _SHARED_CANARIES, seed, blanks=_BLANKS, step=step, views=1)
+    return _row("sum", bounded(seen, plan, request.confidence), plan)
 
 
 def _end_to_end(
@@ -185,17 +233,32 @@ def _end_to_end(
 
 def _published(request: AuditRequest, seed: int) -> AuditReport:
     """Attack one step of the published mechanism, with a typical and with a large gradient."""
-    privacy, trials = request.config.privacy, request.size.published_steps
-    confidence = (1 + request.confidence) / 2
-    rows = []
-    for name, norm in (("one step, typical gradient", 1.0), ("one step, large gradient", 100.0)):
-        setting = replace(published_mechanism.Setting(), relative_norm=norm)
-        seen = published_mechanism.attacked(setting, trials, seed)
-        errors = seen.errors.false_alarms + seen.errors.misses
-        evidence = f"{errors} errors in {2 * trials} trials, "
-        evidence += f"{seen.distance:.0f} deviations of the noise apart"
-        rows.append(AuditRow(name, seen.bound(privacy.delta, confidence), None, evidence))
+    privacy, steps = request.config.privacy, request.size.published_steps
+    rows = published_mechanism.rows(steps, seed, privacy.delta, (1 + request.confidence) / 2)
     return AuditReport(PUBLISHED, privacy.epsilon, request.confidence, privacy.delta, seed, rows)
+
+
+def _rows(
+    request: AuditRequest, plan: CountedReleases, seed: int, facts: dict[str, object]
+) -> Iterator[AuditRow]:
+    """Yield the outcome of each attack; an attack on a whole run adds its numbers to ``facts``."""
+    if request.mechanism in BROKEN_SHARING:
+        yield _broken_sharing(request, plan, seed)
+        return
+    if request.shared:
+        yield from _shared_rows(request, plan, seed)
+        return
+    broken, real = BROKEN.get(request.mechanism), request.mechanism == REAL
+    whole = real and request.size.mislabelled > 0
+    each = 1 - (1 - request.confidence) / (1 + real + whole)
+    if not (broken and broken.single_canary):
+        yield _many_canaries(request, plan, seed, each)
+    if real or (broken and broken.single_canary):
+        yield _single_canary(request, plan, seed, each)
+    if whole:
+        row, found = _end_to_end(request, seed, each)
+        facts.update(found)
+        yield row
 
 
 def run_audit(request: AuditRequest, seed: int, log: LogLine) -> AuditReport:
@@ -211,28 +274,19 @@ def run_audit(request: AuditRequest, seed: int, log: LogLine) -> AuditReport:
     """
     if request.mechanism == PUBLISHED:
         return _published(request, seed)
-    plan, broken = victim_releases(request), BROKEN.get(request.mechanism)
-    release = plan.release
-    if broken:
-        log(f"mechanism {request.mechanism}: {broken.defect}")
+    plan = victim_releases(request)
+    release, known = plan.release, BROKEN | BROKEN_SHARING
+    if request.mechanism in known:
+        log(f"mechanism {request.mechanism}: {known[request.mechanism].defect}")
     log(
         f"{release.count} releases at q {release.sampling_rate:.4f} with noise multiplier "
         f"{release.noise_multiplier:.3f}: epsilon {plan.epsilon:.3f} by the ledger"
     )
-    real = request.mechanism == REAL
-    whole = real and request.size.mislabelled > 0
-    each = 1 - (1 - request.confidence) / (1 + real + whole)
     rows: list[AuditRow] = []
     facts: dict[str, object] = {}
-    if not (broken and broken.single_canary):
-        rows.append(_many_canaries(request, plan, seed, each))
-        log(f"step: at least {rows[-1].epsilon:.2f}")
-    if real or (broken and broken.single_canary):
-        rows.append(_single_canary(request, plan, seed, each))
-        log(f"step, alone: at least {rows[-1].epsilon:.2f}")
-    if whole:
-        row, facts = _end_to_end(request, seed, each)
+    for row in _rows(request, plan, seed, facts):
         rows.append(row)
+        log(f"{row.name}: at least {row.epsilon:.2f}")
     return AuditReport(
         request.mechanism, plan.epsilon, request.confidence, plan.delta, seed, rows, facts
     )

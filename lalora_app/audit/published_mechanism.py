@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lalora_app.audit.estimators import AttackErrors, two_sided
+from lalora_app.audit.findings import AuditRow
 from lalora_app.privacy.randomness import seeded
 
 _CHUNK = 2000  # trials at a time
@@ -100,3 +101,22 @@ def attacked(setting: Setting, trials: int, seed: int) -> StepErrors:
     return StepErrors(
         AttackErrors(wrong[0], trials, wrong[1], trials), gap / max(s for _, s in sides)
     )
+
+
+def rows(trials: int, seed: int, delta: float, confidence: float) -> list[AuditRow]:
+    """Return the outcome of attacks on one step, with a typical and with a large gradient.
+
+    Args:
+        trials: steps with the example, and as many without it.
+        seed: seed of the gradients and of the noise.
+        delta: δ of the bounds.
+        confidence: confidence of each bound.
+    """
+    found = []
+    for name, norm in (("one step, typical gradient", 1.0), ("one step, large gradient", 100.0)):
+        seen = attacked(Setting(relative_norm=norm), trials, seed)
+        errors = seen.errors.false_alarms + seen.errors.misses
+        evidence = f"{errors} errors in {2 * trials} trials, "
+        evidence += f"{seen.distance:.0f} deviations of the noise apart"
+        found.append(AuditRow(name, seen.bound(delta, confidence), None, evidence))
+    return found

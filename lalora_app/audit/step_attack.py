@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from lalora_app.audit.canaries import SPREAD, Canaries, CanaryBackbone, CanaryBatch, CanaryData
-from lalora_app.audit.counted_releases import CountedReleases
 from lalora_app.audit.estimators import AttackErrors, Guesses, one_run, roc, subsampled
+from lalora_app.privacy.counted_releases import CountedReleases
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.randomness import seed_of, seeded
 from lalora_app.private_step.gradients import NoisedGrads
@@ -22,7 +22,7 @@ _LEAST_NOISE = 1e-3  # smallest deviation that the attacks take for noise, in cl
 _GUESSED = (0.003, 0.01, 0.03, 0.1, 0.3)  # shares of the canaries to guess "in", and "out"
 # Confidence used only to choose the best attack; high, so that a small lucky sample is not chosen.
 _SELECTION_CONFIDENCE = 0.999
-_MICRO_BATCH = 128
+MICRO_BATCH = 128
 _MEMBER_CHANCE = 0.5
 _SINGLE_BLANKS = 64  # directions that show the noise, in a run with a single canary
 _SINGLE_SHAPES = {f"tensor {i}": (9,) for i in range(SPREAD)}  # 72 directions, for these and it
@@ -38,6 +38,7 @@ class StepInputs:
         reservation: sampling rate and noise multiplier of the counted releases.
         clip_norm: C.
         streams: random streams of the sampling and of the noise.
+        canaries: the canaries themselves, for an attacker's own records.
         clipping: ``privacy.clipping`` of the run.
     """
 
@@ -46,6 +47,7 @@ class StepInputs:
     reservation: Reservation
     clip_norm: float
     streams: RandomStreams
+    canaries: Canaries
     clipping: str = "flat"
 
 
@@ -59,7 +61,7 @@ def real_step(inputs: StepInputs) -> NoisedGrads:
         inputs.data,
         reservation=inputs.reservation,
         clip_norm=inputs.clip_norm,
-        micro_batch=_MICRO_BATCH,
+        micro_batch=MICRO_BATCH,
         streams=inputs.streams,
         clipping=inputs.clipping,
     )
@@ -82,18 +84,19 @@ class Observed:
 
 
 def _projections(
-    plan: CountedReleases, canaries: Canaries, step: Step, streams: RandomStreams
+    plan: CountedReleases, canaries: Canaries, step: Step, streams: RandomStreams, views: int
 ) -> Iterator[np.ndarray]:
-    """Yield (canaries + blanks,): each release's clipped sum along every direction."""
+    """Yield (canaries + blanks,): the clipped sum of each view along every direction."""
     inputs = StepInputs(
         CanaryBackbone(canaries),
         CanaryData(canaries),
         Reservation(plan.release),
         plan.clip_norm,
         streams,
+        canaries,
         plan.clipping,
     )
-    for _ in range(plan.release.count):
+    for _ in range(views):
         mean = canaries.projected(step(inputs))
         yield mean * plan.release.sampling_rate * len(inputs.data)
 
@@ -106,6 +109,7 @@ def observe(
     *,
     blanks: int,
     step: Step = real_step,
+    views: int | None = None,
 ) -> Observed:
     """Run all private steps of a run on canaries, half of them in, and project the releases.
 
@@ -116,11 +120,13 @@ def observe(
         seed: seed of coins, batches and noise; it may be known, because canaries are no data.
         blanks: number of directions that show the noise alone.
         step: the private step, or a broken one.
+        views: number of calls of the step; None: one for each counted release.
     """
+    calls = plan.release.count if views is None else views
     members = seeded(seed, "audit coins").random(count) < _MEMBER_CHANCE
     canaries = Canaries(shapes, members, blanks, plan.clip_norm)
     streams = RandomStreams(seeded(seed, "audit sampling"), seeded(seed, "audit noise"))
-    x = np.stack(list(_projections(plan, canaries, step, streams)))
+    x = np.stack(list(_projections(plan, canaries, step, streams, calls)))
     return Observed(x[:, :count], x[:, count:].std(axis=1, keepdims=True), members)
 
 

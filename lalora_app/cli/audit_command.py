@@ -11,8 +11,8 @@ from lalora_app.settings.run_config import Config, parse
 
 
 def _audit(args: argparse.Namespace) -> int:
+    from lalora_app.audit.findings import add_to_run
     from lalora_app.audit.one_audit import FAST, FULL, AuditRequest, run_audit
-    from lalora_app.audit.write_to_run import add_to_run
 
     config, clients = _audited_config(args)
     size = FAST if args.fast else FULL
@@ -29,7 +29,7 @@ def _audit(args: argparse.Namespace) -> int:
 
 def _audited_config(args: argparse.Namespace) -> tuple[Config, int]:
     """Return config and number of clients of the audited run, or the app's defaults."""
-    from lalora_app.audit.write_to_run import check_finished
+    from lalora_app.audit.findings import check_finished
     from lalora_app.results.run_folder import RunFolder, read_config
     from lalora_app.simulation.launch import app_defaults
 

@@ -15,12 +15,12 @@ from lalora_app.privacy.budget import BudgetError, Limit, check_limit
 from lalora_app.privacy.ledger_entries import (
     LedgerEntry,
     check_alone,
+    create,
     read_entries,
     releases_alone,
     releases_of,
     write_entry,
 )
-from lalora_app.privacy.ledger_schema import create
 from lalora_app.settings.names import full_path
 
 _WAIT = 120.0  # seconds to wait for the transaction of another process

@@ -13,7 +13,7 @@ s_{k+1} = SHA-256(s_k). So one seed s_{j+1} reveals all components from j + 1, a
 import hashlib
 import math
 import secrets
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -33,9 +33,16 @@ def _chain(seed: bytes, seeds: int) -> Iterator[bytes]:
         seed = hashlib.sha256(seed).digest()
 
 
-def new_seeds(cohort: Cohort) -> tuple[bytes, ...]:
-    """Return the secret seeds of one upload: that of component 0, then the chain s_1 … s_J."""
-    needed, first = (secrets.token_bytes(SEED_BYTES) for _ in range(2))
+def new_seeds(
+    cohort: Cohort, draw: Callable[[int], bytes] = secrets.token_bytes
+) -> tuple[bytes, ...]:
+    """Return the secret seeds of one upload: that of component 0, then the chain s_1 … s_J.
+
+    Args:
+        cohort: the clients of the attempt.
+        draw: (number of bytes) -> random bytes; an audit, which has no secrets, draws them again.
+    """
+    needed, first = (draw(SEED_BYTES) for _ in range(2))
     return (needed, *_chain(first, cohort.removable))
 
 

@@ -15,7 +15,6 @@ from conftest import make_config
 from lalora_app.audit import one_audit, published_mechanism, step_attack
 from lalora_app.audit.broken_mechanisms import BROKEN
 from lalora_app.audit.canaries import SPREAD, Canaries
-from lalora_app.audit.counted_releases import CountedReleases, counted_releases
 from lalora_app.audit.estimators import (
     AttackErrors,
     Guesses,
@@ -43,6 +42,7 @@ from lalora_app.audit.step_attack import (
 from lalora_app.cli import argument_types, main
 from lalora_app.privacy.accounting import Release, epsilon
 from lalora_app.privacy.budget import Limit
+from lalora_app.privacy.counted_releases import CountedReleases, counted_releases
 from lalora_app.private_step.mechanism import CLIP_MARGIN, clipped_sum
 from lalora_app.private_step.step import private_gradient
 from lalora_app.results.model_card import privacy_sentence

@@ -24,7 +24,7 @@ from lalora_app.privacy import ledger as book_file
 from lalora_app.privacy.accounting import Release, calibrate, epsilon
 from lalora_app.privacy.budget import BudgetError, Limit, first_release, noise_for
 from lalora_app.privacy.ledger import Ledger, Reservation
-from lalora_app.privacy.ledger_schema import SCHEMA
+from lalora_app.privacy.ledger_entries import SCHEMA
 
 DELTA = 1e-5
 

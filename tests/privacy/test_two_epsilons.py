@@ -13,8 +13,7 @@ import helpers.shared_accounting  # noqa: F401
 from lalora_app.privacy.accounting import Release, epsilon
 from lalora_app.privacy.budget import BudgetError, Limit
 from lalora_app.privacy.ledger import Ledger
-from lalora_app.privacy.ledger_entries import releases_alone, releases_of, share_noise
-from lalora_app.privacy.ledger_schema import SCHEMA
+from lalora_app.privacy.ledger_entries import SCHEMA, releases_alone, releases_of, share_noise
 from lalora_app.shared_noise.shares import Cohort
 
 DELTA = 1e-5

@@ -553,6 +553,30 @@ MUTANTS = {
         "        os.replace(part, path)  #",
         "tests/site_files/test_peer_key.py::test_a_key_is_never_replaced",
     ),
+    "audit of shared noise: the noise of colluding clients stays": Mutant(
+        "audit/shared_step.py",
+        "        for own in seeds[1 : 2 + self.cohort.colluding]:\n",
+        "        for own in seeds[1:2]:\n",
+        "tests/audit/test_shared_audit.py::test_the_attacker_is_left_with_the_needed_components_of_the_others_and_no_more",
+    ),
+    "audit of shared noise: nothing is removed from the sum": Mutant(
+        "audit/shared_step.py",
+        "        rest = without_excess(total, revealed, answered, lattice)\n",
+        "        rest = without_excess(total, {}, answered, lattice)\n",
+        "tests/audit/test_shared_audit.py::test_the_real_sum_has_the_promised_noise_and_proves_no_more_than_is_promised",
+    ),
+    "audit of shared noise: the second step at the shared model": Mutant(
+        "audit/broken_shares.py",
+        "np.where(position > 0.5, 1.0, -1.0)",
+        "np.where(position > 0.5, 0.0, 0.0)",
+        "tests/audit/test_shared_audit.py::test_two_local_steps_show_one_client_with_the_noise_of_one_share",
+    ),
+    "audit: an upload alone judged by the promise of the sum": Mutant(
+        "audit/findings.py",
+        "[self.epsilon_upper if r.promise is None else r.promise for r in self.rows]",
+        "[self.epsilon_upper for _ in self.rows]",
+        "tests/audit/test_shared_audit.py::test_a_row_with_a_promise_of_its_own_is_judged_by_it",
+    ),
 }
 HELPERS = {
     "privacy/ledger.py": "\n\n_OPEN: list[sqlite3.Connection] = []\n",

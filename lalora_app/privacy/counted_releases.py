@@ -36,6 +36,7 @@ def counted_releases(
     steps: int,
     clip_norm: float,
     clipping: str = "flat",
+    noise_multiplier: float | None = None,
 ) -> CountedReleases:
     """Return a run's releases, counted in a temporary ledger as a client counts them.
 
@@ -46,6 +47,7 @@ def counted_releases(
         steps: local steps per round.
         clip_norm: C.
         clipping: ``privacy.clipping`` of the run.
+        noise_multiplier: z of all releases; None: calibrated to the limit.
     """
     total = rounds * steps
     unlimited = Limit(float("inf"), limit.delta)
@@ -53,7 +55,7 @@ def counted_releases(
         ledger = Ledger(Path(folder) / "ledger.sqlite")
         for t in range(1, rounds + 1):
             past, left = ledger.releases("audit", "audit"), total - steps * (t - 1)
-            noise = noise_for(past, limit, sampling_rate=rate, steps=left)
+            noise = noise_multiplier or noise_for(past, limit, sampling_rate=rate, steps=left)
             ledger.reserve(
                 *("audit", "audit", t, Release(rate, noise, steps)),
                 planned=left,
