@@ -73,12 +73,12 @@ class FederatedLora(Strategy):
         """Log the run's name, method, clients, steps and privacy target."""
         train, privacy = self.config.train, self.config.privacy
         _log.info(
-            "LaLoRA %s: %s, %d clients, %d steps of %d expected examples, epsilon %s, delta %s",
+            "LaLoRA %s: %s, %d clients, %d steps of %s, epsilon %s, delta %s",
             self.run,
             self.config.method,
             len(self.clients.nodes),
             train.local_steps,
-            train.batch_size,
+            train.batch_text,
             privacy.epsilon,
             privacy.delta,
         )

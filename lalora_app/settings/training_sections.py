@@ -143,6 +143,13 @@ class Train:
         """Fewest examples that a client must have."""
         return 1 if self.sampling_rate else self.batch_size
 
+    @property
+    def batch_text(self) -> str:
+        """What a step draws, in words."""
+        if self.sampling_rate:
+            return f"{self.sampling_rate:g} of each client's examples"
+        return f"{self.batch_size} expected examples"
+
     def rate(self, size: int) -> float:
         """Return q, the probability of each of a client's ``size`` examples to be drawn."""
         return self.sampling_rate or self.batch_size / size
