@@ -165,7 +165,8 @@ def run(grid: Grid, config: Config, settle: float = 0.0) -> None:
         new_folder(config, _run_name(config)),
         ResumePoint(initial_state(config, model, test, start)),
     )
-    point = after_interruption(config, method, point) if resumed else point
+    if resumed:
+        point = after_interruption(config, method, point, folder)
     _log.info("LaLoRA %s", folder_text(folder.path))
     folder.write_json("clients.json", {"clients": len(clients.nodes)})
     if clients.simulated and config.data.label_column != NONE:

@@ -40,6 +40,8 @@ TRAIN = {
     "warm_up": 0.0,
     "views": 1,
     "batch_size": 20,
+    "sampling_rate": 0.0,
+    "union_size": 0,
     "micro_batch": 8,
     "weight_decay": 0.01,
 }

@@ -79,8 +79,7 @@ def _planned_shared(
 ) -> tuple[Release, Limits]:
     """Return the one release of a round with shared noise, whose z is a constant of the run."""
     privacy, policy = config.privacy, site.policy
-    past = site.ledger.releases(site.dataset, request.run)
-    noise = noise_multiplier(config, past)
+    noise = noise_multiplier(config)
     policy.check_noise(noise)
     limits = Limits(
         planned=max(request.steps_left, 1),
@@ -145,7 +144,12 @@ def check_limits(
 
 
 def reserve(
-    config: Config, site: Site, request: TrainRequest, size: int, cohort: Cohort | None = None
+    config: Config,
+    site: Site,
+    request: TrainRequest,
+    size: int,
+    cohort: Cohort | None = None,
+    uid: str | None = None,
 ) -> Reservation:
     """Choose the noise, check the limits, and commit the round's releases to the ledger.
 
@@ -155,10 +159,12 @@ def reserve(
         request: the server's order.
         size: the number of its examples.
         cohort: the clients that share the noise; None: the noise is the site's own.
+        uid: a name that no other release may have; None: a random one.
 
     Raises:
-        BudgetError: if a limit would be exceeded; nothing is written then.
+        BudgetError: if a limit would be exceeded, or the name is used; nothing is written then.
         PolicyError: if the noise would be too small for the site; nothing is written then.
     """
     release, limits = _planned(config, site, request, size, cohort)
-    return site.ledger.reserve(site.dataset, request.run, request.round, release, **limits)
+    order = (site.dataset, request.run, request.round, release)
+    return site.ledger.reserve(*order, uid=uid, **limits)

@@ -22,7 +22,7 @@ from lalora_app.client.received_round import (
     receive,
     run_config_of,
 )
-from lalora_app.client.shared_round import SharedPart, shared_upload
+from lalora_app.client.shared_round import SharedPart, lattice_for, shared_upload
 from lalora_app.client.site import Site, admit
 from lalora_app.data.encoding import Encoded
 from lalora_app.models import backbone
@@ -147,6 +147,30 @@ def _encoded(current: Round, result: Adapter, encode: UploadEncoder) -> Upload:
     return encode(select(result, current.sent), select(current.received.adapter, current.sent))
 
 
+def _own_noise(
+    asked: Asked, current: Round, start: Adapter, encode: UploadEncoder, clock: list[float]
+) -> tuple[Adapter, Upload]:
+    """Return the site's adapter after local steps with its own noise, and the upload."""
+    config, site, request = asked.config, asked.site, asked.request
+    reservation = reserve(config, site, request, len(current.data))
+    clock.append(time.monotonic())
+    streams = _streams(config, site.client, request.attempt)
+    result = run_local_steps(current, start, reservation, streams)
+    return result, _encoded(current, result, encode)
+
+
+def _shared_noise(
+    asked: Asked, current: Round, start: Adapter, part: SharedPart, clock: list[float]
+) -> tuple[Adapter, Upload]:
+    """Return the unchanged adapter, and the site's part of a sum with shared noise."""
+    config, site, request = asked.config, asked.site, asked.request
+    lattice = lattice_for(current, start, part)
+    reservation = reserve(config, site, request, len(current.data), part.cohort, part.uid)
+    clock.append(time.monotonic())
+    streams = _streams(config, site.client, request.attempt)
+    return start, shared_upload(current, start, part, lattice, reservation, streams)
+
+
 def train(asked: Asked, way: UploadEncoder | SharedPart) -> RecordDict:
     """Train one round and return the reply.
 
@@ -158,19 +182,12 @@ def train(asked: Asked, way: UploadEncoder | SharedPart) -> RecordDict:
     Privacy: the round's releases are on the ledger before the first one is drawn.
     """
     current = _prepare(asked)
-    start = current.start()
-    clock = [time.monotonic()]
-    cohort = way.cohort if isinstance(way, SharedPart) else None
-    size = len(current.data)
-    reservation = reserve(current.config, current.site, current.request, size, cohort)
-    clock.append(time.monotonic())
-    streams = _streams(current.config, current.site.client, current.request.attempt)
+    start, clock = current.start(), [time.monotonic()]
     if isinstance(way, SharedPart):
-        result, upload = start, shared_upload(current, start, way, reservation, streams)
+        result, upload = _shared_noise(asked, current, start, way, clock)
     else:
-        result = run_local_steps(current, start, reservation, streams)
-        upload = _encoded(current, result, way)
+        result, upload = _own_noise(asked, current, start, way, clock)
     clock.append(time.monotonic())
     _log_durations(current, clock)
     current.save_files(result, upload)
-    return asked.reply(upload, size)
+    return asked.reply(upload, len(current.data))

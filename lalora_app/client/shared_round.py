@@ -1,5 +1,6 @@
 """A site's part in a round with shared noise: one gradient sum, with a share of the noise."""
 
+import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,11 +20,17 @@ from lalora_app.secagg.peers import (
 )
 from lalora_app.secagg.upload import OpenAttempt, Upload, open_attempt
 from lalora_app.settings.names import full_path
-from lalora_app.shared_noise.lattice import to_words
-from lalora_app.shared_noise.run_constants import lattice_of
+from lalora_app.settings.run_config import Config
+from lalora_app.shared_noise.lattice import Lattice, to_words
+from lalora_app.shared_noise.run_constants import (
+    context_of,
+    lattice_of,
+    noise_multiplier,
+    public_constants,
+)
 from lalora_app.shared_noise.shares import Cohort
 from lalora_app.site_files.peer_key import read_peer_key
-from lalora_app.wire.messages import count_of, run_config_of
+from lalora_app.wire.messages import count_of
 
 if TYPE_CHECKING:
     from lalora_app.private_step.step import RandomStreams
@@ -40,6 +47,16 @@ class SharedPart:
 
     attempt: OpenAttempt
     cohort: Cohort
+
+    @property
+    def uid(self) -> str:
+        """The name of the attempt's one release in the ledger: its keys are used once.
+
+        A site whose state was not saved after an upload would else use the same masks and noise
+        again, for another batch.
+        """
+        state = self.attempt.state
+        return hashlib.sha256(state.mask_keys[state.client]).hexdigest()
 
 
 def with_signature(reply: ConfigRecord, order: ConfigRecord, context: Context) -> ConfigRecord:
@@ -66,17 +83,20 @@ def with_signature(reply: ConfigRecord, order: ConfigRecord, context: Context) -
     return ConfigRecord({**reply, **signed})
 
 
-def _check_peers(asked: Asked, content: RecordDict, state: ClientState) -> None:
-    """Check that all clients of an attempt are pinned sites with this run config.
+def _check_peers(asked: Asked, state: ClientState) -> None:
+    """Check that the clients of an attempt are pinned sites with this run config.
 
-    Limit: nothing is checked if the site's policy pins no peers.
+    A site that signs vouches for the run config that it signed, so its own entry is checked also if
+    its policy pins no peers. Limit: nothing is checked at a site without a signing key.
 
     Raises:
         PeerError: if a client is not pinned, or has signed other keys or another run config.
     """
     conditions, identity = asked.site.policy.shared_noise, asked.site.identity
-    if conditions is None or conditions.peers is None or identity is None:
+    if identity is None:
         return
+    pinned = None if conditions is None else conditions.peers
+    clients = [state.client] if pinned is None else list(state.mask_keys)
     entries = {
         client: SignedKeys(
             state.mask_keys[client],
@@ -84,11 +104,15 @@ def _check_peers(asked: Asked, content: RecordDict, state: ClientState) -> None:
             state.identities.get(client, b""),
             state.signatures.get(client, b""),
         )
-        for client in state.mask_keys
+        for client in clients
     }
-    digest = digest_of(run_config_of(content))
     run, attempt = asked.request.run, asked.request.attempt
-    check_directory(conditions.peers, identity_bytes(identity), run, attempt, digest, entries)
+    own = identity_bytes(identity)
+    check_directory(pinned or frozenset(), own, run, attempt, _digest(asked.config), entries)
+
+
+def _digest(config: Config) -> bytes:
+    return digest_of(public_constants(config))
 
 
 def open_shared(asked: Asked, content: RecordDict, context: Context) -> SharedPart:
@@ -103,31 +127,41 @@ def open_shared(asked: Asked, content: RecordDict, context: Context) -> SharedPa
         open_attempt(content, context, asked.request),
         asked.config.privacy.colluding,
     )
-    _check_peers(asked, content, attempt.state)
+    _check_peers(asked, attempt.state)
     check(attempt.colluding == colluding, f"the attempt must have colluding={colluding}")
     cohort = Cohort.of(attempt.clients, colluding)
     asked.site.policy.check_cohort(cohort.honest, colluding)
     return SharedPart(attempt, cohort)
 
 
+def lattice_for(current: Round, start: Adapter, part: SharedPart) -> Lattice:
+    """Return the integers of a round, before its release is reserved.
+
+    Raises:
+        ConfigError: if a sum needs integers that are too large, or no noise is enough.
+    """
+    entries = sum(array.size for array in select(start, current.sent).values())
+    return lattice_of(current.config, entries, part.cohort, noise_multiplier(current.config))
+
+
 def shared_upload(
     current: Round,
     start: Adapter,
     part: SharedPart,
+    lattice: Lattice,
     reservation: Reservation,
     streams: "RandomStreams",
 ) -> Upload:
     """Return the masked integers of a round: the site's gradient sum and its share of the noise.
 
     Privacy: the release is on the ledger; the sum with its share of the noise is never seen outside
-    of this function without masks.
+    of this function without masks. The masks of a pair cancel only if both sites have the same
+    directory, run config, round and integers.
     """
     from lalora_app.private_step.step import private_integers
     from lalora_app.private_step.views import private_views
 
-    model, config = current.model, current.config
-    entries = sum(array.size for array in select(start, current.sent).values())
-    lattice = lattice_of(config, entries, part.cohort, reservation.noise_multiplier)
+    model, config, request = current.model, current.config, current.request
     model.load(start, current.received.drift)
     model.engine.activate(active_names(start, current.sent))
     integers = private_integers(
@@ -140,4 +174,5 @@ def shared_upload(
         sampling=streams.sampling,
         clipping=config.privacy.clipping,
     )
-    return part.attempt.masked(to_words(integers, lattice.word))
+    context = context_of(lattice, _digest(config), request.run, request.attempt, request.round)
+    return part.attempt.masked(to_words(integers, lattice.word), context)

@@ -23,6 +23,7 @@ from lalora_app.privacy.ledger_entries import (
 )
 from lalora_app.settings.names import full_path
 
+_NAMED = "SELECT 1 FROM releases WHERE uid = ?"
 _WAIT = 120.0  # seconds to wait for the transaction of another process
 
 
@@ -197,7 +198,14 @@ class Ledger:
         return seen
 
     def reserve(
-        self, dataset: str, run: str, round_: int, release: Release, **limits: Unpack[Limits]
+        self,
+        dataset: str,
+        run: str,
+        round_: int,
+        release: Release,
+        *,
+        uid: str | None = None,
+        **limits: Unpack[Limits],
     ) -> Reservation:
         """Commit ``release`` durably, then return the right to draw it.
 
@@ -206,18 +214,19 @@ class Ledger:
             run: the run's name.
             round_: number of the round, for readers of the ledger only.
             release: the releases of this round.
+            uid: a name that no other line may have; None: a random one.
             limits: the other arguments of :meth:`check`.
 
         Raises:
-            BudgetError: if a limit would be exceeded; nothing is written then.
+            BudgetError: if a limit would be exceeded, or ``uid`` is used; nothing is written then.
             LedgerBusyError: if another process keeps the file locked; nothing is written then.
         """
         while True:
             # Accounting takes seconds: outside of the transaction, other processes may write.
             seen = self.check(dataset, run, release, **limits)
-            now, uid = datetime.now(UTC), secrets.token_hex(16)
+            now, name = datetime.now(UTC), uid or secrets.token_hex(16)
             alone = limits.get("alone")
-            entry = LedgerEntry(_stamp(now), dataset, run, round_, release, uid, alone)
+            entry = LedgerEntry(_stamp(now), dataset, run, round_, release, name, alone)
             if self._append_after(seen, entry):
                 return Reservation(release)
 
@@ -229,6 +238,8 @@ class Ledger:
         """
         with self._exclusive() as db:
             unchanged = read_entries(db, entry.dataset) == seen
+            if unchanged and db.execute(_NAMED, (entry.uid,)).fetchone():
+                raise BudgetError("a release of this name is on the ledger: its keys are used")
             if unchanged:
                 write_entry(db, entry)
         return unchanged

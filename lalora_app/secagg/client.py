@@ -86,9 +86,14 @@ def _with_public_keys(state: ClientState, record: ConfigRecord) -> ClientState:
         state,
         mask_keys=mask_keys,
         cipher_keys=cipher_keys,
-        identities=mapping_of(record, "identities"),
-        signatures=mapping_of(record, "signatures"),
+        identities=_given(record, "identities"),
+        signatures=_given(record, "signatures"),
     )
+
+
+def _given(record: ConfigRecord, name: str) -> dict[int, bytes]:
+    """Read a mapping {client: bytes} that a run without signing keys has not."""
+    return mapping_of(record, name) if name in record else {}
 
 
 def _with_secrets(state: ClientState) -> ClientState:
@@ -109,7 +114,7 @@ def _with_secrets(state: ClientState) -> ClientState:
 def _encrypted(state: ClientState, other: int) -> bytes:
     """Return the shares that another client will hold, encrypted for it."""
     key = masks.shared_secret(state.cipher_key, state.cipher_keys[other])
-    seeds = state.seed_shares[other] + state.noise_shares[other]
+    seeds = state.seed_shares[other] + state.noise_shares[other] + state.directory
     plain = share_keys_plaintext_concat(state.client, other, seeds, state.key_shares[other])
     return encrypt(key, plain)
 

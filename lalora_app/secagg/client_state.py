@@ -14,6 +14,7 @@ from lalora_app.secagg.messages import (
     Value,
     bytes_of,
     columns,
+    directory_digest,
     mapping_of,
     run_and_attempt_of,
 )
@@ -78,6 +79,12 @@ class ClientState:
     def cohort(self) -> Cohort | None:
         """The cohort of shared noise; None without it."""
         return Cohort.of(len(self.mask_keys), self.colluding) if self.colluding >= 0 else None
+
+    @property
+    def directory(self) -> bytes:
+        """SHA-256 of the public keys of all clients, and c."""
+        colluding = self.colluding if self.colluding >= 0 else None
+        return directory_digest(self.mask_keys, self.cipher_keys, colluding)
 
     @property
     def threshold(self) -> int:

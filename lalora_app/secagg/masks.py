@@ -6,6 +6,7 @@ mask is the ChaCha20 stream of a 256-bit key, and every key is used for one mask
 """
 
 import base64
+import hashlib
 from collections.abc import Iterable, Mapping
 
 import numpy as np
@@ -24,6 +25,7 @@ from lalora_app.shared_noise.lattice import Words
 from lalora_app.shared_noise.shares import Cohort
 from lalora_app.wire.tensors import WireError
 
+SEED_BYTES = 32
 KEY_BYTES = 48  # size of a private key on the curve P-384, which Flower uses
 
 
@@ -121,16 +123,33 @@ def mask(key: bytes, like: Words) -> Words:
     return words
 
 
-def pair_mask(own: int, other: int, secret: bytes, like: Words) -> Words:
+def reconstruct_seed(shares: Mapping[int, bytes], needed: int) -> bytes:
+    """Return a seed of 32 bytes from enough of its shares.
+
+    Raises:
+        WireError: as :func:`reconstruct_secret`, or if it has another length.
+    """
+    seed = reconstruct_secret(shares, needed)
+    if len(seed) != SEED_BYTES:
+        raise WireError(f"a reconstructed seed must have {SEED_BYTES} bytes")
+    return seed
+
+
+def pair_mask(own: int, other: int, secret: bytes, like: Words, context: bytes = b"") -> Words:
     """Return the mask of a pair of clients, as added by the client ``own``.
 
-    The other client adds the negative of it, so the masks cancel in the sum.
+    The other client adds the negative of it, so the masks cancel in the sum. The key is SHA-256 of
+    the secret, both numbers and the context. So two pairs with one secret have different masks,
+    and clients that disagree in the context have masks that do not cancel.
 
     Args:
         own: number of the client that adds the mask.
         other: number of the other client.
         secret: shared secret of the two clients.
         like: a vector of 32-bit or 64-bit words, for size and type.
+        context: what both clients must agree in.
     """
-    words = mask(base64.urlsafe_b64decode(secret), like)
+    numbers = (number.to_bytes(8, "big") for number in sorted((own, other)))
+    key = hashlib.sha256(b"".join((base64.urlsafe_b64decode(secret), *numbers, context))).digest()
+    words = mask(key, like)
     return words if own < other else np.negative(words)

@@ -1,5 +1,6 @@
 """The message fields of the protocol's stages, and functions that read and check them."""
 
+import hashlib
 from collections.abc import Mapping
 
 from flwr.app import ConfigRecord, Message, RecordDict
@@ -55,6 +56,14 @@ def columns(name: str, values: Mapping[int, bytes]) -> dict[str, Value]:
 def record_of(content: RecordDict, name: str) -> ConfigRecord:
     """Return a record of a message. Limit: an empty record if it is missing."""
     return content.config_records.get(name, ConfigRecord())
+
+
+def directory_digest(
+    mask_keys: Mapping[int, bytes], cipher_keys: Mapping[int, bytes], colluding: int | None
+) -> bytes:
+    """Return SHA-256 of the public keys of an attempt's clients, and c of shared noise."""
+    listed = (sorted(mask_keys.items()), sorted(cipher_keys.items()), colluding)
+    return hashlib.sha256(repr(listed).encode()).digest()
 
 
 def clients_of(record: ConfigRecord, name: str) -> list[int]:

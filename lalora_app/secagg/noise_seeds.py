@@ -54,7 +54,7 @@ def verified(shares: Mapping[int, bytes], number: int, cohort: Cohort, committed
     Raises:
         WireError: if there are too few shares, or the chain does not end as the client has said.
     """
-    seed = masks.reconstruct_secret(shares, cohort.threshold)
+    seed = masks.reconstruct_seed(shares, cohort.threshold)
     if seeded.commitment(seed, number, cohort) != committed:
         raise WireError("a reconstructed noise seed differs from its client's commitment")
     return seed

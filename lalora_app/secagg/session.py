@@ -21,6 +21,7 @@ from lalora_app.secagg.messages import (
     Value,
     bytes_of,
     columns,
+    directory_digest,
     mapping_of,
 )
 from lalora_app.secagg.waves import Part
@@ -79,6 +80,11 @@ class Session:
         """The fewest vectors in a sum, also if there are still too few clients for any sum."""
         smallest = 1 if self.colluding is None else 2 + self.colluding
         return masks.threshold(max(len(self.mask_keys), smallest), self.colluding)
+
+    @property
+    def directory_digest(self) -> bytes:
+        """SHA-256 of the public keys of all clients, and c."""
+        return directory_digest(self.mask_keys, self.cipher_keys, self.colluding)
 
     def _part(
         self,
@@ -182,7 +188,7 @@ class Session:
         return [self._part(UNMASK, {client: both for client in arrived}, read)]
 
     def _verified_seed(self, client: int, shares: Mapping[int, bytes]) -> bytes:
-        seed = masks.reconstruct_secret(shares, self.threshold)
+        seed = masks.reconstruct_seed(shares, self.threshold)
         if hashlib.sha256(seed).digest() != self.commitments[client]:
             raise WireError("a reconstructed seed differs from its client's commitment")
         return seed
@@ -193,7 +199,7 @@ class Session:
             raise WireError("a reconstructed mask key differs from its client's public key")
         return key
 
-    def unmasked_sum(self, vectors: Mapping[int, Words]) -> Words:
+    def unmasked_sum(self, vectors: Mapping[int, Words], context: bytes = b"") -> Words:
         """Remove all masks from the sum of the masked vectors; return the sum modulo 2^w.
 
         The mask of every client whose vector arrived is computed from its seed. The pair masks of
@@ -202,12 +208,14 @@ class Session:
         Args:
             vectors: masked vector per client, of words of w = 32 or 64 bits; the clients are those
                 named in :meth:`unmask`.
+            context: what the masks of a pair depend on beside the directory.
 
         Raises:
             WireError: if too few clients sent shares, or a reconstructed secret is wrong.
 
         Privacy: only the sum over the clients is revealed.
         """
+        whole = self.directory_digest + context
         total: Words = functools.reduce(np.add, vectors.values())
         for client in vectors:
             seed = self._verified_seed(client, self.revealed[client])
@@ -216,7 +224,7 @@ class Session:
             key = self._verified_mask_key(client, self.revealed[client])
             for other in vectors:
                 secret = masks.shared_secret(key, self.mask_keys[other])
-                total = total - masks.pair_mask(other, client, secret, total)
+                total = total - masks.pair_mask(other, client, secret, total, whole)
         return total
 
     def noise_seeds(self) -> dict[int, bytes]:

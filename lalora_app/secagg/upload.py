@@ -33,8 +33,8 @@ def _decrypted_shares(state: ClientState, source: int, encrypted: bytes) -> tupl
     """Decrypt the shares that client ``source`` sent: of its seed, its noise seeds, its mask key.
 
     Raises:
-        StageError: if the shares do not decrypt, belong to another pair of clients, or are shares
-            of another number of noise seeds.
+        StageError: if the shares do not decrypt, belong to another pair of clients or another
+            directory of keys, or are shares of another number of noise seeds.
     """
     check(source in state.cipher_keys, "shares must come from a client with public keys")
     try:
@@ -47,8 +47,10 @@ def _decrypted_shares(state: ClientState, source: int, encrypted: bytes) -> tupl
         "a share must name its sender and this client as receiver",
     )
     number = 1 + (state.cohort.removable if state.cohort else 0)
-    check(len(seeds) == number * SHARE_BYTES, f"there must be shares of {number} seeds")
-    return seeds[:SHARE_BYTES], seeds[SHARE_BYTES:], key_share
+    end = number * SHARE_BYTES
+    check(len(seeds) == end + len(state.directory), f"there must be shares of {number} seeds")
+    check(seeds[end:] == state.directory, "all clients must have the same directory of keys")
+    return seeds[:SHARE_BYTES], seeds[SHARE_BYTES:end], key_share
 
 
 def _receive_shares(content: RecordDict, context: Context, request: TrainRequest) -> ClientState:
@@ -103,11 +105,12 @@ class OpenAttempt:
         """The seeds of this client's noise, by component; none without shared noise."""
         return tuple(self.state.noise_seeds.values())
 
-    def masked(self, words: Words) -> Upload:
+    def masked(self, words: Words, context: bytes = b"") -> Upload:
         """Return a vector plus the client's own mask and one mask per other client.
 
         Args:
             words: 32-bit or 64-bit words, the client's vector modulo 2^w.
+            context: what all clients must agree in beside the directory of keys.
 
         Raises:
             StageError: if this attempt has masked a vector before.
@@ -116,11 +119,12 @@ class OpenAttempt:
         """
         state, records = self.state, self.context.state.config_records
         check(record_name(state.attempt) not in records, "an attempt masks one vector")
+        whole = state.directory + context
         masked = words + masks.mask(state.seed, words)
         for other in state.seed_shares:
             if other != state.client:
                 secret = masks.shared_secret(state.mask_key, state.mask_keys[other])
-                masked = masked + masks.pair_mask(state.client, other, secret, words)
+                masked = masked + masks.pair_mask(state.client, other, secret, words, whole)
         # The client's own secrets are no longer needed; other clients hold shares of them.
         spent = replace(state, mask_key=b"", cipher_key=b"", seed=b"", noise_seeds={})
         replace(spent, stage=MASKED_SENT).save(self.context)

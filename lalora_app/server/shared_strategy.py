@@ -15,15 +15,20 @@ from lalora_app.methods.learning_rates import learning_rates, rate_factor
 from lalora_app.methods.method import Method
 from lalora_app.privacy.accounting import Release, epsilon
 from lalora_app.private_step.gradients import NoisedGrads
-from lalora_app.results.run_folder import ResumePoint
+from lalora_app.results.run_folder import ResumePoint, RunFolder
 from lalora_app.secagg.messages import MASKED
 from lalora_app.secagg.peers import digest_of
 from lalora_app.server.attempt import failed_attempt
 from lalora_app.server.secure_strategy import SecureFederatedLora
 from lalora_app.settings.errors import ConfigError
-from lalora_app.settings.run_config import Config, flatten
+from lalora_app.settings.run_config import Config
 from lalora_app.shared_noise.lattice import Lattice, Words, mean
-from lalora_app.shared_noise.run_constants import lattice_of, noise_multiplier
+from lalora_app.shared_noise.run_constants import (
+    context_of,
+    lattice_of,
+    noise_multiplier,
+    public_constants,
+)
 from lalora_app.shared_noise.seeded import without_excess
 from lalora_app.shared_noise.shares import Cohort
 
@@ -57,7 +62,9 @@ def require_union_size(config: Config, simulated: bool) -> None:
         )
 
 
-def after_interruption(config: Config, method: Method, point: ResumePoint) -> ResumePoint:
+def after_interruption(
+    config: Config, method: Method, point: ResumePoint, folder: RunFolder
+) -> ResumePoint:
     """Return where a resumed run with shared noise goes on: behind the interrupted attempt.
 
     Clients may have released a sum in that attempt, and z is meant for ``num-server-rounds`` of
@@ -67,6 +74,7 @@ def after_interruption(config: Config, method: Method, point: ResumePoint) -> Re
         config: the run's config.
         method: the run's method.
         point: the state after the last attempt that is known to be whole.
+        folder: the run's folder, in which the failed attempt is written at once.
 
     Limit: unchanged with own noise, whose repeated attempts get more noise, and at the end.
     """
@@ -77,7 +85,10 @@ def after_interruption(config: Config, method: Method, point: ResumePoint) -> Re
     failed = failed_attempt(state.round + 1, factors_text(sent), config.privacy.epsilon)
     row = {"attempt": state.attempts + 1, **asdict(failed)}
     row["elapsed"] = point.rows[-1]["elapsed"] if point.rows else 0.0
-    return replace(point, state=state.failed(), rows=[*point.rows, row])
+    found = replace(point, state=state.failed(), rows=[*point.rows, row])
+    folder.write_history(found.rows)
+    folder.checkpoint(found.state)
+    return found
 
 
 def _by_name(flat: NDArray[np.float64], like: Adapter) -> NoisedGrads:
@@ -154,7 +165,8 @@ class SharedNoiseLora(SecureFederatedLora):
 
     def _terms(self) -> dict[str, Any]:
         config = self.config
-        return {"colluding": config.privacy.colluding, "digest": digest_of(flatten(config))}
+        digest = digest_of(public_constants(config))
+        return {"colluding": config.privacy.colluding, "digest": digest}
 
     def _travelling(self) -> Adapter:
         return select(self.state.adapter, self._synced())
@@ -169,10 +181,10 @@ class SharedNoiseLora(SecureFederatedLora):
 
     def _unmasked(self, vectors: Mapping[int, Words]) -> Adapter:
         """Return the global tensors after the round's step."""
-        total, cohort = self._session.unmasked_sum(vectors), self._cohort()
+        cohort, digest, t = self._cohort(), self._session.digest, self.state.round + 1
         lattice, missing = self._lattice(cohort), cohort.clients - len(vectors)
+        context = context_of(lattice, digest, self.run, self.state.attempts + 1, t)
+        total = self._session.unmasked_sum(vectors, context)
         rest = without_excess(total, self._session.noise_seeds(), missing, lattice)
         gradient = mean(rest, lattice, lattice.constants.expected_batch)
-        return gradient_step(
-            self.config, self.method, self._travelling(), gradient, self.state.round + 1
-        )
+        return gradient_step(self.config, self.method, self._travelling(), gradient, t)

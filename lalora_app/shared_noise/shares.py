@@ -58,8 +58,12 @@ class Cohort:
     def of(cls, clients: int, colluding: int = 0) -> "Cohort":
         """Return the cohort of an attempt, with its threshold.
 
-        t is two thirds of n, or more if (n + 2 + c)/2 is more: two sets of t clients then have at
-        least 2 + c clients in common, one of them honest, and an honest client answers once.
+        t is the smallest number with (n - t)² < h = t - 1 - c. A server may tell each client
+        another list of missing clients, or give it the shares of others only. Of the N = h + n - t
+        honest clients each names at most n - t clients as missing, and a mask key takes h honest
+        answers. So at most N(n - t)/h < n - t + 1 mask keys are revealed: no sum of fewer than t
+        clients can be opened. Two sets of t clients have at least 2 + c in common, so at least one
+        honest client, which answers once: no seed of noise is revealed at two levels.
 
         Args:
             clients: n, the clients with public keys.
@@ -73,7 +77,8 @@ class Cohort:
                 f"privacy.colluding={colluding} must be from 0 to {clients - 2} for {clients} "
                 "clients: beside the attacker and colluding clients one must be left"
             )
-        threshold = max(-(-2 * clients // 3), -(-(clients + 2 + colluding) // 2))
+        allowed = range(2 + colluding, clients + 1)
+        threshold = next(t for t in allowed if (clients - t) ** 2 < t - 1 - colluding)
         return cls(clients, threshold, colluding)
 
     @property

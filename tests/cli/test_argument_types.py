@@ -30,6 +30,7 @@ KINDS = {
     "--confidence": "delta",
     "--epsilon": "limit",
     "--max-epsilon": "limit",
+    "--max-epsilon-alone": "limit",
     "--epsilons": "limits",
     "--examples": "count",
     "--max-examples": "count",

@@ -46,6 +46,14 @@ def column(ledger) -> list[float | None]:
     return [value for (value,) in rows]
 
 
+def test_a_name_is_used_for_one_release(ledger):
+    reserve(ledger, uid="keys of attempt 1")
+    reserve(ledger, uid="keys of attempt 2")
+    with pytest.raises(BudgetError, match="its keys are used"):
+        reserve(ledger, uid="keys of attempt 1")
+    assert [entry.uid[-1] for entry in ledger.entries()] == ["1", "2"]
+
+
 def test_the_file_holds_both_multipliers_and_none_for_own_noise(ledger):
     reservation = reserve(ledger)
     reserve(ledger, alone=None)

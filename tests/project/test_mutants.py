@@ -345,14 +345,14 @@ MUTANTS = {
     ),
     "shared noise: peers that nobody checks": Mutant(
         "client/shared_round.py",
-        "    _check_peers(asked, content, attempt.state)\n",
+        "    _check_peers(asked, attempt.state)\n",
         "",
         "tests/secagg/test_pinned_runs.py::test_keys_that_the_server_has_exchanged_are_refused_by_every_site",
     ),
     "shared noise: peers with another run config": Mutant(
         "client/shared_round.py",
-        "    digest = digest_of(run_config_of(content))\n",
-        "    digest = digest_of({})\n",
+        "    return digest_of(public_constants(config))\n",
+        "    return digest_of({})\n",
         "tests/secagg/test_pinned_runs.py::test_sites_that_know_each_other_complete_a_run",
     ),
     "shared noise: a cohort that no policy checks": Mutant(
@@ -363,8 +363,8 @@ MUTANTS = {
     ),
     "shared noise: an interrupted attempt is repeated": Mutant(
         "server_app.py",
-        "    point = after_interruption(config, method, point) if resumed else point\n",
-        "",
+        "        point = after_interruption(config, method, point, folder)\n",
+        "        pass\n",
         "tests/secagg/test_shared_runs.py::test_a_resumed_run_does_not_repeat_the_attempt",
     ),
     "shared noise: more noise left than needed is taken off": Mutant(
@@ -379,11 +379,23 @@ MUTANTS = {
         "    return (hashlib.sha256(first).digest(), *_chain(first, cohort.removable))\n",
         "tests/shared_noise/test_seeded.py::test_a_revealed_seed_gives_the_later_ones_and_is_bound_by_the_commitment",
     ),
-    "shared noise: two answers from dishonest clients alone": Mutant(
+    "shared noise: a threshold that lying lists get around": Mutant(
         "shared_noise/shares.py",
-        "-(-(clients + 2 + colluding) // 2)",
-        "2 + colluding",
-        "tests/shared_noise/test_shares.py::test_no_two_sets_of_threshold_many_clients_are_all_dishonest_where_they_meet",
+        "if (clients - t) ** 2 < t - 1 - colluding",
+        "if (clients - t) ** 2 <= t - 1 - colluding",
+        "tests/shared_noise/test_shares.py::test_the_threshold_is_the_smallest_that_lies_cannot_get_around",
+    ),
+    "shared noise: masks that do not depend on the round's constants": Mutant(
+        "client/shared_round.py",
+        "to_words(integers, lattice.word), context)",
+        "to_words(integers, lattice.word))",
+        "tests/secagg/test_shared_runs.py::test_the_run_goes_on_without_a_client_that_is_lost",
+    ),
+    "shared noise: the same keys for two releases": Mutant(
+        "privacy/ledger.py",
+        "            if unchanged and db.execute(_NAMED, (entry.uid,)).fetchone():\n",
+        "            if False:\n",
+        "tests/privacy/test_two_epsilons.py::test_a_name_is_used_for_one_release",
     ),
     "shared noise: one seed for all components": Mutant(
         "shared_noise/seeded.py",
@@ -447,9 +459,21 @@ MUTANTS = {
     ),
     "secure aggregation: the threshold of shared noise too small": Mutant(
         "shared_noise/shares.py",
-        "-(-(clients + 2 + colluding) // 2)",
-        "-(-(clients + colluding) // 2)",
+        "if (clients - t) ** 2 < t - 1 - colluding",
+        "if True",
         "tests/secagg/test_noise_of_a_sum.py::test_two_numbers_of_missing_clients_cannot_both_be_answered",
+    ),
+    "secure aggregation: two pairs with one secret have one mask": Mutant(
+        "secagg/masks.py",
+        "(base64.urlsafe_b64decode(secret), *numbers, context)",
+        "(base64.urlsafe_b64decode(secret), context)",
+        "tests/secagg/test_masks.py::test_the_mask_of_a_pair_depends_on_its_numbers_and_the_context",
+    ),
+    "secure aggregation: shares for another directory": Mutant(
+        "secagg/upload.py",
+        '    check(seeds[end:] == state.directory, "all clients must have the same directory of keys")\n',
+        "",
+        "tests/secagg/test_stages.py::test_clients_with_different_directories_refuse_to_train",
     ),
     "secure aggregation: a noise seed that is not verified": Mutant(
         "secagg/noise_seeds.py",

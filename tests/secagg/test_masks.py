@@ -24,6 +24,21 @@ def test_what_two_clients_add_for_each_other_cancels(word):
     assert not total.any()
 
 
+def test_the_mask_of_a_pair_depends_on_its_numbers_and_the_context():
+    """A public key that another client copied gives the same secret; the masks must differ."""
+    secret = masks.shared_secret(
+        masks.new_private_key(), masks.public_key_of(masks.new_private_key())
+    )
+    found = [
+        masks.pair_mask(*pair, secret, LIKE, context)
+        for pair, context in (((1, 2), b""), ((1, 3), b""), ((2, 3), b""), ((1, 2), b"round 2"))
+    ]
+    for i, one in enumerate(found):
+        for other in found[:i]:
+            assert (one == other).mean() < 0.01
+            assert (one == np.negative(other)).mean() < 0.01
+
+
 @pytest.mark.parametrize("word", WORDS)
 def test_every_bit_of_a_mask_is_uniform(word):
     drawn = masks.mask(secrets.token_bytes(32), np.zeros(4096, word))

@@ -125,14 +125,14 @@ def test_a_client_told_two_lists_answers_once():
 
 def test_a_client_counts_who_is_missing_by_itself():
     """One has sent keys only, and is in no list of the server; one vector was lost."""
-    parties = Parties(6, 0)
-    assert parties.set_up(NOBODY | {"share": [5]})
+    parties = Parties(8, 0)
+    assert parties.set_up(NOBODY | {"share": [7]})
     parties.vectors({c: np.zeros(ENTRIES, np.uint32) for c in parties.open})
-    assert Cohort.of(6).levels == (0, 1, 2)
-    given = answer(copied(parties.contexts[0]), [0, 1, 2, 3], [4])
+    assert Cohort.of(8).levels == (0, 1, 2)
+    given = answer(copied(parties.contexts[0]), [0, 1, 2, 3, 4, 5], [6])
     assert mapping_of(given, "noise") == {}
-    given = answer(copied(parties.contexts[0]), [0, 1, 2, 3, 4], [])
-    wanted = {c: parties.open[0].state.noise_shares[c] for c in range(5)}
+    given = answer(copied(parties.contexts[0]), [0, 1, 2, 3, 4, 5, 6], [])
+    wanted = {c: parties.open[0].state.noise_shares[c] for c in range(7)}
     assert mapping_of(given, "noise") == {
         c: noise_seeds.share_of(joined, 2) for c, joined in wanted.items()
     }
@@ -171,10 +171,10 @@ def test_two_numbers_of_missing_clients_cannot_both_be_answered(clients, colludi
 
 
 def test_the_brute_force_finds_a_threshold_that_is_too_small():
-    """With one attacker more than c, some assignment opens both."""
-    parties, _ = masked_by_all(6, 0)
-    lists, attackers = {"none": 0, "some": 2}, range(2, 6)
-    found = [opened_by(parties, lists, attackers, told) for told in product(lists, repeat=2)]
+    """With as many attackers as two sets of clients have in common, some assignment opens both."""
+    parties, _ = masked_by_all(8, 0)
+    lists, attackers = {"none": 0, "some": 2}, range(4, 8)
+    found = [opened_by(parties, lists, attackers, told) for told in product(lists, repeat=4)]
     assert {"none", "some"} in found
 
 

@@ -1,5 +1,6 @@
 """Runs in which every site has pinned the signing keys of the others in its policy."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -154,4 +155,34 @@ def test_a_site_that_is_given_other_constants_than_its_peers_refuses(config, sit
     nodes = sites()
     grid = OtherConfigGrid(config, nodes)
     server_app.run(grid, config)
+    assert [len(entries) for entries in ledgers(nodes)] == [0, 2, 2, 2]
+
+
+class OmittedKeyGrid(FakeGrid):
+    """A server that leaves a key out of its messages, and gives one node another value of it."""
+
+    def push_messages(self, messages):
+        changed = list(messages)
+        for message in changed:
+            if RUN_CONFIG in message.content.config_records:
+                values = json.loads(str(message.content[RUN_CONFIG]["run-config"]))
+                values.pop("privacy.clip-norm", None)
+                message.content[RUN_CONFIG] = ConfigRecord({"run-config": json.dumps(values)})
+        for node, partition in self.partitions.items():
+            other = 0.01 if partition == 0 else 1.0
+            self.contexts[node].run_config["privacy.clip-norm"] = other
+        return super().push_messages(changed)
+
+
+def test_a_key_that_is_missing_in_the_message_is_part_of_what_sites_sign(config, sites):
+    nodes = sites()
+    server_app.run(OmittedKeyGrid(config, nodes), config)
+    assert [len(entries) for entries in ledgers(nodes)] == [0, 2, 2, 2]
+
+
+def test_a_site_that_signs_and_pins_nobody_does_not_train_with_other_constants(config, sites):
+    nodes = sites()
+    policy = Path(nodes[0]["policy"])
+    policy.write_text("\n".join(x for x in policy.read_text().splitlines() if "peers" not in x))
+    server_app.run(OtherConfigGrid(config, nodes), config)
     assert [len(entries) for entries in ledgers(nodes)] == [0, 2, 2, 2]

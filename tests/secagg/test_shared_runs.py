@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from helpers.app_runs import (
+    CrashError,
     crash_after_training,
     crash_before,
     fresh,
@@ -15,11 +16,14 @@ from helpers.app_runs import (
     run,
     sized,
 )
+from helpers.fake_grid import FakeGrid
 from helpers.secure_runs import CLIENTS, lose, states
+from lalora_app import server_app
 from lalora_app.adapter.factors import select
 from lalora_app.data.partition import clients_data
 from lalora_app.privacy.accounting import epsilon
 from lalora_app.private_step import step
+from lalora_app.shared_noise.run_constants import noise_multiplier
 from lalora_app.shared_noise.seeded import component
 from lalora_app.shared_noise.shares import Cohort
 
@@ -156,9 +160,34 @@ def test_a_resumed_run_does_not_repeat_the_attempt(tiny, tmp_path, monkeypatch, 
     faults["after training"] = {"fault": crash_after_training(3, CLIENTS)}
     _, later = interrupted(config, CLIENTS, **faults[crash])
     done = run(later, CLIENTS)
+    assert done.folder.history() == done.rows
     assert [row["aggregated"] for row in done.rows] == [True, True, False, True]
     assert done.rows[2]["dropped"] == ["the run was interrupted in this attempt"]
     assert [row["attempt"] for row in done.rows] == [1, 2, 3, 4]
     books = of_each_client(ledger_entries())
     assert max(len(entries) for entries in books.values()) <= ROUNDS
     assert all(spent(entries) <= config.privacy.epsilon for entries in books.values())
+
+
+def test_an_attempt_is_not_repeated_after_two_interruptions(tiny, tmp_path, monkeypatch):
+    config = fresh(tiny, tmp_path, monkeypatch, "twice", **sized(CLIENTS) | SUM)
+    _, later = interrupted(config, CLIENTS, fault=crash_after_training(2, CLIENTS))
+    grid = FakeGrid(later, CLIENTS, fault=crash_after_training(3, CLIENTS))
+    with pytest.raises(CrashError):
+        server_app.run(grid, later)
+    done = run(later, CLIENTS)
+    assert [row["aggregated"] for row in done.rows] == [True, False, False, True]
+    books = of_each_client(ledger_entries())
+    assert max(len(entries) for entries in books.values()) <= ROUNDS
+    assert all(spent(entries) <= config.privacy.epsilon for entries in books.values())
+
+
+def test_every_client_has_the_same_noise_whatever_it_has_released(tiny, tmp_path, monkeypatch):
+    """A client that joins late, or has other releases in its ledger, must not draw less."""
+    config = fresh(tiny, tmp_path, monkeypatch, "late", **sized(CLIENTS) | SUM)
+    run(config, CLIENTS, fault=lose("share", 1, 2))
+    releases = {entry.release for entry in ledger_entries()}
+    assert len(releases) == 1
+    assert {noise_multiplier(config)} == {release.noise_multiplier for release in releases}
+    longer = tiny(**sized(CLIENTS) | SUM | {"num-server-rounds": 40})
+    assert noise_multiplier(longer) > noise_multiplier(config)

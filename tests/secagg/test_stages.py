@@ -161,6 +161,24 @@ def test_shares_of_too_few_or_of_another_pair_are_refused_before_training(table)
     assert ledger_entries() == []
 
 
+def test_clients_with_different_directories_refuse_to_train(table):
+    """Client 3 is given a directory without client 2; the others have all four."""
+    table.advertise()
+    table.share()
+    whole = table.shares
+    table.advertise()
+    fewer = {c: k for c, k in table.keys.items() if c != 2}
+    one, two = ({c: pair[i] for c, pair in fewer.items()} for i in (0, 1))
+    for client in range(CLIENTS):
+        lied_to = columns("mask-keys", one) | columns("cipher-keys", two)
+        reply = table.ask(client, "share", lied_to if client == 3 else table.directory())
+        table.shares[client] = mapping_of(reply, "shares")
+    assert whole is table.shares
+    assert refused(table.train(0, sources=(0, 1, 3)))
+    assert refused(table.train(3, sources=(0, 1, 3)))
+    assert MASKED in table.train(1, sources=(0, 1, 2))["arrays"]
+
+
 def test_an_attempt_that_began_to_train_never_begins_again(table):
     """Also if it has ended, and for an earlier attempt: a mask is used for one vector."""
     table.advertise(attempt=2)

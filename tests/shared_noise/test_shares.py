@@ -2,6 +2,7 @@
 
 import math
 from fractions import Fraction
+from itertools import product
 
 import pytest
 from hypothesis import given, settings
@@ -91,15 +92,62 @@ def test_two_answers_for_one_upload_leave_less_than_the_promise():
     assert cohort.honest * kept == Fraction(13, 19)
 
 
+def opened_by_lies(clients: int, colluding: int, threshold: int) -> bool:
+    """Whether a lying server with 1 + c clients can open a sum that has too little noise.
+
+    It searches all numbers: r clients whose mask key is revealed, x clients whose shares it hands
+    to nobody in the sum, and a level of noise that h honest clients reveal. A client counts as
+    missing whoever it is told to be lost, and whose shares it did not get. A client names at most
+    n - t, never itself, and h honest clients must name each of the r.
+    """
+    most, honest, needed = clients - threshold, clients - 1 - colluding, threshold - 1 - colluding
+    levels = Cohort(clients, threshold, colluding).levels
+    for level, x in product(levels, range(most + 1)):
+        for r in range(honest - x):
+            inside = honest - r - x
+            if r + x <= level or inside < 1:
+                continue
+            if r == 0 and x >= needed:
+                return True
+            groups = ((inside, x, r), (r, 0, r - 1), (x, 0, r))  # size, already missing, nameable
+            for a, b in product(range(min(needed, inside) + 1), range(min(needed, r) + 1)):
+                revealing = (a, b, needed - a - b)
+                if not 0 <= revealing[2] <= x or (a and level < x):
+                    continue
+                answers = sum(
+                    few * min(level - out, names) + (size - few) * min(most - out, names)
+                    for few, (size, out, names) in zip(revealing, groups, strict=True)
+                )
+                if r and answers >= needed * r:
+                    return True
+    return False
+
+
+@pytest.mark.parametrize("colluding", [0, 1, 3])
+@pytest.mark.parametrize("clients", [*range(2, 17), 20, 24])
+def test_the_threshold_is_the_smallest_that_lies_cannot_get_around(clients, colluding):
+    if colluding > clients - 2:
+        pytest.skip("so many colluding clients are refused")
+    threshold = Cohort.of(clients, colluding).threshold
+    assert not opened_by_lies(clients, colluding, threshold)
+    if threshold > 2 + colluding:
+        assert opened_by_lies(clients, colluding, threshold - 1)
+
+
 @settings(max_examples=200, deadline=None)
-@given(clients=st.integers(2, 200), data=st.data())
+@given(clients=st.integers(2, 300), data=st.data())
 def test_no_two_sets_of_threshold_many_clients_are_all_dishonest_where_they_meet(clients, data):
     colluding = data.draw(st.integers(0, clients - 2))
     cohort = Cohort.of(clients, colluding)
-    assert cohort.threshold >= Fraction(2 * clients, 3)
     assert 2 * cohort.threshold - clients > 1 + colluding  # the attacker and its helpers
-    fewer = cohort.threshold - 1
-    assert fewer < Fraction(2 * clients, 3) or 2 * fewer - clients <= 1 + colluding
+    assert cohort.threshold >= Fraction(2 * clients, 3)
+    assert cohort.most_missing**2 < cohort.honest
+
+
+def test_thresholds_of_worked_examples():
+    missing = {n: Cohort.of(n).most_missing for n in (2, 3, 4, 8, 20, 30, 100)}
+    assert missing == {2: 0, 3: 0, 4: 1, 8: 2, 20: 3, 30: 4, 100: 9}
+    assert Cohort.of(20, 4).most_missing == 3
 
 
 @pytest.mark.parametrize(("clients", "colluding"), [(4, 3), (4, -1), (1, 0), (2, 1)])

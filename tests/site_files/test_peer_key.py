@@ -87,7 +87,7 @@ def test_a_missing_file_is_one_line_and_a_right_one_is_the_sites_identity(tmp_pa
 def test_a_site_that_pins_peers_needs_a_key_for_shared_noise_only():
     pinned = Policy(LIMIT, shared_noise=SharedNoise(LIMIT, peers=frozenset([bytes(32)])))
     unpinned = Policy(LIMIT, shared_noise=SharedNoise(LIMIT))
-    shared, own = (SimpleNamespace(privacy=SimpleNamespace(noise_share=n)) for n in ("sum", "own"))
+    shared, own = (SimpleNamespace(privacy=SimpleNamespace(shared=s)) for s in (True, False))
     with pytest.raises(ConfigError, match="node config must have peer-key"):
         _identity(shared, {}, pinned)
     for config, policy in ((own, pinned), (shared, unpinned), (shared, Policy(LIMIT))):
