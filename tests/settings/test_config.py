@@ -222,7 +222,8 @@ def test_presets_parse_over_the_defaults_and_say_nothing_twice(preset):
     read_plan(read_file(preset), defaults())
     changes = from_tables({key: table for key, table in tables.items() if key != "compare"})
     config = make_config(**changes)
-    lookup(config.method, config.train.local_steps)
+    for method in tables.get("compare", {}).get("methods", [config.method]):
+        lookup(method, config.train.local_steps)
     assert {key: value for key, value in changes.items() if defaults()[key] == value} == {}
 
 

@@ -119,7 +119,8 @@ def test_secure_aggregation_goes_through_the_site_worker(tiny, tmp_path):
     assert plain.refusal is None
     assert content(worker) == content(plain)
     assert records_to_bytes(worker.after.state) == records_to_bytes(plain.after.state)
-    assert worker.after.state["secagg-3"]["stage"] == "masked"
+    stages = [r.get("stage") for r in worker.after.state.config_records.values()]
+    assert "masked" in stages
     node = worker.message.metadata.dst_node_id
     waves = run.grid.of_kind("train.secagg")
     message = [m for m, _ in waves if m.metadata.dst_node_id == node][-1]
