@@ -389,7 +389,7 @@ MUTANTS = {
         "client/shared_round.py",
         "to_words(integers, lattice.word), context)",
         "to_words(integers, lattice.word))",
-        "tests/secagg/test_shared_runs.py::test_the_run_goes_on_without_a_client_that_is_lost",
+        "tests/secagg/test_shared_runs.py::test_a_round_is_the_step_of_one_client_with_the_whole_noise",
     ),
     "shared noise: the same keys for two releases": Mutant(
         "privacy/ledger.py",
