@@ -134,7 +134,7 @@ MUTANTS = {
         "tests/whole_app/test_contract.py::test_the_ledger_counts_every_step_of_every_client[la-lora]",
     ),
     "a step not counted, and the guard gone": Mutant(
-        "privacy/ledger.py",
+        "privacy/ledger_entries.py",
         "    numbers = (release.sampling_rate, release.noise_multiplier, release.count)\n",
         "    count = max(release.count - 1, 1)\n"
         "    numbers = (release.sampling_rate, release.noise_multiplier, count)\n",
@@ -148,18 +148,26 @@ MUTANTS = {
     ),
     "ledger written after training": Mutant(
         "client/requests.py",
-        "    reservation = reserve(current.config, current.site, current.request, len(current.data))\n"
+        "    reservation = reserve(config, site, request, len(current.data))\n"
         "    clock.append(time.monotonic())\n"
-        "    streams = _streams(current.config, current.site.client, current.request.attempt)\n"
+        "    streams = _streams(config, site.client, request.attempt)\n"
         "    result = run_local_steps(current, start, reservation, streams)\n",
-        "    train = current.config.train\n"
-        "    rate = train.batch_size / len(current.data)\n"
-        "    reservation = Reservation(Release(rate, 1.0, train.local_steps))\n"
+        "    from lalora_app.privacy.accounting import Release\n"
+        "    rate = config.train.rate(len(current.data))\n"
+        "    reservation = Reservation(Release(rate, 1.0, config.train.local_steps))\n"
         "    clock.append(time.monotonic())\n"
-        "    streams = _streams(current.config, current.site.client, current.request.attempt)\n"
+        "    streams = _streams(config, site.client, request.attempt)\n"
         "    result = run_local_steps(current, start, reservation, streams)\n"
-        "    reserve(current.config, current.site, current.request, len(current.data))\n",
+        "    reserve(config, site, request, len(current.data))\n",
         "tests/client/test_kill.py::test_the_ledger_never_under_reports_when_the_client_is_killed",
+    ),
+    "shared noise: a part of a sum without a line in the ledger": Mutant(
+        "client/requests.py",
+        "    reservation = reserve(config, site, request, len(current.data), part.cohort, part.uid)\n",
+        "    from lalora_app.privacy.accounting import Release\n"
+        "    run = lattice.constants\n"
+        "    reservation = Reservation(Release(run.sampling_rate, run.noise_multiplier, 1))\n",
+        "tests/secagg/test_shared_runs.py::test_every_line_of_the_ledgers_has_two_multipliers",
     ),
     "ledger not committed": Mutant(
         "privacy/ledger.py",
@@ -366,12 +374,6 @@ MUTANTS = {
         "        point = after_interruption(config, method, point, folder)\n",
         "        pass\n",
         "tests/secagg/test_shared_runs.py::test_a_resumed_run_does_not_repeat_the_attempt",
-    ),
-    "shared noise: more noise left than needed is taken off": Mutant(
-        "server/shared_strategy.py",
-        "cohort.clients - len(vectors)",
-        "0",
-        "tests/secagg/test_shared_runs.py::test_a_round_is_the_step_of_one_client_with_the_whole_noise",
     ),
     "shared noise: the chain gives component 0": Mutant(
         "shared_noise/seeded.py",
