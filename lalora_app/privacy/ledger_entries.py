@@ -60,7 +60,7 @@ def releases_alone(entries: Sequence[LedgerEntry]) -> list[Release]:
 
 
 def share_noise(entries: Sequence[LedgerEntry]) -> bool:
-    """Tell whether the noise of any of the entries was shared, so that there are two ε."""
+    """Tell whether clients shared the noise of any entry; its dataset then has two ε."""
     return any(entry.alone is not None for entry in entries)
 
 

@@ -145,7 +145,7 @@ class Train:
 
     @property
     def batch_text(self) -> str:
-        """What a step draws, in words."""
+        """The size of a step's batch as text for the log: a rate, or an expected number."""
         if self.sampling_rate:
             return f"{self.sampling_rate:g} of each client's examples"
         return f"{self.batch_size} expected examples"
