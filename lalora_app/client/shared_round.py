@@ -123,10 +123,8 @@ def open_shared(asked: Asked, content: RecordDict, context: Context) -> SharedPa
             clients than the run, or the site's policy pins peers and a client is none of them.
         PolicyError: if the site's policy asks for more honest clients.
     """
-    attempt, colluding = (
-        open_attempt(content, context, asked.request),
-        asked.config.privacy.colluding,
-    )
+    colluding = asked.config.privacy.colluding
+    attempt = open_attempt(content, context, asked.request)
     _check_peers(asked, attempt.state)
     check(attempt.colluding == colluding, f"the attempt must have colluding={colluding}")
     cohort = Cohort.of(attempt.clients, colluding)

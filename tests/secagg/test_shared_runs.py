@@ -169,6 +169,17 @@ def test_a_resumed_run_does_not_repeat_the_attempt(tiny, tmp_path, monkeypatch, 
     assert all(spent(entries) <= config.privacy.epsilon for entries in books.values())
 
 
+def test_a_run_that_is_interrupted_in_its_last_attempt_ends_with_the_rounds_before(
+    tiny, tmp_path, monkeypatch
+):
+    config = fresh(tiny, tmp_path, monkeypatch, "last", **sized(CLIENTS) | SUM)
+    _, later = interrupted(config, CLIENTS, fault=crash_after_training(ROUNDS, CLIENTS))
+    done = run(later, CLIENTS)
+    assert [row["aggregated"] for row in done.rows] == [True, True, True, False]
+    assert done.json("summary.json")["status"] == "completed, 1 rounds failed"
+    assert done.adapter
+
+
 def test_an_attempt_is_not_repeated_after_two_interruptions(tiny, tmp_path, monkeypatch):
     config = fresh(tiny, tmp_path, monkeypatch, "twice", **sized(CLIENTS) | SUM)
     _, later = interrupted(config, CLIENTS, fault=crash_after_training(2, CLIENTS))
