@@ -33,7 +33,6 @@ from torch import Tensor
 from lalora_app.adapter.factors import Adapter, active_names
 from lalora_app.blocks.kept_states import StatesInFile, StatesInMemory
 from lalora_app.blocks.with_states import STATES_DTYPE, WithStates, size_of
-from lalora_app.cli.simulation import app_defaults
 from lalora_app.data.encoding import Encoded
 from lalora_app.data.examples import Examples, split, with_classes
 from lalora_app.models.backbone import Backbone, build
@@ -43,6 +42,7 @@ from lalora_app.privacy.ledger import Reservation
 from lalora_app.private_step.step import RandomStreams, _clipped_batch_sum, private_gradient
 from lalora_app.settings.overrides import merged
 from lalora_app.settings.run_config import Config, parse
+from lalora_app.simulation.launch import app_defaults
 
 APP = Path(__file__).resolve().parents[1]
 RESULTS = APP / "benchmarks" / "results" / "prefix_cache.json"
