@@ -1,8 +1,9 @@
 """Cryptographic functions of the protocol: key agreement, secret sharing and masks.
 
-Keys and shares use Flower's functions. Masks do not: Flower's ``pseudo_rand_gen`` reduces the seed
-to 32 bits, which a server can search exhaustively, and expands it by a Mersenne Twister. Here a
-mask is the ChaCha20 stream of a 256-bit key, and every key is used for one mask only.
+Keys use Flower's functions, and `shamir.py` makes shares in Flower's format. Masks do not: Flower's
+``pseudo_rand_gen`` reduces the seed to 32 bits, which a server can search exhaustively, and expands
+it by a Mersenne Twister. Here a mask is the ChaCha20 stream of a 256-bit key, and every key is used
+for one mask only.
 """
 
 import base64
@@ -12,7 +13,6 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives.asymmetric import ec
-from flwr.common.secure_aggregation.crypto.shamir import combine_shares, create_shares
 from flwr.common.secure_aggregation.crypto.symmetric_encryption import generate_shared_key
 from flwr.supercore.primitives.asymmetric import (
     bytes_to_public_key,
@@ -21,6 +21,7 @@ from flwr.supercore.primitives.asymmetric import (
 )
 
 from lalora_app.privacy.randomness import key_stream
+from lalora_app.secagg import shamir
 from lalora_app.shared_noise.lattice import Words
 from lalora_app.shared_noise.shares import Cohort
 from lalora_app.wire.tensors import WireError
@@ -89,7 +90,7 @@ def shared_secret(key: bytes, public: bytes) -> bytes:
 def split_into_shares(secret: bytes, clients: Iterable[int], needed: int) -> dict[int, bytes]:
     """Split a secret into one Shamir share per client; ``needed`` shares reconstruct it."""
     order = sorted(clients)
-    shares = create_shares(secret, needed, len(order))
+    shares = shamir.split(secret, needed, len(order))
     return dict(zip(order, shares, strict=True))
 
 
@@ -106,8 +107,8 @@ def reconstruct_secret(shares: Mapping[int, bytes], needed: int) -> bytes:
     if len(shares) < needed:
         raise WireError(f"{len(shares)} shares of a secret are too few: it takes {needed}")
     try:
-        return combine_shares([shares[client] for client in sorted(shares)][:needed])
-    except (ValueError, IndexError) as error:
+        return shamir.combine([shares[client] for client in sorted(shares)][:needed])
+    except ValueError as error:
         raise WireError("the shares of a secret do not fit together") from error
 
 

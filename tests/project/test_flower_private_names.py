@@ -25,8 +25,8 @@ from lalora_app.simulation.run_log import Kind, read_line
 FLOWER = f"Flower {version('flwr')}"
 SECAGG = "flwr.common.secure_aggregation"
 NAMES = {
-    f"{SECAGG}.crypto.shamir.create_shares": "secure aggregation: shares of secrets",
-    f"{SECAGG}.crypto.shamir.combine_shares": "secure aggregation: rebuilding secrets",
+    f"{SECAGG}.crypto.shamir.create_shares": "an oracle of tests: shares of secrets",
+    f"{SECAGG}.crypto.shamir.combine_shares": "an oracle of tests: rebuilding secrets",
     f"{SECAGG}.crypto.symmetric_encryption.generate_shared_key": "secure aggregation: ECDH",
     f"{SECAGG}.crypto.symmetric_encryption.encrypt": "secure aggregation: encrypted shares",
     f"{SECAGG}.crypto.symmetric_encryption.decrypt": "secure aggregation: encrypted shares",

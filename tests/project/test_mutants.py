@@ -465,6 +465,18 @@ MUTANTS = {
         "if True",
         "tests/secagg/test_noise_of_a_sum.py::test_two_numbers_of_missing_clients_cannot_both_be_answered",
     ),
+    "secure aggregation: shares without random coefficients": Mutant(
+        "secagg/shamir.py",
+        "[_lanes(secrets.token_bytes(len(padded))) for _ in range(needed - 1)]",
+        "[0] * (needed - 1)",
+        "tests/secagg/test_shamir.py::test_each_split_draws_new_coefficients",
+    ),
+    "secure aggregation: two secrets with one polynomial": Mutant(
+        "secagg/shamir.py",
+        "secrets.token_bytes(len(padded))",
+        "bytes(range(len(padded)))",
+        "tests/secagg/test_shamir.py::test_each_split_draws_new_coefficients",
+    ),
     "secure aggregation: two pairs with one secret have one mask": Mutant(
         "secagg/masks.py",
         "(base64.urlsafe_b64decode(secret), *numbers, context)",
