@@ -24,6 +24,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = ROOT / "docs" / "deployment.md"
 _BLOCK = re.compile(r"^```sh(?: +(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+SITES = 5  # with ports; the guide itself has three
 _GRACE = 60.0  # seconds for a process to end without SIGKILL
 
 
@@ -103,8 +104,8 @@ class Guide:
         """Return the ports of this folder, equal after a restart because the nodes know them."""
         file = self.folder / "ports.json"
         if not file.exists():
-            names = ("PORT", "PORT_0", "PORT_1", "PORT_2")
-            ports = dict(zip(names, map(str, free_ports(4)), strict=True))
+            names = ("PORT", *(f"PORT_{i}" for i in range(SITES)))
+            ports = dict(zip(names, map(str, free_ports(len(names))), strict=True))
             file.write_text(json.dumps(ports), "utf-8")
         known: dict[str, str] = json.loads(file.read_text("utf-8"))
         return known
@@ -152,7 +153,7 @@ class Guide:
 
     def ready(self, timeout: float = 300.0) -> None:
         """Wait until every service listens at its port; raise RuntimeError if one has ended."""
-        ports = {"superlink": "PORT"} | {f"site-{i}": f"PORT_{i}" for i in range(3)}
+        ports = {"superlink": "PORT"} | {f"site-{i}": f"PORT_{i}" for i in range(SITES)}
         for name, service in self.services.items():
             port = int(self.environment[ports[name]])
             until(lambda p=port, s=service: _listens(p) or s.poll() is not None, timeout, name)
