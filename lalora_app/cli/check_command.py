@@ -15,7 +15,6 @@ from lalora_app.settings.names import NONE
 from lalora_app.settings.run_config import Config, parse
 
 if TYPE_CHECKING:
-    from lalora_app.client.site import Site
     from lalora_app.data.encoding import Encoded
     from lalora_app.data.examples import Examples
     from lalora_app.models.backbone import Backbone
@@ -53,6 +52,7 @@ def _of_run(args: argparse.Namespace) -> Iterator[str]:
 
 def _of_site(args: argparse.Namespace) -> Iterator[str]:
     """Check a site's own data and describe it; all of it stays on this machine."""
+    from lalora_app.cli.site_limits import lines_on_limits
     from lalora_app.client.site import admit
     from lalora_app.models.backbone import build
     from lalora_app.server.before_start import check_epsilon
@@ -70,46 +70,8 @@ def _of_site(args: argparse.Namespace) -> Iterator[str]:
     model, _ = build(site.config_at_rank(config))
     yield f"data      {node['data-path']}: {len(examples)} rows"
     yield from _described(config, examples, model)
-    yield _left_of_limit(config, site, len(examples))
+    yield from lines_on_limits(config, site, len(examples))
     yield from _costs(config, model, model.encode(examples), len(examples))
-
-
-def _left_of_limit(config: Config, site: "Site", size: int) -> str:
-    """Return the line on the site's limit, after a check that it allows this whole run.
-
-    Raises:
-        ConfigError: if the site's ledger and this run together would exceed the limit.
-    """
-    from lalora_app.methods.head_rounds import class_sum_releases
-    from lalora_app.privacy.accounting import Release, epsilon
-    from lalora_app.privacy.budget import BudgetError, check_limit
-
-    limit, file = site.policy.limit, site.state / "ledger.sqlite"
-    already = site.ledger.releases(site.dataset) if file.is_file() else []
-    q, noise, steps = _plan(config, size)
-    past = [*already, *class_sum_releases(config)]
-    try:
-        check_limit(past, Release(q, noise, steps), limit, "node")
-    except BudgetError as error:
-        raise ConfigError(
-            f"max-epsilon={limit.epsilon:g} does not allow this run: {error}"
-        ) from error
-    spent = epsilon(already, limit.delta)
-    return f"limit     epsilon {spent:.3g} of {limit.epsilon:g} is spent, by {file}"
-
-
-def _plan(config: Config, size: int) -> tuple[float, float, int]:
-    """Return sampling rate, noise multiplier and steps of a client with ``size`` rows.
-
-    The client is assumed to take part in all rounds: an upper limit.
-    """
-    from lalora_app.methods.head_rounds import class_sum_releases
-    from lalora_app.privacy.accounting import calibrate
-
-    privacy, train, sums = config.privacy, config.train, class_sum_releases(config)
-    q, steps = train.rate(size), train.local_steps * (config.num_server_rounds - len(sums))
-    target, delta = privacy.epsilon, privacy.delta
-    return q, calibrate(target, delta, sampling_rate=q, steps=steps, past=sums), steps
 
 
 def _node(args: argparse.Namespace) -> dict[str, Any]:
@@ -180,16 +142,18 @@ def _kinds(model: "Backbone") -> str:
 
 def _costs(config: Config, model: "Backbone", data: "Encoded", size: int) -> Iterator[str]:
     """Yield lines on noise, time and memory of one client with ``size`` rows."""
+    from lalora_app.cli.site_limits import steps_of_run
     from lalora_app.client.trial_step import measure_step
     from lalora_app.methods.head_rounds import class_sum_releases
 
     privacy = config.privacy
     for sums in class_sum_releases(config):
         yield f"head      one release of class sums: noise multiplier {sums.noise_multiplier:.3g}"
-    q, noise, steps = _plan(config, size)
+    plan = steps_of_run(config, size)
+    q, noise = plan.sampling_rate, plan.noise_multiplier
     yield (
-        f"privacy   at most {steps} steps with sampling rate {q:.3g}: noise multiplier {noise:.3g} "
-        f"for epsilon {privacy.epsilon:g} at delta {privacy.delta:g}"
+        f"privacy   at most {plan.count} steps with sampling rate {q:.3g}: noise multiplier "
+        f"{noise:.3g} for epsilon {privacy.epsilon:g} at delta {privacy.delta:g}"
     )
     cost = measure_step(config, model, model.adapter(), data)
     each = ", ".join(f"{seconds:.3g} s ({name})" for name, seconds in cost.seconds.items())

@@ -1,7 +1,9 @@
 """`lalora check`: what it prints of a run and of a site's own data, and what it refuses."""
 
 import json
+import math
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -11,10 +13,12 @@ from lalora_app.cli.check_command import _label_counts
 from lalora_app.client import trial_step
 from lalora_app.data.examples import split
 from lalora_app.models.backbone import build
-from lalora_app.privacy.accounting import Release
+from lalora_app.privacy.accounting import Release, calibrate, epsilon
 from lalora_app.privacy.budget import Limit
 from lalora_app.privacy.ledger import Ledger, state_folder
 from lalora_app.results.run_folder import to_toml
+from lalora_app.secagg.peers import new_identity, public_text
+from lalora_app.site_files.peer_key import make_peer_key
 
 PRIVATE = {"privacy.epsilon": 0.8, "privacy.delta": 1e-5, "privacy.noise": "secure"}
 
@@ -81,6 +85,69 @@ def test_what_earlier_runs_have_spent_counts(check, own_file, tmp_path):
     code, _, err = check("--node-config", node, **PRIVATE)
     assert code == 2
     assert "max-epsilon=1 does not allow this run" in err
+
+
+SHARED = PRIVATE | {
+    "privacy.noise-share": "sum",
+    "secure-aggregation": "secagg+",
+    "method": "rolora",
+    "train.local-steps": 1,
+    "train.sampling-rate": 0.1,
+    "train.union-size": 240,
+    "train.optimizer": "sgd",
+    "min-clients": 4,
+    "min-replies": 3,
+}
+
+
+@pytest.fixture
+def policy(tmp_path):
+    """Write a policy that allows shared noise; return the node config of a site with it."""
+
+    def write(own_file, alone, peers=0):
+        file = tmp_path / "policy.toml"
+        lines = [public_text(new_identity()) for _ in range(peers)]
+        listed = f"peers = {json.dumps(lines)}\n" if lines else ""
+        file.write_text(
+            "max-epsilon = 1.0\ndelta = 1e-5\n"
+            f"[shared-noise]\nmax-epsilon-alone = {alone}\n{listed}",
+            "utf-8",
+        )
+        key = tmp_path / "peer.pem"
+        if not key.exists():
+            make_peer_key(key)
+        return f"data-path='{own_file}' dataset-id='d' policy='{file}' peer-key='{key}'"
+
+    return write
+
+
+@pytest.mark.parametrize(("peers", "sites"), [(0, 4), (7, 8)])
+def test_shared_noise_has_a_second_limit(check, own_file, policy, peers, sites):
+    code, found, err = check("--node-config", policy(own_file, 50.0, peers), **SHARED)
+    assert (code, err) == (0, "")
+    z = calibrate(0.8, 1e-5, sampling_rate=0.1, steps=2)
+    opened = Release(0.1, z / math.sqrt(sites - 1), 2)
+    expected = f"with {sites} sites this run alone has {epsilon([opened], 1e-5):.3g}"
+    assert found["alone"] == f"alone     epsilon-alone 0 of 50 is spent; {expected}"
+
+
+def test_a_run_beyond_the_limit_of_uploads_alone_is_refused(check, own_file, policy):
+    code, _, err = check("--node-config", policy(own_file, 1.0), **SHARED)
+    assert code == 2
+    assert "max-epsilon-alone=1 does not allow this run: the node's epsilon-alone would be" in err
+
+
+def test_uploads_of_earlier_runs_count_with_their_own_noise(check, own_file, policy):
+    limit, earlier = Limit(1.0, 1e-5), Release(0.1, 3.0, 3)
+    Ledger(state_folder({}) / "ledger.sqlite").reserve(
+        "d", "earlier", 1, earlier, planned=3, run_limit=limit, node_limit=limit, alone=1.0
+    )
+    changes = SHARED | {"privacy.epsilon": 0.5}
+    code, found, _ = check("--node-config", policy(own_file, 50.0), **changes)
+    assert code == 0
+    spent = epsilon([replace(earlier, noise_multiplier=1.0)], 1e-5)
+    assert f"epsilon-alone {spent:.3g} of 50 is spent" in found["alone"]
+    assert f"epsilon {epsilon([earlier], 1e-5):.3g} of 1 is spent" in found["limit"]
 
 
 @pytest.fixture

@@ -1,0 +1,76 @@
+"""What `lalora check` says of a site's limits: what is spent, and whether a whole run fits."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+from lalora_app.client.site import Site
+from lalora_app.methods.head_rounds import class_sum_releases
+from lalora_app.privacy.accounting import Release, calibrate, epsilon
+from lalora_app.privacy.budget import BudgetError, Limit, check_limit
+from lalora_app.privacy.ledger_entries import releases_alone, releases_of
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.run_config import Config
+from lalora_app.shared_noise.shares import Cohort
+
+
+def steps_of_run(config: Config, size: int) -> Release:
+    """Return the steps of a client with ``size`` rows, with their sampling rate and noise.
+
+    The client is assumed to take part in all rounds: an upper limit.
+    """
+    privacy, train, sums = config.privacy, config.train, class_sum_releases(config)
+    q, steps = train.rate(size), train.local_steps * (config.num_server_rounds - len(sums))
+    target, delta = privacy.epsilon, privacy.delta
+    return Release(q, calibrate(target, delta, sampling_rate=q, steps=steps, past=sums), steps)
+
+
+def lines_on_limits(config: Config, site: Site, size: int) -> Iterator[str]:
+    """Yield one line per limit of a site, after a check that the limit allows the whole run.
+
+    With shared noise there is a second limit, of the ε that holds if a server opens the site's
+    uploads. It grows with the number of sites.
+
+    Args:
+        config: the run's config.
+        site: the site.
+        size: the number of its rows.
+
+    Raises:
+        ConfigError: if the site's ledger and this run together would exceed a limit.
+    """
+    file, limit, plan = site.state / "ledger.sqlite", site.policy.limit, steps_of_run(config, size)
+    entries = site.ledger.entries(site.dataset) if file.is_file() else []
+    sums, past = class_sum_releases(config), releases_of(entries)
+    _require("max-epsilon", limit, [*past, *sums], plan)
+    spent = epsilon(past, limit.delta)
+    yield f"limit     epsilon {spent:.3g} of {limit.epsilon:g} is spent, by {file}"
+    if config.privacy.shared and (alone := site.policy.alone_limit) is not None:
+        yield _line_on_alone(config, site, alone, releases_alone(entries), plan)
+
+
+def _line_on_alone(
+    config: Config, site: Site, limit: Limit, past: list[Release], plan: Release
+) -> str:
+    """Return the line on the limit of ε-alone."""
+    cohort = Cohort.of(_sites(config, site), config.privacy.colluding)
+    opened = replace(plan, noise_multiplier=cohort.alone(plan.noise_multiplier))
+    _require("max-epsilon-alone", limit, past, opened)
+    spent, most = epsilon(past, limit.delta), epsilon([opened], limit.delta)
+    return (
+        f"alone     epsilon-alone {spent:.3g} of {limit.epsilon:g} is spent; with "
+        f"{cohort.clients} sites this run alone has {most:.3g}"
+    )
+
+
+def _sites(config: Config, site: Site) -> int:
+    """Return the number of sites: those that the policy names, else the run's smallest number."""
+    conditions = site.policy.shared_noise
+    peers = None if conditions is None else conditions.peers
+    return config.min_clients if peers is None else len(peers) + 1
+
+
+def _require(key: str, limit: Limit, past: list[Release], plan: Release) -> None:
+    try:
+        check_limit(past, plan, limit, "node", key.removeprefix("max-"))
+    except BudgetError as error:
+        raise ConfigError(f"{key}={limit.epsilon:g} does not allow this run: {error}") from error
