@@ -47,6 +47,19 @@ def remember_size(site: Site, config: Config, size: int) -> None:
         new.write_text(json.dumps({"fingerprint": fingerprint, "examples": size}), "utf-8")
 
 
+def _limits(config: Config, site: Site, planned: int) -> Limits:
+    """Return the limits of run and site on ``planned`` releases."""
+    privacy, policy = config.privacy, site.policy
+    return Limits(
+        planned=planned,
+        run_limit=Limit(privacy.epsilon, privacy.delta),
+        node_limit=policy.limit,
+        alone_limit=policy.alone_limit,
+        max_rounds=policy.max_rounds,
+        per_day=policy.max_rounds_per_day,
+    )
+
+
 def _planned_class_sums(
     config: Config, site: Site, request: TrainRequest, size: int
 ) -> tuple[Release, Limits]:
@@ -62,35 +75,18 @@ def _planned_class_sums(
         noise = noise_for([], limit, sampling_rate=q, steps=steps, before=[*past, release])
         policy.check_noise(noise)
         later = [Release(q, noise, steps)]
-    limits = Limits(
-        planned=release.count,
-        run_limit=limit,
-        node_limit=policy.limit,
-        alone_limit=policy.alone_limit,
-        later=later,
-        max_rounds=policy.max_rounds,
-        per_day=policy.max_rounds_per_day,
-    )
-    return release, limits
+    return release, {**_limits(config, site, release.count), "later": later}
 
 
 def _planned_shared(
     config: Config, site: Site, request: TrainRequest, cohort: Cohort
 ) -> tuple[Release, Limits]:
     """Return the one release of a round with shared noise, whose z is a constant of the run."""
-    privacy, policy = config.privacy, site.policy
     noise = noise_multiplier(config)
-    policy.check_noise(noise)
-    limits = Limits(
-        planned=max(request.steps_left, 1),
-        run_limit=Limit(privacy.epsilon, privacy.delta),
-        node_limit=policy.limit,
-        alone_limit=policy.alone_limit,
-        max_rounds=policy.max_rounds,
-        per_day=policy.max_rounds_per_day,
-        alone=cohort.alone(noise),
-    )
-    return Release(config.train.sampling_rate, noise, 1), limits
+    site.policy.check_noise(noise)
+    limits = _limits(config, site, max(request.steps_left, 1))
+    release = Release(config.train.sampling_rate, noise, 1)
+    return release, {**limits, "alone": cohort.alone(noise)}
 
 
 def _planned(
@@ -101,24 +97,15 @@ def _planned(
         return _planned_class_sums(config, site, request, size)
     if cohort is not None:
         return _planned_shared(config, site, request, cohort)
-    privacy, steps, policy = config.privacy, config.train.local_steps, site.policy
-    limit = Limit(privacy.epsilon, privacy.delta)
-    q = config.train.rate(size)
+    steps, q = config.train.local_steps, config.train.rate(size)
+    limit = Limit(config.privacy.epsilon, config.privacy.delta)
     entries = site.ledger.entries(site.dataset, request.run)
     sums = [entry.release for entry in entries if config.sums_classes(entry.round)]
     past = [entry.release for entry in entries if not config.sums_classes(entry.round)]
     planned = max(request.steps_left, steps)
     noise_multiplier = noise_for(past, limit, sampling_rate=q, steps=planned, before=sums)
-    policy.check_noise(noise_multiplier)
-    limits = Limits(
-        planned=planned,
-        run_limit=limit,
-        node_limit=policy.limit,
-        alone_limit=policy.alone_limit,
-        max_rounds=policy.max_rounds,
-        per_day=policy.max_rounds_per_day,
-    )
-    return Release(q, noise_multiplier, steps), limits
+    site.policy.check_noise(noise_multiplier)
+    return Release(q, noise_multiplier, steps), _limits(config, site, planned)
 
 
 def check_limits(

@@ -32,6 +32,7 @@ from lalora_app.secagg.client_state import (
 )
 from lalora_app.secagg.messages import (
     ADVERTISE,
+    MOST_CLIENTS,
     SHARE,
     UNMASK,
     Value,
@@ -68,13 +69,14 @@ def _with_public_keys(state: ClientState, record: ConfigRecord) -> ClientState:
 
     Raises:
         StageError: if this client's own keys are missing, a key occurs twice, or there are fewer
-            than two clients.
+            than two clients or more than ``MOST_CLIENTS``, for all of which it would make shares.
     """
     mask_keys, cipher_keys = mapping_of(record, "mask-keys"), mapping_of(record, "cipher-keys")
     check(set(mask_keys) == set(cipher_keys), "every client must have a mask key and a cipher key")
     check(
         len(mask_keys) >= 2, "there must be at least 2 clients: a sum of one upload is that upload"
     )
+    check(len(mask_keys) <= MOST_CLIENTS, f"there must be at most {MOST_CLIENTS} clients")
     keys = [*mask_keys.values(), *cipher_keys.values()]
     check(len(set(keys)) == len(keys), "every public key must be different")
     for own, found in ((state.mask_key, mask_keys), (state.cipher_key, cipher_keys)):

@@ -20,6 +20,7 @@ Value = (
 ADVERTISE, SHARE, UNMASK = "advertise", "share", "unmask"
 SECAGG = "secagg"  # name of the record in a training request
 KEYS_MESSAGE = "train.secagg"  # type of a message that has stages only
+MOST_CLIENTS = 1000  # of an attempt: each makes a share of every secret for each other
 MASKED = "masked"  # name of the masked vector in a reply, in place of the tensors
 
 

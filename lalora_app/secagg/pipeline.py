@@ -10,8 +10,10 @@ from dataclasses import dataclass, field
 
 from flwr.serverapp import Grid
 
+from lalora_app.secagg.messages import MOST_CLIENTS
 from lalora_app.secagg.session import Session
 from lalora_app.secagg.waves import Part, exchange
+from lalora_app.settings.errors import ConfigError
 
 
 @dataclass
@@ -25,6 +27,9 @@ class Pipeline:
         timeout: largest duration of a wave in seconds.
         colluding: c of a run with shared noise; None without it.
         digest: SHA-256 of the run config; empty without shared noise.
+
+    Raises:
+        ConfigError: if an attempt has too many clients.
     """
 
     run: str
@@ -34,6 +39,14 @@ class Pipeline:
     colluding: int | None = None
     digest: bytes = b""
     _sessions: dict[int, Session] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if (most := max(map(len, self.cohorts), default=0)) > MOST_CLIENTS:
+            raise ConfigError(
+                f'secure-aggregation="secagg+" must have at most {MOST_CLIENTS} clients in a '
+                f"round, and there are {most}: each exchanges shares with all others; lower "
+                "fraction-train"
+            )
 
     def begin(self, attempt: int, grid: Grid) -> Session:
         """Return an attempt's session, after the two waves that set it up if it has no shares.

@@ -129,8 +129,8 @@ MUTANTS = {
     ),
     "a step not counted": Mutant(
         "client/limits.py",
-        "    return Release(q, noise_multiplier, steps), limits\n",
-        "    return Release(q, noise_multiplier, steps - 1), limits\n",
+        "    return Release(q, noise_multiplier, steps), _limits(config, site, planned)\n",
+        "    return Release(q, noise_multiplier, steps - 1), _limits(config, site, planned)\n",
         "tests/whole_app/test_contract.py::test_the_ledger_counts_every_step_of_every_client[la-lora]",
     ),
     "a step not counted, and the guard gone": Mutant(

@@ -8,7 +8,16 @@ from helpers.fake_grid import FakeGrid
 from helpers.secure_runs import CLIENTS, ON
 from lalora_app.models import backbone
 from lalora_app.secagg import masks
-from lalora_app.secagg.messages import KEYS_MESSAGE, MASKED, SECAGG, columns, mapping_of
+from lalora_app.secagg.messages import (
+    KEYS_MESSAGE,
+    MASKED,
+    MOST_CLIENTS,
+    SECAGG,
+    columns,
+    mapping_of,
+)
+from lalora_app.secagg.pipeline import Pipeline
+from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import flatten
 from lalora_app.wire import messages, tensors
 from lalora_app.wire.same_model import MODEL, model_record
@@ -148,6 +157,24 @@ def test_a_directory_that_lies_is_refused_before_any_share(table, change):
     answer = table.ask(0, "share", table.directory())
     assert refused(answer) or refused(answer, "request")
     assert refused(table.train(0)), "an attempt that went wrong trains nobody"
+
+
+def test_a_directory_of_too_many_clients_is_refused_before_any_share(table, monkeypatch):
+    table.advertise()
+    made_up = range(CLIENTS, MOST_CLIENTS + 1)
+    table.keys |= {c: (b"mask %d" % c, b"cipher %d" % c) for c in made_up}
+    with monkeypatch.context() as patch:
+        patch.setattr(masks, "split_into_shares", None)  # a call would be another refusal
+        assert refused(table.ask(0, "share", table.directory()))
+        del table.keys[MOST_CLIENTS]
+        assert not refused(table.ask(0, "share", table.directory()))
+
+
+def test_a_server_with_too_many_clients_in_a_round_is_told_before_the_first_message():
+    cohorts = [dict.fromkeys(range(size)) for size in (3, MOST_CLIENTS)]
+    Pipeline("run", cohorts, 2, 1.0)
+    with pytest.raises(ConfigError, match="at most 1000 clients in a round, and there are 1001"):
+        Pipeline("run", [*cohorts, dict.fromkeys(range(MOST_CLIENTS + 1))], 2, 1.0)
 
 
 def test_shares_of_too_few_or_of_another_pair_are_refused_before_training(table):
