@@ -21,34 +21,27 @@ from lalora_app.cli.argument_types import (
     to_limit,
     to_positive,
 )
-from lalora_app.cli.plan_inputs import given_of, sizes
+from lalora_app.cli.plan_inputs import given_of, own_batch, sizes
 from lalora_app.cli.plan_table import of_given, table
 from lalora_app.privacy import planning
 from lalora_app.privacy.planning import LEAST_STEPS, Choice, Speed
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.names import NONE, full_path
+from lalora_app.settings.run_config import Config
 from lalora_app.simulation.launch import Launch, read_launch
 
 if TYPE_CHECKING:
     from lalora_app.simulation.traffic import Traffic
 
 
-def _check_batches(launch: Launch) -> None:
-    if rate := launch.config.train.sampling_rate:
-        raise ConfigError(
-            f"train.sampling-rate={rate} must be 0.0 for lalora plan, which chooses a batch size"
-        )
-
-
 def _plan(args: argparse.Namespace) -> int:
     launch = _launch(args)
-    _check_batches(launch)
     file = _new_file(args.write) if args.write else None
-    smallest, largest = sizes(args, launch)
-    given = given_of(args, launch, smallest)
+    found_sizes = sizes(args, launch)
+    given = given_of(args, launch, found_sizes)
     train = launch.config.train
     with_steps = launch.config.num_server_rounds - given.rounds_before
-    own = (train.batch_size, train.local_steps, with_steps)
+    own = (own_batch(launch.config, given.examples), train.local_steps, with_steps)
     planning.check_choice(given, *own)
     # Without a trial the speed is known already.
     planning.check_limits(replace(given, max_seconds=math.inf) if args.trial else given)
@@ -60,7 +53,7 @@ def _plan(args: argparse.Namespace) -> int:
     best, now = planning.best(found), planning.choice(given, *own)
     shown = [now, *(each for each in found if each != now)]
     marks = [("best", best), ("now", now)]
-    for line in (*of_given(given, largest), *table(given, traffic, shown, marks)):
+    for line in (*of_given(given, found_sizes), *table(given, traffic, shown, marks)):
         print(line)
     if file is not None:
         _write(file, launch, best, given.rounds_before + best.rounds)
@@ -148,13 +141,16 @@ def _write(path: Path, launch: Launch, best: Choice, rounds: int) -> None:
     from lalora_app.results.run_folder import as_toml
 
     privacy = launch.config.privacy
-    keys = launch.values | {
-        "num-server-rounds": rounds,
-        "privacy.epsilon": privacy.epsilon,
-        "privacy.delta": privacy.delta,
-        "train.local-steps": best.local_steps,
-        "train.batch-size": best.batch_size,
-    }
+    keys = (
+        launch.values
+        | {
+            "num-server-rounds": rounds,
+            "privacy.epsilon": privacy.epsilon,
+            "privacy.delta": privacy.delta,
+            "train.local-steps": best.local_steps,
+        }
+        | _batch_key(launch.config, best)
+    )
     comment = (
         f"# Written by lalora plan, {launch.nodes} clients: {best.steps} steps, noise multiplier "
         f"{best.noise_multiplier:.4g} for the smallest client.\n"
@@ -162,6 +158,13 @@ def _write(path: Path, launch: Launch, best: Choice, rounds: int) -> None:
     )
     with replace_atomically(path) as new:
         new.write_text(comment + as_toml(keys), "utf-8")
+
+
+def _batch_key(config: Config, best: Choice) -> dict[str, float]:
+    """Return the key of the planned batch: a sampling rate, if the run has one."""
+    if config.train.sampling_rate:
+        return {"train.sampling-rate": best.sampling_rate}
+    return {"train.batch-size": int(best.batch_size)}
 
 
 def _command(args: argparse.Namespace, launch: Launch, file: Path) -> str:

@@ -2,7 +2,9 @@
 
 import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import replace
+from statistics import fmean
 
 from lalora_app.privacy.planning import LOCAL_STEPS, Given, Speed
 from lalora_app.settings.errors import ConfigError
@@ -11,8 +13,8 @@ from lalora_app.settings.run_config import Config, Data, clients_per_round
 from lalora_app.simulation.launch import Launch
 
 
-def sizes(args: argparse.Namespace, launch: Launch) -> tuple[int, int]:
-    """Return the number of examples of the smallest and the largest client.
+def sizes(args: argparse.Namespace, launch: Launch) -> list[int]:
+    """Return the number of examples of each client; one number if all have the same.
 
     Raises:
         ConfigError: if δ is not below 1/n, or the data cannot be read.
@@ -30,7 +32,7 @@ def sizes(args: argparse.Namespace, launch: Launch) -> tuple[int, int]:
         found = simulated_sizes(config, launch.nodes)
     for size in found:
         check_client(size, batch_size=1, delta=config.privacy.delta)
-    return min(found), max(found)
+    return found
 
 
 def _rows_of(path: str, data: Data) -> int:
@@ -55,8 +57,26 @@ def simulated_sizes(config: Config, nodes: int) -> list[int]:
     return list(map(len, clients_data(named, nodes)))
 
 
-def given_of(args: argparse.Namespace, launch: Launch, examples: int) -> Given:
-    """Return what the plan starts from; without a limit, a plan costs what the config costs."""
+def own_batch(config: Config, examples: float) -> float:
+    """Return the expected batch of a client with so many examples."""
+    return config.train.sampling_rate * examples or config.train.batch_size
+
+
+def _examples(config: Config, found: Sequence[int], nodes: int) -> float:
+    """Return n: of the smallest client, or the mean where one rate holds for all clients."""
+    if not config.train.sampling_rate:
+        return min(found)
+    return config.train.union_size / nodes if config.train.union_size else fmean(found)
+
+
+def given_of(args: argparse.Namespace, launch: Launch, found: Sequence[int]) -> Given:
+    """Return what the plan starts from; without a limit, a plan costs what the config costs.
+
+    Args:
+        args: the options.
+        launch: the run.
+        found: the number of examples of each client.
+    """
     from lalora_app.methods.head_rounds import class_sum_releases
 
     config, speed = launch.config, None
@@ -69,7 +89,7 @@ def given_of(args: argparse.Namespace, launch: Launch, examples: int) -> Given:
     if args.examples_per_second is not None:
         speed = Speed(args.examples_per_second, per_round if args.sites else 1)
     given = Given(
-        examples=examples,
+        examples=_examples(config, found, launch.nodes),
         clients=launch.nodes,
         per_round=per_round,
         epsilon=config.privacy.epsilon,
@@ -81,12 +101,14 @@ def given_of(args: argparse.Namespace, launch: Launch, examples: int) -> Given:
         past=tuple(class_sum_releases(config)),
         rounds_before=int(config.sums_classes(1)),
         head_rounds=config.train.head_rounds,
+        one_rate=config.train.sampling_rate > 0,
+        shared=config.privacy.shared,
+        colluding=config.privacy.colluding,
     )
     if args.max_examples is None and args.max_seconds is None:
         rounds = given.client_rounds(config.num_server_rounds - given.rounds_before)
-        return replace(
-            given, max_examples=config.train.batch_size * config.train.local_steps * rounds
-        )
+        batch = own_batch(config, given.examples)
+        return replace(given, max_examples=batch * config.train.local_steps * rounds)
     return replace(given, max_examples=args.max_examples or math.inf)
 
 
@@ -99,9 +121,21 @@ def _local_steps(args: argparse.Namespace, config: Config) -> list[int]:
     from lalora_app.methods.compatibility import lookup, method_of
 
     method_of(config)
+    if config.privacy.shared:
+        return _one_step(args.local_steps)
     for steps in args.local_steps or ():
         lookup(config.method, steps)
     return sorted(set(args.local_steps or [n for n in LOCAL_STEPS if _allows(config, n)]))
+
+
+def _one_step(chosen: list[int] | None) -> list[int]:
+    """Return the one number of local steps of shared noise."""
+    if chosen not in (None, [1]):
+        raise ConfigError(
+            f"--local-steps {','.join(map(str, chosen or ()))} must be 1 for "
+            'privacy.noise-share="sum"'
+        )
+    return [1]
 
 
 def _allows(config: Config, local_steps: int) -> bool:

@@ -12,8 +12,8 @@ _LEGEND = """\
 epochs    examples of a client's steps, divided by its examples
 z         noise multiplier of a client's steps, as the run calibrates it
 own       noise over signal in one entry of the mean update, each client adding its own noise
-shared    the same if noise were added once for all clients: as central=true does it
-times     own, divided by the smallest one: compare choices by this column
+shared    the same with privacy.noise-share="sum", which takes a round for each step
+times     the noise of this run, divided by the smallest one: compare choices by this column
 now       the config as it is, within the limits or not"""
 _LONG = 1e4 * 3600  # seconds; longer durations are shown in hours
 _COSTS = {
@@ -22,19 +22,18 @@ _COSTS = {
 }
 
 
-def of_given(given: Given, largest: int) -> list[str]:
-    """Return the lines on clients, privacy and limits; ``largest``: n of the largest client."""
-    rows = f"{given.examples:,}"
-    if largest != given.examples:
-        rows = f"{rows} to {largest:,}"
+def of_given(given: Given, sizes: Sequence[int]) -> list[str]:
+    """Return the lines on clients, privacy and limits; ``sizes``: n of each client."""
+    rows = " to ".join(f"{size:,}" for size in sorted({min(sizes), max(sizes)}))
     limits = [f"at least {given.min_steps:,} steps"]
     if given.max_examples != float("inf"):
-        limits.append(f"at most {given.max_examples:,} examples per client")
+        limits.append(f"at most {given.max_examples:,.0f} examples per client")
     if given.max_seconds != float("inf"):
         limits.append(f"at most {_duration(given.max_seconds)}")
+    whose = "of all, by one sampling rate" if given.one_rate else "of the smallest"
     return [
         f"clients   {given.clients}, {given.per_round} in a round, with {rows} examples each; "
-        "z is that of the smallest",
+        f"z is that {whose}",
         "n         a plan tells these numbers: show it only where they may be known",
         f"privacy   epsilon {given.epsilon:g} at delta {given.delta:g} over the whole run",
         f"limits    {', '.join(limits)}",
@@ -57,7 +56,7 @@ def _columns(
 ) -> dict[str, tuple[int, Callable[[Choice], str]]]:
     """Return title -> (width, text of a choice); costs that are not known have no column."""
     columns: dict[str, tuple[int, Callable[[Choice], str]]] = {
-        "batch": (6, lambda c: str(c.batch_size)),
+        "batch": (6, lambda c: f"{c.batch_size:.0f}"),
         "steps": (6, lambda c: str(c.steps)),
         "local": (5, lambda c: str(c.local_steps)),
         "rounds": (6, lambda c: str(given.rounds_before + c.rounds)),
@@ -65,7 +64,7 @@ def _columns(
         "z": (7, lambda c: f"{c.noise_multiplier:.4g}"),
         "own": (8, lambda c: f"{c.own_noise:.2e}"),
         "shared": (8, lambda c: f"{c.shared_noise:.2e}"),
-        "times": (6, lambda c: _short(c.own_noise / least)),
+        "times": (6, lambda c: _short(c.noise / least)),
     }
     if given.speed is not None:
         columns["time"] = (9, lambda c: _duration(c.seconds))
@@ -95,7 +94,7 @@ def table(
         choices: the lines of the table.
         marks: words, each with the choice beside which it stands.
     """
-    columns = _columns(given, traffic, min(each.own_noise for each in choices))
+    columns = _columns(given, traffic, min(each.noise for each in choices))
     yield "".join(f" {title:>{width}}" for title, (width, _) in columns.items())
     for each in choices:
         words = ", ".join(word for word, marked in marks if marked == each)

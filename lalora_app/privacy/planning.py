@@ -1,14 +1,17 @@
 """Plan a run: noise and cost of each choice of batch, local steps and rounds.
 
 In: the number of a client's examples, ε, δ and a limit on the cost. Out: choices within the limit.
-Only the accountant computes: no data, no model, no ledger is read, and nothing is spent.
+Only the accountant computes: no data, model or ledger is read, and nothing is spent.
 
 **Noise over signal.** A step's noise in the mean of m clients' gradients has, in every entry, the
-standard deviation z·C/(b·√m): clip norm C, noise multiplier z, expected batch b; with noise that is
-added once for all m clients it is z·C/(b·m). Noises of S steps add up to √S of that. A signal of
-length g per step adds up to S·g, with g at most C. With g = C, the ratio in one entry is
+standard deviation z·C/(b·√m): clip norm C, noise multiplier z, expected batch b. With noise that
+the clients share it is z·C/(b·√(m·h)), with h = m - 1 - c if c clients may collude and nobody is
+missing. Noises of S steps add up to √S of that. A signal of length g per step
+adds up to S·g, with g at most C. With g = C, the ratio in one entry is
 
-    z / (b·√(m·S))  with each client's own noise,  z / (b·m·√S)  with noise added once.
+    z / (b·√(m·S))  with each client's own noise,  z / (b·√(m·h·S))  with shared noise.
+
+One client with all data has z / (b·√S), with its own b.
 
 Over d trained parameters it is √d times as large, and C/g times for shorter gradients. Neither
 factor is known before the run, and both are taken as equal for all choices: compare two choices.
@@ -65,9 +68,12 @@ class Given:
         past: releases of every client besides its steps, such as its class sums.
         rounds_before: rounds without steps, such as that of the class sums; no choice counts them.
         head_rounds: rounds that train the head alone; every choice has more rounds than these.
+        one_rate: whether all clients draw with one sampling rate; n is then their mean number.
+        shared: whether the clients share the noise, so that choices are compared by shared noise.
+        colluding: c, the clients whose noise an attacker of shared noise may know.
     """
 
-    examples: int
+    examples: float
     clients: int
     per_round: int
     epsilon: float
@@ -80,12 +86,15 @@ class Given:
     past: tuple[Release, ...] = ()
     rounds_before: int = 0
     head_rounds: int = 0
+    one_rate: bool = False
+    shared: bool = False
+    colluding: int = 0
 
     def client_rounds(self, rounds: int) -> int:
         """Return the rounds of the client that is selected most often."""
         return -(-rounds * self.per_round // self.clients)
 
-    def seconds(self, batch_size: int, local_steps: int, rounds: int) -> float:
+    def seconds(self, batch_size: float, local_steps: int, rounds: int) -> float:
         """Return the duration of a run without its start; inf if no speed is given."""
         if self.speed is None:
             return math.inf
@@ -107,11 +116,12 @@ class Choice:
         sampling_rate: q = b/n.
         noise_multiplier: z, the smallest with which the releases cost at most ε.
         own_noise: noise over signal with each client's own noise, see the module.
-        shared_noise: noise over signal if noise were added once for all clients of a round.
+        shared_noise: noise over signal with noise that the clients of a round share.
+        noise: the one of these that the run has.
         seconds: duration without the start; inf if no speed is given.
     """
 
-    batch_size: int
+    batch_size: float
     local_steps: int
     rounds: int
     releases: int
@@ -119,6 +129,7 @@ class Choice:
     noise_multiplier: float
     own_noise: float
     shared_noise: float
+    noise: float
     seconds: float
 
     @property
@@ -127,7 +138,7 @@ class Choice:
         return self.local_steps * self.rounds
 
     @property
-    def examples(self) -> int:
+    def examples(self) -> float:
         """Expected number of examples that a client trains on, repeats counted."""
         return self.batch_size * self.releases
 
@@ -150,7 +161,7 @@ def _noise_multiplier(
         ) from None
 
 
-def check_choice(given: Given, batch_size: int, local_steps: int, rounds: int) -> None:
+def check_choice(given: Given, batch_size: float, local_steps: int, rounds: int) -> None:
     """Check a choice as far as that needs no accountant.
 
     Raises:
@@ -164,12 +175,12 @@ def check_choice(given: Given, batch_size: int, local_steps: int, rounds: int) -
         )
     if batch_size > given.examples:
         raise ConfigError(
-            f"train.batch-size={batch_size} must be at most {given.examples}, the number of the "
-            "smallest client's examples"
+            f"train.batch-size={batch_size:g} must be at most {given.examples:g}, the number of "
+            "the smallest client's examples"
         )
 
 
-def choice(given: Given, batch_size: int, local_steps: int, rounds: int) -> Choice:
+def choice(given: Given, batch_size: float, local_steps: int, rounds: int) -> Choice:
     """Return noise and cost of one choice, whether it is within the limits or not.
 
     Raises:
@@ -178,7 +189,8 @@ def choice(given: Given, batch_size: int, local_steps: int, rounds: int) -> Choi
     check_choice(given, batch_size, local_steps, rounds)
     releases, q = local_steps * given.client_rounds(rounds), batch_size / given.examples
     z = _noise_multiplier(given.epsilon, given.delta, q, releases, given.past)
-    once = z / (batch_size * given.per_round * math.sqrt(local_steps * rounds))
+    own = z / (batch_size * math.sqrt(given.per_round * local_steps * rounds))
+    shared = own / math.sqrt(max(given.per_round - 1 - given.colluding, 1))
     return Choice(
         batch_size=batch_size,
         local_steps=local_steps,
@@ -186,8 +198,9 @@ def choice(given: Given, batch_size: int, local_steps: int, rounds: int) -> Choi
         releases=releases,
         sampling_rate=q,
         noise_multiplier=z,
-        own_noise=once * math.sqrt(given.per_round),
-        shared_noise=once,
+        own_noise=own,
+        shared_noise=shared,
+        noise=shared if given.shared else own,
         seconds=given.seconds(batch_size, local_steps, rounds),
     )
 
@@ -281,6 +294,6 @@ def best(choices: Sequence[Choice]) -> Choice:
     Choices up to 1 % above the least noise count as equal; then the fewest rounds win (each costs
     an upload), then the fewest examples.
     """
-    limit = EQUAL_NOISE * min(found.own_noise for found in choices)
-    equal = [found for found in choices if found.own_noise <= limit]
-    return min(equal, key=lambda found: (found.rounds, found.examples, found.own_noise))
+    limit = EQUAL_NOISE * min(found.noise for found in choices)
+    equal = [found for found in choices if found.noise <= limit]
+    return min(equal, key=lambda found: (found.rounds, found.examples, found.noise))

@@ -8,9 +8,10 @@ import os
 import time
 from dataclasses import dataclass, replace
 from statistics import mean
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lalora_app.privacy.planning import Speed
+from lalora_app.settings.run_config import Config
 from lalora_app.simulation.launch import Launch
 from lalora_app.simulation.own_processes import call_in_own_processes
 from lalora_app.simulation.traffic import Traffic
@@ -26,11 +27,13 @@ class _Measured:
     """What one process found.
 
     Attributes:
+        batch: expected number of examples of a step.
         step: seconds of a step, mean over the factors that take turns.
         evaluation: seconds of an evaluation of the whole test split.
         traffic: the bytes of the run's messages.
     """
 
+    batch: int
     step: float
     evaluation: float
     traffic: Traffic
@@ -63,6 +66,7 @@ def _measure(launch: Launch, place: "Place") -> _Measured:
     limit_threads(place.threads)
     config = replace(launch.config, data=with_classes(launch.config.data))
     train, test = split(config.data)
+    config = replace(config, train=replace(config.train, **_batch(config, len(train), launch)))
     model, start = build(config)
     cost = measure_step(config, model, start, model.encode(train))
     batches = model.encode(test).batches(_EVAL_BATCH)
@@ -70,7 +74,16 @@ def _measure(launch: Launch, place: "Place") -> _Measured:
     model.evaluate(batches)
     evaluation = time.perf_counter() - began
     moved = traffic(method_of(config), start, config)
-    return _Measured(mean(cost.seconds.values()), evaluation, moved)
+    return _Measured(config.train.batch_size, mean(cost.seconds.values()), evaluation, moved)
+
+
+def _batch(config: Config, examples: int, launch: Launch) -> dict[str, Any]:
+    """Return the keys of a step as large as that of one client, on the examples of all."""
+    if not config.train.sampling_rate:
+        return {}
+    mean_size = examples / (1 if config.central else launch.nodes)
+    batch = max(round(config.train.sampling_rate * mean_size), 1)
+    return {"batch_size": batch, "sampling_rate": 0.0}
 
 
 def trial(launch: Launch, *, sites: bool = False) -> tuple[Speed, Traffic]:
@@ -92,5 +105,5 @@ def trial(launch: Launch, *, sites: bool = False) -> tuple[Speed, Traffic]:
     config, at_once = launch.config, launch.nodes if sites else len(where)
     evaluation = mean(each.evaluation for each in found) / len(found)
     step = mean(each.step for each in found)
-    speed = Speed(config.train.batch_size / step, at_once, evaluation / config.evaluate_every)
+    speed = Speed(found[0].batch / step, at_once, evaluation / config.evaluate_every)
     return speed, found[0].traffic

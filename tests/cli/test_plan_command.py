@@ -16,6 +16,7 @@ from lalora_app.privacy import planning
 from lalora_app.privacy.ledger import state_folder
 from lalora_app.results.run_folder import to_toml
 from lalora_app.settings.run_config import flatten
+from lalora_app.shared_noise.run_constants import noise_multiplier
 from lalora_app.simulation.launch import read_launch
 
 # The run of helpers.app_runs: 180 examples per client, batches of 12, six steps.
@@ -77,6 +78,52 @@ def test_the_written_run_draws_the_noise_that_was_printed(head, plan, tiny, tmp_
         assert entry.release.sampling_rate == pytest.approx(12 / 180)
         assert float(best["z"]) == pytest.approx(z, rel=1e-3)
     assert len(done.rows) == int(best["rounds"]) == 3 + len(sums) // 2
+
+
+SHARED = {
+    "method": "rolora",
+    "privacy.noise-share": "sum",
+    "secure-aggregation": "secagg+",
+    "train.local-steps": 1,
+    "train.sampling-rate": 0.05,
+    "train.optimizer": "sgd",
+    "min-clients": 3,
+    "min-replies": 3,
+    "data.partitioner": "linear",
+}
+
+
+def test_a_run_with_shared_noise_is_planned_by_its_sampling_rate(plan, tmp_path):
+    file = tmp_path / "planned.toml"
+    limits = ["--nodes", "3", "--min-steps", "6", "--max-examples", "72"]
+    code, lines, err = plan(*limits, "--write", str(file), **SHARED)
+    assert (code, err) == (0, "")
+    assert lines[0] == (
+        "clients   3, 3 in a round, with 60 to 180 examples each; z is that of all, by one "
+        "sampling rate"
+    )
+    best, before = row_of(lines, "best"), row_of(lines, "now")
+    assert (best["batch"], best["steps"], best["local"]) == ("12", "6", "1")
+    assert (before["batch"], before["times"]) == ("6", f"{float(before['times']):.2f}")
+    assert float(best["shared"]) < float(best["own"])
+    config = read_launch(ROOT, [str(file)], 3).config
+    assert (config.train.sampling_rate, config.num_server_rounds) == (12 / 120, 6)
+    assert float(best["z"]) == pytest.approx(noise_multiplier(config), rel=1e-3)
+    _, known, _ = plan(*limits, **SHARED | {"train.union-size": 720})
+    assert row_of(known, "now")["batch"] == "12"  # of 240 examples per client
+
+
+def test_a_rate_for_own_noise_is_planned_too(plan, no_accountant):
+    code, lines, _ = plan(*SMALL, **{"train.sampling-rate": 0.05})
+    assert code == 0
+    assert row_of(lines, "now")["batch"] == "9"
+    assert row_of(lines, "best")["batch"] == "12"
+
+
+def test_shared_noise_takes_one_local_step(plan):
+    code, _, err = plan("--nodes", "3", "--local-steps", "1,2", **SHARED)
+    assert code == 2
+    assert '--local-steps 1,2 must be 1 for privacy.noise-share="sum"' in err
 
 
 def test_the_file_holds_the_printed_choice_and_the_commands_keys(plan, tmp_path, no_accountant):

@@ -15,6 +15,7 @@ from lalora_app.privacy.accounting import Release, calibrate
 from lalora_app.privacy.planning import Choice, Given, Speed, best, choice, grid, plan
 from lalora_app.server.cohorts import plan_cohorts
 from lalora_app.settings.errors import ConfigError
+from lalora_app.shared_noise.shares import Cohort
 
 DELTA = 1e-5
 GIVEN = Given(
@@ -46,18 +47,22 @@ def test_releases_besides_the_steps_leave_less_for_them():
     assert found.noise_multiplier == z > choice(GIVEN, 50, 2, 10).noise_multiplier
 
 
-@pytest.mark.parametrize(("clients", "steps"), [(1, 1), (1, 9), (3, 4)])
-def test_noise_over_signal_is_that_of_a_sum_of_noises(clients, steps, no_accountant):
+@pytest.mark.parametrize(
+    ("clients", "colluding", "steps"), [(1, 0, 1), (1, 0, 9), (3, 0, 4), (5, 2, 4)]
+)
+def test_noise_over_signal_is_that_of_a_sum_of_noises(clients, colluding, steps, no_accountant):
     """One entry of the mean update, added up step by step in float64; every gradient is C long."""
     entries, clip = 40_000, 0.5
-    one = choice(replace(GIVEN, clients=clients, per_round=clients), 10, 1, steps)
+    start = replace(GIVEN, clients=clients, per_round=clients, colluding=colluding)
+    one = choice(start, 10, 1, steps)
+    share = 1.0 if clients == 1 else Cohort.of(clients, colluding).alone(1.0)
     rng = np.random.default_rng(0)
     own, shared = np.zeros(entries), np.zeros(entries)
     for _ in range(steps):
         deviation = one.noise_multiplier * clip
         for _ in range(clients):
             own += rng.normal(0, deviation, entries) / one.batch_size / clients
-        shared += rng.normal(0, deviation, entries) / (one.batch_size * clients)
+            shared += rng.normal(0, share * deviation, entries) / (one.batch_size * clients)
     signal = steps * clip
     assert own.std() / signal == pytest.approx(one.own_noise, rel=0.02)
     assert shared.std() / signal == pytest.approx(one.shared_noise, rel=0.02)
@@ -75,7 +80,7 @@ def test_noise_falls_with_epsilon_and_clients_and_grows_with_steps(epsilon, batc
     assert choice(start, 2 * batch, 2, rounds).own_noise < base.own_noise
     wider = choice(replace(start, clients=16, per_round=16), batch, 2, rounds)
     assert wider.own_noise == pytest.approx(base.own_noise / 2)
-    assert wider.shared_noise == pytest.approx(base.shared_noise / 4)
+    assert wider.shared_noise == pytest.approx(base.shared_noise / 2 * math.sqrt(3 / 15))
 
 
 def test_at_equal_cost_larger_batches_have_less_noise():
@@ -186,19 +191,26 @@ def made(**changes) -> Choice:
         "noise_multiplier": 1.0,
         "own_noise": 1.0,
         "shared_noise": 0.5,
+        "noise": 1.0,
         "seconds": math.inf,
     }
     return Choice(**values | changes)
 
 
 def test_the_best_has_the_least_noise_and_of_equal_ones_the_fewest_rounds_then_examples():
-    noisy = made(own_noise=1.02, rounds=1)
-    many = made(own_noise=1.0)
-    few = made(own_noise=1.009, rounds=10, releases=40)
-    cheap = made(own_noise=1.005, rounds=10, releases=20)
+    noisy = made(noise=1.02, rounds=1)
+    many = made(noise=1.0)
+    few = made(noise=1.009, rounds=10, releases=40)
+    cheap = made(noise=1.005, rounds=10, releases=20)
     assert best([noisy, many]) == many
     assert best([noisy, many, few]) == few
     assert best([noisy, many, few, cheap]) == cheap
+
+
+def test_choices_are_compared_by_the_noise_that_the_run_has(no_accountant):
+    own, shared = (choice(replace(GIVEN, shared=share), 50, 1, 40) for share in (False, True))
+    assert own.noise == own.own_noise > shared.noise == shared.shared_noise
+    assert shared == replace(own, noise=own.shared_noise)
 
 
 def test_with_the_whole_data_in_every_step_the_fewest_steps_win(monkeypatch):
