@@ -629,7 +629,7 @@ def copied(folder: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="class")
 def server():
     server = PytestServer()
     yield server
@@ -640,23 +640,28 @@ def run(server: PytestServer, folder: Path, test: str) -> tuple[int, str]:
     return server.run(folder, "-x", "-p", "no:cacheprovider", test)
 
 
+# Two classes, because `--dist loadscope` gives each to a process of its own: this module is the
+# longest of the suite.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", MUTANTS)
-def test_a_mutant_turns_its_test_red(name, server, tmp_path):
-    mutant = MUTANTS[name]
-    path = copied(tmp_path) / "lalora_app" / mutant.file
-    source = path.read_text("utf-8")
-    assert source.count(mutant.old) == 1
-    path.write_text(source.replace(mutant.old, mutant.new) + HELPERS.get(mutant.file, ""), "utf-8")
-    code, output = run(server, tmp_path, mutant.test)
-    assert code == FAILED, output
-    # pytest has the same code for a crash of its own: its summary must name the test.
-    summary = (f"FAILED {mutant.test}", f"ERROR {mutant.test}")
-    assert any(line.startswith(summary) for line in output.splitlines()), output
+class TestWithMutants:
+    @pytest.mark.parametrize("name", MUTANTS)
+    def test_a_mutant_turns_its_test_red(self, name, server, tmp_path):
+        mutant = MUTANTS[name]
+        path = copied(tmp_path) / "lalora_app" / mutant.file
+        source = path.read_text("utf-8")
+        assert source.count(mutant.old) == 1
+        changed = source.replace(mutant.old, mutant.new) + HELPERS.get(mutant.file, "")
+        path.write_text(changed, "utf-8")
+        code, output = run(server, tmp_path, mutant.test)
+        assert code == FAILED, output
+        # pytest has the same code for a crash of its own: its summary must name the test.
+        summary = (f"FAILED {mutant.test}", f"ERROR {mutant.test}")
+        assert any(line.startswith(summary) for line in output.splitlines()), output
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("test", sorted({mutant.test for mutant in MUTANTS.values()}))
-def test_without_a_mutant_the_same_test_is_green(test, server, tmp_path):
-    code, output = run(server, copied(tmp_path), test)
-    assert code == PASSED, output
+class TestWithoutMutants:
+    @pytest.mark.parametrize("test", sorted({mutant.test for mutant in MUTANTS.values()}))
+    def test_the_same_test_is_green(self, test, server, tmp_path):
+        code, output = run(server, copied(tmp_path), test)
+        assert code == PASSED, output
