@@ -45,6 +45,7 @@ from lalora_app.wire import messages
 
 APP = Path(__file__).resolve().parents[1]
 OUTPUT = Path(__file__).parent / "results" / "secagg.json"
+WAYS = ("none", "secagg+")  # secure-aggregation
 SHAPES = {"tiny": (4, 16, 2), "default": (12, 384, 8)}  # target layers, width, rank
 FACTOR = 1 << 40  # makes node ids as large as Flower's
 
@@ -74,7 +75,9 @@ class Loopback(Grid):
     def _trained(self, message: Message, context: Context) -> RecordDict:
         """Reply like a client, with noise in place of the result of training."""
         request = messages.parse_request(message.content, self.config)
-        start = select(messages.adapter_of(message.content, self.like), frozenset("B"))
+        there = message.content[messages.ARRAYS]  # without A, which every client holds by now
+        like = {name: array for name, array in self.like.items() if name in there}
+        start = select(messages.adapter_of(message.content, like), frozenset("B"))
         sent = {
             n: x + 0.05 * self.rng.standard_normal(x.shape, np.float32) for n, x in start.items()
         }
@@ -160,7 +163,7 @@ def measure(size: str, clients: int, rounds: int, secure: str) -> dict[str, obje
     grid = Loopback(config, start, clients)
     cohorts = [tuple(range(clients))] * rounds
     members = Clients(list(grid.contexts), cohorts)
-    kind = STRATEGIES[secure]
+    kind = STRATEGIES[secure, "own"]
     strategy = kind(config, method_of(config), "run", members, ServerState(start))
     rows = [one_round(strategy, grid) for _ in range(rounds)]
     medians = {name: statistics.median(row[name] for row in rows) for name in rows[0]}
@@ -203,11 +206,11 @@ def main() -> None:
     arguments = parser.parse_args()
     results = []
     for size, clients in [(size, clients) for size in SHAPES for clients in arguments.clients]:
-        for secure in STRATEGIES:
+        for secure in WAYS:
             results.append(measure(size, clients, arguments.rounds, secure))
             show(results[-1])
     for clients in arguments.clients if arguments.simulate else []:
-        for secure in STRATEGIES:
+        for secure in WAYS:
             seconds = simulated(clients, 2 + arguments.rounds, secure)
             results.append({"simulated": clients, "secure": secure, "seconds": seconds})
             print(f"lalora run, {clients} clients, {secure}: {seconds:.2f} s a round", flush=True)
