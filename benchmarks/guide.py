@@ -24,7 +24,7 @@ import psutil
 ROOT = Path(__file__).resolve().parents[1]
 GUIDE = ROOT / "docs" / "deployment.md"
 _BLOCK = re.compile(r"^```sh(?: +(\S+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-SITES = 5  # with ports; the guide itself has three
+SITES = 5  # number of sites that get a port; the guide itself has three sites
 _GRACE = 60.0  # seconds for a process to end without SIGKILL
 
 

@@ -13,7 +13,7 @@ epochs    examples of a client's steps, divided by its examples
 z         noise multiplier of a client's steps, as the run calibrates it
 own       noise over signal in one entry of the mean update, each client adding its own noise
 shared    the same with privacy.noise-share="sum", which takes a round for each step
-times     the noise of this run, divided by the smallest one: compare choices by this column
+times     own, or shared if the run shares noise, divided by the smallest: compare choices by it
 now       the config as it is, within the limits or not"""
 _LONG = 1e4 * 3600  # seconds; longer durations are shown in hours
 _COSTS = {

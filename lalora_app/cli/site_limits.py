@@ -1,4 +1,4 @@
-"""What `lalora check` says of a site's limits: what is spent, and whether a whole run fits."""
+"""Lines of `lalora check` on a site's limits: the ε spent so far, and a check of the whole run."""
 
 from collections.abc import Iterator
 from dataclasses import replace

@@ -60,7 +60,7 @@ def releases_alone(entries: Sequence[LedgerEntry]) -> list[Release]:
 
 
 def share_noise(entries: Sequence[LedgerEntry]) -> bool:
-    """Tell whether clients shared the noise of any entry; its dataset then has two ε."""
+    """Return whether clients shared the noise of any entry; the entry's dataset then has two ε."""
     return any(entry.alone is not None for entry in entries)
 
 

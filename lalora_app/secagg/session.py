@@ -141,11 +141,11 @@ class Session:
         return clients >= needed
 
     def has_keys(self) -> bool:
-        """Tell whether enough clients have sent public keys; if not, add a reason to the log."""
+        """Return whether enough clients have sent public keys; if not, add a reason to the log."""
         return self._has_enough(len(self.mask_keys))
 
     def has_shares(self) -> bool:
-        """Tell whether enough clients have sent shares; if not, add a reason to the log.
+        """Return whether enough clients have sent shares; if not, add a reason to the log.
 
         Without enough of them no client trains and no budget is spent.
         """
