@@ -14,9 +14,10 @@ from flwr.serverapp import Grid, ServerApp
 
 from lalora_app.comparison.runner import run_plan
 from lalora_app.data.encoding import Encoded
-from lalora_app.data.examples import Examples, split, with_classes
+from lalora_app.data.examples import Examples, split
 from lalora_app.data.labels import shown
 from lalora_app.data.partition import label_counts
+from lalora_app.data.task_division import division_of, of_task, with_names
 from lalora_app.methods.compatibility import method_of
 from lalora_app.methods.unread_keys import unread_keys
 from lalora_app.models import backbone as backbones
@@ -99,6 +100,25 @@ def _warn_of_missing_classes(test: Examples, config: Config) -> None:
         )
 
 
+def _tests_by_task(model: backbones.Backbone, test: Examples, config: Config) -> list[Encoded]:
+    """Return the encoded test examples of each task; nothing for a run without tasks.
+
+    Raises:
+        ConfigError: if a task has no test example.
+    """
+    if not config.has_tasks:
+        return []
+    parts = [of_task(test, config, task) for task in range(config.data.tasks)]
+    for task, part in enumerate(parts):
+        if not part:
+            values = shown(division_of(config).values_of(task))
+            raise ConfigError(
+                f"data.tasks={config.data.tasks} must leave a public test example to each task, "
+                f"and task {task + 1} has none: {values}"
+            )
+    return [model.encode(part) for part in parts]
+
+
 def _warn_if_not_private(config: Config) -> None:
     if config.privacy.noise == "seeded":
         _log.warning('LaLoRA privacy.noise="seeded": this run is repeatable and NOT private')
@@ -143,13 +163,14 @@ def run(grid: Grid, config: Config, settle: float = 0.0) -> None:
     _warn_if_not_private(config)
     _warn_of_unread_keys(config)
     check_writable(config.output)
-    config = replace(config, data=with_classes(config.data))
+    config = replace(config, data=with_names(config.data))
     _log.info("LaLoRA loading model %s and data %s", config.model.name, config.data.name)
     model, start = backbones.build(config)
     train, public = split(config.data)
     given, config = config, with_union_size(config, len(train))
     _warn_of_missing_classes(public, config)
     test = model.encode(public)
+    tasks = _tests_by_task(model, public, config)
     _warn_of_truncated_texts(test, config)
     resumed = None if config.resume_from == "none" else _resumed(config)
     sizes = sum(array.size for array in start.values())
@@ -173,7 +194,7 @@ def run(grid: Grid, config: Config, settle: float = 0.0) -> None:
         folder.write_json("partition.json", _partition(config, len(clients.nodes)))
     kind = STRATEGIES[config.secure_aggregation, config.privacy.noise_share]
     strategy = kind(config, method, folder.name, clients, point.state, point.epsilon_spent)
-    after_round = AfterRound(config, folder, strategy, model, test, point.rows, began)
+    after_round = AfterRound(config, folder, strategy, model, test, point.rows, began, tasks)
     try:
         _train(grid, strategy, after_round)
     except Exception as error:

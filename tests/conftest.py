@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import settings
 
 from lalora_app.settings.errors import DataError
 from lalora_app.settings.run_config import Config, Data, from_tables, parse
@@ -17,6 +18,9 @@ from lalora_app.settings.run_config import Config, Data, from_tables, parse
 # The models are tiny, and threads that wait for each other are slow. torch reads this when a test
 # module imports it: the controller of xdist runs no test, and must not wait for that import.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+settings.register_profile("lalora", deadline=None)  # no test depends on the machine's speed
+settings.load_profile("lalora")
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
@@ -333,6 +337,10 @@ def described(name, **changes) -> Data:
         "classes_per_client": 2,
         "shards_per_client": 2,
         "client_column": "client",
+        "tasks": 1,
+        "task_column": "none",
+        "task_values": "auto",
+        "task_order": "listed",
         "public_size": False,
     }
     return Data(name=str(name), **values | changes)

@@ -91,8 +91,8 @@ class AuditRequest:
         size: FULL or FAST.
 
     Raises:
-        ConfigError: for an unknown mechanism, ε = inf, class means, which no attack covers, or a
-            whole run with shared noise.
+        ConfigError: for an unknown mechanism, ε = inf, class means or tasks, which no attack
+            covers, or a whole run with shared noise.
     """
 
     config: Config
@@ -113,6 +113,11 @@ class AuditRequest:
             raise ConfigError(
                 f'model.head="{CLASS_MEANS}" must be another one for an audit, whose attacks know '
                 "local steps only"
+            )
+        if self.config.has_tasks:
+            raise ConfigError(
+                f"data.tasks={self.config.data.tasks} must be 1 for an audit, whose attacks know "
+                "one task only"
             )
         if self.mechanism == REAL and self.size.mislabelled:
             check_own_noise(self.config)

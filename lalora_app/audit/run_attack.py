@@ -26,7 +26,7 @@ from lalora_app.audit.estimators import Guesses, one_run, roc
 from lalora_app.audit.planted_federation import Federation, VictimRound, mislabelled
 from lalora_app.audit.step_attack import Observed, guessed, likelihood
 from lalora_app.data.encoding import Encoded
-from lalora_app.data.examples import with_classes
+from lalora_app.data.task_division import with_names
 from lalora_app.methods.compatibility import method_of
 from lalora_app.models.backbone import Backbone
 from lalora_app.privacy.randomness import seeded
@@ -127,7 +127,7 @@ def audit_run(
         ConfigError: if the client's optimiser is not plain SGD.
     """
     check_linear(config, method_of(config))
-    config = replace(config, data=with_classes(config.data))
+    config = replace(config, data=with_names(config.data))
     examples = mislabelled(config, canaries)
     members = seeded(seed, "audit coins").random(len(examples)) < 0.5
     with tempfile.TemporaryDirectory() as folder:

@@ -55,7 +55,7 @@ def _of_site(args: argparse.Namespace) -> Iterator[str]:
     from lalora_app.cli.site_limits import lines_on_limits
     from lalora_app.client.site import admit
     from lalora_app.models.backbone import build
-    from lalora_app.server.before_start import check_epsilon
+    from lalora_app.server.before_start import check_epsilon, task_sizes
     from lalora_app.site_worker.handshake import idle_seconds
 
     node = _node(args)
@@ -66,7 +66,7 @@ def _of_site(args: argparse.Namespace) -> Iterator[str]:
         node |= {"max-epsilon": math.inf}
     site = admit(config, node, 0)
     examples = site.examples(config)
-    check_epsilon(replace(config, fraction_train=1.0), [len(examples)])
+    check_epsilon(replace(config, fraction_train=1.0), [task_sizes(config, examples)])
     model, _ = build(site.config_at_rank(config))
     yield f"data      {node['data-path']}: {len(examples)} rows"
     yield from _described(config, examples, model)

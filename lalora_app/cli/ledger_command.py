@@ -18,11 +18,19 @@ from lalora_app.privacy.accounting import (
     second_epsilon,
 )
 from lalora_app.privacy.ledger import Ledger, state_folder
-from lalora_app.privacy.ledger_entries import LedgerEntry, releases_alone, releases_of, share_noise
+from lalora_app.privacy.ledger_entries import (
+    LedgerEntry,
+    parts_of,
+    releases_alone,
+    releases_of,
+    share_noise,
+    worst_releases,
+)
 from lalora_app.privacy.two_epsilons import sentences
 from lalora_app.settings.errors import ConfigError
 
 _AGREEMENT = 0.01  # relative tolerance; both accountants give upper bounds of the same epsilon
+_EMPTY = LedgerEntry("", "", "", 0, Release(0.0, 0.0, 1), "")  # for the names of the columns
 _SLACK = 0.004  # absolute tolerance: the additive error of the first accountant
 
 
@@ -52,11 +60,14 @@ def _show(args: argparse.Namespace) -> int:
     entries = ledger.entries(args.dataset)
     print(f"{ledger.path}: {len(entries)} lines, delta {args.delta:g}")
     for (dataset, run), group in sorted(_groups(entries).items()):
-        spent = f"epsilon {epsilon(releases_of(group), args.delta):.3f}"
+        spent = f"epsilon {epsilon(worst_releases(group, args.delta), args.delta):.3f}"
         if share_noise(group):
-            spent += f"  |  epsilon-alone {epsilon(releases_alone(group), args.delta):.3f}"
+            opened = worst_releases(group, args.delta, releases_alone)
+            spent += f"  |  epsilon-alone {epsilon(opened, args.delta):.3f}"
         steps = sum(entry.release.count for entry in group)
         print(f"{dataset}  |  {run}  |  {steps} releases  |  {spent}")
+        for part, own in parts_of(group).items():
+            print(f"    part {part}  |  epsilon {epsilon(releases_of(own), args.delta):.3f}")
     _explain(entries)
     return 0
 
@@ -88,36 +99,48 @@ def _verify(args: argparse.Namespace) -> int:
         raise ConfigError(f"ledger={ledger.path} must be whole: {damage}")
     wrong, entries = 0, ledger.entries(args.dataset)
     for (dataset, run), group in sorted(_groups(entries).items()):
-        text, faults = _verified(releases_of(group), args.delta, args.max_epsilon, "max-epsilon")
+        worst = worst_releases(group, args.delta)
+        text, faults = _verified(worst, args.delta, args.max_epsilon, "max-epsilon")
         print(f"{dataset}  |  {run}  |  {text}")
         wrong += faults
+        for part, own in parts_of(group).items():
+            text, faults = _verified(releases_of(own), args.delta, math.inf, "max-epsilon")
+            print(f"    part {part}  |  {text}")
+            wrong += faults
         if share_noise(group) or args.max_epsilon_alone < math.inf:
             limit, option = args.max_epsilon_alone, "max-epsilon-alone"
-            text, faults = _verified(releases_alone(group), args.delta, limit, option)
+            opened = worst_releases(group, args.delta, releases_alone)
+            text, faults = _verified(opened, args.delta, limit, option)
             print(f"    epsilon-alone  |  {text}")
             wrong += faults
     _explain(entries)
     return 1 if wrong else 0
 
 
-_COLUMNS = (
-    *("time", "dataset", "run", "round", "sampling_rate", "noise_multiplier", "count", "uid"),
-    "alone_multiplier",  # the last, as it is left out where no noise was shared
-)
-
-
-def _csv_line(entry: LedgerEntry) -> tuple[object, ...]:
+def _csv_line(entry: LedgerEntry) -> dict[str, object]:
     release = entry.release
-    numbers = (release.sampling_rate, release.noise_multiplier, release.count)
-    return entry.time, entry.dataset, entry.run, entry.round, *numbers, entry.uid, entry.alone
+    return {
+        "time": entry.time,
+        "dataset": entry.dataset,
+        "run": entry.run,
+        "round": entry.round,
+        "sampling_rate": release.sampling_rate,
+        "noise_multiplier": release.noise_multiplier,
+        "count": release.count,
+        "uid": entry.uid,
+        "alone_multiplier": entry.alone,
+        "part": entry.part,
+    }
 
 
 def _export(args: argparse.Namespace) -> int:
     entries = _open_ledger(args.path).entries(args.dataset)
-    width = len(_COLUMNS) if share_noise(entries) else len(_COLUMNS) - 1
-    writer = csv.writer(sys.stdout, lineterminator="\n")
-    writer.writerow(_COLUMNS[:width])
-    writer.writerows(_csv_line(entry)[:width] for entry in entries)
+    unused = {"alone_multiplier"} if not share_noise(entries) else set()
+    unused |= {"part"} if not any(entry.part for entry in entries) else set()
+    columns = [name for name in _csv_line(_EMPTY) if name not in unused]
+    writer = csv.DictWriter(sys.stdout, columns, extrasaction="ignore", lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(map(_csv_line, entries))
     return 0
 
 

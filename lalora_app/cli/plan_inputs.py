@@ -50,10 +50,10 @@ def _rows_of(path: str, data: Data) -> int:
 
 def simulated_sizes(config: Config, nodes: int) -> list[int]:
     """Return the number of examples of each client, dealt as the run deals them."""
-    from lalora_app.data.examples import with_classes
     from lalora_app.data.partition import clients_data
+    from lalora_app.data.task_division import with_names
 
-    named = replace(config, data=with_classes(config.data))
+    named = replace(config, data=with_names(config.data))
     return list(map(len, clients_data(named, nodes)))
 
 

@@ -7,7 +7,7 @@ from lalora_app.client.site import Site
 from lalora_app.methods.head_rounds import class_sum_releases
 from lalora_app.privacy.accounting import Release, calibrate, epsilon
 from lalora_app.privacy.budget import BudgetError, Limit, check_limit
-from lalora_app.privacy.ledger_entries import releases_alone, releases_of
+from lalora_app.privacy.ledger_entries import releases_alone, worst_releases
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import Config
 from lalora_app.shared_noise.shares import Cohort
@@ -40,12 +40,13 @@ def lines_on_limits(config: Config, site: Site, size: int) -> Iterator[str]:
     """
     file, limit, plan = site.state / "ledger.sqlite", site.policy.limit, steps_of_run(config, size)
     entries = site.ledger.entries(site.dataset) if file.is_file() else []
-    sums, past = class_sum_releases(config), releases_of(entries)
+    sums, past = class_sum_releases(config), worst_releases(entries, limit.delta)
     _require("max-epsilon", limit, [*past, *sums], plan)
     spent = epsilon(past, limit.delta)
     yield f"limit     epsilon {spent:.3g} of {limit.epsilon:g} is spent, by {file}"
     if config.privacy.shared and (alone := site.policy.alone_limit) is not None:
-        yield _line_on_alone(config, site, alone, releases_alone(entries), plan)
+        opened = worst_releases(entries, alone.delta, releases_alone)
+        yield _line_on_alone(config, site, alone, opened, plan)
 
 
 def _line_on_alone(

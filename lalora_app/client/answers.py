@@ -47,7 +47,13 @@ _REFUSAL_KEYS: tuple[tuple[type[Exception], str], ...] = (
 
 
 # Keys of errors that would reveal the kind of values in a site's own rows.
-_OF_ROWS = ("data.input-column", "data.label-column", "data.labels")
+_OF_ROWS = (
+    "data.input-column",
+    "data.label-column",
+    "data.labels",
+    "data.task-column",
+    "data.task-values",
+)
 
 
 def refusal_key(error: Exception, node: Mapping[str, object]) -> str:

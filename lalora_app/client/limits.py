@@ -15,6 +15,7 @@ from lalora_app.methods.head_rounds import class_sum_releases
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.budget import Limit, noise_for
 from lalora_app.privacy.ledger import Limits, Reservation
+from lalora_app.privacy.ledger_entries import compositions
 from lalora_app.settings.run_config import Config
 from lalora_app.shared_noise.run_constants import noise_multiplier
 from lalora_app.shared_noise.shares import Cohort
@@ -57,6 +58,7 @@ def _limits(config: Config, site: Site, planned: int) -> Limits:
         alone_limit=policy.alone_limit,
         max_rounds=policy.max_rounds,
         per_day=policy.max_rounds_per_day,
+        part=site.part(config),
     )
 
 
@@ -100,9 +102,11 @@ def _planned(
     steps, q = config.train.local_steps, config.train.rate(size)
     limit = Limit(config.privacy.epsilon, config.privacy.delta)
     entries = site.ledger.entries(site.dataset, request.run)
+    # The first list is all there is of a run that divides its examples once.
+    entries = compositions(entries, site.part(config))[0]
     sums = [entry.release for entry in entries if config.sums_classes(entry.round)]
     past = [entry.release for entry in entries if not config.sums_classes(entry.round)]
-    planned = max(request.steps_left, steps)
+    planned = max(request.task_steps_left, steps)
     noise_multiplier = noise_for(past, limit, sampling_rate=q, steps=planned, before=sums)
     site.policy.check_noise(noise_multiplier)
     return Release(q, noise_multiplier, steps), _limits(config, site, planned)

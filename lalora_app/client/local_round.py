@@ -121,7 +121,7 @@ def run_round(
     """
     method, train = local.method, local.train
     backbone.load(start, drift)
-    expected = reservation.sampling_rate * len(data)
+    expected = train.expected_batch(len(data))
     noise_std = noise_std_of(reservation, local.clip_norm) / expected
     views = private_views(data, train.views, streams.sampling)
     optimizer = make_optimizer(backbone, local, noise_std)
@@ -133,6 +133,7 @@ def run_round(
                 backbone,
                 views,
                 reservation=reservation,
+                expected_batch=expected,
                 clip_norm=local.clip_norm,
                 micro_batch=train.micro_batch,
                 streams=streams,

@@ -18,6 +18,7 @@ from lalora_app.settings.value_rules import CLASSES_LAW, are_classes, class_name
 
 # Keys of a node config, with their defaults.
 _COLUMNS = {"input-column": "text", "label-column": "label"}
+_TASK_COLUMN = "task-column"
 _NUM_LABELS = 2
 _LABELS = ("labels", "num-labels")
 _OPEN = {"data.labels": AUTO, "data.num-labels": 0}  # what a run leaves to the data
@@ -49,12 +50,15 @@ def check_columns(config: Config, node: Mapping[str, object]) -> None:
         PolicyError: if the run names another column.
     """
     if "data-path" not in node:
-        for key in {*_COLUMNS, *_LABELS, *_FORMAT} & node.keys():
+        for key in {*_COLUMNS, _TASK_COLUMN, *_LABELS, *_FORMAT} & node.keys():
             raise ConfigError(f"node config {key}={node[key]!r} needs data-path")
         return
     asked = flatten(config)
     for key, default in _COLUMNS.items():
         _require_equal(key, asked[f"data.{key}"], _own_value(node, key, default))
+    if config.data.by_column:  # a run without tasks reads no such column
+        own = _own_value(node, _TASK_COLUMN, NONE)
+        _require_equal(_TASK_COLUMN, config.data.task_column, own)
 
 
 def _own_format(node: Mapping[str, object]) -> dict[str, Any]:

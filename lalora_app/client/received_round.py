@@ -22,6 +22,7 @@ from lalora_app.client.site import Site, admit
 from lalora_app.methods.compatibility import method_of
 from lalora_app.methods.method import Method
 from lalora_app.privacy.accounting import epsilon
+from lalora_app.privacy.ledger_entries import worst_releases
 from lalora_app.secagg.upload import Upload
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.names import NONE
@@ -108,8 +109,9 @@ class Asked:
 
     def reply(self, upload: Upload, num_examples: int) -> RecordDict:
         """Return the reply with these tensors and the ε spent so far, rounded up to 0.01."""
-        site, run = self.site, self.request.run
-        spent = epsilon(site.ledger.releases(site.dataset, run), self.config.privacy.delta)
+        site, delta = self.site, self.config.privacy.delta
+        entries = site.ledger.entries(site.dataset, self.request.run)
+        spent = epsilon(worst_releases(entries, delta), delta)
         return messages.TrainReply(
             upload=upload,
             round=self.request.round,
@@ -132,7 +134,8 @@ def read_request(message: Message, context: Context) -> Asked:
     site = admit(config, context.node_config, context.node_id)
     request, model = messages.parse_request(message.content, config), model_of(message.content)
     whole = held_download.completed(message.content, _download_file(site, request))
-    return Asked(config, method, site, request, model, whole, messages.digest(whole, config))
+    site, digest = site.in_round(config, request.round), messages.digest(whole, config)
+    return Asked(config, method, site, request, model, whole, digest)
 
 
 def _download_file(site: Site, request: messages.TrainRequest) -> Path:

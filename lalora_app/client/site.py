@@ -14,9 +14,11 @@ from lalora_app.data.examples import Examples, check_client
 from lalora_app.data.examples import private_file as read_private_file
 from lalora_app.data.partition import CLIENT_NAME, clients_data, deal_name, whole_name
 from lalora_app.data.sources import stamp
+from lalora_app.data.task_division import division_of, of_task
 from lalora_app.methods.compatibility import checked_rank
 from lalora_app.models.pretrained import revision
 from lalora_app.privacy.ledger import Ledger, state_folder
+from lalora_app.privacy.ledger_entries import WHOLE
 from lalora_app.privacy.policy import Policy, read_policy
 from lalora_app.settings.errors import ConfigError, DataError
 from lalora_app.settings.names import full_path
@@ -66,6 +68,7 @@ class Site:
         data_path: the path of its own data; None: its data is part of the simulated split.
         cache: the folder for encoded examples; None: no cache.
         identity: its private signing key, for runs with pinned peers; None: it has none.
+        task: the task (from 0) whose examples it trains on; None: all examples.
     """
 
     client: str
@@ -78,6 +81,7 @@ class Site:
     data_path: str | None = None
     cache: Path | None = None
     identity: Ed25519PrivateKey | None = None
+    task: int | None = None
 
     @property
     def ledger(self) -> Ledger:
@@ -93,24 +97,36 @@ class Site:
         if self.data_path is None:
             return None
         read_as = replace(config, data=self.data)  # the site's own classes and file format
-        return fingerprint(read_as, self.data_path)
+        return f"{fingerprint(read_as, self.data_path)}{self.part(config)}"
+
+    def in_round(self, config: Config, t: int) -> "Site":
+        """Return this client with the task of round ``t`` open, if the run has tasks."""
+        return replace(self, task=config.open_task(t)) if config.has_tasks else self
+
+    def part(self, config: Config) -> str:
+        """Return the name of the open task's examples in the ledger; empty: all examples."""
+        return WHOLE if self.task is None else division_of(config).part(self.task)
 
     def examples(self, config: Config) -> Examples:
-        """Return the client's examples.
+        """Return the client's examples, of the open task only.
 
         Raises:
             DataError: if they cannot take part in the run.
         """
         examples = self.load()
-        self.require_size(len(examples), config)
-        return examples
+        replace(self, task=None).require_size(len(examples), config)
+        return examples if self.task is None else of_task(examples, config, self.task)
 
     def require_size(self, size: int, config: Config) -> None:
         """Check that a client of ``size`` examples can keep to the run's batch size and δ.
 
+        Limit: of one task it may have any number of examples, also none.
+
         Raises:
             DataError: if it cannot.
         """
+        if self.task is not None:
+            return
         batch_size, delta = config.train.fewest, config.privacy.delta
         check_client(size, batch_size=batch_size, delta=delta)
 

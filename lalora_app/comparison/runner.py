@@ -12,7 +12,8 @@ from flwr.serverapp import Grid
 from lalora_app.comparison.finished_cells import find_completed, find_finished, tuned_scales
 from lalora_app.comparison.plan import Plan, PlanCell, parse_cell
 from lalora_app.comparison.plan_file import read_plan
-from lalora_app.data.examples import split, with_classes
+from lalora_app.data.examples import split
+from lalora_app.data.task_division import with_names
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.names import NONE, full_path
 from lalora_app.settings.run_config import Config
@@ -71,7 +72,7 @@ class Comparison:
         firsts = {parse_cell(cell).data: cell.folder for cell in reversed(self._missing())}
         for data, folder in reversed(firsts.items()):
             try:
-                split(with_classes(data))
+                split(with_names(data))
             except ConfigError as error:
                 raise ConfigError(f"{folder}: {error}") from error
 

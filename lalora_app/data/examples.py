@@ -11,6 +11,7 @@ from lalora_app.data.delimited import TextFormat
 from lalora_app.data.labels import (
     class_of,
     listed,
+    places,
     positions,
     require_classes,
     shown,
@@ -32,6 +33,8 @@ class Examples:
         contents: texts, pairs of texts, or the bytes of image files.
         labels: (examples,); all 0 where the data has none.
         groups: (examples,), values of ``data.client-column``; empty: no groups.
+        values: (examples,), positions of their ``data.task-column`` in ``data.task-values``; empty:
+            the tasks of the run divide no column.
         rows: (examples,), positions in the original data, for error messages; empty: 0, 1, 2, ...
         names: (examples,), names of image files, for error messages; "" or empty: no name.
         white_level: ``data.white-level`` of the images.
@@ -43,6 +46,7 @@ class Examples:
     rows: tuple[int, ...] = ()
     names: tuple[str, ...] = ()
     white_level: float = 0.0
+    values: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -53,8 +57,9 @@ class Examples:
         labels = tuple(self.labels[i] for i in rows)
         groups = tuple(self.groups[i] for i in rows if self.groups)
         names = tuple(self.names[i] for i in rows if self.names)
+        values = tuple(self.values[i] for i in rows if self.values)
         found = tuple(map(self.row, rows))
-        return Examples(contents, labels, groups, found, names, self.white_level)
+        return Examples(contents, labels, groups, found, names, self.white_level, values)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -83,6 +88,8 @@ def _wanted(data: Data, natural: bool) -> dict[str, str]:
         wanted[data.label_column] = "data.label-column"
     if natural:
         wanted[data.client_column] = "data.client-column"
+    if data.by_column:
+        wanted[data.task_column] = "data.task-column"
     return wanted
 
 
@@ -96,6 +103,7 @@ class _Rows:
         labels: the text of each label; empty: the data has none.
         classes: the data's own class names; empty: it has none.
         groups: as in :class:`Examples`.
+        values: the text of each row's ``data.task-column``; empty: no column is divided.
     """
 
     contents: tuple[Content, ...]
@@ -103,12 +111,15 @@ class _Rows:
     labels: tuple[str, ...]
     classes: tuple[str, ...]
     groups: tuple[str, ...]
+    values: tuple[str, ...] = ()
 
     def examples(self, data: Data) -> Examples:
         """Return the rows with the position of each label among ``data.class_names``."""
         labels = positions(self.labels, data.class_names) or (0,) * len(self.contents)
+        known = {name: place for place, name in enumerate(data.divided)}
+        values = places(self.values, known, data.divided, "data.task-values", "value")
         white = data.white_level
-        return Examples(self.contents, labels, self.groups, (), self.names, white)
+        return Examples(self.contents, labels, self.groups, (), self.names, white, values)
 
 
 def _label(value: Any, classes: Sequence[str], data: Data, row: int) -> str:
@@ -122,6 +133,11 @@ def _label(value: Any, classes: Sequence[str], data: Data, row: int) -> str:
     if not text:
         raise DataError("data.label-column", f"{where}no label")
     return text
+
+
+def _text(value: Any) -> str:
+    """Return the text of a value of ``data.task-column``; an empty text: there is none."""
+    return "" if value is None or value != value else class_name(str(value))
 
 
 def _rows(
@@ -138,7 +154,8 @@ def _rows(
     classes = tuple(map(class_name, columns.classes.get(data.label_column, ())))
     labels = tuple(_label(label, classes, data, row) for row, label in enumerate(raw))
     groups = tuple(map(str, columns[data.client_column])) if natural else ()
-    return _Rows(contents, names, labels, classes, groups)
+    tasks = tuple(map(_text, columns[data.task_column])) if data.by_column else ()
+    return _Rows(contents, names, labels, classes, groups, tasks)
 
 
 def _as_bytes(content: Content) -> bytes:
@@ -168,7 +185,7 @@ def _check_test_split(data: Data) -> None:
 
 
 @lru_cache(maxsize=4)
-def _run_rows(data: Data) -> tuple[_Rows, _Rows | None]:
+def run_rows(data: Data) -> tuple[_Rows, _Rows | None]:
     """Return training and test rows of the run's dataset; None: the test rows are a share.
 
     Args:
@@ -183,8 +200,9 @@ def _run_rows(data: Data) -> tuple[_Rows, _Rows | None]:
     return train, _rows("data.name", *where, data.test_split, data)
 
 
-def _without_classes(data: Data) -> Data:
-    return replace(data, labels=AUTO, num_labels=0)
+def without_names(data: Data) -> Data:
+    """Return the dataset without the names that :func:`run_rows` does not depend on."""
+    return replace(data, labels=AUTO, num_labels=0, task_values=AUTO)
 
 
 def with_classes(data: Data) -> Data:
@@ -221,7 +239,7 @@ def with_classes(data: Data) -> Data:
 
 
 def _found_names(data: Data) -> tuple[str, ...]:
-    train, test = _run_rows(_without_classes(data))
+    train, test = run_rows(without_names(data))
     if train.classes:
         return train.classes
     require_classes(train.labels, data.label_column)
@@ -241,7 +259,7 @@ def split(data: Data) -> tuple[Examples, Examples]:
         DataError: if the dataset is missing, lacks a column or has an unusable row, or if the test
             split would be the training split.
     """
-    rows, test = _run_rows(_without_classes(data))
+    rows, test = run_rows(without_names(data))
     train = rows.examples(data)
     if test is not None:
         return train, test.examples(data)

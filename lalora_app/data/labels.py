@@ -8,7 +8,7 @@ boolean of a typed file is "True" or "False"; a file without types keeps its spe
 
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from lalora_app.settings.errors import DataError
 from lalora_app.settings.value_rules import class_name
@@ -103,6 +103,28 @@ def require_classes(labels: Sequence[str], column: str) -> None:
         )
 
 
+def places(
+    rows: Sequence[str], known: Mapping[str, int], names: Sequence[str], key: str, kind: str
+) -> tuple[int, ...]:
+    """Return the position of each row's name.
+
+    Args:
+        rows: the name in each row.
+        known: the position of each name, in every spelling.
+        names: the names, for an error.
+        key: the config key that lists the names.
+        kind: the kind of name in an error, such as "label".
+
+    Raises:
+        DataError: naming the first row whose name is unknown.
+    """
+    for row, name in enumerate(rows):
+        if name not in known:
+            wanted = f"must be one of {shown(names)}"
+            raise DataError(key, f": row {row} has {kind} {name!r}, which {wanted}")
+    return tuple(known[name] for name in rows)
+
+
 def positions(labels: Sequence[str], names: Sequence[str]) -> tuple[int, ...]:
     """Return the position of each row's label among the class names.
 
@@ -113,12 +135,5 @@ def positions(labels: Sequence[str], names: Sequence[str]) -> tuple[int, ...]:
         DataError: naming the first row whose label is none of the names.
     """
     known = {name: index for index, name in enumerate(names)}
-    if not any(map(is_integer, names)):
-        known |= {str(index): index for index in range(len(names))}
-    for row, label in enumerate(labels):
-        if label not in known:
-            raise DataError(
-                "data.labels",
-                f": row {row} has label {label!r}, which must be one of {shown(names)}",
-            )
-    return tuple(known[label] for label in labels)
+    digits = {} if any(map(is_integer, names)) else {str(i): i for i in range(len(names))}
+    return places(labels, known | digits, names, "data.labels", "label")

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 
+from lalora_app.aggregation import task_blocks
 from lalora_app.methods import alignment, optimizers, schedule
 from lalora_app.methods.head_rounds import after_head_rounds
 from lalora_app.methods.method import Method
@@ -131,6 +132,20 @@ def _check_server(config: Config, method: Method) -> None:
             )
 
 
+def _check_tasks(config: Config, method: Method) -> None:
+    """Check that a method with tasks of its own has those of the data.
+
+    Raises:
+        ConfigError: if its number of tasks is another one.
+    """
+    by_task = method.aggregate in (task_blocks.freeze_direction, task_blocks.freeze_subspace)
+    if config.has_tasks and by_task and config.rule.tasks != config.data.tasks:
+        raise ConfigError(
+            f"rule.tasks={config.rule.tasks} must be data.tasks={config.data.tasks} for method "
+            f"{config.method}, which freezes its factors at the end of a task"
+        )
+
+
 def _require_known(name: str) -> None:
     if name in REFUSED:
         raise ConfigError(f"method={json.dumps(name)} is refused: {REFUSED[name]}")
@@ -227,6 +242,7 @@ def method_of(config: Config) -> Method:
     check_central(config)
     check_secure_aggregation(config, linear=method.linear)
     _check_server(config, method)
+    _check_tasks(config, method)
     return after_head_rounds(method, config)
 
 

@@ -13,8 +13,10 @@ from typing import NotRequired, TypedDict, Unpack
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.budget import BudgetError, Limit, check_limit
 from lalora_app.privacy.ledger_entries import (
+    WHOLE,
     LedgerEntry,
     check_alone,
+    compositions,
     create,
     read_entries,
     releases_alone,
@@ -65,6 +67,7 @@ class Limits(TypedDict):
     per_day: NotRequired[int | None]
     alone: NotRequired[float | None]
     alone_limit: NotRequired[Limit | None]
+    part: NotRequired[str]
 
 
 class Ledger:
@@ -114,7 +117,7 @@ class Ledger:
             return read_entries(db, dataset, run)
 
     def releases(self, dataset: str, run: str | None = None) -> list[Release]:
-        """Return the releases of a dataset, in one run or in all (None)."""
+        """Return the releases of a dataset, of all its parts, in one run or in all (None)."""
         return releases_of(self.entries(dataset, run))
 
     def damage(self) -> str:
@@ -153,6 +156,7 @@ class Ledger:
         per_day: int | None = None,
         alone: float | None = None,
         alone_limit: Limit | None = None,
+        part: str = WHOLE,
     ) -> list[LedgerEntry]:
         """Check that :meth:`reserve` would not refuse, and write nothing.
 
@@ -172,6 +176,7 @@ class Ledger:
                 shared by the clients; None: all of it is the client's own.
             alone_limit: limit of ε-alone: of all lines of this dataset, each with the noise of its
                 upload alone; None: no limit.
+            part: the part of the dataset that the releases read; empty: all of it.
 
         Returns:
             The lines of the dataset with which the checks were made.
@@ -189,12 +194,14 @@ class Ledger:
             _check_run(own, max_rounds)
         if per_day is not None:
             _check_day(seen, datetime.now(UTC), per_day)
-        check_limit([*releases_of(own), *later], plan, run_limit, "run")
-        check_limit([*releases_of(seen), *later], plan, node_limit, "node")
-        if alone_limit is not None:
-            opened = plan if alone is None else replace(plan, noise_multiplier=alone)
-            past = [*releases_alone(seen), *later]
-            check_limit(past, opened, alone_limit, "node", "epsilon-alone")
+        for lines in compositions(own, part):
+            check_limit([*releases_of(lines), *later], plan, run_limit, "run")
+        opened = plan if alone is None else replace(plan, noise_multiplier=alone)
+        for lines in compositions(seen, part):
+            check_limit([*releases_of(lines), *later], plan, node_limit, "node")
+            if alone_limit is not None:
+                past = [*releases_alone(lines), *later]
+                check_limit(past, opened, alone_limit, "node", "epsilon-alone")
         return seen
 
     def reserve(
@@ -226,7 +233,8 @@ class Ledger:
             seen = self.check(dataset, run, release, **limits)
             now, name = datetime.now(UTC), uid or secrets.token_hex(16)
             alone = limits.get("alone")
-            entry = LedgerEntry(_stamp(now), dataset, run, round_, release, name, alone)
+            part = limits.get("part", WHOLE)
+            entry = LedgerEntry(_stamp(now), dataset, run, round_, release, name, alone, part)
             if self._append_after(seen, entry):
                 return Reservation(release)
 

@@ -1,15 +1,19 @@
 """The SQLite table of the ledger: its lines, and the upgrade of ledgers of older versions."""
 
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import product
+from math import prod
 
-from lalora_app.privacy.accounting import Release
+from lalora_app.privacy.accounting import Release, epsilon
 
+WHOLE = ""  # the part of a line that any example of the dataset may be in
 _COLUMNS = (
-    "time, dataset, run, round, sampling_rate, noise_multiplier, count, uid, alone_multiplier"
+    "time, dataset, run, round, sampling_rate, noise_multiplier, count, uid, alone_multiplier, part"
 )
+_MOST_CHOICES = 1_000  # of one part per division; with more, all parts are composed
 
 
 @dataclass(frozen=True)
@@ -26,6 +30,7 @@ class LedgerEntry:
         uid: the same in every copy of the ledger.
         alone: noise multiplier of the client's upload alone, for shared noise; None: the client's
             own noise is all of the noise, and an upload alone has ``release.noise_multiplier``.
+        part: the examples that the releases read: a division's name, "/" and a number; empty: all.
     """
 
     time: str
@@ -35,6 +40,7 @@ class LedgerEntry:
     release: Release
     uid: str
     alone: float | None = None
+    part: str = WHOLE
 
     @property
     def release_alone(self) -> Release:
@@ -57,6 +63,62 @@ def releases_alone(entries: Sequence[LedgerEntry]) -> list[Release]:
     Privacy: their ε holds whatever the server and the other clients do.
     """
     return [entry.release_alone for entry in entries]
+
+
+def may_share(one: str, other: str) -> bool:
+    """Return whether an example can be in both parts of a dataset.
+
+    Parts of one division are disjoint; parts of two divisions are not.
+    """
+    if not one or not other or one == other:
+        return True
+    return one.partition("/")[0] != other.partition("/")[0]
+
+
+def compositions(entries: Sequence[LedgerEntry], part: str = WHOLE) -> list[list[LedgerEntry]]:
+    """Return the lines that one example can have been in: a list per choice of a part per division.
+
+    Args:
+        entries: lines of one dataset.
+        part: only examples of this part.
+
+    Limit: without parts all lines in one list; with very many choices as well, which is never less.
+
+    Privacy: the ε of a dataset is the largest of the lists (parallel composition of disjoint data).
+    """
+    met = [entry for entry in entries if may_share(entry.part, part)]
+    divisions: dict[str, set[str]] = {}
+    for entry in met:
+        if entry.part:
+            divisions.setdefault(entry.part.partition("/")[0], set()).add(entry.part)
+    if prod(map(len, divisions.values())) > _MOST_CHOICES:
+        return [met]
+    choices = product(*(sorted(parts) for parts in divisions.values()))
+    return [[entry for entry in met if entry.part in (WHOLE, *chosen)] for chosen in choices]
+
+
+def parts_of(entries: Sequence[LedgerEntry]) -> dict[str, list[LedgerEntry]]:
+    """Return the lines of each part, with the lines of all examples; nothing without parts."""
+    names = sorted({entry.part for entry in entries if entry.part})
+    return {name: [e for e in entries if e.part in (WHOLE, name)] for name in names}
+
+
+ReleasesOf = Callable[[Sequence[LedgerEntry]], list[Release]]
+
+
+def worst_releases(
+    entries: Sequence[LedgerEntry], delta: float, of: ReleasesOf = releases_of
+) -> list[Release]:
+    """Return the releases of the example that has spent most, by its ε.
+
+    Args:
+        entries: lines of one dataset.
+        delta: δ of the ε.
+        of: :func:`releases_of` or :func:`releases_alone`.
+
+    Limit: without parts, the releases of all lines.
+    """
+    return max(map(of, compositions(entries)), key=lambda releases: epsilon(releases, delta))
 
 
 def share_noise(entries: Sequence[LedgerEntry]) -> bool:
@@ -82,8 +144,8 @@ def write_entry(db: sqlite3.Connection, entry: LedgerEntry) -> None:
     row = (entry.time, entry.dataset, entry.run, entry.round)
     numbers = (release.sampling_rate, release.noise_multiplier, release.count)
     db.execute(
-        f"INSERT INTO releases ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (*row, *numbers, entry.uid, entry.alone),
+        f"INSERT INTO releases ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (*row, *numbers, entry.uid, entry.alone, entry.part),
     )
 
 
@@ -103,8 +165,8 @@ def read_entries(
         (dataset, run),
     )
     return [
-        LedgerEntry(time, name, run_, round_, Release(q, z, count), uid, alone)
-        for time, name, run_, round_, q, z, count, uid, alone in rows
+        LedgerEntry(time, name, run_, round_, Release(q, z, count), uid, alone, part or WHOLE)
+        for time, name, run_, round_, q, z, count, uid, alone, part in rows
     ]
 
 
@@ -119,7 +181,8 @@ CREATE TABLE IF NOT EXISTS releases (
     noise_multiplier REAL NOT NULL,
     count INTEGER NOT NULL CHECK (count > 0),
     uid TEXT,
-    alone_multiplier REAL
+    alone_multiplier REAL,
+    part TEXT
 );
 CREATE INDEX IF NOT EXISTS releases_of ON releases (dataset, run);
 """
@@ -133,9 +196,9 @@ COMMIT;
 """
 
 
-# Columns that older ledgers lack. In their lines all noise was the client's own: alone_multiplier
-# is then NULL, as it is in new lines without shared noise.
-_ADDED = {"uid": "TEXT", "alone_multiplier": "REAL"}
+# Columns that older ledgers lack. In their lines all noise was the client's own and the releases
+# read all examples: alone_multiplier and part are then NULL.
+_ADDED = {"uid": "TEXT", "alone_multiplier": "REAL", "part": "TEXT"}
 
 
 def create(db: sqlite3.Connection) -> None:

@@ -172,6 +172,7 @@ def private_gradient(
     streams: RandomStreams,
     clipping: str = "flat",
     sum_dtype: torch.dtype | None = None,
+    expected_batch: float | None = None,
 ) -> NoisedGrads:
     """Compute one private gradient: the noised mean gradient of the model's active tensors.
 
@@ -190,6 +191,7 @@ def private_gradient(
         clipping: ``privacy.clipping``.
         sum_dtype: the number type of the sum over micro-batches and of the noise; None: that of
             the gradients. Batches of many thousand examples need float64.
+        expected_batch: the divisor of the noised sum; None: q·n.
 
     Raises:
         BudgetError: if the reservation has no release left; nothing is drawn in this case.
@@ -202,5 +204,5 @@ def private_gradient(
     indices = poisson_batch(len(data), q, streams.sampling)
     sums = _clipped_batch_sum(model, data, indices, clip_norm, micro_batch, clipping, sum_dtype)
     noise_std = noise_std_of(reservation, clip_norm)
-    expected = q * len(data)
+    expected = q * len(data) if expected_batch is None else expected_batch
     return add_noise(sums, noise_std=noise_std, expected_batch=expected, rng=streams.noise)

@@ -2,6 +2,7 @@
 
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -14,6 +15,7 @@ from lalora_app.results.run_folder import RunFolder
 from lalora_app.server.log_lines import AGGREGATED, START, TOO_FEW, RoundLine
 from lalora_app.server.strategy import FederatedLora
 from lalora_app.server_state.iterate_average import final_adapter
+from lalora_app.server_state.task_accuracy import KEY
 from lalora_app.settings.run_config import Config
 
 _log = logging.getLogger("flwr")
@@ -34,6 +36,7 @@ class AfterRound:
         test: encoded public test split.
         rows: history so far, one row per attempt; includes the sessions before a resume.
         started: start of this session on the monotonic clock, in seconds.
+        tasks: encoded public test examples of each task; empty: the run has no tasks.
     """
 
     config: Config
@@ -43,6 +46,7 @@ class AfterRound:
     test: Encoded
     rows: list[dict[str, Any]]
     started: float
+    tasks: Sequence[Encoded] = ()
     _earlier: float = field(init=False)  # seconds of the sessions before a resume
     _first_round: float = field(init=False)  # start of this session's first round
 
@@ -76,9 +80,24 @@ class AfterRound:
         self.model.load(final_adapter(state), state.drift)
         return self.model.evaluate(self.test.batches(_EVAL_BATCH))
 
+    def _task_scores(self) -> dict[str, list[float]]:
+        """Return the accuracy on each task so far, if this round was the last of a task."""
+        strategy, config = self.strategy, self.config
+        state, ended = strategy.state, strategy.attempts[-1].aggregated
+        last = config.rounds_of_task(state.round) == 1 or config.is_last(state.attempts)
+        if not self.tasks or not ended or not last:
+            return {}
+        self.model.load(final_adapter(state), state.drift)
+        seen = self.tasks[: config.open_task(state.round) + 1]
+        found = [self.model.evaluate(test.batches(_EVAL_BATCH))["accuracy"] for test in seen]
+        shown = " ".join(f"{accuracy:.4f}" for accuracy in found)
+        _log.info("LaLoRA task %d of %d ends: %s", len(seen), len(self.tasks), shown)
+        return {KEY: found}
+
     def _record(self, attempt: dict[str, Any], scores: Metrics) -> None:
         """Add the attempt to the history, save the checkpoint and log the round."""
-        self.rows.append({**attempt, **scores, "elapsed": self.elapsed()})
+        row = {**attempt, **scores, **self._task_scores(), "elapsed": self.elapsed()}
+        self.rows.append(row)
         self.folder.write_history(self.rows)
         self.folder.checkpoint(self.strategy.state)
         success = AGGREGATED if attempt["aggregated"] else TOO_FEW

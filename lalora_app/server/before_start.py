@@ -7,11 +7,13 @@ transformers.
 
 import math
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
-from lalora_app.data.examples import Examples, check_client, split, with_classes
+from lalora_app.data.examples import Examples, check_client, split
 from lalora_app.data.partition import clients_data
+from lalora_app.data.task_division import of_task, with_names
 from lalora_app.results.run_folder import check_writable
 from lalora_app.server.cohorts import planned_cohorts
 from lalora_app.settings.errors import ConfigError
@@ -84,12 +86,17 @@ def check_head_share(config: Config) -> None:
         )
 
 
-def check_epsilon(config: Config, sizes: list[int]) -> None:
+def task_sizes(config: Config, examples: Examples) -> list[int]:
+    """Return the number of a client's examples of each task; of all examples without tasks."""
+    return [len(of_task(examples, config, task)) for task in range(config.data.tasks)]
+
+
+def check_epsilon(config: Config, sizes: Sequence[Sequence[int]]) -> None:
     """Check that noise exists with which every client's releases stay within ``privacy.epsilon``.
 
     Args:
         config: the run's config.
-        sizes: the number of examples of each client.
+        sizes: (clients, tasks), the number of examples of each client and task.
 
     Raises:
         ConfigError: with the smallest possible ε of the run.
@@ -104,13 +111,17 @@ def check_epsilon(config: Config, sizes: list[int]) -> None:
     if math.isinf(privacy.epsilon):
         return
     check_head_share(config)
-    cohorts = planned_cohorts(config, len(sizes))[config.sums_classes(1) :]  # those with steps
-    rounds = Counter(client for cohort in cohorts for client in cohort)
+    rounds = Counter(
+        (client, config.open_task(t))
+        for t, cohort in enumerate(planned_cohorts(config, len(sizes)), start=1)
+        if not config.sums_classes(t)  # a round without steps
+        for client in cohort
+    )
     sums = class_sum_releases(config)
     largest: dict[int, float] = {}  # steps -> largest sampling rate; ε grows with both
-    for i, n in enumerate(sizes):
-        steps = rounds[i] * train.local_steps
-        largest[steps] = max(largest.get(steps, 0.0), train.rate(n))
+    for (client, task), count in rounds.items():
+        steps, q = count * train.local_steps, train.rate(sizes[client][task])
+        largest[steps] = max(largest.get(steps, 0.0), q)
     smallest, q, steps = max(
         (smallest_epsilon(privacy.delta, sampling_rate=q, steps=steps, past=sums), q, steps)
         for steps, q in largest.items()
@@ -135,14 +146,15 @@ def check_data(config: Config, clients: int) -> CheckedData:
     """
     check_clients(config, clients)
     check_writable(config.output)
-    config = replace(config, data=with_classes(config.data))
+    config = replace(config, data=with_names(config.data))
     train, test = split(config.data)
-    sizes = list(map(len, clients_data(config, clients)))
+    parts = clients_data(config, clients)
+    sizes = list(map(len, parts))
     if config.privacy.shared:
         Cohort.of(clients, config.privacy.colluding)
     for size in sizes:
         check_client(size, batch_size=config.train.fewest, delta=config.privacy.delta)
-    check_epsilon(config, sizes)
+    check_epsilon(config, [task_sizes(config, part) for part in parts])
     return CheckedData(config, train, test, sizes)
 
 

@@ -58,6 +58,13 @@ class Clients:
     ranks: Sequence[int] = ()
     model: Mapping[str, str] = field(default_factory=dict)
 
-    def rounds_left(self, client: int, attempt: int) -> int:
-        """Return the number of attempts from ``attempt`` (1, 2, ...) on that select this client."""
-        return sum(client in cohort for cohort in self.cohorts[attempt - 1 :])
+    def rounds_left(self, client: int, attempt: int, within: int | None = None) -> int:
+        """Return the number of attempts from ``attempt`` (1, 2, ...) on that select this client.
+
+        Args:
+            client: the client's index.
+            attempt: the first attempt that counts.
+            within: number of attempts that count; None: all until the end of the run.
+        """
+        end = None if within is None else attempt - 1 + within
+        return sum(client in cohort for cohort in self.cohorts[attempt - 1 : end])

@@ -9,6 +9,7 @@ from lalora_app.results.peft_export import export
 from lalora_app.results.run_folder import RunFolder
 from lalora_app.server.after_round import AfterRound
 from lalora_app.server.log_lines import result_text
+from lalora_app.server_state.task_accuracy import KEY, task_summary
 from lalora_app.settings.errors import first_line
 from lalora_app.settings.names import CLASS_MEANS
 from lalora_app.settings.run_config import Config, Privacy
@@ -35,6 +36,7 @@ def _summary(config: Config, rows: list[dict[str, Any]], seconds: float) -> dict
         "method": config.method,
         "rounds": sum(row["aggregated"] for row in rows),
         **scores_in_row(last),
+        **task_summary(rows),
         "epsilon_max": last["epsilon_max"],
         **_alone(last),
         "delta": config.privacy.delta,
@@ -59,6 +61,12 @@ def _class_sums(config: Config) -> dict[str, Any]:
     return {"class_sums": text}
 
 
+def _composition(config: Config) -> str:
+    """Return which releases the ε of a run counts."""
+    of_tasks = ", of each task by itself, since an example is in one task" * config.has_tasks
+    return f"all rounds of this run{of_tasks}; other runs on the same data: lalora ledger show"
+
+
 def _privacy_report(config: Config, rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "private": config.privacy.private,
@@ -74,7 +82,7 @@ def _privacy_report(config: Config, rows: list[dict[str, Any]]) -> dict[str, Any
         "noise": config.privacy.noise,
         "secure_aggregation": config.secure_aggregation,
         "participation": "balanced; no amplification by client sampling is claimed",
-        "composition": "all rounds of this run; other runs on the same data: lalora ledger show",
+        "composition": _composition(config),
         "not_covered": "hyper-parameter tuning, floating-point noise, timing side channels",
     }
 
@@ -113,6 +121,14 @@ def finish(after_round: AfterRound) -> None:
         _log.info("LaLoRA %s", result_text(label, value))
 
 
+def _by_task(summary: dict[str, Any]) -> dict[str, str]:
+    """Return the line on the tasks of a run; nothing without tasks."""
+    if KEY not in summary:
+        return {}
+    numbers = ("average_accuracy", "forgetting", "backward_transfer")
+    return {"tasks": "  ".join(f"{name.replace('_', ' ')} {summary[name]:.4f}" for name in numbers)}
+
+
 def _results(folder: RunFolder, summary: dict[str, Any], *, private: bool) -> dict[str, str]:
     """Return the last lines of a run's log: label -> text."""
     up, down = (summary[f"{way}_bytes_per_round"] for way in ("upload", "download"))
@@ -121,6 +137,7 @@ def _results(folder: RunFolder, summary: dict[str, Any], *, private: bool) -> di
     return {
         "folder": str(folder.path),
         "quality": format_scores(scores_in_row(summary)),
+        **_by_task(summary),
         "privacy": f"largest client epsilon {summary['epsilon_max']:.2f} "
         f"at delta {summary['delta']:g}{alone}{warning}",
         "bytes": f"{up:,.0f} up, {down:,.0f} down, per client and round",

@@ -96,12 +96,15 @@ class FederatedLora(Strategy):
 
     def train_request(self, client: int) -> messages.TrainRequest:
         """Return the next attempt's order to a client of its cohort."""
-        attempt = self.state.attempts + 1
+        attempt, t = self.state.attempts + 1, self.state.round + 1
+        steps = self.config.train.local_steps
+        within = self.config.rounds_of_task(t)
         return messages.TrainRequest(
             run=self.run,
-            round=self.state.round + 1,
+            round=t,
             attempt=attempt,
-            steps_left=self.config.train.local_steps * self.clients.rounds_left(client, attempt),
+            steps_left=steps * self.clients.rounds_left(client, attempt),
+            task_steps_left=steps * self.clients.rounds_left(client, attempt, within),
             versions=self.state.versions,
         )
 

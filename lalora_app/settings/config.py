@@ -104,6 +104,20 @@ class Config:
         """Tell whether clients release class sums in round ``t`` (from 1), and take no step."""
         return t == 1 and self.model.head == CLASS_MEANS
 
+    @property
+    def has_tasks(self) -> bool:
+        """Whether each block of rounds has examples of its own."""
+        return self.data.tasks > 1
+
+    def open_task(self, t: int) -> int:
+        """Return the number of the task (from 0) whose examples train in round ``t`` (from 1)."""
+        return (t - 1) * self.data.tasks // self.num_server_rounds
+
+    def rounds_of_task(self, t: int) -> int:
+        """Return the number of rounds from ``t`` to the end of its block, with round ``t``."""
+        ends = range(t, self.num_server_rounds + 1)
+        return sum(self.open_task(later) == self.open_task(t) for later in ends)
+
     def is_evaluated(self, attempt: int) -> bool:
         """Tell whether the test split is evaluated after this attempt (0: before the first)."""
         return attempt % self.evaluate_every == 0 or self.is_last(attempt)

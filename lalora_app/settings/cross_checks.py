@@ -5,7 +5,7 @@ import math
 
 from lalora_app.settings.config import Config
 from lalora_app.settings.errors import ConfigError
-from lalora_app.settings.names import AUTO, CLASS_MEANS
+from lalora_app.settings.names import AUTO, CLASS_MEANS, NONE
 from lalora_app.settings.sections import BY_LABEL
 
 
@@ -121,6 +121,53 @@ def _check_shared(config: Config) -> None:
         )
 
 
+def _check_tasks(config: Config) -> None:
+    """Check the laws of blocks of rounds that have examples of their own.
+
+    An example trains in one block, so releases of all examples, the class sums, have no place.
+    A client may have few examples of a task, so its batch has an expected size, not a rate.
+    """
+    data = config.data
+    if not config.has_tasks:
+        _require_no_task_keys(config)
+        return
+    law = f"for data.tasks={data.tasks}: an example trains in the rounds of its own task only"
+    if config.model.head == CLASS_MEANS:
+        raise ConfigError(f'model.head="{CLASS_MEANS}" must be another start {law}')
+    for key, value, only in (
+        ("train.head-rounds", config.train.head_rounds, 0),
+        ("train.sampling-rate", config.train.sampling_rate, 0.0),
+        ("privacy.noise-share", config.privacy.noise_share, "own"),
+    ):
+        if value != only:
+            raise ConfigError(f"{key}={json.dumps(value)} must be {json.dumps(only)} {law}")
+    if config.num_server_rounds < data.tasks:
+        raise ConfigError(
+            f"num-server-rounds={config.num_server_rounds} must be at least "
+            f"data.tasks={data.tasks}, one round per task"
+        )
+    if data.label_column == NONE and not data.by_column:
+        raise ConfigError(
+            f'data.task-column="none" must name a column for data.tasks={data.tasks} with '
+            'data.label-column="none": there are no classes to divide'
+        )
+
+
+def _require_no_task_keys(config: Config) -> None:
+    """Check that a run without tasks divides nothing."""
+    data = config.data
+    for key, value, only in (
+        ("task-column", data.task_column, NONE),
+        ("task-values", data.task_values, AUTO),
+        ("task-order", data.task_order, "listed"),
+    ):
+        if value != only:
+            raise ConfigError(
+                f'data.{key}="{value}" must be "{only}" for data.tasks=1: there is nothing to '
+                "divide"
+            )
+
+
 def check_together(config: Config) -> None:
     """Check the keys whose laws depend on other keys.
 
@@ -141,6 +188,7 @@ def check_together(config: Config) -> None:
     _check_views(config)
     _check_server(config)
     _check_shared(config)
+    _check_tasks(config)
     if config.train.momentum > 0 and config.train.optimizer != "sgd":
         raise ConfigError(
             f"train.momentum={config.train.momentum} must be 0 for optimizer "

@@ -44,7 +44,12 @@ __all__ = [  # the sections of a run config are imported from here, beside Confi
 
 Scalar = str | int | float | bool
 # Values that a run replaces by what it finds in its data; its config.toml holds the latter.
-OPEN: dict[str, Scalar] = {"data.labels": AUTO, "data.num-labels": 0, "train.union-size": 0}
+OPEN: dict[str, Scalar] = {
+    "data.labels": AUTO,
+    "data.num-labels": 0,
+    "data.task-values": AUTO,
+    "train.union-size": 0,
+}
 T = TypeVar("T")
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from lalora_app.settings.names import AUTO, CLASS_MEANS
+from lalora_app.settings.names import AUTO, CLASS_MEANS, NONE
 from lalora_app.settings.value_rules import (
     LAST,
     are_ranks,
@@ -190,6 +190,24 @@ class Data:
     client_column: str = non_empty(
         meaning="Column that names the owner of an example, for `natural-id`."
     )
+    tasks: int = count(
+        meaning="Number of tasks that come one after the other, each in a block of rounds with "
+        "examples of its own; 1: all examples in every round ([tasks](tasks.md))."
+    )
+    task_column: str = non_empty(
+        meaning="Column whose values are divided among `data.tasks`, such as `domain`; `none` "
+        "divides the classes."
+    )
+    task_values: str = class_list(
+        meaning="Values of `data.task-column` in the order of the tasks, such as `books,films`, or "
+        "a JSON list; `auto` takes those of the public data, sorted."
+    )
+    task_order: str = one_of(
+        "listed",
+        "seeded",
+        meaning="Order in which classes or values are dealt to the tasks: as they are listed, or "
+        "shuffled by `seed`.",
+    )
     public_size: bool = switch(
         meaning="In simulation, allow clients to send their number of examples. A client with "
         "its own data decides in its node config."
@@ -201,3 +219,15 @@ class Data:
         if self.labels == AUTO:
             return tuple(map(str, range(self.num_labels)))
         return class_names_in(self.labels)
+
+    @property
+    def by_column(self) -> bool:
+        """Whether the tasks divide the values of a column, and not the classes."""
+        return self.task_column != NONE
+
+    @property
+    def divided(self) -> tuple[str, ...]:
+        """What the tasks divide, as it is listed; nothing while ``task_values`` is "auto"."""
+        if not self.by_column:
+            return self.class_names
+        return () if self.task_values == AUTO else class_names_in(self.task_values)

@@ -58,13 +58,14 @@ def _measure(launch: Launch, place: "Place") -> _Measured:
     if place.gpu:
         os.environ["CUDA_VISIBLE_DEVICES"] = place.gpu  # before CUDA is used for the first time
     from lalora_app.client.trial_step import limit_threads, measure_step
-    from lalora_app.data.examples import split, with_classes
+    from lalora_app.data.examples import split
+    from lalora_app.data.task_division import with_names
     from lalora_app.methods.compatibility import method_of
     from lalora_app.models.backbone import build
     from lalora_app.simulation.traffic import traffic
 
     limit_threads(place.threads)
-    config = replace(launch.config, data=with_classes(launch.config.data))
+    config = replace(launch.config, data=with_names(launch.config.data))
     train, test = split(config.data)
     config = replace(config, train=replace(config.train, **_batch(config, len(train), launch)))
     model, start = build(config)

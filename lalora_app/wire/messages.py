@@ -60,6 +60,7 @@ class TrainRequest:
         round: t, from 1, the number of successful aggregations plus one; it sets the phase.
         attempt: the number of requested rounds, with this one; it seeds repeatable runs.
         steps_left: the local steps planned for this client until the end of the run.
+        task_steps_left: the same until the end of the open task; without tasks of the run.
         versions: the number of aggregations of each factor.
     """
 
@@ -67,11 +68,13 @@ class TrainRequest:
     round: int
     attempt: int
     steps_left: int
+    task_steps_left: int
     versions: Mapping[Factor, int]
 
     def record(self) -> ConfigRecord:
         """Return the order as a record."""
         numbers = {"round": self.round, "attempt": self.attempt, "steps-left": self.steps_left}
+        numbers["task-steps-left"] = self.task_steps_left
         versions = {f"version-{factor}": count for factor, count in self.versions.items()}
         return ConfigRecord({"run": self.run, **numbers, **versions})
 
@@ -100,12 +103,13 @@ def parse_request(content: RecordDict, config: Config) -> TrainRequest:
     run = record.get("run")
     if not isinstance(run, str) or not _RUN_NAME.fullmatch(run):
         raise WireError(f"run={run!r} must be a plain name")
-    rounds = config.num_server_rounds
+    rounds, steps = config.num_server_rounds, config.num_server_rounds * config.train.local_steps
     return TrainRequest(
         run=run,
         round=count_of(record, "round", 1, rounds),
         attempt=count_of(record, "attempt", 1, rounds),
-        steps_left=count_of(record, "steps-left", 1, rounds * config.train.local_steps),
+        steps_left=count_of(record, "steps-left", 1, steps),
+        task_steps_left=count_of(record, "task-steps-left", 1, steps),
         versions={f: count_of(record, f"version-{f}", 0, rounds) for f in ("A", "B")},
     )
 

@@ -19,6 +19,9 @@ REFUSALS = {
     "data.client-column": "the client column must exist, with a value for each client",
     "data.partitioner": "data.partitioner must be able to divide the examples among the clients",
     "data.labels": "every row must have a label, and data.labels must name it",
+    "data.task-column": "the column of the tasks must exist",
+    "data.task-values": "every row must have a value in the column of the tasks, and "
+    "data.task-values must name it",
     "data.test-fraction": "data.test-fraction must leave at least one training and one test "
     "example",
     "data.test-split": "data.test-split must not be the training split; a single file has "

@@ -34,7 +34,7 @@ def refusal(config, node, kind):
     """Send a client a message without tensors; return its refusal, if it is one."""
     grid = FakeGrid(config, [node])
     ((name, context),) = grid.contexts.items()
-    order = messages.TrainRequest("run", 1, 1, 1, {"A": 0, "B": 0}).record()
+    order = messages.TrainRequest("run", 1, 1, 1, 1, {"A": 0, "B": 0}).record()
     run = messages.run_config(flatten(config))
     model = model_record({"weights": "0" * 64})
     content = RecordDict({messages.RUN_CONFIG: run, messages.CONFIG: order, MODEL: model})

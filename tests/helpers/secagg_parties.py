@@ -14,7 +14,7 @@ from lalora_app.wire.messages import TrainRequest
 from lalora_app.wire.tensors import WireError
 
 FIRST_NODE = 100
-REQUEST = TrainRequest("run-1", 1, 1, 1, {"A": 0, "B": 0})
+REQUEST = TrainRequest("run-1", 1, 1, 1, 1, {"A": 0, "B": 0})
 
 
 def fresh_context() -> Context:

@@ -258,6 +258,7 @@ ATTACKS = {
     "a million rounds": ({"num-server-rounds": 10**6}, {}, ("policy",)),
     "a billion steps a round": ({"train.local-steps": 10**9}, {}, ("policy",)),
     "more steps than its run has": ({}, {"steps-left": 10**6}, ("request",)),
+    "more steps of a task than its run has": ({}, {"task-steps-left": 10**6}, ("request",)),
     "a round after the last": ({}, {"round": 10**6}, ("request",)),
     "another method": ({"method": "dp-lora"}, {}, ("policy",)),
     "another model": ({"model.name": "timm:resnet18"}, {}, ("policy",)),

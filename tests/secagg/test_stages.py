@@ -66,7 +66,7 @@ class Table:
         model, start = backbone.build(self.config)
         sources = range(CLIENTS) if sources is None else sources
         sealed = {s: self.shares[s][client] for s in sources if s != client} if self.shares else {}
-        order = messages.TrainRequest("run-1", 1, attempt, 2, {"A": 0, "B": 0}).record()
+        order = messages.TrainRequest("run-1", 1, attempt, 2, 2, {"A": 0, "B": 0}).record()
         records = {
             messages.ARRAYS: tensors.to_record(start),
             messages.CONFIG: order,

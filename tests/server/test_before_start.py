@@ -95,7 +95,7 @@ def test_the_smallest_epsilon_is_that_of_the_client_with_the_largest_rate_and_mo
     keys = {"fraction-train": fraction, "num-server-rounds": 4, "train.local-steps": 3}
     config = tiny(**keys | {"train.batch-size": 8, "privacy.delta": 1e-5, "privacy.epsilon": 1e-6})
     with pytest.raises(ConfigError) as caught:
-        check_epsilon(config, [200, 80])
+        check_epsilon(config, [[200], [80]])
     steps = round(12 * fraction)
     smallest = smallest_epsilon(1e-5, sampling_rate=0.1, steps=steps)
     told = float(str(caught.value).split("at least ")[1].split(",")[0])
@@ -108,4 +108,4 @@ def test_the_smallest_epsilon_is_that_of_the_client_with_the_largest_rate_and_mo
 
 
 def test_without_a_budget_there_is_no_smallest_epsilon(tiny):
-    check_epsilon(tiny(**{"privacy.epsilon": math.inf}), [1])
+    check_epsilon(tiny(**{"privacy.epsilon": math.inf}), [[1]])

@@ -101,7 +101,7 @@ def test_a_request_holds_the_whole_adapter_and_its_order():
             noisy(0),
         )
         order = messages.parse_request(request.content, strategy.config)
-        assert order == messages.TrainRequest("run-1", 1, 1, 12, {"A": 0, "B": 0})
+        assert order == messages.TrainRequest("run-1", 1, 1, 12, 12, {"A": 0, "B": 0})
 
 
 def test_only_the_cohort_is_asked_and_its_steps_are_counted_down():

@@ -54,6 +54,7 @@ def order(**changes):
         "round": 2,
         "attempt": 3,
         "steps-left": 4,
+        "task-steps-left": 4,
         "version-A": 0,
         "version-B": 1,
     }
@@ -211,7 +212,12 @@ def test_upload_of_la_lora_is_b_and_head_to_the_byte(tiny):
 
 def test_request_survives_the_wire():
     sent = TrainRequest(
-        run="la-lora-1", round=3, attempt=4, steps_left=12, versions={"A": 1, "B": 2}
+        run="la-lora-1",
+        round=3,
+        attempt=4,
+        steps_left=12,
+        task_steps_left=12,
+        versions={"A": 1, "B": 2},
     )
     content = answer(RecordDict({messages.CONFIG: sent.record()})).content
     assert messages.parse_request(content, RUN) == sent
@@ -231,7 +237,10 @@ def test_a_run_name_is_a_plain_name(run):
 
 @pytest.mark.parametrize(
     ("key", "smallest"),
-    [("round", 1), ("attempt", 1), ("steps-left", 1), ("version-A", 0), ("version-B", 0)],
+    [
+        *(("round", 1), ("attempt", 1), ("steps-left", 1), ("task-steps-left", 1)),
+        *(("version-A", 0), ("version-B", 0)),
+    ],
 )
 def test_numbers_of_a_request(key, smallest):
     assert messages.parse_request(order(**{key: smallest}), RUN)
@@ -244,7 +253,7 @@ def test_numbers_of_a_request(key, smallest):
     ("key", "largest"),
     [
         *(("round", ROUNDS), ("attempt", ROUNDS), ("steps-left", ROUNDS * STEPS)),
-        *(("version-A", ROUNDS), ("version-B", ROUNDS)),
+        *(("task-steps-left", ROUNDS * STEPS), ("version-A", ROUNDS), ("version-B", ROUNDS)),
     ],
 )
 def test_a_request_keeps_to_the_runs_own_number_of_rounds(key, largest):
@@ -267,7 +276,9 @@ values = st.one_of(
     scalars,
     *(st.lists(kind, max_size=3) for kind in (st.integers(), st.text(max_size=5), st.booleans())),
 )
-keys = st.sampled_from(["run", "round", "attempt", "steps-left", "version-A", "version-B", "x"])
+keys = st.sampled_from(
+    ["run", "round", "attempt", "steps-left", "task-steps-left", "version-A", "version-B", "x"]
+)
 
 
 @fuzz
@@ -279,9 +290,9 @@ def test_any_request_is_read_or_a_wire_error(changes):
     except WireError as error:
         assert any(str(error).startswith(f"{key}=") for key in changes)  # noqa: PT017
         return
-    numbers = (request.round, request.attempt, request.steps_left, *request.versions.values())
-    assert all(type(n) is int for n in numbers)
-    assert min(request.round, request.attempt, request.steps_left) >= 1
+    counts = (request.round, request.attempt, request.steps_left, request.task_steps_left)
+    assert all(type(n) is int for n in (*counts, *request.versions.values()))
+    assert min(counts) >= 1
     assert set(request.versions) == {"A", "B"}
     assert min(request.versions.values()) >= 0
     assert Path("folder", request.run).parent == Path("folder")
