@@ -123,7 +123,7 @@ MUTANTS = {
     ),
     "realised batch size": Mutant(
         "private_step/step.py",
-        "    expected = q * len(data)\n",
+        "    expected = q * len(data) if expected_batch is None else expected_batch\n",
         "    expected = max(len(indices), 1)\n",
         "tests/private_step/test_mechanism.py::test_the_sum_is_divided_by_the_expected_and_not_by_the_realised_batch",
     ),
@@ -204,10 +204,10 @@ MUTANTS = {
     ),
     "empty batches skipped": Mutant(
         "private_step/step.py",
-        "    noise_std = noise_std_of(reservation, clip_norm)\n    expected = q * len(data)\n",
-        "    noise_std = noise_std_of(reservation, clip_norm)\n    expected = q * len(data)\n"
+        "    noise_std = noise_std_of(reservation, clip_norm)\n    expected =",
+        "    noise_std = noise_std_of(reservation, clip_norm)\n"
         "    if not len(indices):\n"
-        "        return NoisedGrads(sums)\n",
+        "        return NoisedGrads(sums)\n    expected =",
         "tests/private_step/test_mechanism.py::test_an_empty_batch_is_pure_noise_and_uses_up_a_reservation",
     ),
     "non-finite examples scaled": Mutant(
@@ -515,20 +515,20 @@ MUTANTS = {
     ),
     "shared noise: opened uploads composed with the noise of the sums": Mutant(
         "privacy/ledger.py",
-        "            past = [*releases_alone(seen), *later]\n",
-        "            past = [*releases_of(seen), *later]\n",
+        "                past = [*releases_alone(lines), *later]\n",
+        "                past = [*releases_of(lines), *later]\n",
         "tests/privacy/test_two_epsilons.py::test_the_limit_alone_holds_over_all_runs_each_release_with_its_own_noise",
     ),
     "shared noise: the next upload counted with the noise of the sum": Mutant(
         "privacy/ledger.py",
-        "            opened = plan if alone is None else replace(plan, noise_multiplier=alone)\n",
-        "            opened = plan\n",
+        "        opened = plan if alone is None else replace(plan, noise_multiplier=alone)\n",
+        "        opened = plan\n",
         "tests/privacy/test_two_epsilons.py::test_a_run_that_would_exceed_the_limit_alone_later_is_refused_at_its_first_round",
     ),
     "shared noise: the noise of an upload alone is not written": Mutant(
         "privacy/ledger_entries.py",
-        "(*row, *numbers, entry.uid, entry.alone)",
-        "(*row, *numbers, entry.uid, None)",
+        "(*row, *numbers, entry.uid, entry.alone, entry.part)",
+        "(*row, *numbers, entry.uid, None, entry.part)",
         "tests/privacy/test_two_epsilons.py::test_the_file_holds_both_multipliers_and_none_for_own_noise",
     ),
     "shared noise: more noise for an upload than for its sum": Mutant(
@@ -614,6 +614,30 @@ MUTANTS = {
         "[self.epsilon_upper if r.promise is None else r.promise for r in self.rows]",
         "[self.epsilon_upper for _ in self.rows]",
         "tests/audit/test_shared_audit.py::test_a_row_with_a_promise_of_its_own_is_judged_by_it",
+    ),
+    "an example of another task": Mutant(
+        "data/task_division.py",
+        "    return examples.take([row for row, place in enumerate(places) if tasks[place] == task])\n",
+        "    return examples\n",
+        "tests/whole_app/test_tasks.py::test_a_round_trains_on_the_examples_of_its_own_task_only",
+    ),
+    "parts of two divisions taken for disjoint": Mutant(
+        "privacy/ledger_entries.py",
+        '    return one.partition("/")[0] != other.partition("/")[0]\n',
+        "    return False\n",
+        "tests/privacy/test_ledger_parts.py::test_the_limit_of_a_node_counts_its_worst_part_over_all_runs",
+    ),
+    "an order of classes missing in a division's name": Mutant(
+        "data/task_division.py",
+        "json.dumps([self.column, self.values, self.tasks])",
+        "json.dumps([self.column, sorted(self.values), self.tasks])",
+        "tests/data/test_task_division.py::test_the_name_of_a_division_covers_column_values_their_order_and_tasks",
+    ),
+    "one task open in all rounds": Mutant(
+        "client/received_round.py",
+        "site.in_round(config, request.round)",
+        "site.in_round(config, 1)",
+        "tests/whole_app/test_tasks.py::test_each_block_has_its_own_noise_and_epsilon_is_that_of_the_worst_part",
     ),
 }
 HELPERS = {

@@ -1,0 +1,293 @@
+"""Runs with tasks over time: each block of rounds has examples, releases and noise of its own."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+
+from conftest import written
+from helpers.app_runs import (
+    DELTA,
+    EPSILON,
+    INF,
+    arrays,
+    by_dataset,
+    crash_before,
+    fresh,
+    interrupted,
+    ledger_entries,
+    local_steps,
+    run,
+    same_bits,
+    sized,
+)
+from helpers.fake_grid import FakeGrid
+from lalora_app import server_app
+from lalora_app.adapter.factors import kind
+from lalora_app.audit.one_audit import FAST, REAL, AuditRequest
+from lalora_app.client import local_round
+from lalora_app.data.examples import split
+from lalora_app.data.task_division import division_of, of_task
+from lalora_app.models.backbone import build
+from lalora_app.privacy.accounting import Release, calibrate, epsilon, second_epsilon
+from lalora_app.privacy.ledger import Reservation
+from lalora_app.privacy.ledger_entries import compositions, worst_releases
+from lalora_app.privacy.randomness import seeded
+from lalora_app.private_step.step import RandomStreams
+from lalora_app.settings.errors import ConfigError
+from lalora_app.wire.refusals import REFUSALS
+
+pytestmark = pytest.mark.usefixtures("no_waiting", "no_report")
+TASKS = {"data.tasks": 2, "data.labels": "0,1", "num-server-rounds": 4}
+ONE_CLASS_EACH = {"data.partitioner": "pathological", "data.classes-per-client": 1}
+
+
+def tasks(**changes):
+    return sized(**TASKS | {"method": "dp-lora"} | changes)
+
+
+@pytest.fixture
+def trained_on(monkeypatch):
+    """(round, labels of the examples) of every client's round, in order."""
+    seen = []
+    honest = local_round.run_round
+
+    def spy(model, data, start, drift, **options):
+        seen.append((options["local"].t, data.labels))
+        return honest(model, data, start, drift, **options)
+
+    monkeypatch.setattr(local_round, "run_round", spy)
+    return seen
+
+
+def test_a_round_trains_on_the_examples_of_its_own_task_only(tiny, trained_on):
+    config = tiny(**tasks(**{"data.task-order": "seeded", "seed": 1}))
+    run(config)
+    classes = [set(division_of(config).values_of(task)) for task in range(2)]
+    assert classes[0] | classes[1] == {"0", "1"}
+    assert [t for t, _ in trained_on] == [1, 1, 2, 2, 3, 3, 4, 4]
+    for t, labels in trained_on:
+        assert {str(label) for label in labels} == classes[(t - 1) // 2]
+    whole = split(config.data)[0]
+    first = [labels for t, labels in trained_on if t == 1]
+    second = [labels for t, labels in trained_on if t == 3]
+    assert sum(map(len, first)) + sum(map(len, second)) == len(whole)
+
+
+def test_each_block_has_its_own_noise_and_epsilon_is_that_of_the_worst_part(tiny):
+    config = tiny(**tasks())
+    done = run(config)
+    for lines in by_dataset(ledger_entries()).values():
+        parts = [entry.part for entry in lines]
+        assert parts == [division_of(config).part(task) for task in (0, 0, 1, 1)]
+        for block in (lines[:2], lines[2:]):
+            rate = block[0].release.sampling_rate
+            noise = calibrate(EPSILON, DELTA, sampling_rate=rate, steps=4)
+            assert [entry.release for entry in block] == [Release(rate, noise, 2)] * 2
+            spent = [entry.release for entry in block]
+            assert 0.98 * EPSILON < epsilon(spent, DELTA) <= EPSILON
+            assert second_epsilon(spent, DELTA) <= 1.01 * EPSILON + 0.004
+        assert len(compositions(lines)) == 2
+        worst = epsilon(worst_releases(lines, DELTA), DELTA)
+        assert worst <= EPSILON < epsilon([entry.release for entry in lines], DELTA)
+    assert EPSILON - 0.01 < done.json("summary.json")["epsilon_max"] <= EPSILON + 0.01
+    assert "of each task by itself" in done.json("privacy.json")["composition"]
+
+
+def test_a_repeated_round_does_not_exceed_the_budget_of_its_task(tiny):
+    def lose_round_3(attempt, partition, reply):
+        return None if attempt == 3 and partition == 0 else reply
+
+    config = tiny(**tasks(**{"num-server-rounds": 5}))
+    done = run(config, fault=lose_round_3)
+    assert [row["round"] for row in done.rows] == [1, 2, 3, 3, 4]
+    for lines in by_dataset(ledger_entries()).values():
+        assert epsilon(worst_releases(lines, DELTA), DELTA) <= EPSILON
+
+
+def test_history_and_summary_hold_the_accuracy_of_every_task_so_far(tiny):
+    config = tiny(**tasks())
+    done = run(config)
+    found = [row.get("task_accuracy") for row in done.rows]
+    assert found[0] is found[2] is None
+    assert [len(found[1]), len(found[3])] == [1, 2]
+    test = split(config.data)[1]
+    sizes = [len(of_task(test, config, task)) for task in range(2)]
+    mean = np.average(found[3], weights=sizes)
+    assert mean == pytest.approx(done.rows[3]["accuracy"])
+    summary = done.json("summary.json")
+    assert summary["task_accuracy"] == [found[1], found[3]]
+    assert summary["average_accuracy"] == pytest.approx(sum(found[3]) / 2)
+    assert summary["forgetting"] == pytest.approx(found[1][0] - found[3][0])
+    assert summary["backward_transfer"] == -summary["forgetting"]
+
+
+@pytest.mark.parametrize("attempt", [2, 3, 4])
+def test_a_resumed_run_goes_on_with_the_task_that_was_open(tiny, tmp_path, monkeypatch, attempt):
+    keys = tasks(**{"privacy.noise": "seeded", "method": "la-lora"})
+    whole = run(fresh(tiny, tmp_path, monkeypatch, "whole", **keys))
+    begun = fresh(tiny, tmp_path, monkeypatch, "begun", **keys)
+    _, later = interrupted(begun, 2, before=crash_before(attempt))
+    done = run(later)
+    assert same_bits(done.adapter, whole.adapter)
+    assert done.json("summary.json")["task_accuracy"] == whole.json("summary.json")["task_accuracy"]
+
+
+def test_a_client_without_examples_of_a_task_sends_noise_alone(tiny):
+    sgd = {"train.optimizer": "sgd", "train.lr-a": 1.0, "train.lr-b": 1.0, "train.lr-head": 1.0}
+    config = tiny(**tasks(**ONE_CLASS_EACH, **sgd, **{"num-server-rounds": 2}))
+    done = run(config)
+    empty = [e.partition for e in done.grid.trained(2)]
+    parts = {name: lines for name, lines in by_dataset(ledger_entries()).items()}
+    assert len(parts) == 2
+    rates = sorted(tuple(e.release.sampling_rate for e in lines) for lines in parts.values())
+    assert [1.0 in rate for rate in rates] == [True, True]  # each has no example of one task
+    assert len(empty) == 2
+    for exchange in done.grid.trained():
+        lines = parts[next(n for n in parts if n.endswith(f"{exchange.partition}/2"))]
+        release = lines[exchange.attempt - 1].release
+        if release.sampling_rate < 1:
+            continue
+        sent = arrays(exchange.reply)
+        moved = np.concatenate([(sent[n] - exchange.start[n]).ravel() for n in sent])
+        # two steps at rate 1, each with noise of z·C over the batch size
+        std = math.sqrt(2) * release.noise_multiplier / config.train.batch_size
+        assert moved.std() == pytest.approx(std, rel=0.1)
+        assert abs(moved.mean()) < 4 * std / math.sqrt(moved.size)
+
+
+def test_without_noise_a_client_without_examples_sends_what_it_received(tiny):
+    config = tiny(**tasks(**ONE_CLASS_EACH, **{"privacy.epsilon": INF, "train.optimizer": "sgd"}))
+    done = run(config)
+    still = [
+        same_bits(arrays(e.reply), {n: e.start[n] for n in arrays(e.reply)})
+        for e in done.grid.trained()
+    ]
+    assert sum(still) == 4  # one of two clients in each of four rounds
+
+
+def test_few_examples_count_as_much_as_those_of_a_full_batch(tiny):
+    """With 3 examples a batch of 12 divides their sum by 12, and not by 3."""
+    config = tiny(**tasks(**{"privacy.epsilon": INF, "train.optimizer": "sgd"}))
+    model, start = build(config)
+    whole = split(config.data)[0]
+    data = model.encode(whole.take([0, 1, 2]))
+    results = []
+    for batch, rates in ((12, 1.0), (3, 0.25)):
+        changed = tiny(
+            **tasks(
+                **{
+                    "privacy.epsilon": INF,
+                    "train.optimizer": "sgd",
+                    "train.batch-size": batch,
+                    "train.lr-a": rates,
+                    "train.lr-b": rates,
+                    "train.lr-head": rates,
+                }
+            )
+        )
+        assert changed.train.rate(3) == 1.0
+        reservation = Reservation(Release(1.0, 0.0, 2))
+        streams = RandomStreams(seeded(0, "sampling"), seeded(0, "noise"))
+        local = local_steps(changed)
+        results.append(
+            local_round.run_round(
+                model, data, start, {}, local=local, reservation=reservation, streams=streams
+            )
+        )
+    for name in results[0]:
+        assert np.allclose(results[0][name], results[1][name], atol=1e-6)
+    assert any(not np.array_equal(results[0][n], start[n]) for n in start if kind(n) == "head")
+
+
+@pytest.mark.parametrize("method", ["sd-lora", "duallora"])
+def test_methods_with_tasks_have_those_of_the_data(tiny, method):
+    with pytest.raises(ConfigError, match=r"^rule\.tasks=3 must be data\.tasks=2 for method"):
+        run(tiny(**tasks(method=method, **{"rule.tasks": 3})))
+    done = run(tiny(**tasks(method=method, **{"rule.tasks": 2})))
+    assert len(done.json("summary.json")["task_accuracy"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"model.head": "class-means"}, r'^model\.head="class-means" must be another start for'),
+        ({"train.head-rounds": 1}, r"^train\.head-rounds=1 must be 0 for data\.tasks=2"),
+        ({"train.sampling-rate": 0.1}, r"^train\.sampling-rate=0\.1 must be 0\.0 for data\.tasks"),
+        ({"num-server-rounds": 1}, r"^num-server-rounds=1 must be at least data\.tasks=2"),
+        ({"data.tasks": 1, "data.task-column": "x"}, r'^data\.task-column="x" must be "none" for'),
+        ({"data.tasks": 1, "data.task-values": "a,b"}, r'^data\.task-values="a,b" must be "auto"'),
+        ({"data.tasks": 1, "data.task-order": "seeded"}, r'^data\.task-order="seeded" must be "l'),
+        ({"data.tasks": 3}, r"^data\.tasks=3 must be at most 2, the number of classes"),
+    ],
+)
+def test_what_makes_no_sense_with_tasks_is_refused(tiny, changes, words):
+    with pytest.raises(ConfigError, match=words):
+        run(tiny(**tasks(**changes)))
+    assert ledger_entries() == []
+
+
+def test_a_task_without_a_public_test_example_is_refused(tiny):
+    config = tiny(**tasks(**{"data.labels": "0,1,2", "data.tasks": 3, "data.num-labels": 3}))
+    with pytest.raises(ConfigError, match=r"^data\.tasks=3 must leave .* task 3 has none: '2'$"):
+        run(config)
+
+
+def test_an_audit_of_tasks_is_refused(tiny):
+    with pytest.raises(ConfigError, match=r"^data\.tasks=2 must be 1 for an audit"):
+        AuditRequest(tiny(**tasks()), REAL, 2, 0.95, FAST)
+
+
+@pytest.fixture
+def by_domain(tiny, tmp_path):
+    """The run's public data, and the files of two sites, with a column of domains."""
+    rows = [
+        {"text": text, "label": label, "domain": ("books", "films")[i % 2]}
+        for side in split(tiny(**tasks()).data)
+        for i, (text, label) in enumerate(zip(side.contents, side.labels, strict=True))
+    ]
+    files = [written(tmp_path / f"{name}.jsonl", rows[k:200:2]) for k, name in enumerate("ab")]
+    public = written(tmp_path / "public.jsonl", rows)
+    keys = {
+        "data.name": str(public),
+        "data.task-column": "domain",
+        "data.partitioner": "iid",
+        "data.labels": "0,1",
+    }
+    nodes = [
+        {"data-path": str(file), "name": file.stem, "max-epsilon": 10.0, "delta": DELTA}
+        for file in files
+    ]
+    return tiny(**tasks(**keys)), nodes
+
+
+def test_a_column_divides_the_data_of_real_sites(by_domain, trained_on):
+    config, nodes = by_domain
+    nodes = [node | {"task-column": "domain"} for node in nodes]
+    done = run(config, nodes)
+    assert len(done.json("summary.json")["task_accuracy"]) == 2
+    # each site has rows of one domain only: every second row of all
+    sizes = [len(labels) for _, labels in trained_on]
+    assert sorted(size == 0 for size in sizes) == [False] * 4 + [True] * 4
+
+
+def test_a_site_decides_which_column_divides_its_data(by_domain):
+    config, nodes = by_domain
+    grid = FakeGrid(config, [node | {"task-column": "label"} for node in nodes])
+    with pytest.raises(ConfigError) as caught:
+        server_app.run(grid, config)
+    assert REFUSALS["policy"] in str(caught.value)
+    assert ledger_entries() == []
+
+
+def test_a_sites_unknown_value_is_told_in_a_fixed_sentence(by_domain, tmp_path):
+    config, nodes = by_domain
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"text": "secret", "label": 0, "domain": "cars"}) + "\n", "utf-8"
+    )
+    grid = FakeGrid(config, [node | {"task-column": "domain"} for node in nodes])
+    with pytest.raises(ConfigError) as caught:
+        server_app.run(grid, config)
+    assert REFUSALS["rows"] in str(caught.value)
+    assert "cars" not in str(caught.value)
