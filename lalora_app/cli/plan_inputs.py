@@ -24,6 +24,11 @@ def sizes(args: argparse.Namespace, launch: Launch) -> list[int]:
     from lalora_app.data.examples import check_client
 
     config = launch.config
+    if config.has_tasks:
+        raise ConfigError(
+            f"data.tasks={config.data.tasks} must be 1 for a plan: plan the rounds of one task, "
+            "with --examples the fewest examples that a client has of a task"
+        )
     if args.examples is not None:
         found = [args.examples]
     elif args.data_path is not None:

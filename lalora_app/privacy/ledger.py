@@ -196,12 +196,10 @@ class Ledger:
             _check_day(seen, datetime.now(UTC), per_day)
         for lines in compositions(own, part):
             check_limit([*releases_of(lines), *later], plan, run_limit, "run")
-        opened = plan if alone is None else replace(plan, noise_multiplier=alone)
         for lines in compositions(seen, part):
             check_limit([*releases_of(lines), *later], plan, node_limit, "node")
             if alone_limit is not None:
-                past = [*releases_alone(lines), *later]
-                check_limit(past, opened, alone_limit, "node", "epsilon-alone")
+                _check_alone_limit([*releases_alone(lines), *later], plan, alone, alone_limit)
         return seen
 
     def reserve(
@@ -261,6 +259,13 @@ def _is_busy(error: sqlite3.Error) -> bool:
 
 def _stamp(moment: datetime) -> str:
     return moment.isoformat(timespec="seconds")
+
+
+def _check_alone_limit(
+    past: list[Release], plan: Release, alone: float | None, limit: Limit
+) -> None:
+    opened = plan if alone is None else replace(plan, noise_multiplier=alone)
+    check_limit(past, opened, limit, "node", "epsilon-alone")
 
 
 def _check_run(entries: list[LedgerEntry], most: int) -> None:

@@ -3,8 +3,9 @@
 import json
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -24,6 +25,7 @@ from lalora_app.reports.figure_style import (
 )
 from lalora_app.reports.tables import ACCURACY, METRICS, Metric
 from lalora_app.results.finished_run import Record, group
+from lalora_app.server_state.task_accuracy import KEY
 
 History = list[dict[str, Any]]
 Axis = Callable[[History], list[float]]  # history -> one number per round
@@ -33,6 +35,7 @@ _AVERAGING_ERROR = Metric(
 )
 
 
+_SO_FAR = Metric("accuracy_so_far", "mean accuracy %", 100.0, 1)
 _REMAINING_ERROR = Metric("remaining_error", "relative error left", 1.0, 3, lower_is_better=True)
 
 
@@ -114,6 +117,18 @@ def by_round(records: Sequence[Record], metric: Metric) -> Chart:
     name = metric.title.removesuffix(" %")
     note = "On the public test split."
     return Chart(f"{name.capitalize()} by round", note, _panels(records, _rounds, metric, "round"))
+
+
+def by_task(records: Sequence[Record]) -> list[Chart]:
+    """Return the chart of the mean accuracy on the tasks so far; [] for runs without tasks."""
+    ended = []
+    for record in records:
+        rows = [row for row in record.history if KEY in row]
+        seen = [r | {"attempt": i, _SO_FAR.key: fmean(r[KEY])} for i, r in enumerate(rows, start=1)]
+        ended += [replace(record, history=seen)] if seen else []
+    panels = _panels(ended, _rounds, _SO_FAR, "tasks so far") if ended else ()
+    note = "The mean over the tasks that have ended, each on its own public test examples."
+    return [Chart("Accuracy by task", note, panels)] if panels else []
 
 
 def by_upload(records: Sequence[Record]) -> Chart:
@@ -272,6 +287,7 @@ def all_charts(records: Sequence[Record]) -> list[Chart]:
     return [
         *([by_budget(records)] if len(budgets) > 1 else []),
         *(by_round(records, metric) for metric in METRICS if metric.key in keys),
+        *by_task(records),
         by_upload(records),
         by_spending(records),
         aggregation_error(records),

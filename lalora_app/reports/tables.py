@@ -37,6 +37,8 @@ METRICS = (
     ACCURACY,
     Metric("balanced_accuracy", "balanced accuracy %", 100.0, 1),
     Metric("perplexity", "perplexity", 1.0, 2, lower_is_better=True),
+    Metric("average_accuracy", "average of tasks %", 100.0, 1),
+    Metric("forgetting", "forgetting %", 100.0, 1, lower_is_better=True),
 )
 
 

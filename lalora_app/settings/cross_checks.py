@@ -138,6 +138,7 @@ def _check_tasks(config: Config) -> None:
         ("train.head-rounds", config.train.head_rounds, 0),
         ("train.sampling-rate", config.train.sampling_rate, 0.0),
         ("privacy.noise-share", config.privacy.noise_share, "own"),
+        ("weighting", config.weighting, "uniform"),
     ):
         if value != only:
             raise ConfigError(f"{key}={json.dumps(value)} must be {json.dumps(only)} {law}")

@@ -33,8 +33,8 @@ class MethodNumbers:
         meaning="Temperature of the softmax over the gates of `beamlora`."
     )
     tasks: int = count(
-        meaning="Number of tasks for `sd-lora` and `duallora`: blocks of consecutive rounds, all "
-        "on the same data."
+        meaning="Number of tasks for `sd-lora` and `duallora`: blocks of consecutive rounds, on "
+        "the same data unless `data.tasks` is the same number."
     )
     sparsity: float = law(
         "must be in [0, 1)",

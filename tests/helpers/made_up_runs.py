@@ -10,7 +10,7 @@ from lalora_app.reports.tables import (
 )
 from lalora_app.results.finished_run import Record
 
-BALANCED, PERPLEXITY = METRICS[1:]
+BALANCED, PERPLEXITY = METRICS[1:3]
 LABELS = ("la-lora", "rolora", "dp-lora")
 
 

@@ -515,14 +515,14 @@ MUTANTS = {
     ),
     "shared noise: opened uploads composed with the noise of the sums": Mutant(
         "privacy/ledger.py",
-        "                past = [*releases_alone(lines), *later]\n",
-        "                past = [*releases_of(lines), *later]\n",
+        "_check_alone_limit([*releases_alone(lines), *later], plan, alone, alone_limit)",
+        "_check_alone_limit([*releases_of(lines), *later], plan, alone, alone_limit)",
         "tests/privacy/test_two_epsilons.py::test_the_limit_alone_holds_over_all_runs_each_release_with_its_own_noise",
     ),
     "shared noise: the next upload counted with the noise of the sum": Mutant(
         "privacy/ledger.py",
-        "        opened = plan if alone is None else replace(plan, noise_multiplier=alone)\n",
-        "        opened = plan\n",
+        "    opened = plan if alone is None else replace(plan, noise_multiplier=alone)\n",
+        "    opened = plan\n",
         "tests/privacy/test_two_epsilons.py::test_a_run_that_would_exceed_the_limit_alone_later_is_refused_at_its_first_round",
     ),
     "shared noise: the noise of an upload alone is not written": Mutant(

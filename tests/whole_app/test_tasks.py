@@ -215,6 +215,10 @@ def test_methods_with_tasks_have_those_of_the_data(tiny, method):
         ({"model.head": "class-means"}, r'^model\.head="class-means" must be another start for'),
         ({"train.head-rounds": 1}, r"^train\.head-rounds=1 must be 0 for data\.tasks=2"),
         ({"train.sampling-rate": 0.1}, r"^train\.sampling-rate=0\.1 must be 0\.0 for data\.tasks"),
+        (
+            {"weighting": "public-size"},
+            r'^weighting="public-size" must be "uniform" for',
+        ),
         ({"num-server-rounds": 1}, r"^num-server-rounds=1 must be at least data\.tasks=2"),
         ({"data.tasks": 1, "data.task-column": "x"}, r'^data\.task-column="x" must be "none" for'),
         ({"data.tasks": 1, "data.task-values": "a,b"}, r'^data\.task-values="a,b" must be "auto"'),
