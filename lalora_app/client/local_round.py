@@ -138,6 +138,7 @@ def run_round(
                 streams=streams,
                 clipping=local.clipping,
             )
-        apply(backbone, optimizer, method.postprocess(noised))
+        tensors = backbone.engine.parameters
+        apply(backbone, optimizer, method.penalty(method.postprocess(noised), tensors, local.rule))
         schedule.step()
     return method.align(start, backbone.adapter())

@@ -20,6 +20,7 @@ from lalora_app.methods.filters import (
     identity,
     permuted,
     scaled,
+    tail_penalty,
 )
 from lalora_app.methods.method import Method
 from lalora_app.methods.weight_noise import row_scaled_noise
@@ -85,7 +86,9 @@ METHODS: dict[str, Method] = {
     "hetlora": replace(
         _BOTH,
         paper="arXiv:2401.06432",
+        penalty=tail_penalty,
         aggregate=padded_average.padded_mean,
+        next_rank=padded_average.pruned_rank,
         linear=False,
         heterogeneous=True,
     ),

@@ -1,6 +1,9 @@
-"""The record of one attempt at a round, as the history keeps it."""
+"""The record of one attempt at a round, as the history keeps it, and the weights of its replies."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from lalora_app.wire.messages import TrainReply
 
 
 @dataclass(frozen=True)
@@ -69,3 +72,23 @@ def failed_attempt(round_: int, phase: str, epsilon: float) -> Attempt:
         update_cosine=None,
         seconds=0.0,
     )
+
+
+def weights_of(weighting: str, replies: Iterable[TrainReply]) -> list[float]:
+    """Return one weight per reply: 1, or the public size of the client's data.
+
+    Args:
+        weighting: ``weighting`` of the run config.
+        replies: valid replies; with "public-size" each has a size.
+    """
+    if weighting == "uniform":
+        return [1.0 for _ in replies]
+    return [float(reply.num_examples or 0) for reply in replies]
+
+
+def drop_without_size(weighting: str, accepted: dict[int, TrainReply], dropped: list[str]) -> None:
+    """Move the replies without a size to ``dropped`` if the weighting needs sizes."""
+    if weighting == "public-size":
+        for node in [n for n, reply in accepted.items() if reply.num_examples is None]:
+            del accepted[node]
+            dropped.append('weighting="public-size" needs a size, and the client sends none')

@@ -13,6 +13,16 @@ class MethodNumbers:
         meaning="Rounds between two re-factorisations (`fedsvd`), merges into the base "
         "(`rac-lora`) or prunings (`beamlora`)."
     )
+    rank_decay: float = law(
+        "must be in (0, 1]",
+        lambda v: 0 < v <= 1,
+        meaning="Share γ of a client's rank that `hetlora` keeps when the tail, the other "
+        "directions, has become smaller in a round; 1: ranks never change (the paper has 0.99).",
+    )
+    tail_penalty: float = not_negative(
+        meaning="Weight of the penalty on the size of the tail for `hetlora`, with "
+        "`rule.rank-decay` below 1; 0 for none."
+    )
     fair_weight: float = law(
         "must not be negative (inf: no correction)",
         lambda v: v >= 0,

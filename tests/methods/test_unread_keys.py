@@ -32,6 +32,8 @@ OTHER = {
     "train.lr-a": 0.3,
     "train.lr-b": 0.7,
     "rule.period": 2,
+    "rule.rank-decay": 0.5,
+    "rule.tail-penalty": 0.5,
     "rule.fair-weight": 50.0,
     "rule.flat-radius": 0.5,
     "rule.lr-ratio": 5.0,
