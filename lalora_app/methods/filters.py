@@ -130,8 +130,8 @@ def no_penalty(
 
 def _slope(own: Tensor, other: Tensor) -> Tensor:
     """Return the gradient of ‖own‖·‖other‖ by ``own``; zero for a zero ``own``."""
-    direction: Tensor = (own / own.norm()).nan_to_num(nan=0.0)
-    return direction * other.norm()
+    slope: Tensor = (own / own.norm()).nan_to_num(nan=0.0) * other.norm()
+    return slope
 
 
 def tail_penalty(

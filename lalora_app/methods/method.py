@@ -19,6 +19,7 @@ from lalora_app.methods.schedule import SyncSchedule, TrainSchedule
 from lalora_app.settings.run_config import MethodNumbers
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from lalora_app.methods.weight_noise import Perturbation
@@ -51,6 +52,7 @@ class Method:
         penalty: (gradients for the optimiser, present tensors) -> the same with the gradient of a
             penalty on the tensors, which reads no example.
         optimizer: the optimiser of the local steps.
+        report: the optimiser after the steps -> tensors that travel with the factors.
         align: (adapter at the start, adapter after the steps) -> the client's result.
         aggregate: (global adapter, weights, uploads, round) -> new global adapter and the product
             that is added to the base weights.
@@ -76,6 +78,7 @@ class Method:
     postprocess: Callable[[NoisedGrads], NoisedGrads] = identity
     penalty: Callable[[NoisedGrads, Mapping[str, Tensor], MethodNumbers], NoisedGrads] = no_penalty
     optimizer: optimizers.OptimizerFactory = optimizers.configured_optimizer
+    report: Callable[[torch.optim.Optimizer], Adapter] = optimizers.no_report
     align: Callable[[Adapter, Adapter], Adapter] = alignment.keep_result
     aggregate: ServerRule = federated_averaging
     next_rank: Callable[[Adapter, Adapter, MethodNumbers], int] | None = None

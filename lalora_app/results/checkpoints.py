@@ -18,7 +18,7 @@ from lalora_app.server_state.state import ServerState
 _log = logging.getLogger("flwr")
 _KEPT = 2
 # Fields of the state beside the adapter; a field's name is the prefix of its tensors in the file.
-_FIELDS = ("drift", "first_moment", "second_moment", "average")
+_FIELDS = ("drift", "first_moment", "second_moment", "average", "memory")
 
 
 def _digest(tensors: Mapping[str, np.ndarray], numbers: str) -> str:

@@ -208,6 +208,7 @@ class FederatedLora(Strategy):
             rounds=config.num_server_rounds,
             seed=config.seed,
             numbers=config.rule,
+            memory=self.state.memory,
         )
         new = self.method.aggregate(before, shares, kept, info)
         errors = aggregation_errors(
@@ -223,7 +224,8 @@ class FederatedLora(Strategy):
         scale = config.lora.alpha / full
         drift = add_to_drift(self.state.drift, new.fold, scale) if new.fold else None
         ranks = self._next_ranks(accepted)  # of the adapter before this round
-        state = replace(self.state.advanced(new.adapter, synced, drift), ranks=ranks)
+        state = self.state.advanced(new.adapter, synced, drift)
+        state = replace(state, ranks=ranks, memory=new.memory)
         self.state = with_average(config.server, state, config.num_server_rounds)
         return errors
 

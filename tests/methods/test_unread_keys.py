@@ -35,8 +35,11 @@ OTHER = {
     "rule.rank-decay": 0.5,
     "rule.tail-penalty": 0.5,
     "rule.fair-weight": 50.0,
+    "rule.residual-rank": 1,
     "rule.flat-radius": 0.5,
     "rule.lr-ratio": 5.0,
+    "rule.filter-order": 2,
+    "rule.global-pull": 0.1,
     "rule.lr-gate": 0.5,
     "rule.gate-temperature": 0.1,
     "rule.tasks": 1,
@@ -45,7 +48,7 @@ OTHER = {
 }
 EXAMPLES = 12
 ROUNDS = {"num-server-rounds": 4}
-OWN_OPTIMIZER = ("doppler", "dp-fedadamw")
+OWN_OPTIMIZER = ("doppler", "dp-fedadamw", "dp-fedadamw-full")
 
 
 def named(config) -> set[str]:

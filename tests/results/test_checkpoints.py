@@ -31,9 +31,11 @@ def test_every_part_of_the_state_comes_back_bit_for_bit(tmp_path):
     rng = np.random.default_rng(0)
     parts = [
         {"l.lora_A.weight": rng.standard_normal((2, 3)).astype(np.float32), "bias": np.float32([i])}
-        for i in range(5)
+        for i in range(6)
     ]
-    state = ServerState(parts[0], 3, {"A": 1, "B": 2}, 4, *parts[1:], averaged=2, ranks={0: 3})
+    state = ServerState(
+        parts[0], 3, {"A": 1, "B": 2}, 4, *parts[1:5], averaged=2, memory=parts[5], ranks={0: 3}
+    )
     checkpoints.save(tmp_path, state)
     (path,) = tmp_path.glob("*.safetensors")
     found = checkpoints.load(path)
