@@ -165,7 +165,7 @@ class GuidedAdamW(UnbiasedAdamW):
         Privacy: a function of noised gradients; no extra cost.
         """
         return {
-            moment_name(name): np.float32([self._square(self.state[p]).mean().item()])
+            moment_name(name): np.full(1, self._square(self.state[p]).mean().item(), np.float32)
             for p, name in self._names.items()
             if self.state[p]
         }

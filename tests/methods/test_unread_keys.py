@@ -140,8 +140,8 @@ def starts(start, method):
 def one_round(config, model, data, state, t):
     """The state after round ``t``, as the strategy computes it from two uploads.
 
-    The second upload is the first with the rows of its factors and head rotated, but for the gates:
-    a correction then has an effect.
+    The second upload is the first with the entries of its factors and head moved on by one, but
+    for the gates: a correction then has an effect, and a residual more than one direction.
     """
     method, rank = METHODS[config.method], config.lora.rank
     whole = local_round.run_round(
@@ -156,7 +156,7 @@ def one_round(config, model, data, state, t):
     sent = method.sent(t, last=False)
     info = RoundInfo(t=t, rounds=4, seed=0, numbers=config.rule)
     upload = select(whole, sent)
-    rotated = {n: x if kind(n) == "gate" else np.roll(x, 1, axis=0) for n, x in upload.items()}
+    rotated = {n: x if kind(n) == "gate" else np.roll(x, 1) for n, x in upload.items()}
     uploads = [upload, rotated]
     weights = [1.0, 1.0]
     if config.server.changes_update:
