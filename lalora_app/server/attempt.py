@@ -1,9 +1,10 @@
-"""The record of one attempt at a round, as the history keeps it, and the weights of its replies."""
+"""The record of one attempt at a round, as the history keeps it, and checks of its replies."""
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 
 from lalora_app.wire.messages import TrainReply
+from lalora_app.wire.tensors import WireError
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,16 @@ def failed_attempt(round_: int, phase: str, epsilon: float) -> Attempt:
         update_cosine=None,
         seconds=0.0,
     )
+
+
+def require_in_cohort(node: int, cohort: Container[int]) -> None:
+    """Check that a reply is from a node that was asked.
+
+    Raises:
+        WireError: if it is not.
+    """
+    if node not in cohort:
+        raise WireError("the reply of a node that was not asked")
 
 
 def weights_of(weighting: str, replies: Iterable[TrainReply]) -> list[float]:

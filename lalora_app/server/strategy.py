@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -23,7 +23,7 @@ from lalora_app.adapter.low_rank import add_to_drift
 from lalora_app.aggregation.measured_error import AggregationErrors, aggregation_errors
 from lalora_app.aggregation.rule import RoundInfo
 from lalora_app.methods.method import Method
-from lalora_app.server.attempt import Attempt, drop_without_size, weights_of
+from lalora_app.server.attempt import Attempt, drop_without_size, require_in_cohort, weights_of
 from lalora_app.server.cohorts import Clients
 from lalora_app.server.robust import robust
 from lalora_app.server_state.iterate_average import with_average
@@ -37,11 +37,6 @@ from lalora_app.wire.same_model import MODEL, model_record
 from lalora_app.wire.tensors import WireError
 
 _log = logging.getLogger("flwr")
-
-
-def _require_in_cohort(node: int, cohort: Container[int]) -> None:
-    if node not in cohort:
-        raise WireError("the reply of a node that was not asked")
 
 
 @dataclass
@@ -166,7 +161,7 @@ class FederatedLora(Strategy):
             try:
                 # Parse first: Flower's own error messages have the server as their source node.
                 reply = messages.parse_reply(message, expected.get(node, some), t)
-                _require_in_cohort(node, expected)
+                require_in_cohort(node, expected)
                 accepted[node] = reply
             except WireError as error:
                 dropped.append(str(error))
