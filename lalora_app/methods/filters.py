@@ -134,6 +134,19 @@ def _slope(own: Tensor, other: Tensor) -> Tensor:
     return slope
 
 
+def _tail_slopes(tensors: Mapping[str, Tensor], numbers: MethodNumbers) -> dict[str, Tensor]:
+    """Return the gradient of Σ ‖B[:, k:]‖_F·‖A[k:, :]‖_F by A and B of every layer."""
+    from torch.nn.functional import pad
+
+    slopes = {}
+    for b, a in factor_pairs(tensors):
+        kept = kept_directions(len(tensors[a]), numbers)
+        left, right = tensors[b].detach()[:, kept:], tensors[a].detach()[kept:]
+        slopes[b] = pad(_slope(left, right), (kept, 0))  # the first columns are zero
+        slopes[a] = pad(_slope(right, left), (0, 0, kept, 0))  # the first rows
+    return slopes
+
+
 def tail_penalty(
     grads: NoisedGrads, tensors: Mapping[str, Tensor], numbers: MethodNumbers
 ) -> NoisedGrads:
@@ -150,18 +163,11 @@ def tail_penalty(
 
     Privacy: a function of noised gradients and of tensors made of them; no extra cost.
     """
-    import torch
-
     from lalora_app.private_step.gradients import NoisedGrads
 
-    weight, pulled = numbers.tail_penalty, dict(grads)
+    weight = numbers.tail_penalty
     if weight == 0 or numbers.rank_decay == 1:
         return grads
-    for b, a in factor_pairs(tensors):
-        kept = kept_directions(len(tensors[a]), numbers)
-        left, right = tensors[b].detach()[:, kept:], tensors[a].detach()[kept:]
-        for name, dim, slope in ((b, 1, _slope(left, right)), (a, 0, _slope(right, left))):
-            if name in grads:
-                head, tail = grads[name].tensor_split([kept], dim)
-                pulled[name] = torch.cat([head, tail + weight * slope], dim)
-    return NoisedGrads(pulled)
+    slopes = _tail_slopes(tensors, numbers)
+    added = {name: g + weight * slopes[name] for name, g in grads.items() if name in slopes}
+    return NoisedGrads(grads | added)
