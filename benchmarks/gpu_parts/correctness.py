@@ -125,7 +125,7 @@ def check_steps(
     backbone = make_backbone(model, small_model(model), kernel, device, TYPES[dtype])
     subject = {"model": model, "dtype": dtype, "kernel": kernel, "optimizer": optimizer}
     data = make_data(model)
-    made = make_optimizer(backbone, local_settings(optimizer), 0.0)
+    made = make_optimizer(backbone, local_settings(optimizer), 0.0, {})
     wrong = _wrongly_moved(backbone, partial(take_steps, backbone, data, made, 4))
     yield _finding("resting factor", not wrong, **subject, wrong=len(wrong))
     if device.type != "cuda":

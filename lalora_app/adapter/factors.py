@@ -20,10 +20,12 @@ NONE: Factors = frozenset()
 
 Array = NDArray[np.float32]
 Adapter = dict[str, Array]
-Kind = Literal["A", "B", "head", "gate", "fixed"]
+Kind = Literal["A", "B", "head", "gate", "fixed", "moment"]
 
 
 _PARTS: tuple[Kind, ...] = ("A", "B", "gate", "fixed")
+# First the kinds whose names may hold the name of another tensor.
+_BY_NAME: tuple[Kind, ...] = ("moment", "fixed", "gate", "A", "B")
 
 
 def factors_text(factors: Factors) -> str:
@@ -86,10 +88,11 @@ def kind(name: str) -> Kind:
     """Return the kind of a tensor, read from its name.
 
     PEFT creates the factors ``A`` (r, n) and ``B`` (m, r) and the ``head``. A method may add a
-    ``gate``, which is trained and sent in every round like the head, and a ``fixed`` tensor, which
-    clients receive but do not train.
+    ``gate``, which is trained and sent in every round like the head, a ``fixed`` tensor, which
+    clients receive but do not train, and a ``moment`` of the optimiser, which they compute and
+    send together with factors.
     """
-    for part in _PARTS:
+    for part in _BY_NAME:
         if f".lora_{part}." in name:
             return part
     return "head"
@@ -105,8 +108,9 @@ def active_names(names: Iterable[str], factors: Factors) -> frozenset[str]:
 
 
 def select(adapter: Mapping[str, Array], factors: Factors) -> Adapter:
-    """Return the tensors that a client uploads: the given factors, heads and gates."""
+    """Return the tensors that a client uploads: the given factors, heads, gates and moments."""
     names = active_names(adapter, factors)
+    names |= {name for name in adapter if factors and kind(name) == "moment"}
     return {name: array for name, array in adapter.items() if name in names}
 
 

@@ -1,4 +1,4 @@
-"""Extra tensors of a method and the map to LoRA factors: gates, magnitudes, masks, projections.
+"""Extra tensors of a method and the map to LoRA factors: gates, magnitudes, masks, memory.
 
 Each parametrisation is a pair of functions. ``add_…`` adds the extra tensors to an initial
 adapter (``Method.start``). The other maps all tensors to the factors and heads of the model
@@ -144,6 +144,25 @@ def add_task_basis(start: Adapter, numbers: MethodNumbers) -> Adapter:
         for _, a in factor_pairs(start)
     }
     return start | bases
+
+
+def change_name(name: str) -> str:
+    """DP-FedAdamW: return the name of the last global change of a tensor, from its name."""
+    return f"change.lora_fixed.{name}"
+
+
+def moment_name(name: str) -> str:
+    """DP-FedAdamW: return the name of the mean second moment of a tensor, from its name."""
+    return f"square.lora_moment.{name}"
+
+
+def add_memory(start: Adapter, numbers: MethodNumbers) -> Adapter:
+    """DP-FedAdamW: add to each tensor its last global change and (1,) its mean second moment.
+
+    Both are zero before the first round: nothing is known. They are no tensors of the model.
+    """
+    changes = {change_name(name): np.zeros_like(array) for name, array in start.items()}
+    return start | changes | {moment_name(name): np.zeros(1, np.float32) for name in start}
 
 
 def split_rows_by_basis(a: Any, basis: Any) -> tuple[Any, Any]:

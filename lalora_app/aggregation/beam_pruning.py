@@ -29,19 +29,24 @@ def prune_and_expand(
     Kept are the fewest directions that hold 95 % of the gates' softmax, and at least half of all
     directions. A copy and its source both get the mean of their two gates (arXiv:2502.13604,
     Alg. 1). The server decides, because directions with the same index must correspond to each
-    other in all clients. Copies are taken from the present factors, not from a snapshot as in the
-    paper. Limit: equal gates prune nothing, at any rank.
+    other in all clients. Copies are taken from a snapshot of ⌊period/2⌋ rounds before, so that a
+    copy differs from its source; the server keeps it, and no client receives it. Limits: equal
+    gates prune nothing, at any rank; with a period of 1 copies are of the present factors.
 
-    Privacy: the decision uses noised gates only; no extra cost.
+    Privacy: gates and snapshot are means of noised uploads; no extra cost.
     """
-    merged = weighted_mean(current, weights, uploads)
-    if info.t % info.numbers.period:
-        return Aggregated(merged)
+    merged, period = weighted_mean(current, weights, uploads), info.numbers.period
+    memory = info.memory
+    if (info.t + period // 2) % period == 0:
+        memory = {name: merged[name] for pair in factor_pairs(current) for name in pair}
+    if info.t % period:
+        return Aggregated(merged, memory=memory)
     for b, a in factor_pairs(current):
         name = sibling(a, "gate")
         weak, strong = _pruned_and_copied(merged[name], info.numbers.gate_temperature)
         changed = {n: merged[n].copy() for n in (b, a, name)}
-        changed[a][weak], changed[b][:, weak] = merged[a][strong], merged[b][:, strong]
+        old_a, old_b = memory.get(a, merged[a]), memory.get(b, merged[b])
+        changed[a][weak], changed[b][:, weak] = old_a[strong], old_b[:, strong]
         changed[name][weak] = changed[name][strong] = (
             merged[name][weak] + merged[name][strong]
         ) / 2

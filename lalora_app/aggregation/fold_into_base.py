@@ -1,5 +1,6 @@
 """Rules that add the trained product to the base, then restart: FLoRA, RAC-LoRA, GaLore."""
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -9,6 +10,7 @@ from lalora_app.aggregation.average import weighted_mean
 from lalora_app.aggregation.new_factors import average_except_factors, orthonormal_rows
 from lalora_app.aggregation.rule import Aggregated, RoundInfo, normalised_weights
 from lalora_app.privacy.randomness import seeded
+from lalora_app.settings.run_config import MethodNumbers
 
 
 def random_a(shape: tuple[int, ...], info: RoundInfo, name: str) -> Array:
@@ -68,6 +70,41 @@ def chain_fold(
         return Aggregated(merged)
     fold = {name: merged[name] for pair in factor_pairs(merged) for name in pair}
     return Aggregated(reinitialised(merged, info), fold)
+
+
+def start_with_random_b(start: Adapter, numbers: MethodNumbers) -> Adapter:
+    """Return the initial adapter of the mirrored chain: a random B and a zero A in every layer.
+
+    B (m, r) is drawn from U(−1/√m, 1/√m), the distribution of A with the sides exchanged, by a
+    generator that the initial A seeds; so B depends on the run's seed and on no data.
+    """
+    mirrored = dict(start)
+    for b, a in factor_pairs(start):
+        seed, bound = hashlib.sha256(start[a].tobytes()).hexdigest(), len(start[b]) ** -0.5
+        drawn = seeded(0, "first B", seed).uniform(-bound, bound, start[b].shape)
+        mirrored[b], mirrored[a] = drawn.astype(np.float32), np.zeros_like(start[a])
+    return mirrored
+
+
+def mirrored_chain_fold(
+    current: Adapter, weights: Sequence[float], uploads: Sequence[Adapter], info: RoundInfo
+) -> Aggregated:
+    """RAC-LoRA's mirrored chain: W += s·B·Ā, then a new random frozen B (arXiv:2410.08305).
+
+    As :func:`chain_fold` with the factors exchanged: A trains, from zero in every block of
+    ``rule.period`` rounds. The mean is exact, because all clients have the same B.
+
+    Privacy: post-processing of noised uploads; no extra cost.
+    """
+    merged = weighted_mean(current, weights, uploads)
+    if not _block_ends(info):
+        return Aggregated(merged)
+    fold = {name: merged[name] for pair in factor_pairs(merged) for name in pair}
+    fresh = dict(merged)
+    for b, a in factor_pairs(merged):
+        fresh[b] = np.ascontiguousarray(random_a(merged[b].T.shape, info, b).T)
+        fresh[a] = np.zeros_like(merged[a])
+    return Aggregated(fresh, fold)
 
 
 def subspace_fold(

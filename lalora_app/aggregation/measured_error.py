@@ -33,7 +33,8 @@ class AggregationErrors:
         remaining: relative ‖R‖_F for R = Σ p_k B_k A_k minus the product after the method's rule;
             None if the server does not know the clients' products.
         remaining_spectrum: the largest relative singular values of R, over all layers.
-        cosine: mean cosine between two clients' updates; None for one client or differing ranks.
+        cosine: mean cosine between two clients' updates; None for one client, or if a rank is not
+            the run's.
     """
 
     averaging: float | None = None
@@ -90,8 +91,8 @@ def _relative_norm_and_spectrum(
     )
 
 
-def _have_equal_shapes(uploads: Sequence[Adapter]) -> bool:
-    return all(up[n].shape == uploads[0][n].shape for up in uploads for n in up)
+def _have_equal_shapes(uploads: Sequence[Adapter], like: Adapter) -> bool:
+    return all(up[n].shape == like[n].shape for up in uploads for n in up)
 
 
 def _has_both_factors(upload: Adapter) -> bool:
@@ -112,7 +113,7 @@ def aggregation_error(weights: Sequence[float], uploads: Sequence[Adapter]) -> f
         the uploads lack a factor or their shapes differ.
     """
     shares = normalised_weights(weights)
-    if not _has_both_factors(uploads[0]) or not _have_equal_shapes(uploads):
+    if not _has_both_factors(uploads[0]) or not _have_equal_shapes(uploads, uploads[0]):
         return None
     return _relative_norm_and_spectrum(
         _averaging_errors(shares, uploads), _mean_product_norm(shares, uploads)
@@ -137,9 +138,9 @@ def aggregation_errors(
         complete: whether ``before`` with the upload is the client's whole adapter; False if
             clients keep a trained factor.
     """
-    shares, equal_shapes = normalised_weights(weights), _have_equal_shapes(uploads)
+    shares, equal_shapes = normalised_weights(weights), _have_equal_shapes(uploads, uploads[0])
     found = AggregationErrors()
-    if equal_shapes:
+    if _have_equal_shapes(uploads, before):  # else all clients may have one smaller rank
         updates = [{n: up[n] - before[n] for n in up} for up in uploads]
         found = AggregationErrors(cosine=mean_cosine(updates))
     if not complete:

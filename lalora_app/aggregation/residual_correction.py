@@ -43,7 +43,8 @@ def residual_fold(
     """FedEx-LoRA: average the factors and add the residual to the base (arXiv:2410.09432).
 
     The new product is exactly Σ p_k B_k A_k. The rank of the residual is at most the sum of the
-    clients' ranks; clients download it in full.
+    clients' ranks. With ``rule.residual-rank`` = k > 0 only its k largest directions move into the
+    base and travel; the error is then the root of the sum of squares of the others.
 
     Privacy: post-processing of noised uploads; no extra cost.
     """
@@ -51,7 +52,8 @@ def residual_fold(
     fold: Adapter = {}
     for b, a in factor_pairs(current):
         found = svd(_averaging_residual(merged, shares, uploads, b, a))
-        fold[b], fold[a] = balanced_factors(found, numerical_rank(found))
+        whole = numerical_rank(found)
+        fold[b], fold[a] = balanced_factors(found, min(whole, info.numbers.residual_rank or whole))
     return Aggregated(merged, fold)
 
 

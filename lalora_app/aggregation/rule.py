@@ -23,27 +23,31 @@ class Aggregated:
         adapter: the complete new adapter: both factors, the head and the method's extra tensors.
         fold: factors by PEFT's names, of any rank, to be multiplied by the run's LoRA scale s;
             empty if the method does not change the base weights.
+        memory: tensors that only the server keeps, for the rule's next round.
     """
 
     adapter: Adapter
     fold: Adapter = field(default_factory=dict)
+    memory: Adapter = field(default_factory=dict)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RoundInfo:
-    """The round and the settings that a rule may read; nothing depends on data or on one client.
+    """The round and the settings that a rule may read; nothing depends on data or one client alone.
 
     Attributes:
         t: number of the round that is aggregated, from 1.
         rounds: number of rounds of the whole run.
         seed: random seed of the run.
         numbers: the table ``rule`` of the run config.
+        memory: what the rule's last round has left in ``Aggregated.memory``.
     """
 
     t: int
     rounds: int
     seed: int
     numbers: Numbers
+    memory: Adapter = field(default_factory=dict)
 
 
 ServerRule = Callable[[Adapter, Sequence[float], Sequence[Adapter], RoundInfo], Aggregated]

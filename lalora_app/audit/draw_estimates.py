@@ -62,7 +62,7 @@ def check_linear(config: Config, method: Method) -> None:
 
     Raises:
         ConfigError: for any optimiser but plain SGD, for random views, which the attack does not
-            know, and for shared noise.
+            know, for ranks that shrink, and for shared noise.
     """
     check_own_noise(config)
     train = config.train
@@ -79,6 +79,11 @@ def check_linear(config: Config, method: Method) -> None:
         raise ConfigError(
             f'train.optimizer="{train.optimizer}", train.momentum={train.momentum} and method '
             f"{config.method} must be plain SGD for the audit of a whole run; --fast leaves it out"
+        )
+    if method.next_rank is not None and config.rule.rank_decay < 1:
+        raise ConfigError(
+            f"rule.rank-decay={config.rule.rank_decay} must be 1 for the audit of a whole run, "
+            "whose clients keep their ranks; --fast leaves it out"
         )
 
 

@@ -61,18 +61,25 @@ class LocalSettings:
 
 
 def make_optimizer(
-    backbone: Backbone, local: LocalSettings, noise_std: float
+    backbone: Backbone, local: LocalSettings, noise_std: float, start: Adapter
 ) -> torch.optim.Optimizer:
     """Return the round's optimiser: one group per kind of tensor, with the round's learning rate.
 
     A tensor without a gradient keeps its value and its moments bit for bit.
+
+    Args:
+        backbone: the model, whose tensors the optimiser changes.
+        local: the settings of the local steps.
+        noise_std: standard deviation of the noise in one entry of a noised mean gradient.
+        start: the adapter at the start of the round.
     """
-    named = backbone.engine.parameters.items()
-    groups = [
-        {"kind": which, "params": [p for n, p in named if kind(n) == which], "lr": rate}
-        for which, rate in learning_rates(local.train, local.rule, local.t).items()
-    ]
-    return local.method.optimizer(groups, OptimizerSettings(local.train, local.rule, noise_std))
+    groups = []
+    for which, rate in learning_rates(local.train, local.rule, local.t).items():
+        named = {n: p for n, p in backbone.engine.parameters.items() if kind(n) == which}
+        tensors = {"params": list(named.values()), "names": list(named)}
+        groups.append({"kind": which, "lr": rate, **tensors})
+    settings = OptimizerSettings(local.train, local.rule, noise_std, start)
+    return local.method.optimizer(groups, settings)
 
 
 def apply(backbone: Backbone, optimizer: torch.optim.Optimizer, gradients: NoisedGrads) -> None:
@@ -124,7 +131,7 @@ def run_round(
     expected = train.expected_batch(len(data))
     noise_std = noise_std_of(reservation, local.clip_norm) / expected
     views = private_views(data, train.views, streams.sampling)
-    optimizer = make_optimizer(backbone, local, noise_std)
+    optimizer = make_optimizer(backbone, local, noise_std, start)
     schedule = LambdaLR(optimizer, local.rate_factor)
     for k in range(train.local_steps):
         backbone.engine.activate(active_names(start, method.trains(local.t, k)))
@@ -139,6 +146,7 @@ def run_round(
                 streams=streams,
                 clipping=local.clipping,
             )
-        apply(backbone, optimizer, method.postprocess(noised))
+        tensors = backbone.engine.parameters
+        apply(backbone, optimizer, method.penalty(method.postprocess(noised), tensors, local.rule))
         schedule.step()
-    return method.align(start, backbone.adapter())
+    return method.align(start, backbone.adapter() | method.report(optimizer))

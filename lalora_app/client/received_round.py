@@ -10,7 +10,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -85,7 +85,7 @@ class Asked:
     Attributes:
         config: the run's config.
         method: the run's method.
-        site: this client.
+        site: this client, at the rank of the request.
         request: the server's order.
         model: the SHA-256 of each part of the server's base model.
         content: the request's records, with the tensors that it left out; not trusted.
@@ -134,6 +134,8 @@ def read_request(message: Message, context: Context) -> Asked:
     site = admit(config, context.node_config, context.node_id)
     request, model = messages.parse_request(message.content, config), model_of(message.content)
     whole = held_download.completed(message.content, _download_file(site, request))
+    if method.next_rank is not None:
+        site = replace(site, rank=messages.rank_of(whole, site.rank))
     site, digest = site.in_round(config, request.round), messages.digest(whole, config)
     return Asked(config, method, site, request, model, whole, digest)
 

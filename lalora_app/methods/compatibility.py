@@ -4,7 +4,7 @@ import json
 from dataclasses import replace
 
 from lalora_app.aggregation import task_blocks
-from lalora_app.methods import alignment, optimizers, schedule
+from lalora_app.methods import alignment, filters, optimizers, schedule
 from lalora_app.methods.head_rounds import after_head_rounds
 from lalora_app.methods.method import Method
 from lalora_app.methods.table import METHODS
@@ -164,7 +164,8 @@ def _no_gradient_reason(method: Method) -> str | None:
         return "which sends a factor in the last round only"
     if method.optimizer is not optimizers.configured_optimizer:
         return "which has an optimiser of its own at the client"
-    if method.effective or method.perturb or method.align is not alignment.keep_result:
+    more = method.effective or method.perturb or method.penalty is not filters.no_penalty
+    if more or method.align is not alignment.keep_result:
         return "whose local steps are more than a gradient step on A, B and head"
     return None
 

@@ -1,16 +1,18 @@
-"""Filters of noised gradients: the binomial filter of LA-LoRA, and three controls of it.
+"""Filters of noised gradients (LA-LoRA's, three controls of it), and HetLoRA's penalty.
 
 A control replaces the filter in an experiment that measures the filter's effect.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
-from lalora_app.adapter.factors import Kind, kind
+from lalora_app.adapter.factors import Kind, factor_pairs, kind
+from lalora_app.aggregation.padded_average import kept_directions
 from lalora_app.privacy.randomness import seeded
+from lalora_app.settings.run_config import MethodNumbers
 
 if TYPE_CHECKING:
     import torch
@@ -117,3 +119,55 @@ def scaled(grads: NoisedGrads) -> NoisedGrads:
 
     factors = {"A": NOISE_FACTOR, "B": NOISE_FACTOR}
     return NoisedGrads({name: factors.get(kind(name), 1.0) * g for name, g in grads.items()})
+
+
+def no_penalty(
+    grads: NoisedGrads, tensors: Mapping[str, Tensor], numbers: MethodNumbers
+) -> NoisedGrads:
+    """Return the gradients unchanged: the loss has no term of the tensors alone."""
+    return grads
+
+
+def _slope(own: Tensor, other: Tensor) -> Tensor:
+    """Return the gradient of ‖own‖·‖other‖ by ``own``; zero for a zero ``own``."""
+    slope: Tensor = (own / own.norm()).nan_to_num(nan=0.0) * other.norm()
+    return slope
+
+
+def _tail_slopes(tensors: Mapping[str, Tensor], numbers: MethodNumbers) -> dict[str, Tensor]:
+    """Return the gradient of Σ ‖B[:, k:]‖_F·‖A[k:, :]‖_F by A and B of every layer."""
+    from torch.nn.functional import pad
+
+    slopes = {}
+    for b, a in factor_pairs(tensors):
+        kept = kept_directions(len(tensors[a]), numbers)
+        left, right = tensors[b].detach()[:, kept:], tensors[a].detach()[kept:]
+        slopes[b] = pad(_slope(left, right), (kept, 0))  # the first columns are zero
+        slopes[a] = pad(_slope(right, left), (0, 0, kept, 0))  # the first rows
+    return slopes
+
+
+def tail_penalty(
+    grads: NoisedGrads, tensors: Mapping[str, Tensor], numbers: MethodNumbers
+) -> NoisedGrads:
+    """HetLoRA: add the gradient of λ·Σ ‖B[:, k:]‖_F·‖A[k:, :]‖_F (arXiv:2401.06432, §3.2).
+
+    The sum is over all layers, k is ⌊γ·r⌋, γ is ``rule.rank-decay`` and λ ``rule.tail-penalty``.
+    The penalty depends on no example, so its gradient is added after clip and noise; inside of the
+    clip it would take room from the examples' gradients. Limit: γ = 1 or λ = 0 changes no bit.
+
+    Args:
+        grads: noised gradients of the tensors that train in this step.
+        tensors: the present tensors, with A (r, n) and B (m, r) of every layer.
+        numbers: the table ``rule`` of the run config.
+
+    Privacy: a function of noised gradients and of tensors made of them; no extra cost.
+    """
+    from lalora_app.private_step.gradients import NoisedGrads
+
+    weight = numbers.tail_penalty
+    if weight == 0 or numbers.rank_decay == 1:
+        return grads
+    slopes = _tail_slopes(tensors, numbers)
+    added = {name: g + weight * slopes[name] for name, g in grads.items() if name in slopes}
+    return NoisedGrads(grads | added)

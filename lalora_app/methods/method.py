@@ -6,7 +6,7 @@ messages that it answers without a model, and torch takes two seconds to import.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -14,11 +14,12 @@ from lalora_app.adapter.factors import Adapter, Factor, Factors
 from lalora_app.aggregation.average import federated_averaging
 from lalora_app.aggregation.rule import ServerRule as ServerRule
 from lalora_app.methods import alignment, optimizers, schedule
-from lalora_app.methods.filters import identity
+from lalora_app.methods.filters import identity, no_penalty
 from lalora_app.methods.schedule import SyncSchedule, TrainSchedule
 from lalora_app.settings.run_config import MethodNumbers
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from lalora_app.methods.weight_noise import Perturbation
@@ -48,10 +49,15 @@ class Method:
         calibrates: whether the server sets masks and base from public inputs before round 1.
         perturb: the perturbation of the frozen weights during a gradient, drawn without the batch.
         postprocess: noised gradients -> gradients for the optimiser.
+        penalty: (gradients for the optimiser, present tensors) -> the same with the gradient of a
+            penalty on the tensors, which reads no example.
         optimizer: the optimiser of the local steps.
+        report: the optimiser after the steps -> tensors that travel with the factors.
         align: (adapter at the start, adapter after the steps) -> the client's result.
         aggregate: (global adapter, weights, uploads, round) -> new global adapter and the product
             that is added to the base weights.
+        next_rank: (adapter that a client received, its upload) -> the client's rank from now on;
+            None: it never changes.
         exact: whether the new product equals the mean of the clients' products.
         linear: whether the server needs only the sum of the uploads, so that secure aggregation
             and a robust mean are possible.
@@ -70,9 +76,12 @@ class Method:
     calibrates: bool = False
     perturb: Perturbation | None = None
     postprocess: Callable[[NoisedGrads], NoisedGrads] = identity
+    penalty: Callable[[NoisedGrads, Mapping[str, Tensor], MethodNumbers], NoisedGrads] = no_penalty
     optimizer: optimizers.OptimizerFactory = optimizers.configured_optimizer
+    report: Callable[[torch.optim.Optimizer], Adapter] = optimizers.no_report
     align: Callable[[Adapter, Adapter], Adapter] = alignment.keep_result
     aggregate: ServerRule = federated_averaging
+    next_rank: Callable[[Adapter, Adapter, MethodNumbers], int] | None = None
     exact: bool = False
     linear: bool = True
     moves_base: bool = False

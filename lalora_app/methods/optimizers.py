@@ -1,4 +1,4 @@
-"""The optimisers of the table of methods: SGD and AdamW of PyTorch, and two for noised gradients.
+"""The optimisers of the table of methods: SGD and AdamW of PyTorch, and three for noised gradients.
 
 All of them read noised gradients only, so they have no privacy cost. A tensor without a gradient
 keeps its value and its optimiser state bit for bit. That matters for a resting factor, which does
@@ -7,10 +7,11 @@ not train in this step.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from lalora_app.adapter.factors import Adapter, Array
 from lalora_app.settings.run_config import MethodNumbers, Train
 
 if TYPE_CHECKING:
@@ -31,11 +32,13 @@ class OptimizerSettings:
         train: the table ``train`` of the run config.
         rule: the table ``rule`` of the run config.
         noise_std: standard deviation of the noise in one entry of the noised mean gradient.
+        received: the adapter that the client has received, with the method's extra tensors.
     """
 
     train: Train
     rule: MethodNumbers
     noise_std: float = 0.0
+    received: Mapping[str, Array] = field(default_factory=dict)
 
 
 def configured_optimizer(
@@ -74,7 +77,7 @@ def low_pass_sgd(
     """Return the optimiser of DOPPLER for every ``train.optimizer``."""
     from lalora_app.methods.noised_optimizers import LowPassSGD
 
-    return LowPassSGD(groups, settings.train.weight_decay)
+    return LowPassSGD(groups, settings.train.weight_decay, settings.rule.filter_order)
 
 
 def unbiased_adamw(
@@ -84,3 +87,27 @@ def unbiased_adamw(
     from lalora_app.methods.noised_optimizers import UnbiasedAdamW
 
     return UnbiasedAdamW(groups, settings.noise_std, settings.train.weight_decay)
+
+
+def guided_adamw(
+    groups: list[ParameterGroup], settings: OptimizerSettings
+) -> torch.optim.Optimizer:
+    """Return DP-FedAdamW's optimiser with the server's parts, for every ``train.optimizer``."""
+    from lalora_app.methods.noised_optimizers import GuidedAdamW
+
+    return GuidedAdamW(groups, settings)
+
+
+def no_report(optimizer: torch.optim.Optimizer) -> Adapter:
+    """Return no tensors: the upload holds nothing of the optimiser."""
+    return {}
+
+
+def second_moments(optimizer: torch.optim.Optimizer) -> Adapter:
+    """DP-FedAdamW: return the mean second moment of each tensor, to be sent with the factors.
+
+    Privacy: post-processing of noised gradients; no extra cost.
+    """
+    from lalora_app.methods.noised_optimizers import GuidedAdamW
+
+    return optimizer.block_means() if isinstance(optimizer, GuidedAdamW) else {}

@@ -1,8 +1,8 @@
 """Schedules: the factors that a local step trains and the factors that a round uploads.
 
 A schedule is a pure function of (round t, step k). Rounds ``t`` count successful aggregations,
-from 1; steps ``k`` count from 0 within every round. Every schedule of factors trains B first: B is
-zero at the start, so A's gradient ``s·Bᵀ·G`` is zero and a private step on A would add noise only
+from 1; steps ``k`` count from 0 within every round. Every schedule trains B first if B is zero at
+the start: then A's gradient ``s·Bᵀ·G`` is zero and a private step on A would add noise only
 (arXiv:2602.19926, Alg. 1). The head trains and travels in every schedule.
 """
 
@@ -26,7 +26,7 @@ def only_b(t: int, k: int = 0) -> Factors:
 
 
 def only_a(t: int, k: int = 0) -> Factors:
-    """Train or upload A only (FedSA-LoRA uploads A)."""
+    """Train or upload A only (FedSA-LoRA uploads A; the mirrored chain of RAC-LoRA trains it)."""
     return A
 
 

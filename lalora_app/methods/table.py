@@ -11,6 +11,7 @@ from lalora_app.aggregation import (
     fold_into_base,
     new_factors,
     padded_average,
+    remembered_change,
     residual_correction,
     task_blocks,
 )
@@ -20,6 +21,7 @@ from lalora_app.methods.filters import (
     identity,
     permuted,
     scaled,
+    tail_penalty,
 )
 from lalora_app.methods.method import Method
 from lalora_app.methods.weight_noise import row_scaled_noise
@@ -85,7 +87,9 @@ METHODS: dict[str, Method] = {
     "hetlora": replace(
         _BOTH,
         paper="arXiv:2401.06432",
+        penalty=tail_penalty,
         aggregate=padded_average.padded_mean,
+        next_rank=padded_average.pruned_rank,
         linear=False,
         heterogeneous=True,
     ),
@@ -106,6 +110,15 @@ METHODS: dict[str, Method] = {
     ),
     "rac-lora": replace(
         _ONLY_B, paper="arXiv:2410.08305", aggregate=fold_into_base.chain_fold, moves_base=True
+    ),
+    "rac-lora-a": replace(
+        _ONLY_B,
+        paper="arXiv:2410.08305, the mirrored chain",
+        trains=schedule.only_a,
+        syncs=schedule.only_a,
+        start=fold_into_base.start_with_random_b,
+        aggregate=fold_into_base.mirrored_chain_fold,
+        moves_base=True,
     ),
     "fedsvd": replace(_ONLY_B, paper="arXiv:2505.12805", aggregate=new_factors.svd_of_mean_b),
     "deer": replace(
@@ -133,6 +146,15 @@ METHODS: dict[str, Method] = {
     "lora-plus": replace(_BOTH, paper="arXiv:2402.12354", optimizer=optimizers.lora_plus),
     "doppler": replace(_BOTH, paper="arXiv:2408.13460", optimizer=optimizers.low_pass_sgd),
     "dp-fedadamw": replace(_BOTH, paper="arXiv:2602.19945", optimizer=optimizers.unbiased_adamw),
+    "dp-fedadamw-full": replace(
+        _BOTH,
+        paper="arXiv:2602.19945, second moments and the last change from the server",
+        start=parametrisations.add_memory,
+        optimizer=optimizers.guided_adamw,
+        report=optimizers.second_moments,
+        aggregate=remembered_change.average_and_remember,
+        linear=False,
+    ),
     "beamlora": replace(
         _BOTH,
         paper="arXiv:2502.13604",

@@ -20,9 +20,14 @@ DEFAULTS: dict[str, Scalar] = {
     "train.lr-a": 2.0,
     "train.lr-b": 4.0,
     "rule.period": 1,
+    "rule.rank-decay": 1.0,
+    "rule.tail-penalty": 0.01,
     "rule.fair-weight": 0.01,
+    "rule.residual-rank": 0,
     "rule.flat-radius": 0.05,
     "rule.lr-ratio": 2.0,
+    "rule.filter-order": 1,
+    "rule.global-pull": 0.5,
     "rule.lr-gate": 0.01,
     "rule.gate-temperature": 0.5,
     "rule.tasks": 2,
@@ -30,10 +35,14 @@ DEFAULTS: dict[str, Scalar] = {
     "server.momentum": 0.9,
 }
 _READERS = {
-    "rule.period": {"rac-lora", "fedsvd", "beamlora"},
+    "rule.period": {"rac-lora", "rac-lora-a", "fedsvd", "beamlora"},
+    "rule.rank-decay": {"hetlora"},
     "rule.fair-weight": {"lora-fair", "lora-fair-cosine"},
+    "rule.residual-rank": {"fedex-lora"},
     "rule.flat-radius": {"flat-lora"},
     "rule.lr-ratio": {"lora-plus"},
+    "rule.filter-order": {"doppler"},
+    "rule.global-pull": {"dp-fedadamw-full"},
     "rule.lr-gate": {"beamlora", "sd-lora"},
     "rule.gate-temperature": {"beamlora"},
     "rule.tasks": {"sd-lora", "duallora"},
@@ -70,6 +79,8 @@ def unread_keys(config: Config) -> list[str]:
     read |= {"privacy.head-share"} if config.model.head == CLASS_MEANS else set()
     read |= {"privacy.colluding", "train.union-size"} if config.privacy.shared else set()
     read |= {key for key, methods in _READERS.items() if config.method in methods}
+    shrinks = config.method == "hetlora" and config.rule.rank_decay < 1
+    read |= {"rule.tail-penalty"} if shrinks else set()
     read |= {"server.momentum"} if config.server.optimizer != "sgd" else set()
     values = flatten(config)
     return [

@@ -18,7 +18,7 @@ from lalora_app.server_state.state import ServerState
 _log = logging.getLogger("flwr")
 _KEPT = 2
 # Fields of the state beside the adapter; a field's name is the prefix of its tensors in the file.
-_FIELDS = ("drift", "first_moment", "second_moment", "average")
+_FIELDS = ("drift", "first_moment", "second_moment", "average", "memory")
 
 
 def _digest(tensors: Mapping[str, np.ndarray], numbers: str) -> str:
@@ -42,6 +42,7 @@ def save(folder: Path, state: ServerState) -> None:
             "attempts": state.attempts,
             "versions": dict(state.versions),
             "averaged": state.averaged,
+            "ranks": dict(state.ranks),
         }
     )
     tensors = state.adapter | {
@@ -75,9 +76,11 @@ def load(path: Path) -> ServerState:
     if digest is not None and digest != _digest(tensors, metadata["state"]):
         raise ValueError("the tensors do not match their digest")
     numbers: dict[str, Any] = json.loads(metadata["state"])
+    ranks = numbers.pop("ranks", {})  # JSON has made text of the keys; older versions wrote none
     parts: dict[str, Any] = {field: _part(tensors, field) for field in _FIELDS}
     adapter = {n: x for n, x in tensors.items() if n.partition(".")[0] not in _FIELDS}
-    return ServerState(adapter, **numbers, **parts)
+    lowered = {int(client): rank for client, rank in ranks.items()}
+    return ServerState(adapter, **numbers, **parts, ranks=lowered)
 
 
 def load_undamaged(folder: Path) -> list[ServerState]:

@@ -1,6 +1,10 @@
-"""The record of one attempt at a round, as the history keeps it."""
+"""The record of one attempt at a round, as the history keeps it, and checks of its replies."""
 
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
+
+from lalora_app.wire.messages import TrainReply
+from lalora_app.wire.tensors import WireError
 
 
 @dataclass(frozen=True)
@@ -69,3 +73,33 @@ def failed_attempt(round_: int, phase: str, epsilon: float) -> Attempt:
         update_cosine=None,
         seconds=0.0,
     )
+
+
+def require_in_cohort(node: int, cohort: Container[int]) -> None:
+    """Check that a reply is from a node that was asked.
+
+    Raises:
+        WireError: if it is not.
+    """
+    if node not in cohort:
+        raise WireError("the reply of a node that was not asked")
+
+
+def weights_of(weighting: str, replies: Iterable[TrainReply]) -> list[float]:
+    """Return one weight per reply: 1, or the public size of the client's data.
+
+    Args:
+        weighting: ``weighting`` of the run config.
+        replies: valid replies; with "public-size" each has a size.
+    """
+    if weighting == "uniform":
+        return [1.0 for _ in replies]
+    return [float(reply.num_examples or 0) for reply in replies]
+
+
+def drop_without_size(weighting: str, accepted: dict[int, TrainReply], dropped: list[str]) -> None:
+    """Move the replies without a size to ``dropped`` if the weighting needs sizes."""
+    if weighting == "public-size":
+        for node in [n for n, reply in accepted.items() if reply.num_examples is None]:
+            del accepted[node]
+            dropped.append('weighting="public-size" needs a size, and the client sends none')

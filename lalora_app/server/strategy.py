@@ -2,8 +2,8 @@
 
 import logging
 import time
-from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
@@ -23,7 +23,7 @@ from lalora_app.adapter.low_rank import add_to_drift
 from lalora_app.aggregation.measured_error import AggregationErrors, aggregation_errors
 from lalora_app.aggregation.rule import RoundInfo
 from lalora_app.methods.method import Method
-from lalora_app.server.attempt import Attempt
+from lalora_app.server.attempt import Attempt, drop_without_size, require_in_cohort, weights_of
 from lalora_app.server.cohorts import Clients
 from lalora_app.server.robust import robust
 from lalora_app.server_state.iterate_average import with_average
@@ -37,11 +37,6 @@ from lalora_app.wire.same_model import MODEL, model_record
 from lalora_app.wire.tensors import WireError
 
 _log = logging.getLogger("flwr")
-
-
-def _require_in_cohort(node: int, cohort: Container[int]) -> None:
-    if node not in cohort:
-        raise WireError("the reply of a node that was not asked")
 
 
 @dataclass
@@ -124,7 +119,19 @@ class FederatedLora(Strategy):
         )
 
     def _rank(self, client: int) -> int:
-        return self.clients.ranks[client] if self.clients.ranks else self.config.lora.rank
+        own = self.clients.ranks[client] if self.clients.ranks else self.config.lora.rank
+        return min(own, self.state.ranks.get(client, own))
+
+    def _next_ranks(self, accepted: dict[int, TrainReply]) -> dict[int, int]:
+        """Return the ranks of all clients whose rank the method has lowered, by this round too."""
+        rule, asked, lowered = self.method.next_rank, self._asked(), dict(self.state.ranks)
+        if rule is None or not self._synced():
+            return lowered
+        for node, reply in accepted.items():
+            client, start = asked[node], self.download(asked[node])
+            rank = rule(start, dict(reply.upload), self.config.rule)
+            lowered |= {client: rank} if rank < self._rank(client) else {}
+        return lowered
 
     def download(self, client: int) -> Adapter:
         """Return the global adapter at a client's rank."""
@@ -157,7 +164,7 @@ class FederatedLora(Strategy):
             try:
                 # Parse first: Flower's own error messages have the server as their source node.
                 reply = messages.parse_reply(message, expected.get(node, some), t)
-                _require_in_cohort(node, expected)
+                require_in_cohort(node, expected)
                 accepted[node] = reply
             except WireError as error:
                 dropped.append(str(error))
@@ -165,18 +172,6 @@ class FederatedLora(Strategy):
             dropped.append(f"{missing} did not answer in time")
         # A fixed order, so that float sums do not depend on the order of arrival.
         return {node: accepted[node] for node in asked if node in accepted}, dropped
-
-    def _weights(self, replies: Sequence[TrainReply]) -> list[float]:
-        if self.config.weighting == "uniform":
-            return [1.0] * len(replies)
-        return [float(reply.num_examples or 0) for reply in replies]
-
-    def _drop_without_size(self, accepted: dict[int, TrainReply], dropped: list[str]) -> None:
-        """Drop the replies without a size if the weighting needs sizes."""
-        if self.config.weighting == "public-size":
-            for node in [n for n, reply in accepted.items() if reply.num_examples is None]:
-                del accepted[node]
-                dropped.append('weighting="public-size" needs a size, and the client sends none')
 
     def _account(self, accepted: dict[int, TrainReply]) -> None:
         """Update the ε of each selected client.
@@ -198,7 +193,7 @@ class FederatedLora(Strategy):
         asked, full = self._asked(), self.config.lora.rank
         ranks = {node: self._rank(asked[node]) for node in accepted}
         uploads = [from_rank(r.upload, ranks[node], full) for node, r in accepted.items()]
-        return self._weights(list(accepted.values())), uploads
+        return weights_of(self.config.weighting, accepted.values()), uploads
 
     def aggregate_uploads(self, accepted: dict[int, TrainReply]) -> AggregationErrors:
         """Aggregate one round's replies, by node, into the state; return the measured errors."""
@@ -211,6 +206,7 @@ class FederatedLora(Strategy):
             rounds=config.num_server_rounds,
             seed=config.seed,
             numbers=config.rule,
+            memory=self.state.memory,
         )
         new = self.method.aggregate(before, shares, kept, info)
         errors = aggregation_errors(
@@ -225,7 +221,9 @@ class FederatedLora(Strategy):
             new = self.method.aggregate(before, [1.0], [stepped], info)
         scale = config.lora.alpha / full
         drift = add_to_drift(self.state.drift, new.fold, scale) if new.fold else None
+        ranks = self._next_ranks(accepted)  # of the adapter before this round
         state = self.state.advanced(new.adapter, synced, drift)
+        state = replace(state, ranks=ranks, memory=new.memory)
         self.state = with_average(config.server, state, config.num_server_rounds)
         return errors
 
@@ -247,7 +245,7 @@ class FederatedLora(Strategy):
         accepted, dropped = self._judge(replies)
         self._downlink.answered(accepted)
         self._account(accepted)
-        self._drop_without_size(accepted, dropped)
+        drop_without_size(self.config.weighting, accepted, dropped)
         t, synced, cohort = self.state.round + 1, self._synced(), self._cohort_nodes()
         enough, errors = self._enough(accepted, dropped), AggregationErrors()
         if enough:

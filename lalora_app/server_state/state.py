@@ -28,6 +28,8 @@ class ServerState:
         average: the running average of ``server.average``: plain means of the head, and factors
             whose product is the mean of the products, of any rank. Empty before its first round.
         averaged: number of adapters in ``average``.
+        memory: tensors that the method's rule keeps at the server between two rounds.
+        ranks: client, by its place in the order of names -> its rank, if the method has lowered it.
     """
 
     adapter: Adapter
@@ -39,6 +41,8 @@ class ServerState:
     second_moment: Adapter = field(default_factory=dict)
     average: Adapter = field(default_factory=dict)
     averaged: int = 0
+    memory: Adapter = field(default_factory=dict)
+    ranks: Mapping[int, int] = field(default_factory=dict)
 
     def aggregations(self, name: str) -> int:
         """Return how many aggregations have changed a tensor so far; heads travel every round."""

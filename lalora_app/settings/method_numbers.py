@@ -11,7 +11,17 @@ class MethodNumbers:
 
     period: int = count(
         meaning="Rounds between two re-factorisations (`fedsvd`), merges into the base "
-        "(`rac-lora`) or prunings (`beamlora`)."
+        "(`rac-lora`, `rac-lora-a`) or prunings (`beamlora`)."
+    )
+    rank_decay: float = law(
+        "must be in (0, 1]",
+        lambda v: 0 < v <= 1,
+        meaning="Share γ of a client's rank that `hetlora` keeps when the tail, the other "
+        "directions, has become smaller in a round; 1: ranks never change (the paper has 0.99).",
+    )
+    tail_penalty: float = not_negative(
+        meaning="Weight of the penalty on the size of the tail for `hetlora`, with "
+        "`rule.rank-decay` below 1; 0 for none."
     )
     fair_weight: float = law(
         "must not be negative (inf: no correction)",
@@ -19,12 +29,25 @@ class MethodNumbers:
         meaning="Penalty on the size of the server's correction for `lora-fair` and "
         "`lora-fair-cosine`.",
     )
+    residual_rank: int = law(
+        "must not be negative",
+        lambda v: v >= 0,
+        meaning="Largest rank of the residual that `fedex-lora` moves into the base per round; 0: "
+        "the whole residual, which makes the mean exact.",
+    )
     flat_radius: float = not_negative(
         meaning="Size of the random weight perturbation relative to each row's norm, for "
         "`flat-lora`; 0 for none."
     )
     lr_ratio: float = positive(
         meaning="Learning rate of B divided by that of A, for `lora-plus`; replaces `train.lr-b`."
+    )
+    filter_order: int = count(
+        meaning="Order of the low-pass filter of `doppler`: first-order filters one after another."
+    )
+    global_pull: float = not_negative(
+        meaning="Share γ of the last global change that `dp-fedadamw-full` adds in a round, times "
+        "the learning rate; 0 for none."
     )
     lr_gate: float = positive(
         meaning="Learning rate of gates (`beamlora`) and magnitudes (`sd-lora`)."

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from lalora_app.adapter.factors import Adapter, Factor, factor_pairs
+from lalora_app.adapter.factors import Adapter, Factor, factor_pairs, kind
 from lalora_app.settings.run_config import Config, Scalar, flatten
 from lalora_app.wire.code_version import code_hash
 from lalora_app.wire.refusals import REFUSALS, RefusedError
@@ -25,6 +25,26 @@ _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 def adapter_of(content: RecordDict, like: Mapping[str, np.ndarray]) -> Adapter:
     """Unpack the adapter of a request or a reply, see :func:`from_record`."""
     return from_record(content.array_records.get(ARRAYS, ArrayRecord()), like)
+
+
+def rank_of(content: RecordDict, largest: int) -> int:
+    """Return the rank of a request's factors, for a method that lowers a client's rank.
+
+    Limit: without a readable A it is ``largest``, and :func:`adapter_of` then names the fault.
+
+    Args:
+        content: the request's records.
+        largest: the client's rank at the start of the run.
+
+    Raises:
+        WireError: if the rank is not from 1 to ``largest``.
+    """
+    record = content.array_records.get(ARRAYS, ArrayRecord())
+    shapes = [array.shape for name, array in record.items() if kind(name) == "A"]
+    rank = shapes[0][0] if shapes and len(shapes[0]) == 2 else largest
+    if not 1 <= rank <= largest:
+        raise WireError(f"the request's factors have rank {rank}, which must be 1 to {largest}")
+    return rank
 
 
 def drift_of(content: RecordDict, like: Mapping[str, np.ndarray]) -> Adapter:

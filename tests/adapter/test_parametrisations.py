@@ -477,7 +477,7 @@ def test_what_rests_or_is_fixed_keeps_its_bits_under_adamw(name, factors, built,
     backbone, start = built(name, **{"rule.tasks": 3})
     theta = filled(start)
     backbone.load(theta)
-    optimizer = local_round.make_optimizer(backbone, local_of(name), 0.1)
+    optimizer = local_round.make_optimizer(backbone, local_of(name), 0.1, {})
     for names in (AB, factors, factors):  # AdamW has moments and weight decay
         backbone.engine.activate(active_names(start, names))
         before = backbone.adapter()

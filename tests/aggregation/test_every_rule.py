@@ -23,7 +23,12 @@ from helpers.server_rules import (
     wanted,
 )
 from lalora_app.aggregation.average import federated_averaging
-from lalora_app.aggregation.fold_into_base import chain_fold, stack_fold, subspace_fold
+from lalora_app.aggregation.fold_into_base import (
+    chain_fold,
+    mirrored_chain_fold,
+    stack_fold,
+    subspace_fold,
+)
 from lalora_app.aggregation.new_factors import (
     orthonormal_resting_factor,
     product_mean,
@@ -44,6 +49,8 @@ EXACT = {
     "FLoRA": Scene(stack_fold),
     "RAC-LoRA, end of a block": Scene(chain_fold, "B", t=4, period=2),
     "RAC-LoRA, within a block": Scene(chain_fold, "B", t=3, period=2),
+    "RAC-LoRA, mirrored, end of a block": Scene(mirrored_chain_fold, "A", t=4, period=2),
+    "RAC-LoRA, mirrored, within a block": Scene(mirrored_chain_fold, "A", t=3, period=2),
     "FedSVD, due": Scene(svd_of_mean_b, "B", t=4, period=2),
     "FedSVD, not due": Scene(svd_of_mean_b, "B", t=3, period=2),
     "subspace, odd": Scene(subspace_fold, "B", t=1),

@@ -26,7 +26,13 @@ from helpers.server_rules import (
     spans,
     wanted,
 )
-from lalora_app.aggregation.fold_into_base import chain_fold, stack_fold, subspace_fold
+from lalora_app.aggregation.fold_into_base import (
+    chain_fold,
+    mirrored_chain_fold,
+    stack_fold,
+    start_with_random_b,
+    subspace_fold,
+)
 
 
 @given(seed=SEEDS)
@@ -101,3 +107,52 @@ def test_a_new_a_is_uniform_within_one_over_the_root_of_its_width(scene):
         uniform = np.linspace(-1, 1, levels.size)
         assert np.abs(levels - uniform).max() < 0.05  # Kolmogorov-Smirnov at 12,000 draws: 0.036
     assert differ(dict(x=drawn_a[AS[0]]), dict(x=drawn_a[AS[1]]))
+
+
+def turned(adapter):
+    """The transposed problem: A of a layer is Bᵀ, and B is Aᵀ."""
+    pairs = {name: other for b, a in PAIRS for name, other in ((b, a), (a, b))}
+    return {pairs.get(name, name): array.T for name, array in adapter.items()}
+
+
+@given(seed=SEEDS, t=st.integers(1, 4))
+@FEW
+def test_the_mirrored_chain_is_the_chain_of_the_transposed_problem(seed, t):
+    """All but the draw of the new factor, which has its own name in the generator."""
+    found = case(seed, travelling="A")
+    mirrored = Scene(mirrored_chain_fold, "A", t=t, period=2).run(found)
+    other = case(seed, travelling="A")
+    other.current, other.clients = turned(other.current), [turned(c) for c in other.clients]
+    chain = Scene(chain_fold, "B", t=t, period=2).run(other)
+    assert {*mirrored.fold} == {*chain.fold}
+    for name, array in turned(mirrored.fold).items():
+        assert_near(chain.fold[name], array)
+    for name, array in turned(mirrored.adapter).items():
+        if t % 2 or name not in AS:
+            assert_near(chain.adapter[name], array)
+
+
+def test_the_mirrored_chain_draws_b_from_seed_and_round_and_a_starts_at_zero():
+    found, scene = case(0, travelling="A"), Scene(mirrored_chain_fold, "A")
+    first, again = scene.run(found), scene.run(case(1, 2, "A"))
+    later = Scene(mirrored_chain_fold, "A", t=2).run(found)
+    for b, a in PAIRS:
+        assert first.adapter[b].tobytes() == again.adapter[b].tobytes()
+        assert not np.any(first.adapter[b] == later.adapter[b])
+        assert not first.adapter[a].any()
+        assert np.abs(first.adapter[b]).max() <= len(first.adapter[b]) ** -0.5
+    assert not np.any(first.adapter[BS[0]][:6] == first.adapter[BS[1]][:6])
+
+
+def test_the_mirrored_chain_begins_with_a_random_b_of_the_runs_seed():
+    layers = dict.fromkeys(SIZES, (4000, 5))
+    starts = [case(seed, 1, sizes=layers).current for seed in (0, 1)]
+    one, other = (start_with_random_b(start, None) for start in starts)
+    assert start_with_random_b(starts[0], None)[BS[0]].tobytes() == one[BS[0]].tobytes()
+    for b, a in PAIRS:
+        assert one[b].shape == (4000, RANK)
+        assert not one[a].any()
+        assert not np.any(one[b] == other[b])
+        levels = np.sort(one[b].ravel()) * np.sqrt(4000)  # U(-1, 1)
+        assert np.abs(levels - np.linspace(-1, 1, levels.size)).max() < 0.05
+    assert not np.any(one[BS[0]] == one[BS[1]])

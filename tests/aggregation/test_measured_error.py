@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from lalora_app.adapter.factors import Adapter
 from lalora_app.aggregation.average import weighted_mean
-from lalora_app.aggregation.measured_error import aggregation_error
+from lalora_app.aggregation.measured_error import aggregation_error, aggregation_errors
+from lalora_app.aggregation.rule import Aggregated
 
 HEAD = "base_model.model.classifier.weight"
 
@@ -130,3 +131,14 @@ def test_the_error_is_none_without_one_of_the_factors(missing):
     uploads = [drawn(rng, [(4, 2, 3), (3, 2, 4)]) for _ in range(2)]
     partial = [{n: a for n, a in upload.items() if missing not in n} for upload in uploads]
     assert aggregation_error([1.0, 1.0], partial) is None
+
+
+def test_clients_of_one_rank_below_the_runs_have_no_cosine_and_the_other_errors():
+    rng = np.random.default_rng(0)
+    before = drawn(rng, [(5, 4, 6)] * 2)
+    weights, uploads = [1.0, 3.0], [drawn(rng, [(5, 2, 6)] * 2) for _ in range(2)]
+    mean = weighted_mean(before, weights, uploads)
+    found = aggregation_errors(weights, uploads, before, Aggregated(mean), complete=True)
+    assert found.cosine is None
+    assert found.averaging == pytest.approx(by_products(weights, uploads, 2), rel=1e-6)
+    assert found.remaining == pytest.approx(found.averaging, rel=1e-5)

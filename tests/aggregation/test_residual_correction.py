@@ -20,6 +20,7 @@ from helpers.server_rules import (
     got,
     mean_of,
     product,
+    tail,
     wanted,
     wide,
 )
@@ -63,6 +64,33 @@ def test_fedex_folds_nothing_where_the_clients_agree():
     found.clients, found.weights = found.clients * 2, [1.0, 3.0]
     fold = Scene(residual_fold).run(found).fold
     assert all(not array.any() for array in fold.values())
+
+
+def fedex(found: Case, residual_rank: int):
+    info = at(residual_rank=residual_rank)
+    return residual_fold(found.current, found.weights, found.uploads("AB"), info)
+
+
+@given(seed=SEEDS, clients=st.integers(2, 5), rank=st.integers(1, 4))
+@FEW
+def test_a_cut_residual_is_the_best_of_its_rank(seed, clients, rank):
+    """Eckart-Young: the error is the root of the sum of squares of the other singular values."""
+    found = case(seed, clients)
+    cut, whole = fedex(found, rank), fedex(found, 0)
+    for path, (b, a) in zip(SIZES, PAIRS, strict=True):
+        lost = wanted(found, path) - mean_of(found, b) @ mean_of(found, a)
+        left = np.linalg.norm(wanted(found, path) - got(cut, path))
+        assert left == pytest.approx(tail(lost, rank), abs=1e-6 * np.linalg.norm(lost))
+        assert cut.fold[a].shape[0] == min(rank, whole.fold[a].shape[0])
+        np.testing.assert_array_equal(cut.adapter[b], whole.adapter[b])
+
+
+def test_a_rank_that_holds_the_whole_residual_changes_no_bit():
+    found = case(0)
+    whole = fedex(found, 0).fold
+    for rank in (9, 50):
+        same = fedex(found, rank).fold
+        assert all(same[name].tobytes() == array.tobytes() for name, array in whole.items())
 
 
 def fair(rule, found: Case, fair_weight: float) -> Adapter:

@@ -1,5 +1,6 @@
 """SD-LoRA, DualLoRA and BeamLoRA server rules, compared with dense loops."""
 
+from dataclasses import replace
 from functools import cache
 from itertools import pairwise
 
@@ -421,3 +422,47 @@ def test_beamlora_only_averages_within_a_period():
         result = prune_and_expand(current, [1.0, 1.0], uploads, at(t, 9, period=3))
         same = all(np.allclose(result.adapter[n], x, atol=1e-6) for n, x in merged.items())
         assert same == (t % 3 != 0), t
+
+
+@pytest.mark.parametrize(("period", "kept"), [(2, 1), (3, 2), (4, 2), (5, 3)])
+def test_copies_are_of_the_snapshot_half_a_period_before(period, kept):
+    """Round by round, with the rule's memory carried from one round to the next."""
+    current, memory = beam_case(4, 6, 0.0)[0], {}
+    for t in range(1, 2 * period + 1):
+        uploads = beam_case(10 + t, 6, 3.0)[1]
+        merged = mean_of(uploads, [1.0, 1.0], current)
+        if t % period == kept:
+            snapshot = merged
+        info = replace(at(t, 99, period=period), memory=memory)
+        result = prune_and_expand(current, [1.0, 1.0], uploads, info)
+        if t % period == 0:
+            copied = merged | {n: snapshot[n] for pair in LAYERS for n in pair}
+            assert_copied(result.adapter, merged, copied)
+            assert result.memory == {}
+        current, memory = result.adapter, result.memory
+
+
+def assert_copied(new: Adapter, merged, source) -> None:
+    """Weak directions of ``merged`` are the strong ones of ``source``, and all others stay."""
+    changed = 0
+    for b, a in LAYERS:
+        order = sorted(range(6), key=lambda i: -merged[sibling(a, "gate")][i])
+        for place, strong in enumerate(order[:3]):
+            weak = order[5 - place]
+            stays = np.allclose(new[a][weak], merged[a][weak], atol=1e-6)
+            wanted = merged[a][weak] if stays else source[a][strong]
+            assert_near(new[a][weak], wanted)
+            assert_near(new[b][:, weak], merged[b][:, weak] if stays else source[b][:, strong])
+            assert_near(new[a][strong], merged[a][strong])
+            changed += not stays
+    assert changed
+
+
+def test_with_a_period_of_one_copies_are_of_the_present_factors():
+    current, uploads = beam_case(0, 6, 3.0)
+    old = {n: 0 * x for n, x in current.items()}
+    plain = prune_and_expand(current, [1.0, 1.0], uploads, at(1, 9))
+    other = prune_and_expand(current, [1.0, 1.0], uploads, replace(at(1, 9), memory=old))
+    assert plain.memory == other.memory == {}
+    for name, array in plain.adapter.items():
+        np.testing.assert_array_equal(other.adapter[name], array)

@@ -145,6 +145,11 @@ def test_only_plain_sgd_is_attacked(tiny):
         audited_run(tiny(method="doppler"))
 
 
+def test_a_run_whose_ranks_shrink_is_not_attacked(tiny):
+    with pytest.raises(ConfigError, match=r"rule.rank-decay=0.99 must be 1 for the audit"):
+        audited_run(tiny(method="hetlora", **{"rule.rank-decay": 0.99}))
+
+
 def test_a_run_with_random_views_is_not_attacked(images):
     with pytest.raises(ConfigError, match=r"train.views=2 must be 1 for the audit of a whole run"):
         audited_run(images("vit", **{"train.views": 2}))

@@ -22,8 +22,8 @@ SEEDS = st.integers(0, 2**32 - 1)
 
 
 @cache
-def numbers(period: int = 1, fair_weight: float = 0.01):
-    return make_config(**{"rule.period": period, "rule.fair-weight": fair_weight}).rule
+def numbers(**changes):
+    return make_config(**{f"rule.{key.replace('_', '-')}": v for key, v in changes.items()}).rule
 
 
 def at(t: int = 1, seed: int = 7, **changes) -> RoundInfo:

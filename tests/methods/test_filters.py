@@ -1,4 +1,4 @@
-"""The binomial filter and its controls, compared with a float64 loop."""
+"""The binomial filter, its controls and HetLoRA's penalty, compared with float64 loops."""
 
 import math
 
@@ -8,13 +8,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from conftest import make_config
 from lalora_app.methods.filters import (
     TAPS,
     binomial,
     identity,
+    no_penalty,
     permuted,
     scaled,
     smooth,
+    tail_penalty,
 )
 from lalora_app.private_step.gradients import NoisedGrads
 
@@ -160,3 +163,79 @@ def test_filters_are_linear(postprocess):
     for name in x:
         expected = 3 * postprocess(x)[name] - postprocess(y)[name]
         torch.testing.assert_close(both[name], expected)
+
+
+# HetLoRA's penalty.
+
+
+def numbers(decay: float, weight: float):
+    return make_config(**{"rule.rank-decay": decay, "rule.tail-penalty": weight}).rule
+
+
+def size_of_tail(b: np.ndarray, a: np.ndarray, kept: int) -> float:
+    """‖B[:, k:]‖·‖A[k:, :]‖, entry by entry."""
+    left = sum(float(x) ** 2 for row in b for x in row[kept:])
+    right = sum(float(x) ** 2 for row in a[kept:] for x in row)
+    return math.sqrt(left) * math.sqrt(right)
+
+
+def slope_by_differences(b: np.ndarray, a: np.ndarray, kept: int) -> tuple[np.ndarray, np.ndarray]:
+    """The gradient of the tail's size by every entry, by central differences."""
+    slopes, step = (np.zeros_like(b), np.zeros_like(a)), 1e-6
+    for which, slope in enumerate(slopes):
+        for place in np.ndindex(slope.shape):
+            pair, ends = (b.copy(), a.copy()), []
+            for moved in (step, -2 * step):
+                pair[which][place] += moved
+                ends.append(size_of_tail(*pair, kept))
+            slope[place] = (ends[0] - ends[1]) / (2 * step)
+    return slopes
+
+
+@pytest.mark.parametrize(("rank", "decay", "kept"), [(4, 0.99, 3), (4, 0.5, 2), (5, 0.2, 1)])
+def test_the_penalty_has_the_gradient_of_the_size_of_the_tail(rank, decay, kept):
+    rng, weight = np.random.default_rng(rank), 0.3
+    a, b, head = drawn(rng, rank, 6), drawn(rng, 5, rank), drawn(rng, 2, 3)
+    noised = grads_of(drawn(rng, rank, 6), drawn(rng, 5, rank), head)
+    found = tail_penalty(noised, grads_of(a, b, head), numbers(decay, weight))
+    slopes = dict(zip((B_NAME, A_NAME), slope_by_differences(b, a, kept), strict=True))
+    for name, slope in slopes.items():
+        added = (found[name] - noised[name]).numpy()
+        np.testing.assert_allclose(added, weight * slope, atol=1e-8)
+    assert not (found[A_NAME] - noised[A_NAME])[:kept].any()
+    assert torch.equal(found[HEAD_NAME], noised[HEAD_NAME])
+
+
+def test_the_penalty_leaves_resting_tensors_and_its_inputs_alone():
+    rng = np.random.default_rng(0)
+    tensors = grads_of(drawn(rng, 4, 6), drawn(rng, 5, 4), drawn(rng, 2, 3))
+    noised = NoisedGrads({B_NAME: torch.from_numpy(drawn(rng, 5, 4))})
+    before = noised[B_NAME].clone()
+    found = tail_penalty(noised, tensors, numbers(0.5, 1.0))
+    assert set(found) == {B_NAME}
+    assert torch.equal(noised[B_NAME], before)
+    assert not torch.equal(found[B_NAME], before)
+
+
+@pytest.mark.parametrize(("decay", "weight"), [(1.0, 5.0), (0.5, 0.0)])
+def test_without_a_tail_or_a_weight_there_is_no_penalty(decay, weight):
+    rng = np.random.default_rng(0)
+    tensors = grads_of(drawn(rng, 4, 6), drawn(rng, 5, 4), drawn(rng, 2, 3))
+    for penalty in (tail_penalty, no_penalty):
+        assert penalty(tensors, tensors, numbers(decay, weight)) is tensors
+
+
+@pytest.mark.parametrize("zero", [A_NAME, B_NAME])
+def test_the_penalty_of_a_zero_factor_is_finite(zero):
+    rng = np.random.default_rng(0)
+    tensors = grads_of(drawn(rng, 4, 6), drawn(rng, 5, 4), drawn(rng, 2, 3))
+    tensors[zero] = torch.zeros_like(tensors[zero])
+    found = tail_penalty(tensors, tensors, numbers(0.5, 1.0))
+    assert all(torch.equal(found[name], x) for name, x in tensors.items())
+
+
+def test_a_rank_of_one_has_no_tail():
+    rng = np.random.default_rng(0)
+    tensors = grads_of(drawn(rng, 1, 6), drawn(rng, 5, 1), drawn(rng, 2, 3))
+    found = tail_penalty(tensors, tensors, numbers(0.5, 1.0))
+    assert all(torch.equal(found[name], x) for name, x in tensors.items())

@@ -1,6 +1,7 @@
 """The local optimisers, compared with float64 loops, and their limit cases."""
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,14 +13,18 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from conftest import make_config
+from lalora_app.adapter.parametrisations import change_name, moment_name
 from lalora_app.client.local_round import LocalSettings, make_optimizer
 from lalora_app.methods.learning_rates import rate_factor
 from lalora_app.methods.noised_optimizers import LowPassSGD, UnbiasedAdamW
 from lalora_app.methods.optimizers import (
     OptimizerSettings,
     configured_optimizer,
+    guided_adamw,
     lora_plus,
     low_pass_sgd,
+    no_report,
+    second_moments,
     unbiased_adamw,
 )
 from lalora_app.methods.table import METHODS
@@ -31,7 +36,9 @@ FEW = settings(max_examples=20, deadline=None, derandomize=True)
 
 def hyper(noise_std: float = 0.0, **changes) -> OptimizerSettings:
     config = make_config(**changes)
-    return OptimizerSettings(config.train, config.rule, noise_std)
+    zero = np.zeros(SHAPE)  # of the two tensors that a test may name
+    memory = received(0.0, zero, "A0") | received(0.0, zero, "B0")
+    return OptimizerSettings(config.train, config.rule, noise_std, memory)
 
 
 def parameter(values: np.ndarray) -> torch.nn.Parameter:
@@ -39,7 +46,8 @@ def parameter(values: np.ndarray) -> torch.nn.Parameter:
 
 
 def group(*parameters: Tensor, lr: float, kind: str = "A") -> dict:
-    return {"kind": kind, "params": list(parameters), "lr": lr}
+    names = [f"{kind}{i}" for i in range(len(parameters))]
+    return {"kind": kind, "params": list(parameters), "names": names, "lr": lr}
 
 
 def after(optimizer, x: Tensor, grads: np.ndarray) -> list[np.ndarray]:
@@ -58,6 +66,48 @@ def drawn(seed: int, steps: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 # DOPPLER.
+
+
+def polynomial_loop(start, grads, lr, a, decay, order):
+    """The paper's form: m_t = −Σ a_τ·m_{t−τ} + Σ b_τ·g_{t−τ}; c_t is the same of gradients 1."""
+    poles, zeros = np.poly([a] * order), np.poly([-1.0] * order) * ((1 - a) / 2) ** order
+    x, values, ms, cs = start, [], [], []
+    for t in range(len(grads)):
+        m, c = np.zeros(SHAPE), 0.0
+        for tau in range(min(order, t) + 1):
+            m, c = m + zeros[tau] * grads[t - tau], c + zeros[tau]
+        for tau in range(1, min(order, t) + 1):
+            m, c = m - poles[tau] * ms[t - tau], c - poles[tau] * cs[t - tau]
+        ms.append(m)
+        cs.append(c)
+        x = x - lr * decay * x - lr * m / c
+        values.append(x)
+    return values
+
+
+@given(
+    seed=SEEDS,
+    steps=st.integers(1, 9),
+    order=st.integers(1, 4),
+    decay=st.sampled_from([0.0, 0.05]),
+)
+@FEW
+def test_a_filter_of_any_order_is_the_recursion_of_the_paper(seed, steps, order, decay):
+    start, grads = drawn(seed, steps)
+    x = parameter(start)
+    run = hyper(**{"train.weight-decay": decay, "rule.filter-order": order})
+    found = after(low_pass_sgd([group(x, lr=0.7)], run), x, grads)
+    expected = polynomial_loop(start, grads, 0.7, LowPassSGD.COEFFICIENT, decay, order)
+    np.testing.assert_allclose(found, expected, rtol=1e-8, atol=1e-9)
+
+
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_on_a_constant_gradient_a_filter_of_any_order_is_sgd(order):
+    start, grads = drawn(2, 1)
+    x, y, constant = parameter(start), parameter(start), np.repeat(grads, 30, axis=0)
+    found = after(LowPassSGD([group(x, lr=0.1)], 0.0, order), x, constant)
+    expected = after(torch.optim.SGD([y], lr=0.1), y, constant)
+    np.testing.assert_allclose(found, expected, rtol=1e-10)
 
 
 def doppler_loop(start, grads, lr, a, decay):
@@ -192,6 +242,71 @@ def test_unbiased_adamw_never_divides_by_zero(size, noise_std, dtype, seed):
     np.testing.assert_array_equal(found[-1][0], start[0])  # no gradient, no step
 
 
+# DP-FedAdamW with the server's parts.
+
+
+def guided_loop(start, grads, lr, run, mean, change):
+    """v from the mean v̄ of all entries, without a correction unless it is unknown; and the pull."""
+    m, v, x, values = np.zeros(SHAPE), np.full(SHAPE, mean), start, []
+    noise_std, decay = run.noise_std, run.train.weight_decay
+    for k, grad in enumerate(grads, start=1):
+        m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2
+        square = v if mean > 0 else v / (1 - 0.999**k)
+        size = np.sqrt(np.maximum(square - noise_std**2, 0)) + max(noise_std, 1e-8)
+        x = x - lr * decay * x - lr * m / (1 - 0.9**k) / size
+        x = x + run.rule.global_pull * lr / run.train.local_steps * change
+        values.append(x)
+    return values, square.mean()
+
+
+def received(mean: float, change: np.ndarray, name: str) -> dict:
+    return {moment_name(name): np.float32([mean]), change_name(name): change}
+
+
+@given(
+    seed=SEEDS,
+    steps=st.integers(1, 6),
+    noise_std=st.sampled_from([0.0, 0.5]),
+    mean=st.sampled_from([0.0, 0.25, 2.0]),
+    decay=st.sampled_from([0.0, 0.05]),
+    pull=st.sampled_from([0.0, 0.5]),
+)
+@FEW
+def test_v_starts_from_the_servers_mean_and_steps_follow_the_last_change(
+    seed, steps, noise_std, mean, decay, pull
+):
+    start, grads = drawn(seed, steps)
+    change, x = drawn(seed + 1, 1)[0], parameter(start)
+    changes = {"train.weight-decay": decay, "rule.global-pull": pull, "train.local-steps": 3}
+    run = replace(hyper(noise_std, **changes), received=received(mean, change, "A0"))
+    optimizer = guided_adamw([group(x, lr=0.05)], run)
+    found = after(optimizer, x, grads)
+    expected, square = guided_loop(start, grads, 0.05, run, mean, change)
+    np.testing.assert_allclose(found, expected, rtol=1e-9, atol=1e-11)
+    (sent,) = second_moments(optimizer).items()
+    assert sent[0] == moment_name("A0")
+    assert (sent[1].shape, sent[1].dtype) == ((1,), np.float32)
+    assert sent[1][0] == pytest.approx(square, rel=1e-6)
+
+
+@pytest.mark.parametrize("mean", [0.0, -1.0])
+def test_before_the_first_round_guided_is_unbiased_adamw_to_the_bit(mean):
+    start, grads = (array.astype(np.float32) for array in drawn(5, 6))
+    x, y = parameter(start), parameter(start)
+    memory = received(mean, np.zeros(SHAPE, np.float32), "A0")
+    run = hyper(0.3, **{"train.weight-decay": 0.1})
+    found = after(guided_adamw([group(x, lr=0.02)], replace(run, received=memory)), x, grads)
+    expected = after(unbiased_adamw([group(y, lr=0.02)], run), y, grads)
+    assert all(np.array_equal(*pair) for pair in zip(found, expected, strict=True))
+
+
+def test_no_other_optimiser_has_anything_to_report():
+    x = parameter(drawn(0, 1)[0])
+    for make in (configured_optimizer, low_pass_sgd, unbiased_adamw):
+        assert second_moments(make([group(x, lr=0.1)], hyper(0.1))) == {}
+    assert no_report(guided_adamw([group(x, lr=0.1)], hyper(0.1))) == {}
+
+
 # LoRA+.
 
 
@@ -226,6 +341,7 @@ MAKES = {
     "lora-plus": (lora_plus, {"train.optimizer": "adamw"}),
     "doppler": (low_pass_sgd, {}),
     "dp-fedadamw": (unbiased_adamw, {}),
+    "dp-fedadamw-full": (guided_adamw, {}),
 }
 
 
@@ -353,7 +469,7 @@ def test_learning_rates_depend_on_kind_and_round_and_fixed_tensors_have_none(nam
     named["classifier.weight"] = parameter(drawn(0, 1)[0])
     local = LocalSettings(METHODS[name], 3, 9, config.train, config.rule, 1.0)
     backbone = SimpleNamespace(engine=SimpleNamespace(parameters=named))
-    made = make_optimizer(backbone, local, 0.7)
+    made = make_optimizer(backbone, local, 0.7, {})
     train = config.train
     wanted = {"A": train.lr_a, "B": train.lr_b, "head": train.lr_head, "gate": 0.25}
     assert {g["kind"]: g["lr"] for g in made.param_groups} == {

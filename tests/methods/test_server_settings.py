@@ -13,8 +13,10 @@ from lalora_app.methods.table import METHODS
 from lalora_app.settings.errors import ConfigError
 
 NOT_A_MEAN = {"flora", "flexlora", "hetlora", "lora-fair", "lora-fair-cosine", "fedex-lora"}
+NOT_A_MEAN |= {"dp-fedadamw-full"}
 NEW_COORDINATES = {"rac-lora", "fedsvd", "deer", "galore-dwa", "beamlora", "sd-lora", "duallora"}
-MOVES_BASE = {"flora", "fedex-lora", "rac-lora", "galore-dwa"}
+NEW_COORDINATES |= {"rac-lora-a"}
+MOVES_BASE = {"flora", "fedex-lora", "rac-lora", "rac-lora-a", "galore-dwa"}
 MORE_TENSORS = {"beamlora", "sd-lora", "duallora", "losa"}
 LAST_ROUND = {"fedsa-lora"}
 STEPS = {"server.optimizer": "momentum", "server.lr": 0.5}

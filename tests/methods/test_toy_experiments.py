@@ -42,7 +42,8 @@ def trained(method, base, adapter, wanted, t, steps):
 
 def errors(name: str, wanted, rounds: int, steps: int = 100) -> list[float]:
     """Return ‖W + B·A - mean W*‖/‖mean W*‖ after each round of a method."""
-    method, adapter, optimum = METHODS[name], start(), np.mean(wanted, 0)
+    method, optimum = METHODS[name], np.mean(wanted, 0)
+    adapter = method.start(start(), at().numbers)
     base, found = np.zeros((M, N)), []
     for t in range(1, rounds + 1):
         ups = [trained(method, base, adapter, own, t, steps) for own in wanted]
@@ -85,6 +86,12 @@ def test_rac_reaches_an_optimum_of_full_rank_where_no_lora_of_its_rank_can():
     assert best > 0.5  # the error of the best matrix of this rank
     assert errors("rac-lora", wanted, rounds=80)[-1] < 1e-3
     assert errors("rolora", wanted, rounds=80)[-1] > 0.9 * best
+
+
+def test_the_mirrored_chain_reaches_it_too():
+    """arXiv:2410.08305: random subspaces of the columns, in place of the rows."""
+    wanted = targets(rank=N, spread=1.0)
+    assert errors("rac-lora-a", wanted, rounds=80)[-1] < 1e-3
 
 
 def test_a_block_of_rac_keeps_the_share_one_minus_r_over_n_of_the_squared_error():

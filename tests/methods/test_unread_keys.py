@@ -32,9 +32,14 @@ OTHER = {
     "train.lr-a": 0.3,
     "train.lr-b": 0.7,
     "rule.period": 2,
+    "rule.rank-decay": 0.5,
+    "rule.tail-penalty": 0.5,
     "rule.fair-weight": 50.0,
+    "rule.residual-rank": 1,
     "rule.flat-radius": 0.5,
     "rule.lr-ratio": 5.0,
+    "rule.filter-order": 2,
+    "rule.global-pull": 0.1,
     "rule.lr-gate": 0.5,
     "rule.gate-temperature": 0.1,
     "rule.tasks": 1,
@@ -43,7 +48,7 @@ OTHER = {
 }
 EXAMPLES = 12
 ROUNDS = {"num-server-rounds": 4}
-OWN_OPTIMIZER = ("doppler", "dp-fedadamw")
+OWN_OPTIMIZER = ("doppler", "dp-fedadamw", "dp-fedadamw-full")
 
 
 def named(config) -> set[str]:
@@ -135,8 +140,8 @@ def starts(start, method):
 def one_round(config, model, data, state, t):
     """The state after round ``t``, as the strategy computes it from two uploads.
 
-    The second upload is the first with the rows of its factors and head rotated, but for the gates:
-    a correction then has an effect.
+    The second upload is the first with the entries of its factors and head moved on by one, but
+    for the gates: a correction then has an effect, and a residual more than one direction.
     """
     method, rank = METHODS[config.method], config.lora.rank
     whole = local_round.run_round(
@@ -151,7 +156,7 @@ def one_round(config, model, data, state, t):
     sent = method.sent(t, last=False)
     info = RoundInfo(t=t, rounds=4, seed=0, numbers=config.rule)
     upload = select(whole, sent)
-    rotated = {n: x if kind(n) == "gate" else np.roll(x, 1, axis=0) for n, x in upload.items()}
+    rotated = {n: x if kind(n) == "gate" else np.roll(x, 1) for n, x in upload.items()}
     uploads = [upload, rotated]
     weights = [1.0, 1.0]
     if config.server.changes_update:

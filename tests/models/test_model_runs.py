@@ -86,7 +86,7 @@ def one_private_step(backbone: Backbone, data, factors: str) -> None:
     assert all(grad.isfinite().all() and grad.abs().max() > 0 for grad in noised.values())
     config, method = make_config(**{"train.optimizer": "adamw"}), METHODS["la-lora"]
     local = LocalSettings(method, 1, 1, config.train, config.rule, 1.0)
-    apply(backbone, make_optimizer(backbone, local, 0.0), method.postprocess(noised))
+    apply(backbone, make_optimizer(backbone, local, 0.0, {}), method.postprocess(noised))
     after = backbone.adapter()
     for name, array in after.items():
         assert (array.tobytes() != before[name].tobytes()) == (name in names), name

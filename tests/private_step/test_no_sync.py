@@ -77,7 +77,7 @@ def private_steps(backbone: Backbone) -> None:
     """Run a B step and an A step of LA-LoRA: sampling, clipping, noise, filter, optimiser."""
     config, method = make_config(**{"train.optimizer": "adamw"}), METHODS["la-lora"]
     optimizer = make_optimizer(
-        backbone, LocalSettings(method, 1, 1, config.train, config.rule, 0.5), 0.0
+        backbone, LocalSettings(method, 1, 1, config.train, config.rule, 0.5), 0.0, {}
     )
     streams = RandomStreams(seeded(0, "sampling"), seeded(0, "noise"))
     for k in range(2):

@@ -31,16 +31,18 @@ def test_every_part_of_the_state_comes_back_bit_for_bit(tmp_path):
     rng = np.random.default_rng(0)
     parts = [
         {"l.lora_A.weight": rng.standard_normal((2, 3)).astype(np.float32), "bias": np.float32([i])}
-        for i in range(5)
+        for i in range(6)
     ]
-    state = ServerState(parts[0], 3, {"A": 1, "B": 2}, 4, *parts[1:], averaged=2)
+    state = ServerState(
+        parts[0], 3, {"A": 1, "B": 2}, 4, *parts[1:5], averaged=2, memory=parts[5], ranks={0: 3}
+    )
     checkpoints.save(tmp_path, state)
     (path,) = tmp_path.glob("*.safetensors")
     found = checkpoints.load(path)
     for field in fields(ServerState):
         ours, theirs = getattr(found, field.name), getattr(state, field.name)
         assert type(ours) is type(theirs), field.name
-        if field.name in ("round", "versions", "attempts", "averaged"):
+        if field.name in ("round", "versions", "attempts", "averaged", "ranks"):
             assert ours == theirs, field.name
         else:
             assert same_bits(ours, theirs), field.name

@@ -1,6 +1,7 @@
 """The strategy alone: hand-made replies to its own requests, no model and no client."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -168,6 +169,26 @@ def test_a_failed_attempt_moves_nothing_but_the_count_of_attempts(answers):
     assert (attempt.aggregated, attempt.replies, attempt.round) == (False, answers, 2)
     again = [messages.parse_request(r.content, strategy.config) for r in asked(strategy)]
     assert {(order.round, order.attempt) for order in again} == {(2, 3)}
+
+
+def test_what_a_rule_keeps_waits_for_its_next_round_and_reaches_no_client():
+    strategy = make(method="beamlora", **{"rule.period": 2})
+    succeed(strategy)
+    kept, adapter = strategy.state.memory, strategy.state.adapter
+    assert set(kept) == {A, B}
+    assert all(kept[name] is adapter[name] for name in kept)
+    fail(strategy)
+    assert strategy.state.memory is kept
+    (request, *_) = asked(strategy)
+    assert set(request.content[messages.ARRAYS]) <= set(adapter)
+    seen = []
+    rule = strategy.method.aggregate
+    strategy.method = replace(
+        strategy.method, aggregate=lambda *args: seen.append(args[3].memory) or rule(*args)
+    )
+    succeed(strategy)
+    assert seen == [kept]
+    assert strategy.state.memory == {}
 
 
 # --- aggregation ------------------------------------------------------------------------------
@@ -453,7 +474,8 @@ def test_byte_counts_are_those_of_the_messages(method):
         attempt = strategy.attempts[-1]
         assert {tensor_bytes(r) for r in requests} == {attempt.download_bytes}
         assert {tensor_bytes(r) for r in replies} == {attempt.upload_bytes}
-    if METHODS[method].moves_base or METHODS[method].effective:
+    more = not set(strategy.state.adapter) <= set(SHAPES)  # changes and second moments
+    if more or METHODS[method].moves_base or METHODS[method].effective:
         return  # more than the factors travels
     sizes = {name: 4 * int(np.prod(SHAPES[name])) for name in strategy.state.adapter}
     assert set(sizes) == ({HEAD} if method == "head-only" else set(SHAPES))

@@ -27,7 +27,7 @@ def test_a_resting_factor_and_its_moments_stay_bit_identical(tiny, settings, res
     config = tiny(**settings)
     model, start = backbone.build(config)
     model.load({name: array + 0.5 for name, array in start.items()})
-    optimizer = local_round.make_optimizer(model, local_steps(config), 0.0)
+    optimizer = local_round.make_optimizer(model, local_steps(config), 0.0, {})
     parameters = model.engine.parameters
 
     def step(*kinds):

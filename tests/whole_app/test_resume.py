@@ -85,6 +85,7 @@ def uninterrupted(tmp_path_factory, tiny_keys):
         *(("la-lora", moment, "") for moment in CRASHES),
         ("fedex-lora", "in a round", ""),
         ("sd-lora", "before a round", ""),
+        ("dp-fedadamw-full", "in a round", ""),
         ("la-lora", "in a round", "yogi"),
         ("rolora", "before a round", "momentum"),
     ],

@@ -428,3 +428,23 @@ def test_a_drift_of_an_impossible_rank_is_refused(rank):
     content = RecordDict({messages.DRIFT: tensors.to_record(drift)})
     with pytest.raises(WireError, match=f"has rank {rank}, which must be 1 to 5"):
         messages.drift_of(content, like)
+
+
+@pytest.mark.parametrize(("sent", "largest"), [(2, 2), (2, 5), (1, 1)])
+def test_the_rank_of_a_request_is_that_of_its_factors(sent, largest):
+    record = tensors.to_record({A: np.zeros((sent, 5), np.float32), HEAD: np.zeros(2, np.float32)})
+    content = RecordDict({messages.ARRAYS: record})
+    assert messages.rank_of(content, largest) == sent
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (3, 5)])
+def test_a_rank_beyond_the_clients_own_is_refused(shape):
+    record = tensors.to_record({A: np.zeros(shape, np.float32)})
+    with pytest.raises(WireError, match=rf"have rank {shape[0]}, which must be 1 to 2"):
+        messages.rank_of(RecordDict({messages.ARRAYS: record}), 2)
+
+
+@pytest.mark.parametrize("arrays", [{}, {HEAD: np.zeros(2)}, {A: np.zeros(4)}])
+def test_without_a_readable_factor_the_rank_is_the_clients_own(arrays):
+    record = ArrayRecord({name: Array(x.astype(np.float32)) for name, x in arrays.items()})
+    assert messages.rank_of(RecordDict({messages.ARRAYS: record}), 3) == 3
