@@ -7,6 +7,7 @@ adapter (``Method.start``). The other maps all tensors to the factors and heads 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -61,6 +62,14 @@ def rank_of_all_tasks(rank: int, numbers: MethodNumbers) -> int:
     return rank * numbers.tasks
 
 
+def rank_of_task(rank: int, task: int, numbers: MethodNumbers) -> int:
+    """SD-LoRA: return the directions that a task (from 0) trains: ⌈r·decayᵗᵃˢᵏ⌉, at least 1.
+
+    The decay is ``rule.task-rank-decay``. Limit: 1 gives every task the whole rank r.
+    """
+    return max(1, math.ceil(round(rank * numbers.task_rank_decay**task, 9)))
+
+
 def fixed_b_name(b: str) -> str:
     """SD-LoRA: return the name of a layer's frozen columns of B, from the name of B."""
     return sibling(b, "fixed").replace(".lora_fixed.", ".lora_fixed.B.")
@@ -79,6 +88,8 @@ def add_task_directions(start: Adapter, numbers: MethodNumbers) -> Adapter:
         extended[sibling(a, "fixed")] = np.zeros_like(start[a][rank:])
         extended[fixed_b_name(b)] = np.zeros_like(start[b][:, rank:])
         extended[sibling(a, "gate")] = np.zeros(numbers.tasks - 1, np.float32)
+        if numbers.task_rank_decay < 1:
+            extended[rank_mask_name(b)] = np.ones(rank, np.float32)  # of the first task
     return extended
 
 
@@ -97,18 +108,20 @@ def factors_with_task_directions(
     tensors = _factors_and_heads(theta)
     for b, a in factor_pairs(tensors):
         rank, magnitudes = theta[a].shape[0], theta[sibling(a, "gate")]
+        mask = theta.get(rank_mask_name(b))  # noise outside of it has no effect on the model
+        own = theta[a] if mask is None else mask[:, None] * theta[a]
         frozen = theta[fixed_b_name(b)] * magnitudes.repeat_interleave(
             rank
         )  # (m, rank·(tasks − 1))
-        tensors[a] = torch.cat([theta[a], theta[sibling(a, "fixed")]])
+        tensors[a] = torch.cat([own, theta[sibling(a, "fixed")]])
         tensors[b] = torch.cat([theta[b], frozen], dim=1)
     return tensors
 
 
 def rank_mask_name(b: str) -> str:
-    """LoSA: return the name of a layer's mask of ranks, from the name of B.
+    """LoSA, SD-LoRA: return the name of a layer's mask of directions, from the name of B.
 
-    The mask of input features is named ``sibling(a, "fixed")``.
+    LoSA's mask of input features is named ``sibling(a, "fixed")``.
     """
     return sibling(b, "fixed").replace(".lora_fixed.", ".lora_fixed.ranks.")
 

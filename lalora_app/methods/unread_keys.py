@@ -31,6 +31,8 @@ DEFAULTS: dict[str, Scalar] = {
     "rule.lr-gate": 0.01,
     "rule.gate-temperature": 0.5,
     "rule.tasks": 2,
+    "rule.task-rank-decay": 1.0,
+    "rule.merge-tolerance": 0.0,
     "rule.sparsity": 0.1,
     "server.momentum": 0.9,
 }
@@ -46,6 +48,8 @@ _READERS = {
     "rule.lr-gate": {"beamlora", "sd-lora"},
     "rule.gate-temperature": {"beamlora"},
     "rule.tasks": {"sd-lora", "duallora"},
+    "rule.task-rank-decay": {"sd-lora"},
+    "rule.merge-tolerance": {"sd-lora"},
     "rule.sparsity": {"losa"},
 }
 _CONFIGURED = (optimizers.configured_optimizer, optimizers.lora_plus)

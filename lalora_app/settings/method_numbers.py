@@ -59,6 +59,18 @@ class MethodNumbers:
         meaning="Number of tasks for `sd-lora` and `duallora`: blocks of consecutive rounds, on "
         "the same data unless `data.tasks` is the same number."
     )
+    task_rank_decay: float = law(
+        "must be in (0, 1]",
+        lambda v: 0 < v <= 1,
+        meaning="Factor of the number of directions that each later task of `sd-lora` trains; 1: "
+        "every task has `lora.rank` of them.",
+    )
+    merge_tolerance: float = law(
+        "must be in [0, 1)",
+        lambda v: 0 <= v < 1,
+        meaning="Largest relative distance at which `sd-lora` replaces the direction of a finished "
+        "task by those of earlier tasks; 0: never.",
+    )
     sparsity: float = law(
         "must be in [0, 1)",
         lambda v: 0 <= v < 1,

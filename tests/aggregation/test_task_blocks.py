@@ -15,7 +15,10 @@ from lalora_app.adapter.parametrisations import (
     add_gates,
     add_task_basis,
     add_task_directions,
+    factors_with_task_directions,
     fixed_b_name,
+    rank_mask_name,
+    rank_of_task,
     split_rows_by_basis,
 )
 from lalora_app.aggregation.beam_pruning import prune_and_expand
@@ -178,6 +181,92 @@ def test_a_zero_product_freezes_to_zero_without_dividing_by_it(zero):
     for b, a in LAYERS:
         assert not directed_product(new, b, a, 2).any()
     assert all(np.isfinite(array).all() for array in new.values())
+
+
+def after_first_task(rng: np.random.Generator, tolerance: float) -> tuple[Adapter, RoundInfo]:
+    """Return an adapter with one frozen direction, and the round that ends the second task."""
+    current = sd_start(rng, 2, 3)
+    (upload,) = uploads_of(rng, current, clients=1)
+    first = freeze_direction(current, [1.0], [upload], at(1, 3, tasks=3)).adapter
+    return first, at(2, 3, tasks=3, merge_tolerance=tolerance)
+
+
+@pytest.mark.parametrize(
+    ("noise", "tolerance", "merged"), [(0, 0.01, 1), (0.5, 0.01, 0), (0, 0, 0)]
+)
+def test_sd_lora_replaces_a_direction_by_earlier_ones_only_if_they_are_near(
+    noise, tolerance, merged
+):
+    rng = np.random.default_rng(1)
+    current, info = after_first_task(rng, tolerance)
+    (upload,) = uploads_of(rng, current, clients=1)
+    for b, a in LAYERS:  # the new product is -1.5 times the frozen one, with or without a change
+        upload[b] = (-1.5 * current[fixed_b_name(b)][:, :2]).astype(np.float32)
+        upload[a] = current[sibling(a, "fixed")][:2] + np.float32(noise) * upload[a]
+    mean = mean_of([upload], [1.0], current)
+    new = freeze_direction(current, [1.0], [upload], info).adapter
+    for b, a in LAYERS:
+        before, after = (directed_product(x, b, a, 3) for x in (mean, new))
+        scale = np.linalg.norm(before)
+        assert np.linalg.norm(after - before) <= 1e-5 * scale
+        assert bool(new[fixed_b_name(b)][:, 2:].any()) is not bool(merged)
+        gate = new[sibling(a, "gate")]
+        if merged:
+            assert gate[0] == pytest.approx(mean[sibling(a, "gate")][0] - 1.5, rel=1e-4)
+            assert gate[1] == mean[sibling(a, "gate")][1]
+
+
+@FEW
+@given(seed=SEEDS, tolerance=st.floats(0.01, 0.99))
+def test_what_a_replaced_direction_loses_is_below_the_tolerance(seed, tolerance):
+    rng = np.random.default_rng(seed)
+    current, info = after_first_task(rng, tolerance)
+    (upload,) = uploads_of(rng, current, clients=1)
+    for b, a in LAYERS:
+        upload[b] += 4 * current[fixed_b_name(b)][:, :2]
+        upload[a] += 4 * current[sibling(a, "fixed")][:2]
+    mean = mean_of([upload], [1.0], current)
+    new = freeze_direction(current, [1.0], [upload], info).adapter
+    for b, a in LAYERS:
+        frozen = wide(current[fixed_b_name(b)][:, :2]) @ wide(current[sibling(a, "fixed")][:2])
+        own = wide(mean[b]) @ wide(mean[a])
+        share = np.vdot(frozen, own) / np.vdot(frozen, frozen)
+        left = np.linalg.norm(own - share * frozen) / np.linalg.norm(own)
+        assume(abs(left - tolerance) > 1e-4)
+        replaced = not new[fixed_b_name(b)][:, 2:].any()
+        assert replaced is bool(left < tolerance)
+        lost = directed_product(new, b, a, 3) - directed_product(mean, b, a, 3)
+        assert np.linalg.norm(lost) <= (left + 1e-4 if replaced else 1e-4) * np.linalg.norm(own)
+
+
+def test_sd_lora_trains_fewer_directions_in_each_later_task():
+    import torch
+
+    rng, decay = np.random.default_rng(2), {"tasks": 3, "task_rank_decay": 0.5}
+    rule = numbers(**decay)
+    current = add_task_directions(plain(rng, 4 * 3), rule)
+    for task, rank in enumerate((4, 2, 1)):  # halved and rounded up
+        (upload,) = uploads_of(rng, current, clients=1)
+        mean = mean_of([upload], [1.0], current)
+        for b, a in LAYERS:
+            assert current[rank_mask_name(b)].tolist() == [1.0] * rank + [0.0] * (4 - rank)
+            mean[a] = mean[a] * current[rank_mask_name(b)][:, None]
+        theta = {n: torch.from_numpy(x) for n, x in (current | upload).items()}
+        tensors = factors_with_task_directions(theta, rule)
+        new = freeze_direction(current, [1.0], [upload], at(task + 1, 3, **decay)).adapter
+        for b, a in LAYERS:
+            expected = directed_product(mean, b, a, 3)
+            assert_near((tensors[b] @ tensors[a]).numpy(), expected)
+            if task < 2:
+                assert_near(directed_product(new, b, a, 3), expected)
+        current = new
+
+
+def test_the_rank_of_a_task_is_rounded_up_and_never_zero():
+    assert [rank_of_task(10, i, numbers(task_rank_decay=0.8)) for i in range(3)] == [10, 8, 7]
+    assert rank_of_task(8, 50, numbers(task_rank_decay=0.1)) == 1
+    assert rank_of_task(8, 50, numbers(task_rank_decay=1.0)) == 8
+    assert rank_mask_name(LAYERS[0][0]) not in sd_start(np.random.default_rng(0), 2, 2)
 
 
 # DualLoRA.

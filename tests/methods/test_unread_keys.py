@@ -43,6 +43,8 @@ OTHER = {
     "rule.lr-gate": 0.5,
     "rule.gate-temperature": 0.1,
     "rule.tasks": 1,
+    "rule.task-rank-decay": 0.5,
+    "rule.merge-tolerance": 0.9,
     "rule.sparsity": 0.6,
     "server.momentum": 0.5,
 }
