@@ -34,6 +34,8 @@ DEFAULTS: dict[str, Scalar] = {
     "rule.task-rank-decay": 1.0,
     "rule.merge-tolerance": 0.0,
     "rule.sparsity": 0.1,
+    "rule.sparsity-steps": 1,
+    "rule.sparsity-spread": 0.0,
     "server.momentum": 0.9,
 }
 _READERS = {
@@ -51,6 +53,8 @@ _READERS = {
     "rule.task-rank-decay": {"sd-lora"},
     "rule.merge-tolerance": {"sd-lora"},
     "rule.sparsity": {"losa"},
+    "rule.sparsity-steps": {"losa"},
+    "rule.sparsity-spread": {"losa"},
 }
 _CONFIGURED = (optimizers.configured_optimizer, optimizers.lora_plus)
 

@@ -12,6 +12,7 @@ from lalora_app.data.encoding import Encoded
 from lalora_app.models.backbone import Backbone
 from lalora_app.models.scores import Metrics, format_scores, scores_in_row
 from lalora_app.results.run_folder import RunFolder
+from lalora_app.server.initial_state import pruned_state, pruning_step, sparsity_at
 from lalora_app.server.log_lines import AGGREGATED, START, TOO_FEW, RoundLine
 from lalora_app.server.strategy import FederatedLora
 from lalora_app.server_state.iterate_average import final_adapter
@@ -60,6 +61,7 @@ class AfterRound:
 
     def __call__(self, server_round: int, arrays: ArrayRecord) -> MetricRecord:
         """Evaluate and record; Flower's ``evaluate_fn``, called with round 0 before the first."""
+        self._prune()
         scores = self._scores()
         if server_round > 0:
             last = self.strategy.attempts[-1]
@@ -68,6 +70,17 @@ class AfterRound:
             self._first_round = time.monotonic()
             self._log_line(START, scores, self.strategy.epsilon_before)
         return MetricRecord(dict(scores))
+
+    def _prune(self) -> None:
+        """Take LoSA's next step of pruning, if one follows this round."""
+        strategy, config = self.strategy, self.config
+        if not strategy.method.calibrates or not strategy.attempts:
+            return
+        step = pruning_step(strategy.state.round, config)
+        if step is not None and strategy.attempts[-1].aggregated:
+            strategy.state = pruned_state(config, self.model, self.test, strategy.state, step)
+            share = sparsity_at(step, config.rule)
+            _log.info("LaLoRA pruned %.1f %% of the input features", 100 * share)
 
     def _scores(self) -> Metrics:
         """Return the scores of the adapter that would be saved now; empty if none are due."""

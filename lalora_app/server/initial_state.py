@@ -1,4 +1,4 @@
-"""The server's state before the first round; for LoSA with its masks and ranks, from public inputs.
+"""The server's first state; for LoSA the masks and ranks of each step, from public inputs.
 
 LoSA (arXiv:2502.14816) prunes single weights, after which ΔW ⊙ M has no factors. Here whole input
 features are pruned, since then (W0 + s·B·A) ⊙ M = W0 ⊙ M + s·B·(A ⊙ v): the result is still an
@@ -7,6 +7,7 @@ reconstruction errors.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -63,38 +64,111 @@ def ranks_of(errors: Mapping[str, float], largest: int) -> dict[str, int]:
     return {b: int(np.clip(round(wanted), 1, largest)) for b, wanted in ideal.items()}
 
 
-def losa_adapter_and_drift(
-    model: Backbone, public: Encoded, start: Adapter, rule: MethodNumbers
-) -> tuple[Adapter, Adapter]:
-    """Return the adapter of the start with LoSA's masks and ranks, and the pruned weights.
+def sparsity_at(step: int, rule: MethodNumbers) -> float:
+    """Return the share of pruned features after a step (from 1): s·(1 − (1 − step/n)³).
+
+    s is ``rule.sparsity``, n ``rule.sparsity-steps``. Limit: the last step has s.
+    """
+    return rule.sparsity * (1 - (1 - step / rule.sparsity_steps) ** 3)
+
+
+def pruning_step(t: int, config: Config) -> int | None:
+    """Return the step of pruning (from 2) that follows round ``t``; None: none does.
+
+    The steps are spread evenly over the run; the first one comes before round 1.
+    """
+    steps, rounds = config.rule.sparsity_steps, config.num_server_rounds
+    found = [step for step in range(2, steps + 1) if (step - 1) * rounds // steps == t]
+    return max(found, default=None)
+
+
+@torch.no_grad()
+def pooled_inputs(model: Backbone, public: Encoded) -> dict[str, Array]:
+    """Return (examples, n) for every adapted layer: the mean input of each public example."""
+    found: dict[str, list[Tensor]] = {}
+    examples = min(EXAMPLES, len(public))
+    for batch in public.micro_batches(range(examples), BATCH):
+        size = len(batch.labels)
+
+        def watch(name: str, inputs: Tensor, size: int = size) -> None:
+            rows = inputs.reshape(size, -1, inputs.shape[-1])
+            found.setdefault(name, []).append(rows.float().mean(1))
+
+        with model.frozen_weights.with_input_hook(watch):
+            model.logits(batch)
+    return {name: torch.cat(parts).cpu().numpy() for name, parts in found.items()}
+
+
+def similarities(pooled: Mapping[str, Array]) -> dict[str, float]:
+    """Return Σ_j CKA(l, j) of each layer l: how much of its input other layers have as well.
+
+    Linear CKA of centred inputs: ⟨K_l, K_j⟩ / (‖K_l‖·‖K_j‖), K = X·Xᵀ (arXiv:1905.00414).
+    Limit: a layer whose input is constant has similarity 0 to all others.
+    """
+    kernels = {}
+    for name, inputs in pooled.items():
+        centred = inputs.astype(np.float64) - inputs.mean(0, dtype=np.float64)
+        kernel = centred @ centred.T
+        kernels[name] = kernel / (np.linalg.norm(kernel) or 1.0)
+    total = sum(kernels.values())
+    return {name: float(np.vdot(kernel, total)) for name, kernel in kernels.items()}
+
+
+def shares_of(similar: Mapping[str, float], mean: float, spread: float) -> dict[str, float]:
+    """Return each layer's share of pruned features: mean ± spread, more where others are similar.
+
+    It is the largest Σ_l share_l·similarity_l with |share_l − mean| ≤ spread and this mean. Limits:
+    a spread of 0 gives all layers the mean; of an odd number of layers the middle one has it.
+    """
+    order = sorted(similar, key=lambda name: (similar[name], name))
+    half, width = len(order) // 2, min(spread, mean, 1 - mean)
+    less, more = order[:half], order[len(order) - half :]
+    found = dict.fromkeys(order, mean)
+    return found | dict.fromkeys(less, mean - width) | dict.fromkeys(more, mean + width)
+
+
+def pruned_state(
+    config: Config, model: Backbone, public: Encoded, state: ServerState, step: int
+) -> ServerState:
+    """Return the state after a step of LoSA: masks, ranks and the pruned weights.
+
+    Scores and errors are those of W0 + s·B·A with the masks so far; a pruned feature stays pruned.
+    The new drift holds −W0 on the pruned features, as a product whose rank is their number.
 
     Args:
-        model: backbone with the adapter of the run's start.
+        config: the run's config.
+        model: the backbone; the state is loaded into it.
         public: encoded inputs of the public split.
-        start: adapter whose masks are all ones.
-        rule: numbers of the method; ``sparsity`` is the share of pruned input features.
+        state: the state before; its masks are all ones before the first step.
+        step: number of the step, from 1.
 
-    Returns:
-        (adapter, drift). The drift holds −W0 on the pruned features as a product of two factors;
-        its rank is the number of pruned features.
-
-    Privacy: public inputs only.
+    Privacy: public inputs and noised factors only.
     """
-    norms = input_norms(model, public)
-    masked, drift, errors = dict(start), Adapter(), {}
-    for b, a in factor_pairs(start):
-        weight = model.frozen_weights.weight(b).detach().float().cpu().numpy()
-        kept = pruned(weight, norms[b], rule.sparsity)
+    rule, scale = config.rule, config.lora.alpha / config.lora.rank
+    adapter, drift, errors = dict(state.adapter), Adapter(), {}
+    model.load(state.adapter, state.drift)
+    norms, mean = input_norms(model, public), sparsity_at(step, rule)
+    similar = dict.fromkeys(norms, 0.0)
+    if rule.sparsity_spread:
+        similar = similarities(pooled_inputs(model, public))
+    shares = shares_of(similar, mean, rule.sparsity_spread)
+    model.load(state.adapter)  # the base without drift
+    for b, a in factor_pairs(state.adapter):
+        base = model.frozen_weights.weight(b).detach().float().cpu().numpy()
+        before = adapter[sibling(a, "fixed")]
+        learnt = adapter[b] @ (adapter[rank_mask_name(b)][:, None] * adapter[a])
+        weight = base + np.float32(scale) * learnt * before
+        kept = pruned(weight * before, norms[b], shares[b]) * before
         gone = np.flatnonzero(kept == 0)
-        masked[sibling(a, "fixed")] = kept
+        adapter[sibling(a, "fixed")] = kept
         errors[b] = float(np.sum((weight[:, gone] * norms[b][gone]) ** 2))
         if len(gone):
-            drift[b] = -weight[:, gone]
+            drift[b] = -base[:, gone]
             drift[a] = np.eye(len(kept), dtype=np.float32)[gone]
-    for b, rank in ranks_of(errors, len(start[next(factor_pairs(start))[1]])).items():
-        room = len(start[sibling(b, "A")])
-        masked[rank_mask_name(b)] = (np.arange(room) < rank).astype(np.float32)
-    return masked, drift
+    for b, rank in ranks_of(errors, len(adapter[next(factor_pairs(adapter))[1]])).items():
+        room = len(adapter[sibling(b, "A")])
+        adapter[rank_mask_name(b)] = (np.arange(room) < rank).astype(np.float32)
+    return replace(state, adapter=adapter, drift=drift)
 
 
 def initial_state(config: Config, model: Backbone, public: Encoded, start: Adapter) -> ServerState:
@@ -110,6 +184,4 @@ def initial_state(config: Config, model: Backbone, public: Encoded, start: Adapt
     """
     if not method_of(config).calibrates:
         return ServerState(start)
-    model.load(start)  # an earlier run in this process may have moved the base
-    adapter, drift = losa_adapter_and_drift(model, public, start, config.rule)
-    return ServerState(adapter, drift=drift)
+    return pruned_state(config, model, public, ServerState(start), step=1)

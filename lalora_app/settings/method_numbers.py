@@ -74,5 +74,16 @@ class MethodNumbers:
     sparsity: float = law(
         "must be in [0, 1)",
         lambda v: 0 <= v < 1,
-        meaning="Share of each layer's input features that `losa` prunes.",
+        meaning="Share of the input features that `losa` prunes, by the end of its steps.",
+    )
+    sparsity_steps: int = count(
+        meaning="Steps in which `losa` raises its sparsity, evenly over the run; 1: all of it "
+        "before round 1 (the paper has 5)."
+    )
+    sparsity_spread: float = law(
+        "must be in [0, 1)",
+        lambda v: 0 <= v < 1,
+        meaning="Difference from `rule.sparsity` by which `losa` prunes layers more whose inputs "
+        "are like those of other layers, and the others less; 0: all alike (the paper has 0.01 to "
+        "0.03).",
     )

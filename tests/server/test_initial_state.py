@@ -1,17 +1,33 @@
 """The state before the first round: LoSA's masks and ranks, and nothing of earlier runs."""
 
+from dataclasses import replace
+from itertools import product
+
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from helpers.app_runs import same_bits
+from conftest import make_config
+from helpers.app_runs import open_run, run, same_bits
 from lalora_app.adapter.factors import factor_pairs, sibling
 from lalora_app.adapter.parametrisations import rank_mask_name
 from lalora_app.data.examples import split
 from lalora_app.models.backbone import build
-from lalora_app.server.initial_state import initial_state, input_norms, pruned, ranks_of
+from lalora_app.server.initial_state import (
+    initial_state,
+    input_norms,
+    pooled_inputs,
+    pruned,
+    pruned_state,
+    pruning_step,
+    ranks_of,
+    shares_of,
+    similarities,
+    sparsity_at,
+)
 
 
 def test_losa_starts_from_the_original_weights_after_another_run_has_moved_them(tiny):
@@ -87,3 +103,100 @@ def test_masks_ranks_and_pruned_weights_follow_from_the_inputs_of_the_layers(tin
         mask = state.adapter[rank_mask_name(b)]
         assert mask.sum() == np.clip(round(4 * error / mean / 2), 1, 4)
         assert sorted(mask, reverse=True) == list(mask)
+
+
+def test_sparsity_rises_to_its_target_in_steps_that_are_spread_over_the_run():
+    config = make_config(
+        **{"rule.sparsity": 0.5, "rule.sparsity-steps": 5, "num-server-rounds": 10}
+    )
+    shares = [sparsity_at(step, config.rule) for step in range(1, 6)]
+    np.testing.assert_allclose(shares, [0.5 * (1 - (1 - i / 5) ** 3) for i in range(1, 6)])
+    assert shares[-1] == 0.5
+    found = {t: pruning_step(t, config) for t in range(1, 11)}
+    assert {t: step for t, step in found.items() if step} == {2: 2, 4: 3, 6: 4, 8: 5}
+    once = make_config(**{"num-server-rounds": 10})
+    assert sparsity_at(1, once.rule) == once.rule.sparsity
+    assert not any(pruning_step(t, once) for t in range(1, 11))
+    short = make_config(**{"rule.sparsity-steps": 5, "num-server-rounds": 2})
+    assert [pruning_step(t, short) for t in (1, 2)] == [5, None]  # the later of two steps
+
+
+@given(
+    similar=st.dictionaries(st.text(max_size=3), st.floats(0, 5), min_size=1, max_size=5),
+    mean=st.sampled_from([0.0, 0.1, 0.5, 0.95]),
+    spread=st.sampled_from([0.0, 0.02, 0.3]),
+)
+def test_shares_of_layers_have_the_mean_and_are_the_best_within_their_bounds(similar, mean, spread):
+    found = shares_of(similar, mean, spread)
+    width = min(spread, mean, 1 - mean)
+    assert found.keys() == similar.keys()
+    assert np.mean(list(found.values())) == pytest.approx(mean)
+    score = sum(found[name] * similar[name] for name in similar)
+    for signs in product((-1, 0, 1), repeat=len(similar)):  # the corners of the allowed shares
+        if sum(signs) == 0:
+            other = [mean + sign * width for sign in signs]
+            assert score >= sum(o * s for o, s in zip(other, similar.values(), strict=True)) - 1e-9
+
+
+def test_similarity_is_the_sum_of_cka_with_all_layers():
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((20, 6)).astype(np.float32)
+    layers = {"x": x, "turned": x @ np.linalg.qr(rng.standard_normal((6, 6)))[0].astype("f4")}
+    layers |= {"other": rng.standard_normal((20, 9)).astype("f4"), "flat": np.ones((20, 4), "f4")}
+    found = similarities(layers)
+
+    def cka(one, other):
+        one, other = (v.astype(float) - v.astype(float).mean(0) for v in (one, other))
+        cross = np.linalg.norm(other.T @ one) ** 2
+        own = [np.linalg.norm(v.T @ v) for v in (one, other)]
+        return cross / (own[0] * own[1]) if all(own) else 0.0
+
+    for name, inputs in layers.items():
+        expected = sum(cka(inputs, other) for other in layers.values())
+        assert found[name] == pytest.approx(expected, rel=1e-5)
+    assert cka(layers["x"], layers["turned"]) == pytest.approx(1, rel=1e-5)
+
+
+def test_a_later_step_prunes_the_trained_weight_and_frees_no_feature(tiny):
+    keys = {"rule.sparsity": 0.6, "rule.sparsity-steps": 3, "rule.sparsity-spread": 0.1}
+    config = tiny(method="losa", **keys)
+    model, start = build(config)
+    public = model.encode(split(config.data)[1])
+    first = initial_state(config, model, public, start)
+    rng = np.random.default_rng(0)
+    grown = {n: x + rng.standard_normal(x.shape).astype("f4") for n, x in first.adapter.items()}
+    trained = first.adapter | {n: grown[n] for pair in factor_pairs(start) for n in pair}
+    before = replace(first, adapter=trained)
+    after = pruned_state(config, model, public, before, step=2)
+    model.load(trained, first.drift)
+    norms = input_norms(model, public)
+    shares = shares_of(similarities(pooled_inputs(model, public)), sparsity_at(2, config.rule), 0.1)
+    model.load(trained)
+    scale, errors = config.lora.alpha / config.lora.rank, {}
+    for b, a in factor_pairs(start):
+        base = model.frozen_weights.weight(b).numpy().astype(float)
+        old, new = (x.adapter[sibling(a, "fixed")] for x in (first, after))
+        assert not np.any((old == 0) & (new == 1))
+        ranks = trained[rank_mask_name(b)].astype(float)
+        weight = base + scale * (trained[b] * ranks) @ trained[a].astype(float) * old
+        scores = np.linalg.norm(weight * old, axis=0) * norms[b]
+        lowest = np.argsort(scores, kind="stable")[: int(shares[b] * len(scores))]
+        assert set(np.flatnonzero(new == 0)) == set(lowest) | set(np.flatnonzero(old == 0))
+        removed = after.drift[b] @ after.drift[a]
+        np.testing.assert_array_equal(removed, np.where(new == 0, -base.astype("f4"), 0))
+        errors[b] = np.sum((weight * norms[b])[:, new == 0] ** 2)
+        for name in (b, a):
+            np.testing.assert_array_equal(after.adapter[name], trained[name])
+    for b, rank in ranks_of(errors, config.lora.rank).items():
+        assert after.adapter[rank_mask_name(b)].sum() == rank
+
+
+@pytest.mark.usefixtures("no_waiting", "no_report")
+def test_a_run_prunes_after_the_rounds_of_its_steps(tiny):
+    keys = {"rule.sparsity": 0.6, "rule.sparsity-steps": 2, "num-server-rounds": 4}
+    done = run(tiny(**open_run(method="losa", **keys)))
+    features = {}
+    for exchange in done.grid.trained():
+        masks = [x for n, x in exchange.start.items() if n.endswith("lora_fixed.weight")]
+        features[exchange.attempt] = sum(int(np.sum(x == 0)) for x in masks if x.ndim == 1)
+    assert features[1] == features[2] < features[3] == features[4]
