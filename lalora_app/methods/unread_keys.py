@@ -19,6 +19,7 @@ DEFAULTS: dict[str, Scalar] = {
     "train.momentum": 0.0,
     "train.lr-a": 2.0,
     "train.lr-b": 4.0,
+    "train.lr-w": 1.0,
     "rule.period": 1,
     "rule.fair-weight": 0.01,
     "rule.flat-radius": 0.05,
@@ -29,6 +30,8 @@ DEFAULTS: dict[str, Scalar] = {
     "rule.sparsity": 0.1,
     "server.momentum": 0.9,
 }
+# Read by all methods that train factors.
+LORA_DEFAULTS: dict[str, Scalar] = {"lora.rank": 8, "lora.alpha": 16.0, "lora.kernel": "fused"}
 _READERS = {
     "rule.period": {"rac-lora", "fedsvd", "beamlora"},
     "rule.fair-weight": {"lora-fair", "lora-fair-cosine"},
@@ -70,10 +73,11 @@ def unread_keys(config: Config) -> list[str]:
     read |= {"privacy.head-share"} if config.model.head == CLASS_MEANS else set()
     read |= {"privacy.colluding", "train.union-size"} if config.privacy.shared else set()
     read |= {key for key, methods in _READERS.items() if config.method in methods}
+    read |= set() if method_of(config).whole else set(LORA_DEFAULTS)
     read |= {"server.momentum"} if config.server.optimizer != "sgd" else set()
     values = flatten(config)
     return [
         f"{key}={values[key]!r}"
-        for key, default in DEFAULTS.items()
+        for key, default in (DEFAULTS | LORA_DEFAULTS).items()
         if key not in read and values[key] != default
     ]

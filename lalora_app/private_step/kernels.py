@@ -5,7 +5,7 @@ the backward records the two factors of it: g, the gradient of the layer's outpu
 Weights with ``requires_grad=False`` are not recorded, and their activations are not stored.
 
 An input may hold the same rows for every example, such as the relative positions of DeBERTa. The
-model code then expands it along the first axis, without a copy (stride 0). The kernels of LoRA
+model code then expands it along the first axis, without a copy (stride 0). The kernels
 compute its output once and expand the result; the output gradient is each example's own.
 """
 
@@ -57,10 +57,10 @@ class PlainLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Any, names: Any, record: Any) -> Tensor:
         """Return y; x (..., in) is stored only if the weight trains."""
-        ctx.names, ctx.record = names, record
-        x = x.to(compute_dtype(x))
+        ctx.names, ctx.record, size = names, record, x.shape[0]
+        x = _distinct(x).to(compute_dtype(x))
         ctx.save_for_backward(x if weight.requires_grad else None, weight)
-        return F.linear(x, weight, bias)
+        return _expanded(F.linear(x, weight, bias), size)
 
     @staticmethod
     @once_differentiable
@@ -71,7 +71,7 @@ class PlainLinear(torch.autograd.Function):
         if need_bias:
             ctx.record(ctx.names[1], g, None)
         if need_weight:
-            ctx.record(ctx.names[0], g, x)
+            ctx.record(ctx.names[0], g, _expanded(x, len(g)))
         return (g @ weight.to(g.dtype) if need_x else None), None, None, None, None
 
 

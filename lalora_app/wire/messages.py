@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from lalora_app.adapter.factors import Adapter, Factor, factor_pairs
+from lalora_app.adapter.factors import FACTORS, Adapter, Factor, factor_pairs
 from lalora_app.settings.run_config import Config, Scalar, flatten
 from lalora_app.wire.code_version import code_hash
 from lalora_app.wire.refusals import REFUSALS, RefusedError
@@ -106,7 +106,7 @@ def parse_request(content: RecordDict, config: Config) -> TrainRequest:
         round=count_of(record, "round", 1, rounds),
         attempt=count_of(record, "attempt", 1, rounds),
         steps_left=count_of(record, "steps-left", 1, rounds * config.train.local_steps),
-        versions={f: count_of(record, f"version-{f}", 0, rounds) for f in ("A", "B")},
+        versions={f: count_of(record, f"version-{f}", 0, rounds) for f in FACTORS},
     )
 
 
