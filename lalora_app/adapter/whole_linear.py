@@ -21,18 +21,17 @@ class WholeLinear(nn.Module):
         super().__init__()
         self.base_layer = base_layer.requires_grad_(False)
         sizes = (base_layer.in_features, base_layer.out_features)
-        self.lora_W = nn.utils.skip_init(nn.Linear, *sizes, bias=False)  # its weight is W
+        self.lora_W = nn.Linear(*sizes, bias=False)  # its weight is W
         nn.init.zeros_(self.lora_W.weight)
 
     def weight(self) -> Tensor:
         """Return W0 + W (m, n)."""
-        return self.base_layer.weight + self.lora_W.weight
+        weight: Tensor = self.base_layer.weight + self.lora_W.weight
+        return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y (..., m) of x (..., n)."""
-        weight = self.weight()
-        bias = self.base_layer.bias
-        return F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype))
+        return F.linear(x, self.weight(), self.base_layer.bias)
 
     @torch.no_grad()
     def plain(self) -> nn.Linear:

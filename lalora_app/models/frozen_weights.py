@@ -70,7 +70,7 @@ class FrozenWeights:
 
     @contextlib.contextmanager
     def with_input_hook(self, watch: Callable[[str, Tensor], None]) -> Iterator[None]:
-        """Call ``watch`` with the name of B or W and the inputs of every layer, within the block."""
+        """Call ``watch`` with every layer's name in ``names`` and inputs, within the block."""
 
         def hook(name: str) -> Any:
             return lambda layer, inputs: watch(name, inputs[0])

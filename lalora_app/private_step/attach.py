@@ -16,6 +16,7 @@ from lalora_app.private_step.kernels import (
     GradientRecorder,
     MergedLora,
     PlainLinear,
+    WholeWeight,
     compute_dtype,
 )
 from lalora_app.settings.errors import ConfigError
@@ -147,11 +148,9 @@ def _plain_forward(names: tuple[str | None, str | None], record: GradientRecorde
 
 def _whole_forward(name: str | None, record: GradientRecorder) -> LayerForward:
     def forward(layer: Any, x: Tensor) -> Tensor:
-        with torch.no_grad():
-            weight = layer.weight().to(compute_dtype(x))
-        weight.requires_grad_(layer.lora_W.weight.requires_grad)  # as a flag: its gradient is none
-        arguments = (weight, layer.base_layer.bias, (name, None), record)
-        return PlainLinear.apply(x, *arguments)  # type: ignore[no-any-return]
+        base = layer.base_layer
+        arguments = (layer.lora_W.weight, base.weight, base.bias, name, record)
+        return WholeWeight.apply(x, *arguments)  # type: ignore[no-any-return]
 
     return forward
 

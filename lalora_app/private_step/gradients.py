@@ -17,7 +17,7 @@ from torch import Tensor
 NoisedGrads = NewType("NoisedGrads", dict[str, Tensor])
 
 _TINY = torch.finfo(torch.float64).tiny
-_TEMPORARY = 2**22  # most entries of a temporary float64 tensor, if one example does not need more
+_TEMPORARY = 2**19  # most entries of a temporary float64 tensor, if one example does not need more
 _ROUNDING = 16  # rounding units of a sum over rows, a constant: no example has effect on another's
 
 
@@ -204,7 +204,7 @@ class RowsBlock:
     dropped: Tensor | None = None
 
     def _parts(self, entries: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
-        """Yield (examples, g, x) of some examples, whose temporary tensors have ``entries`` each."""
+        """Yield (examples, g, x) of parts of the batch, whose examples need ``entries`` each."""
         step = max(1, _TEMPORARY // max(1, entries))
         for first in range(0, len(self.g), step):
             part = slice(first, first + step)
@@ -231,7 +231,7 @@ class RowsBlock:
         return torch.cat(found)
 
     def zero_examples(self, dropped: Tensor) -> "RowsBlock":
-        """Return a block with zeros where ``dropped`` (examples,) is true; the model may share x."""
+        """Return a block with zeros where ``dropped`` (examples,) is true; x stays as it is."""
         return replace(self, dropped=dropped)
 
     def weighted_sum(self, scales: Tensor) -> dict[str, Tensor]:

@@ -113,9 +113,7 @@ def test_deers_clipping_norm_bounds_the_change_of_the_product(tiny):
 
 
 MOVES = [
-    name
-    for name, entry in METHODS.items()
-    if entry.moves_base or entry.effective or entry.whole
+    name for name, entry in METHODS.items() if entry.moves_base or entry.effective or entry.whole
 ]
 
 

@@ -86,6 +86,7 @@ def uninterrupted(tmp_path_factory, tiny_keys):
         ("fedex-lora", "in a round", ""),
         ("sd-lora", "before a round", ""),
         ("la-lora", "in a round", "yogi"),
+        ("full", "in a round", "yogi"),
         ("rolora", "before a round", "momentum"),
     ],
 )
