@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 
-from lalora_app.adapter.factors import FACTORS, Adapter, Factor, factor_pairs
+from lalora_app.adapter.factors import Adapter, Factor, factor_pairs
 from lalora_app.settings.run_config import Config, Scalar, flatten
 from lalora_app.wire.code_version import code_hash
 from lalora_app.wire.refusals import REFUSALS, RefusedError
@@ -19,6 +19,7 @@ from lalora_app.wire.tensors import WireError, from_record, to_record
 
 ARRAYS, CONFIG, METRICS, RUN_CONFIG = "arrays", "config", "metrics", "run"
 DRIFT = "drift"  # the change of the frozen weights since the run began
+KEPT: tuple[Factor, ...] = ("A", "B")  # factors that a client may keep for a later round
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -60,7 +61,7 @@ class TrainRequest:
         round: t, from 1, the number of successful aggregations plus one; it sets the phase.
         attempt: the number of requested rounds, with this one; it seeds repeatable runs.
         steps_left: the local steps planned for this client until the end of the run.
-        versions: the number of aggregations of each factor.
+        versions: the number of aggregations of each factor that a client may keep.
     """
 
     run: str
@@ -72,7 +73,7 @@ class TrainRequest:
     def record(self) -> ConfigRecord:
         """Return the order as a record."""
         numbers = {"round": self.round, "attempt": self.attempt, "steps-left": self.steps_left}
-        versions = {f"version-{factor}": count for factor, count in self.versions.items()}
+        versions = {f"version-{factor}": self.versions[factor] for factor in KEPT}
         return ConfigRecord({"run": self.run, **numbers, **versions})
 
 
@@ -106,7 +107,7 @@ def parse_request(content: RecordDict, config: Config) -> TrainRequest:
         round=count_of(record, "round", 1, rounds),
         attempt=count_of(record, "attempt", 1, rounds),
         steps_left=count_of(record, "steps-left", 1, rounds * config.train.local_steps),
-        versions={f: count_of(record, f"version-{f}", 0, rounds) for f in FACTORS},
+        versions={f: count_of(record, f"version-{f}", 0, rounds) for f in KEPT},
     )
 
 
