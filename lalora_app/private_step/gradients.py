@@ -17,7 +17,8 @@ from torch import Tensor
 NoisedGrads = NewType("NoisedGrads", dict[str, Tensor])
 
 _TINY = torch.finfo(torch.float64).tiny
-_TEMPORARY = 2**19  # most entries of a temporary float64 tensor, if one example does not need more
+# Most entries of a temporary float64 tensor, if one example does not need more; more on a GPU.
+_TEMPORARY, _ON_GPU = 2**18, 2**24
 _ROUNDING = 16  # rounding units of a sum over rows, a constant: no example has effect on another's
 
 
@@ -205,7 +206,8 @@ class RowsBlock:
 
     def _parts(self, entries: int) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield (examples, g, x) of parts of the batch, whose examples need ``entries`` each."""
-        step = max(1, _TEMPORARY // max(1, entries))
+        limit = _TEMPORARY if self.g.device.type == "cpu" else _ON_GPU
+        step = max(1, limit // max(1, entries))
         for first in range(0, len(self.g), step):
             part = slice(first, first + step)
             g, x = self.g[part], self.x[part]

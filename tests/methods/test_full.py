@@ -138,6 +138,28 @@ def test_plain_weights_of_a_timm_model_compute_what_was_trained(images, tmp_path
         torch.testing.assert_close(forward(done.load_merged(), seen.inputs, None), expected)
 
 
+@pytest.mark.parametrize("again", [True, False])
+def test_checkpointing_and_last_blocks_change_no_gradient(again, tiny):
+    found = []
+    for changes in ({}, {"model.checkpointing": again, "lora.layers": "last:1"}):
+        config = tiny(method="full", **changes)
+        backbone, start = build(config)
+        backbone.load(start)
+        backbone.engine.activate(frozenset(start))
+        batch = backbone.encode(_texts(config)).batch(range(4))
+        found.append(backbone.engine.gradients(lambda b=backbone: b.losses(batch), 4).dense())  # noqa: B023
+    assert sum(kind(name) == "W" for name in found[1]) == 2  # query and value of the last block
+    for name, grad in found[1].items():
+        torch.testing.assert_close(grad, found[0][name], rtol=1e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_cache_of_the_blocks_below_is_allowed(cache, tiny):
+    changes = {"lora.layers": "last:1", "model.prefix-cache": cache, "privacy.noise": "seeded"}
+    done = run(tiny(**open_run(method="full", **changes)))
+    assert [row["aggregated"] for row in done.rows] == [True] * 3
+
+
 def test_a_language_model_trains(texts):
     config = texts("llama", method="full")
     backbone, _ = build(config)
