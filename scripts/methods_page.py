@@ -34,6 +34,9 @@ def initial(method: Method, config: Config) -> Adapter:
     """Return the method's initial adapter with the shapes of the default run."""
     rank, adapter = method.width(config.lora.rank, config.rule), Adapter()
     for layer in range(TARGETS):
+        if method.whole:
+            adapter[f"{layer}.lora_W.weight"] = np.zeros((WIDTH, WIDTH), np.float32)
+            continue
         adapter[f"{layer}.lora_A.weight"] = np.ones((rank, WIDTH), np.float32)
         adapter[f"{layer}.lora_B.weight"] = np.zeros((WIDTH, rank), np.float32)
     adapter["head.weight"] = np.zeros((config.data.num_labels, WIDTH), np.float32)

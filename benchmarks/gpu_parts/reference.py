@@ -45,7 +45,7 @@ TRAIN = {
     "micro_batch": 8,
     "weight_decay": 0.01,
 }
-RATES = {"lr_a": 0.1, "lr_b": 0.1, "lr_head": 0.1, "lr_decay": 1.0}
+RATES = {"lr_a": 0.1, "lr_b": 0.1, "lr_w": 0.1, "lr_head": 0.1, "lr_decay": 1.0}
 METHOD_NUMBERS = MethodNumbers(  # la-lora reads none of them
     period=1,
     rank_decay=1.0,

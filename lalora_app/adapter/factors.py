@@ -1,12 +1,15 @@
 """The `Adapter` type, the kinds of its tensors, and the selection of tensors to send."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
-Factor = Literal["A", "B"]
+# W is the change of a whole weight, which full fine-tuning trains in place of A and B.
+Factor = Literal["A", "B", "W"]
+
+FACTORS: tuple[Factor, ...] = get_args(Factor)
 
 Factors = frozenset[Factor]
 
@@ -16,16 +19,18 @@ B: Factors = frozenset({"B"})
 
 AB: Factors = frozenset({"A", "B"})
 
+W: Factors = frozenset({"W"})
+
 NONE: Factors = frozenset()
 
 Array = NDArray[np.float32]
 Adapter = dict[str, Array]
-Kind = Literal["A", "B", "head", "gate", "fixed", "moment"]
+Kind = Literal["A", "B", "W", "head", "gate", "fixed", "moment"]
 
 
-_PARTS: tuple[Kind, ...] = ("A", "B", "gate", "fixed")
+_PARTS: tuple[Kind, ...] = ("A", "B", "W", "gate", "fixed")
 # First the kinds whose names may hold the name of another tensor.
-_BY_NAME: tuple[Kind, ...] = ("moment", "fixed", "gate", "A", "B")
+_BY_NAME: tuple[Kind, ...] = ("moment", "fixed", "gate", "A", "B", "W")
 
 
 def factors_text(factors: Factors) -> str:
@@ -37,7 +42,7 @@ def sibling(name: str, part: str) -> str:
     """Return the name of another tensor of the same layer.
 
     Args:
-        name: the name of a tensor A, B, gate or fixed.
+        name: the name of a tensor A, B, W, gate or fixed.
         part: the kind of the wanted tensor, such as ``A`` or ``gate``.
     """
     for own in _PARTS:
@@ -87,10 +92,10 @@ def from_rank(upload: Mapping[str, Array], rank: int, full: int) -> Adapter:
 def kind(name: str) -> Kind:
     """Return the kind of a tensor, read from its name.
 
-    PEFT creates the factors ``A`` (r, n) and ``B`` (m, r) and the ``head``. A method may add a
-    ``gate``, which is trained and sent in every round like the head, a ``fixed`` tensor, which
-    clients receive but do not train, and a ``moment`` of the optimiser, which they compute and
-    send together with factors.
+    PEFT creates the factors ``A`` (r, n) and ``B`` (m, r) and the ``head``. Full fine-tuning has
+    the change ``W`` (m, n) of a weight in place of A and B. A method may add a ``gate``, which is
+    trained and sent in every round like the head, a ``fixed`` tensor, which clients receive but do
+    not train, and a ``moment`` of the optimiser, which they compute and send together with factors.
     """
     for part in _BY_NAME:
         if f".lora_{part}." in name:

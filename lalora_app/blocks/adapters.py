@@ -1,14 +1,20 @@
-"""Add LoRA to the chosen layers of a model, by a config of PEFT that names exactly these layers."""
+"""Add LoRA to the chosen layers of a model by PEFT, or let their whole weights train."""
 
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from torch import nn
 
+from lalora_app.adapter.whole_linear import WholeLinear
 from lalora_app.blocks.stack import Stack
 from lalora_app.settings.run_config import Lora
+
+if TYPE_CHECKING:
+    from peft import LoraConfig
+
+NO_TARGETS = "dummy-target-modules"  # PEFT's own word for an adapter without LoRA layers
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ def with_adapters(
         trained: the names of the modules that train whole.
         task_type: PEFT's name of the task, or None.
     """
-    from peft import LoraConfig, get_peft_model
+    from peft import LoraConfig
 
     settings = LoraConfig(
         task_type=task_type,
@@ -88,6 +94,38 @@ def with_adapters(
         layers_pattern=targets.pattern,
         modules_to_save=list(trained) or None,
     )
+    return _peft_model(base, settings)
+
+
+def with_whole_weights(
+    base: nn.Module, targets: Targets, *, trained: Sequence[str], task_type: str | None
+) -> nn.Module:
+    """Return the model with :class:`WholeLinear` layers, in eval mode for good.
+
+    It is a PEFT model without LoRA layers: PEFT keeps the head, as for LoRA.
+
+    Args:
+        base: the base model, changed in place.
+        targets: the layers whose whole weights train.
+        trained: the names of the modules that train whole.
+        task_type: PEFT's name of the task, or None.
+    """
+    from peft import LoraConfig
+
+    settings = LoraConfig(
+        task_type=task_type,
+        target_modules=NO_TARGETS,
+        modules_to_save=list(trained) or None,
+    )
+    adapted = _peft_model(base, settings)
+    for path in targets.paths:
+        base.set_submodule(path, WholeLinear(cast(nn.Linear, base.get_submodule(path))))
+    return adapted
+
+
+def _peft_model(base: nn.Module, settings: "LoraConfig") -> nn.Module:
+    from peft import get_peft_model
+
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # of transformers, about its own names
         adapted: nn.Module = get_peft_model(cast(Any, base), settings).eval()

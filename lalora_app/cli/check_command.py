@@ -136,7 +136,7 @@ def _lengths(examples: "Examples", model: "Backbone") -> list[int] | None:
 
 def _kinds(model: "Backbone") -> str:
     """Return the last names of the adapted layers."""
-    paths = (name.removesuffix(".lora_B.weight") for name in model.frozen_weights.names)
+    paths = (name.rpartition(".lora_")[0] for name in model.frozen_weights.names)
     return ", ".join(sorted({path.rpartition(".")[2] for path in paths}))
 
 

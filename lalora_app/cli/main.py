@@ -92,9 +92,9 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _diagnose(args: argparse.Namespace) -> int:
-    from lalora_app.results.diagnosis import report
+    from lalora_app.results.diagnosis import compared
 
-    print(report(args.folder))
+    print(compared(args.folders))
     return 0
 
 
@@ -200,9 +200,9 @@ def _add_methods(commands: Any) -> None:
 
 def _add_results(commands: Any) -> None:
     diagnose = commands.add_parser(
-        "diagnose", help="print intruder dimensions and sharpness of a finished run"
+        "diagnose", help="print intruder dimensions and sharpness of finished runs"
     )
-    diagnose.add_argument("folder", type=Path, help="folder of a finished run")
+    diagnose.add_argument("folders", type=Path, nargs="+", help="folders of finished runs")
     diagnose.set_defaults(act=_diagnose)
 
     merge = commands.add_parser(

@@ -13,7 +13,7 @@ from lalora_app.settings.run_config import Config, Scalar, as_float, parse
 Flat = dict[str, Scalar]
 MethodAtEpsilon = tuple[str, float]  # label of a plan entry, and ε
 Scales = Mapping[MethodAtEpsilon, float]  # factor of all learning rates
-RATES = ("train.lr-a", "train.lr-b", "train.lr-head")
+RATES = ("train.lr-a", "train.lr-b", "train.lr-w", "train.lr-head")
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ def learning_rates(train: Train, rule: MethodNumbers, t: int) -> dict[Kind, floa
     rates: dict[Kind, float] = {
         "A": train.lr_a,
         "B": train.lr_b,
+        "W": train.lr_w,
         "head": train.lr_head,
         "gate": rule.lr_gate,
     }

@@ -63,6 +63,7 @@ class Method:
             and a robust mean are possible.
         moves_base: whether part of the learnt product moves into the frozen weights.
         heterogeneous: whether clients' ranks may differ.
+        whole: whether the whole weights of the target layers train, in place of A and B.
         keeps_client_state: whether a client's result depends on factors that it saved before.
     """
 
@@ -86,6 +87,7 @@ class Method:
     linear: bool = True
     moves_base: bool = False
     heterogeneous: bool = False
+    whole: bool = False
     keeps_client_state: bool = False
 
     @property

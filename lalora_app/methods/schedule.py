@@ -8,7 +8,7 @@ the start: then A's gradient ``s·Bᵀ·G`` is zero and a private step on A woul
 
 from collections.abc import Callable
 
-from lalora_app.adapter.factors import AB, NONE, A, B, Factors
+from lalora_app.adapter.factors import AB, NONE, A, B, Factors, W
 
 PERIOD = 2  # the longest period of a schedule, in local steps
 TrainSchedule = Callable[[int, int], Factors]
@@ -33,6 +33,11 @@ def only_a(t: int, k: int = 0) -> Factors:
 def nothing(t: int, k: int = 0) -> Factors:
     """Train or upload no factor: only the head."""
     return NONE
+
+
+def whole_weights(t: int, k: int = 0) -> Factors:
+    """Train or upload the change of the whole weights, in place of factors."""
+    return W
 
 
 def alternate_rounds(t: int, k: int = 0) -> Factors:

@@ -53,10 +53,18 @@ _HEAD_ONLY = Method(
     start=parametrisations.keep_head,
     exact=True,
 )
+_FULL = Method(
+    paper="arXiv:1607.00133, on the whole weights of the target layers",
+    trains=schedule.whole_weights,
+    syncs=schedule.whole_weights,
+    exact=True,
+    whole=True,
+)
 _FAIR = replace(_BOTH, paper="arXiv:2411.14961", linear=False)
 
 METHODS: dict[str, Method] = {
     "head-only": _HEAD_ONLY,
+    "full": _FULL,
     "dp-lora": _BOTH,
     "ffa-lora": _ONLY_B,
     "rolora": _BY_ROUND,

@@ -19,6 +19,7 @@ DEFAULTS: dict[str, Scalar] = {
     "train.momentum": 0.0,
     "train.lr-a": 2.0,
     "train.lr-b": 4.0,
+    "train.lr-w": 1.0,
     "rule.period": 1,
     "rule.rank-decay": 1.0,
     "rule.tail-penalty": 0.01,
@@ -38,6 +39,8 @@ DEFAULTS: dict[str, Scalar] = {
     "rule.sparsity-spread": 0.0,
     "server.momentum": 0.9,
 }
+# Read by all methods that train factors.
+LORA_DEFAULTS: dict[str, Scalar] = {"lora.rank": 8, "lora.alpha": 16.0, "lora.kernel": "fused"}
 _READERS = {
     "rule.period": {"rac-lora", "rac-lora-a", "fedsvd", "beamlora"},
     "rule.rank-decay": {"hetlora"},
@@ -89,10 +92,11 @@ def unread_keys(config: Config) -> list[str]:
     read |= {key for key, methods in _READERS.items() if config.method in methods}
     shrinks = config.method == "hetlora" and config.rule.rank_decay < 1
     read |= {"rule.tail-penalty"} if shrinks else set()
+    read |= set() if method_of(config).whole else set(LORA_DEFAULTS)
     read |= {"server.momentum"} if config.server.optimizer != "sgd" else set()
     values = flatten(config)
     return [
         f"{key}={values[key]!r}"
-        for key, default in DEFAULTS.items()
+        for key, default in (DEFAULTS | LORA_DEFAULTS).items()
         if key not in read and values[key] != default
     ]

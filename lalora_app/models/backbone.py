@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lalora_app.adapter.factors import Adapter
 from lalora_app.adapter.head_start import with_head_start
-from lalora_app.blocks.adapters import with_adapters
+from lalora_app.blocks.adapters import with_adapters, with_whole_weights
 from lalora_app.blocks.prefix import Prefix
 from lalora_app.blocks.prefix_checks import check_prefix, division_of
 from lalora_app.data.encoding import Batch, Encoded
@@ -25,7 +25,7 @@ from lalora_app.models.forwards import Forward
 from lalora_app.models.frozen_weights import FrozenWeights, base_layers
 from lalora_app.models.pretrained import revision
 from lalora_app.models.scores import Metrics, Task, mean_over_views
-from lalora_app.models.targets import choose_targets, smaller_sides, stack_of
+from lalora_app.models.targets import check_rank, choose_targets, stack_of
 from lalora_app.models.timm_models import load_timm
 from lalora_app.models.transformers_models import load_transformers
 from lalora_app.private_step.attach import LayoutError
@@ -166,7 +166,9 @@ def _engine(model: nn.Module, parameters: dict[str, nn.Parameter], kernel: str) 
     return KernelEngine(model, parameters, kernel)
 
 
-def _build(model: Model, lora: Lora, num_labels: int, seed: int) -> tuple[Backbone, Batch]:
+def _build(
+    model: Model, lora: Lora, num_labels: int, seed: int, whole: bool
+) -> tuple[Backbone, Batch]:
     device = pick_device(model.device)
     # Privacy: A (Kaiming) and the head are drawn here from the run's seed, without data.
     with torch.random.fork_rng():
@@ -174,14 +176,9 @@ def _build(model: Model, lora: Lora, num_labels: int, seed: int) -> tuple[Backbo
         base = _load(model, num_labels)
         targets = choose_targets(base, model, lora)
         division = division_of(stack_of(base), targets, model, lora) if model.prefix_cache else None
-        sizes = smaller_sides(base, targets)
-        if lora.rank > min(sizes):
-            raise ConfigError(
-                f"lora.rank={lora.rank} must be at most {min(sizes)}, the smallest target layer"
-            )
-        adapted = with_adapters(
-            base.model, lora, targets, trained=base.trained, task_type=base.task_type
-        )
+        check_rank(base, targets, lora.rank)
+        adapt = with_whole_weights if whole else partial(with_adapters, lora=lora)
+        adapted = adapt(base.model, targets=targets, trained=base.trained, task_type=base.task_type)
     # Before the move and the narrowing: sites with a GPU and sites without one must agree.
     hashes = fingerprint(adapted, base.preprocessing)
     adapted.to(device)
@@ -196,7 +193,7 @@ def _build(model: Model, lora: Lora, num_labels: int, seed: int) -> tuple[Backbo
         engine=_engine(adapted, trainable, lora.kernel),
         device=device,
         dtype=dtype,
-        targets=len(sizes),
+        targets=len(targets.paths),
         frozen_weights=FrozenWeights(base_layers(adapted)),
         fingerprint=hashes,
         processor=base.processor,
@@ -252,17 +249,17 @@ Built = tuple[Backbone, Adapter]
 @lru_cache(maxsize=1)
 def _by_rank(
     model: Model, files: str, lora: Lora, num_labels: int, seed: int
-) -> dict[tuple[int, float], Built]:
+) -> dict[tuple[int, float, bool], Built]:
     """Return this process's cache of one model by rank; other files or another model replace it."""
     return {}
 
 
-def _checked(model: Model, lora: Lora, num_labels: int, seed: int) -> Built:
+def _checked(model: Model, lora: Lora, num_labels: int, seed: int, whole: bool) -> Built:
     any_rank, files = replace(lora, rank=1, alpha=1.0, ranks="none"), revision(model.name)
     built = _by_rank(model, files, any_rank, num_labels, seed)
-    key = (lora.rank, lora.alpha)
+    key = (lora.rank, lora.alpha, whole)
     if key not in built:
-        backbone, probe = _build(model, lora, num_labels, seed)
+        backbone, probe = _build(model, lora, num_labels, seed, whole)
         start = backbone.adapter()
         _check_or_refuse(backbone, probe, model, lora)
         built[key] = backbone, start
@@ -279,7 +276,7 @@ def _num_labels(config: Config) -> int:
 def build(config: Config) -> Built:
     """Return the process's backbone and the initial adapter of the run's method.
 
-    A is Kaiming, B zero, the head as ``model.head`` says, all drawn from the run's seed.
+    A is Kaiming, B and W are zero, the head as ``model.head`` says, drawn from the run's seed.
 
     Raises:
         ConfigError: if the model, its targets, the rank, the device or the method do not fit.
@@ -288,7 +285,9 @@ def build(config: Config) -> Built:
     method, rule, lora = method_of(config), config.rule, config.lora
     width = method.width(lora.rank, rule)  # at the same scale α/r
     own = replace(lora, rank=width, alpha=lora.alpha * width / lora.rank)
-    backbone, plain = _checked(config.model, own, _num_labels(config), config.seed)
+    if method.whole:  # the keys have no effect
+        own = replace(lora, rank=1, alpha=1.0, kernel="plain")
+    backbone, plain = _checked(config.model, own, _num_labels(config), config.seed, method.whole)
     plain = with_head_start({name: array.copy() for name, array in plain.items()}, config.model)
     start = method.start(plain, rule)
     if (effective := method.effective) is None:

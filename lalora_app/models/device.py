@@ -5,6 +5,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
+from lalora_app.adapter.whole_linear import whole_layers
 from lalora_app.settings.errors import ConfigError
 
 
@@ -46,9 +47,14 @@ def autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager
 
 
 def narrow_frozen(model: nn.Module, dtype: torch.dtype) -> None:
-    """Store frozen Linear layers in ``dtype``, so that autocast does not cast them every time."""
+    """Store frozen Linear layers in ``dtype``, so that autocast does not cast them every time.
+
+    Limit: not where the whole weight trains, as W0 + W is computed and saved in float32.
+    """
+    kept = {id(layer.base_layer) for layer in whole_layers(model).values()}
     for module in model.modules():
-        if type(module) is nn.Linear and not any(p.requires_grad for p in module.parameters()):
+        frozen = not any(p.requires_grad for p in module.parameters())
+        if type(module) is nn.Linear and frozen and id(module) not in kept:
             module.to(dtype)
 
 

@@ -8,15 +8,16 @@ import torch
 from torch import Tensor, nn
 
 from lalora_app.adapter.factors import Adapter, factor_pairs
+from lalora_app.adapter.whole_linear import WholeLinear, whole_layers
 
 Change = Callable[[Tensor], Tensor]  # (a layer's weight W0 + s·B·A (m, n)) -> its change
 
 
 def base_layers(model: nn.Module) -> dict[str, Any]:
-    """Return PEFT's LoRA layers by the wire name of their B."""
+    """Return the adapted layers by the wire name of their B, or of their W."""
     from peft.tuners.lora import Linear as LoraLinear
 
-    return {
+    return {f"{path}.lora_W.weight": layer for path, layer in whole_layers(model).items()} | {
         f"{path}.lora_B.weight": layer
         for path, layer in model.named_modules()
         if isinstance(layer, LoraLinear)
@@ -27,7 +28,7 @@ class FrozenWeights:
     """The frozen weights of the adapted layers, and their originals.
 
     Args:
-        layers: PEFT's LoRA layers by the wire name of their B.
+        layers: the adapted layers by the wire name of their B, or of their W.
     """
 
     def __init__(self, layers: Mapping[str, Any]):
@@ -36,11 +37,11 @@ class FrozenWeights:
 
     @property
     def names(self) -> list[str]:
-        """The wire names of the layers' B."""
+        """The wire names of the layers' B, or W."""
         return list(self._layers)
 
     def weight(self, name: str) -> Tensor:
-        """Return a layer's frozen weight (m, n), by the wire name of its B."""
+        """Return a layer's frozen weight (m, n), by the layer's name in ``names``."""
         weight: Tensor = self._layers[name].base_layer.weight
         return weight
 
@@ -59,15 +60,17 @@ class FrozenWeights:
             self.weight(name).copy_(self._pristine.pop(name))
 
     def computed(self, name: str) -> Tensor:
-        """Return W0 + s·B·A of a layer, in float32."""
+        """Return W0 + s·B·A of a layer, or W0 + W of a whole one, in float32."""
         layer = self._layers[name]
+        if isinstance(layer, WholeLinear):
+            return layer.weight().detach().float()
         (adapter,) = layer.lora_A
         b, a = layer.lora_B[adapter].weight.float(), layer.lora_A[adapter].weight.float()
         return torch.addmm(self.weight(name).float(), b, a, alpha=layer.scaling[adapter])
 
     @contextlib.contextmanager
     def with_input_hook(self, watch: Callable[[str, Tensor], None]) -> Iterator[None]:
-        """Call ``watch`` with the name of B and the inputs of every layer, within the block."""
+        """Call ``watch`` with every layer's name in ``names`` and inputs, within the block."""
 
         def hook(name: str) -> Any:
             return lambda layer, inputs: watch(name, inputs[0])

@@ -218,7 +218,13 @@ def choose_targets(base: Base, model: Model, lora: Lora) -> Targets:
     return _in_last_blocks(base, model, lora, lora.last_blocks, names, paths)
 
 
-def smaller_sides(base: Base, targets: Targets) -> list[int]:
-    """Return the smaller side of every target layer: the largest rank that it allows."""
+def check_rank(base: Base, targets: Targets, rank: int) -> None:
+    """Check that the rank is at most the smaller side of every target layer.
+
+    Raises:
+        ConfigError: with the largest possible rank.
+    """
     layers = map(linear_layers(base.model).__getitem__, targets.paths)
-    return [min(layer.in_features, layer.out_features) for layer in layers]
+    largest = min(min(layer.in_features, layer.out_features) for layer in layers)
+    if rank > largest:
+        raise ConfigError(f"lora.rank={rank} must be at most {largest}, the smallest target layer")

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lalora_app.adapter.whole_linear import whole_layers
 from lalora_app.private_step.kernels import (
     FusedLora,
     GradientRecorder,
     MergedLora,
     PlainLinear,
+    WholeWeight,
     compute_dtype,
 )
 from lalora_app.settings.errors import ConfigError
@@ -144,6 +146,15 @@ def _plain_forward(names: tuple[str | None, str | None], record: GradientRecorde
     return forward
 
 
+def _whole_forward(name: str | None, record: GradientRecorder) -> LayerForward:
+    def forward(layer: Any, x: Tensor) -> Tensor:
+        base = layer.base_layer
+        arguments = (layer.lora_W.weight, base.weight, base.bias, name, record)
+        return WholeWeight.apply(x, *arguments)  # type: ignore[no-any-return]
+
+    return forward
+
+
 _LORA_KERNELS = {"fused": _fused_forward, "merged": _merged_forward}
 KERNELS = frozenset({*_LORA_KERNELS, "plain"})
 
@@ -162,7 +173,7 @@ def attach_kernels(
         model: the model, changed in place.
         parameters: wire name -> trainable parameter, each the weight or bias of a Linear layer.
         kernel: ``fused``, ``merged`` or ``plain``. With ``fused``, a PEFT layer that cannot be
-            fused uses ``plain``.
+            fused uses ``plain``. A layer of whole weights has one kernel for all of them.
         record: function that receives the gradients.
 
     Raises:
@@ -184,6 +195,9 @@ def attach_kernels(
         keys = (names.get(id(pair[0].weight)), names.get(id(pair[1].weight)))
         replace_forward(layer, _LORA_KERNELS[kernel](keys, record))
         done |= {id(part) for part in pair}
+    for whole in whole_layers(model).values():
+        replace_forward(whole, _whole_forward(names.get(id(whole.lora_W.weight)), record))
+        done.add(id(whole.lora_W))
     for linear in {id(layer): layer for layer in owners.values()}.values():
         if id(linear) not in done:
             keys = (names.get(id(linear.weight)), names.get(id(linear.bias)))

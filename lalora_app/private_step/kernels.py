@@ -6,7 +6,8 @@ Weights with ``requires_grad=False`` are not recorded, and their activations are
 
 An input may hold the same rows for every example, such as the relative positions of DeBERTa. The
 model code then expands it along the first axis, without a copy (stride 0). The kernels of LoRA
-compute its output once and expand the result; the output gradient is each example's own.
+and of whole weights compute its output once and expand the result; the output gradient is each
+example's own.
 """
 
 from typing import Any, Protocol
@@ -73,6 +74,35 @@ class PlainLinear(torch.autograd.Function):
         if need_weight:
             ctx.record(ctx.names[0], g, x)
         return (g @ weight.to(g.dtype) if need_x else None), None, None, None, None
+
+
+class WholeWeight(torch.autograd.Function):
+    """``y = x (W0 + W)ᵀ + b`` with a recorded gradient of the change W.
+
+    Forward and backward compute W0 + W each for one layer at a time: no third copy of all weights
+    is kept.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, change: Tensor, frozen: Tensor, bias: Any, name: Any, record: Any
+    ) -> Tensor:
+        """Return y; x (..., in) is stored only if W trains."""
+        ctx.name, ctx.record, size = name, record, x.shape[0]
+        x = _distinct(x).to(compute_dtype(x))
+        ctx.save_for_backward(x if change.requires_grad else None, change, frozen)
+        return _expanded(F.linear(x, (frozen + change).to(x.dtype), bias), size)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> Any:
+        """Record the gradient of W; return the gradient of x."""
+        x, change, frozen = ctx.saved_tensors
+        need_x, need_change = ctx.needs_input_grad[:2]
+        if need_change:
+            ctx.record(ctx.name, g, _expanded(x, len(g)))
+        gx = g @ (frozen + change).to(g.dtype) if need_x else None
+        return gx, None, None, None, None, None
 
 
 class FusedLora(torch.autograd.Function):

@@ -17,6 +17,7 @@ from lalora_app.private_step.gradients import (
     FlatBlock,
     OuterProductBlock,
     PerExampleGrads,
+    RowsBlock,
     StackedBlock,
     StoredShape,
 )
@@ -77,9 +78,10 @@ class BufferLayout:
     def __init__(self, shapes: Mapping[str, StoredShape], flat: bool):
         self.shapes, self.flat = dict(shapes), flat
         self.heads = [name for name in shapes if kind(name) == "head"]
+        self.whole = [name for name in shapes if kind(name) == "W"]  # never formed: no buffer
         self.groups: dict[GroupKey, dict[str, StoredShape]] = {}  # factors per shared buffer
         for name, stored_shape in shapes.items():
-            if kind(name) != "head":
+            if kind(name) not in ("head", "W"):
                 self.groups.setdefault(() if flat else stored_shape.stored, {})[name] = stored_shape
         self.group_of = {name: key for key, names in self.groups.items() for name in names}
 
@@ -130,7 +132,8 @@ class GradientTape:
         """Add ``scale · Σ_rows g xᵀ`` per example, or ``Σ_rows g`` for a bias.
 
         Implements :class:`~lalora_app.private_step.kernels.GradientRecorder`. Sums are computed in
-        float32 at least, also for bf16 operands. Several calls of one layer are added.
+        float32 at least, also for bf16 operands. Several calls of one layer are added. Of a whole
+        weight, g and x are kept as they are, and their product is not formed.
 
         Raises:
             LayoutError: if the rows are not grouped by example, see :func:`require_grouped`.
@@ -140,7 +143,9 @@ class GradientTape:
             self._add_bias(name, g)
             return
         x = self._by_example(name, x)  # (examples, rows, in)
-        if g.shape[1] == 1 and name in self._layout.heads:
+        if name in self._layout.whole:
+            self._products.setdefault(name, []).append((g.detach(), x.detach()))
+        elif g.shape[1] == 1 and name in self._layout.heads:
             wide = torch.promote_types(g.dtype, torch.float32)
             sides = (g.detach().to(wide), x.detach().to(wide))  # detach: x may keep its graph alive
             self._products.setdefault(name, []).append(sides)
@@ -178,6 +183,11 @@ class GradientTape:
             self._add(name, g, x, 1.0)
         return FlatBlock({name: self._layout.shapes[name]}, self._views[name].flatten(1))
 
+    def _whole_block(self, name: str) -> RowsBlock:
+        pairs = self._products[name]
+        g, x = pairs[0] if len(pairs) == 1 else (torch.cat(s, 1) for s in zip(*pairs, strict=True))
+        return RowsBlock(name, g, x)
+
     def grads(self) -> PerExampleGrads:
         """Return the recorded per-example gradients.
 
@@ -189,4 +199,5 @@ class GradientTape:
                 raise unused_parameter_error(name)
         block = FlatBlock if self._layout.flat else StackedBlock
         factors = [block(shapes, self._buffers[k]) for k, shapes in self._layout.groups.items()]
-        return PerExampleGrads((*factors, *map(self._head_block, self._layout.heads)))
+        whole = map(self._whole_block, self._layout.whole)
+        return PerExampleGrads((*factors, *whole, *map(self._head_block, self._layout.heads)))

@@ -61,6 +61,14 @@ def _setting(runs: Sequence[Record], key: str) -> str:
     return joined(run.config.get(key, "not set") for run in runs)
 
 
+def _trained(records: Sequence[Record]) -> str:
+    """Return what the runs train; the rank is that of the runs with factors."""
+    adapted = [record for record in records if record.method != "full"]
+    whole = ["whole weights of the target layers"] if len(adapted) < len(records) else []
+    lora = [f"LoRA adapters of rank {_setting(adapted, 'lora.rank')}"] if adapted else []
+    return " or ".join(lora + whole)
+
+
 def _summary_sentence(records: Sequence[Record]) -> str:
     clients = [record.clients for record in records if record.clients is not None]
     among = f", by {joined(clients)} clients" if clients else ""
@@ -71,7 +79,7 @@ def _summary_sentence(records: Sequence[Record]) -> str:
     return (
         f"{runs} of {joined(record.label for record in records)} at ε = {epsilons}, "
         f"seed{plural} {seeds}: federated fine-tuning of {_setting(records, 'model.name')} with "
-        f"LoRA adapters of rank {_setting(records, 'lora.rank')} on "
+        f"{_trained(records)} on "
         f"{_setting(records, 'data.name')}{among}, in {_setting(records, 'num-server-rounds')} "
         f"rounds of {_setting(records, 'train.local-steps')} local steps."
     )

@@ -1,5 +1,6 @@
 """Open a finished run, and diagnose it on public data."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -44,7 +45,7 @@ def open_run(folder: Path) -> tuple[Config, Backbone, ServerState]:
 def intruders(model: Backbone, state: ServerState) -> dict[str, int]:
     """Return the intruder dimensions per layer, among its ten leading ones (arXiv:2410.21228).
 
-    The base is W0; the adapted weight includes the drift.
+    The base is W0; the adapted weight includes the drift, and of full fine-tuning it is W0 + W.
     """
     adapted = {
         b: model.frozen_weights.computed(b).numpy(force=True) for b in model.frozen_weights.names
@@ -64,6 +65,17 @@ def sharpness(config: Config, model: Backbone) -> float:
     public = model.encode(split(config.data)[1])
     rows = np.arange(min(_EXAMPLES, len(public)))
     return top_hessian_eigenvalue(model, list(public.micro_batches(rows, _BATCH)))
+
+
+def compared(folders: Sequence[Path]) -> str:
+    """Return the diagnostics of several runs one below the other, such as LoRA and ``full``.
+
+    Limit: one run has no headline.
+    """
+    if len(folders) == 1:
+        return report(folders[0])
+    parts = [f"{f.resolve().name}, method {read_config(f).method}\n{report(f)}" for f in folders]
+    return "\n\n".join(parts)
 
 
 def report(folder: Path) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import nn
 
+from lalora_app.adapter.whole_linear import whole_layers
 from lalora_app.models.backbone import Backbone
 from lalora_app.models.forwards import Pixels
 from lalora_app.models.transformers_models import auto_class, conv1d_layers
@@ -49,10 +50,12 @@ def _whole_or_nothing(out: Path) -> Iterator[Path]:
 
 
 def _plain(model: nn.Module) -> Any:
-    """Return a copy of a PEFT model without LoRA layers, its adapter merged into the weights."""
+    """Return a copy of a PEFT model of plain layers, its adapter merged into the weights."""
     own = copy.deepcopy(model)
     for module in own.modules():
         vars(module).pop("forward", None)  # the engine set it; a merged model uses its class's own
+    for path, layer in whole_layers(own).items():
+        own.set_submodule(path, layer.plain())
     return own.merge_and_unload()  # type: ignore[operator]
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from lalora_app.methods.table import METHODS
 from lalora_app.models.pretrained import public_name
 from lalora_app.models.scores import format_scores, scores_in_row
 from lalora_app.models.transformers_models import auto_class
@@ -21,7 +22,7 @@ _CARD = """\
 ---
 base_model: {base}
 library_name: peft
-tags: [lora, federated-learning, differential-privacy, flower]
+tags: [{kind}, federated-learning, differential-privacy, flower]
 ---
 # {method} adapter for {base}
 
@@ -194,6 +195,7 @@ def model_card(config: Config, row: Mapping[str, Any]) -> str:
     base = public_name(config.model.name)
     return _CARD.format(
         base=base,
+        kind="full-fine-tuning" if METHODS[config.method].whole else "lora",
         classes=_classes(config),
         code=_code(config, base),
         method=config.method,

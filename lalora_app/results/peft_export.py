@@ -6,9 +6,11 @@ from typing import Any, cast
 
 from peft import LoraConfig, PeftModel
 from safetensors.numpy import load_file, save_file
+from torch import nn
 
-from lalora_app.adapter.factors import Adapter, factor_pairs
+from lalora_app.adapter.factors import Adapter, factor_pairs, kind
 from lalora_app.adapter.low_rank import balanced_factors, numerical_rank, sum_of_products, svd
+from lalora_app.adapter.whole_linear import whole_layers
 from lalora_app.models.backbone import Backbone
 from lalora_app.models.pretrained import public_name
 from lalora_app.models.transformers_models import conv1d_layers
@@ -18,6 +20,8 @@ from lalora_app.server_state.iterate_average import final_adapter
 from lalora_app.server_state.state import ServerState
 from lalora_app.settings.names import TIMM
 from lalora_app.settings.run_config import Config
+
+_PREFIX = "base_model.model."  # of all names in a PEFT model
 
 
 def _with_drift(folder: Path, drift: Adapter) -> None:
@@ -41,6 +45,33 @@ def _with_drift(folder: Path, drift: Adapter) -> None:
         tensors[b], tensors[a] = balanced_factors(found, rank)
     save_file(tensors, file)
     settings.r = settings.lora_alpha = rank
+    settings.save_pretrained(str(folder))
+
+
+def _with_whole_weights(folder: Path, model: nn.Module) -> None:
+    """Add the layers of whole weights to a saved adapter, which PEFT then loads as modules.
+
+    Such a layer has no factors of a small rank. PEFT's ``modules_to_save`` replaces whole modules.
+    Limit: without such layers the adapter stays as it is.
+
+    Args:
+        folder: the saved adapter.
+        model: the PEFT model.
+    """
+    layers = whole_layers(model)
+    if not layers:
+        return
+    file, settings = folder / "adapter_model.safetensors", LoraConfig.from_pretrained(str(folder))
+    tensors = {name: x for name, x in load_file(file).items() if kind(name) != "W"}
+    transposed = {path.removesuffix(".base_layer") for path in conv1d_layers(model)}
+    for path, layer in layers.items():
+        own = layer.plain().state_dict()
+        weight = own["weight"].T if path in transposed else own["weight"]
+        own["weight"] = weight.contiguous()
+        tensors |= {f"{path}.{name}": x.numpy(force=True) for name, x in own.items()}
+    save_file(tensors, file)
+    paths = [path.removeprefix(_PREFIX) for path in layers]
+    settings.modules_to_save = [*(settings.modules_to_save or []), *paths]
     settings.save_pretrained(str(folder))
 
 
@@ -102,7 +133,8 @@ def export(
 ) -> None:
     """Save the run's result so that ``PeftModel.from_pretrained(base, folder)`` loads it.
 
-    The drift of the frozen base becomes part of the adapter, which then has a larger rank. A folder
+    The drift of the frozen base becomes part of the adapter, which then has a larger rank. Whole
+    weights become whole modules of the adapter. A folder
     of a transformers classifier also has a config.json with the class names, and, unless the base
     weights were random, the code of the run's head, for ``pipeline(model=folder,
     trust_remote_code=True)``.
@@ -118,6 +150,7 @@ def export(
     model = cast(PeftModel, backbone.model)
     # Embeddings are frozen; "auto" would look for the base model on the hub.
     model.save_pretrained(str(folder), save_embedding_layers=False)
+    _with_whole_weights(folder, model)
     if state.drift:
         _with_drift(folder, state.drift)
     _write_settings(folder, _stock_base(model, config), conv1d=bool(conv1d_layers(model)))

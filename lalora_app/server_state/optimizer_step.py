@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from lalora_app.adapter.factors import Adapter, kind
+from lalora_app.adapter.factors import FACTORS, Adapter, kind
 from lalora_app.adapter.low_rank import Float64Array
 from lalora_app.aggregation.average import mean_in_float64
 from lalora_app.aggregation.rule import normalised_weights
@@ -94,7 +94,7 @@ def server_step(
         update = mean_in_float64(shares, uploads, name) - before
         m, v = (kept.get(name, np.zeros_like(before)).astype(np.float64) for kept in moments)
         count = state.aggregations(name) + 1
-        count -= 0 if kind(name) in ("A", "B") else unstepped
+        count -= 0 if kind(name) in FACTORS else unstepped
         step, new = _step(settings, update, m, v, count)
         stepped[name] = (before + settings.lr * step).astype(np.float32)
         for kept, moment in zip(moments, new, strict=False):  # as many as the optimiser keeps

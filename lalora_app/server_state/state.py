@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from lalora_app.adapter.factors import Adapter, Factor, Factors, kind
+from lalora_app.adapter.factors import FACTORS, Adapter, Factor, Factors, kind
 
 
 def _no_versions() -> dict[Factor, int]:
-    return {"A": 0, "B": 0}
+    return dict.fromkeys(FACTORS, 0)
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ class ServerState:
     def aggregations(self, name: str) -> int:
         """Return how many aggregations have changed a tensor so far; heads travel every round."""
         part = kind(name)
-        return self.versions[part] if part in ("A", "B") else self.round
+        return self.versions[part] if part in FACTORS else self.round
 
     def advanced(
         self, adapter: Adapter, synced: Factors, drift: Adapter | None = None

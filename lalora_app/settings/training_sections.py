@@ -110,6 +110,9 @@ class Train:
     optimizer: str = one_of("adamw", "sgd", meaning="Optimiser of the noised gradients.")
     lr_a: float = positive(meaning="Learning rate of the A factors.")
     lr_b: float = positive(meaning="Learning rate of the B factors.")
+    lr_w: float = positive(
+        meaning="Learning rate of the change of the whole weights, which the method `full` trains."
+    )
     lr_head: float = positive(meaning="Learning rate of the head.")
     lr_decay: float = law(
         "must be in (0, 1]",

@@ -19,6 +19,7 @@ from lalora_app.wire.tensors import WireError, from_record, to_record
 
 ARRAYS, CONFIG, METRICS, RUN_CONFIG = "arrays", "config", "metrics", "run"
 DRIFT = "drift"  # the change of the frozen weights since the run began
+KEPT: tuple[Factor, ...] = ("A", "B")  # factors that a client may keep for a later round
 _RUN_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 
@@ -81,7 +82,7 @@ class TrainRequest:
         attempt: the number of requested rounds, with this one; it seeds repeatable runs.
         steps_left: the local steps planned for this client until the end of the run.
         task_steps_left: the same until the end of the open task; without tasks of the run.
-        versions: the number of aggregations of each factor.
+        versions: the number of aggregations of each factor that a client may keep.
     """
 
     run: str
@@ -95,7 +96,7 @@ class TrainRequest:
         """Return the order as a record."""
         numbers = {"round": self.round, "attempt": self.attempt, "steps-left": self.steps_left}
         numbers["task-steps-left"] = self.task_steps_left
-        versions = {f"version-{factor}": count for factor, count in self.versions.items()}
+        versions = {f"version-{factor}": self.versions[factor] for factor in KEPT}
         return ConfigRecord({"run": self.run, **numbers, **versions})
 
 
@@ -130,7 +131,7 @@ def parse_request(content: RecordDict, config: Config) -> TrainRequest:
         attempt=count_of(record, "attempt", 1, rounds),
         steps_left=count_of(record, "steps-left", 1, steps),
         task_steps_left=count_of(record, "task-steps-left", 1, steps),
-        versions={f: count_of(record, f"version-{f}", 0, rounds) for f in ("A", "B")},
+        versions={f: count_of(record, f"version-{f}", 0, rounds) for f in KEPT},
     )
 
 

@@ -57,6 +57,7 @@ def sized(clients: int = 2, **changes):
         "train.momentum": 0.0,
         "train.lr-a": 1e-3,
         "train.lr-b": 2e-3,
+        "train.lr-w": 1e-3,
         "train.lr-head": 1e-2,
         "data.dirichlet-alpha": INF,
         "data.test-fraction": 0.11,

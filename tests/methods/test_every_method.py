@@ -112,7 +112,9 @@ def test_deers_clipping_norm_bounds_the_change_of_the_product(tiny):
             assert np.allclose(resting @ resting.T, np.eye(len(resting)), atol=1e-5)
 
 
-MOVES = [name for name, entry in METHODS.items() if entry.moves_base or entry.effective]
+MOVES = [
+    name for name, entry in METHODS.items() if entry.moves_base or entry.effective or entry.whole
+]
 
 
 @pytest.mark.parametrize("name", MOVES)
@@ -120,7 +122,8 @@ def test_peft_loads_exported_drift_and_gates_with_the_reported_accuracy(tiny, na
     from peft import PeftModel
     from transformers import AutoModelForSequenceClassification
 
-    rates = {"train.lr-a": 0.05, "train.lr-b": 0.05, "train.lr-head": 0.1, "train.batch-size": 60}
+    rates = {f"train.lr-{which}": 0.05 for which in ("a", "b", "w")}
+    rates |= {"train.lr-head": 0.1, "train.batch-size": 60}
     config = tiny(**open_run(method=name) | rates)
     done = run(config)
     base = AutoModelForSequenceClassification.from_pretrained(config.model.name, num_labels=2)

@@ -471,7 +471,8 @@ def test_learning_rates_depend_on_kind_and_round_and_fixed_tensors_have_none(nam
     backbone = SimpleNamespace(engine=SimpleNamespace(parameters=named))
     made = make_optimizer(backbone, local, 0.7, {})
     train = config.train
-    wanted = {"A": train.lr_a, "B": train.lr_b, "head": train.lr_head, "gate": 0.25}
+    wanted = {"A": train.lr_a, "B": train.lr_b, "W": train.lr_w}
+    wanted |= {"head": train.lr_head, "gate": 0.25}
     assert {g["kind"]: g["lr"] for g in made.param_groups} == {
         kind: pytest.approx(rate / 4) for kind, rate in wanted.items()
     }

@@ -14,7 +14,7 @@ from lalora_app.client import local_round
 from lalora_app.data.encoding import EncodedTexts
 from lalora_app.data.examples import split
 from lalora_app.methods.table import METHODS
-from lalora_app.methods.unread_keys import DEFAULTS, unread_keys
+from lalora_app.methods.unread_keys import DEFAULTS, LORA_DEFAULTS, unread_keys
 from lalora_app.models.backbone import build
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.ledger import Reservation
@@ -31,6 +31,7 @@ OTHER = {
     "train.momentum": 0.5,
     "train.lr-a": 0.3,
     "train.lr-b": 0.7,
+    "train.lr-w": 0.2,
     "rule.period": 2,
     "rule.rank-decay": 0.5,
     "rule.tail-penalty": 0.5,
@@ -68,11 +69,13 @@ def named(config) -> set[str]:
 def unread_by(method, tiny) -> set[str]:
     """All keys that are named, asked one by one: some exclude each other."""
     asked = ({key: value} for key, value in OTHER.items())
-    return set().union(*(named(tiny(method=method, **change)) for change in asked))
+    found = (named(tiny(method=method, **change)) for change in asked)
+    return set().union(*found) & set(OTHER)  # the tiny run has its own rank
 
 
 def test_the_defaults_are_those_of_the_app():
-    assert {key: defaults()[key] for key in DEFAULTS} == DEFAULTS
+    known = DEFAULTS | LORA_DEFAULTS
+    assert {key: defaults()[key] for key in known} == known
     assert {k for k in defaults() if k.startswith("rule.")} == {
         k for k in DEFAULTS if k.startswith("rule.")
     }
@@ -81,7 +84,14 @@ def test_the_defaults_are_those_of_the_app():
 
 @pytest.mark.parametrize("method", list(METHODS))
 def test_a_default_is_never_named(method, tiny):
-    assert unread_keys(tiny(method=method)) == []
+    assert unread_keys(tiny(method=method, **LORA_DEFAULTS)) == []
+
+
+@pytest.mark.parametrize("method", list(METHODS))
+def test_full_fine_tuning_alone_does_not_read_rank_scale_and_kernel(method, tiny):
+    changes = {"lora.rank": 2, "lora.alpha": 3.0, "lora.kernel": "plain"}
+    named = ["lora.rank=2", "lora.alpha=3.0", "lora.kernel='plain'"] if method == "full" else []
+    assert unread_keys(tiny(method=method, **changes)) == named
 
 
 @pytest.mark.parametrize(
@@ -110,7 +120,7 @@ def test_a_value_with_effect_is_not_named(method, key, tiny):
 @pytest.mark.parametrize("method", list(METHODS))
 def test_every_method_reads_the_keys_of_the_step(method, tiny):
     changes = {"privacy.clipping": "automatic", "train.schedule": "cosine", "train.warm-up": 0.3}
-    assert unread_keys(tiny(method=method, **changes)) == []
+    assert unread_keys(tiny(method=method, **changes | LORA_DEFAULTS)) == []
 
 
 def test_the_share_of_class_means_is_read_with_them_only(tiny):

@@ -48,6 +48,24 @@ MUTANTS = {
         "        return torch.zeros_like(_norms(self.g))\n",
         "tests/private_step/test_kernels.py::test_no_example_moves_the_float32_sum_by_more_than_the_clip_norm",
     ),
+    "whole weights: products of two different rows left out of the norm": Mutant(
+        "private_step/gradients.py",
+        "    squared = torch.linalg.vecdot((g @ g.mT).flatten(1), (x @ x.mT).flatten(1))\n",
+        "    squared = (g.square().sum(2) * x.square().sum(2)).sum(1)\n",
+        "tests/private_step/test_whole_weights.py::test_no_example_moves_the_sum_by_more_than_the_clip_norm",
+    ),
+    "whole weights: the norm of the batch's mean": Mutant(
+        "private_step/gradients.py",
+        "    return _norms((g.mT @ x).flatten(1))\n",
+        "    return _norms((g.mT @ x).mean(0).flatten()).expand(len(g))\n",
+        "tests/private_step/test_whole_weights.py::test_no_example_moves_the_sum_by_more_than_the_clip_norm",
+    ),
+    "whole weights: rounding of rows that cancel ignored": Mutant(
+        "private_step/gradients.py",
+        "            found.append(norms + _ROUNDING * torch.finfo(self._sum_dtype).eps * lengths)\n",
+        "            found.append(norms)\n",
+        "tests/private_step/test_whole_weights.py::test_rows_that_nearly_cancel_are_not_clipped_to_more_than_the_clip_norm",
+    ),
     "gradient of an example counted twice": Mutant(
         "private_step/tape.py",
         "beta=0.0 if first else 1.0, alpha=scale)",

@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from helpers.app_runs import open_run as without_budget
 from helpers.app_runs import run, tokens_of
+from lalora_app.adapter.factors import kind
 from lalora_app.cli import main
 from lalora_app.data.examples import split
 from lalora_app.results.diagnosis import intruders, open_run, sharpness
@@ -15,10 +16,10 @@ from lalora_app.results.spectra import intruder_dimensions
 
 pytestmark = [pytest.mark.wide, pytest.mark.usefixtures("no_waiting", "no_report")]
 
-RATES = {"train.lr-a": 0.05, "train.lr-b": 0.05, "train.batch-size": 60}
+RATES = {"train.lr-a": 0.05, "train.lr-b": 0.05, "train.lr-w": 0.05, "train.batch-size": 60}
 
 
-@pytest.fixture(params=["dp-lora", "fedex-lora", "beamlora"])
+@pytest.fixture(params=["dp-lora", "fedex-lora", "beamlora", "full"])
 def done(tiny, request):
     return run(tiny(**without_budget(method=request.param) | RATES))
 
@@ -44,6 +45,10 @@ def test_intruders_are_those_of_the_dense_weights(done):
     assert len(found) == 4  # query and value of two layers
     for name, count in found.items():
         layer = model.frozen_weights._layers[name]
+        if kind(name) == "W":
+            base = layer.base_layer.weight.detach().double().numpy()
+            assert count == intruder_dimensions(base, base + state.adapter[name])
+            continue
         a, b = (part["default"].weight.detach().double() for part in (layer.lora_A, layer.lora_B))
         own = layer.base_layer.weight.detach().double()
         moved = state.drift and state.drift[name] @ state.drift[name.replace("_B", "_A")]
@@ -62,6 +67,9 @@ def test_the_commands_say_what_they_found(done, tmp_path, capsys):
     out = capsys.readouterr().out
     assert "intruder dimensions" in out
     assert "top Hessian eigenvalue" in out
+    assert main.main(["diagnose", str(done.folder.path), str(done.folder.path)]) == 0
+    title = f"{done.folder.name}, method {done.config.method}\n"
+    assert capsys.readouterr().out == f"{title}{out}\n{title}{out}"
     assert main.main(["merge", str(done.folder.path), str(tmp_path / "m")]) == 0
     assert main.main(["diagnose", str(tmp_path)]) == 2
     assert "must be the folder of a run" in capsys.readouterr().err

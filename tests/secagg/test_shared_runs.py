@@ -40,6 +40,7 @@ SUM = {
     "train.optimizer": "sgd",
     "train.lr-a": 0.5,
     "train.lr-b": 0.5,
+    "train.lr-w": 0.5,
     "train.lr-head": 0.5,
     "min-replies": 3,
 }
@@ -72,7 +73,7 @@ def test_every_line_of_the_ledgers_has_two_multipliers(tiny, tmp_path, monkeypat
     assert done.json("summary.json")["epsilon_alone"] > promised
 
 
-@pytest.mark.parametrize("method", ["rolora", "dp-lora", "head-only", "ffa-lora"])
+@pytest.mark.parametrize("method", ["rolora", "dp-lora", "head-only", "ffa-lora", "full"])
 def test_without_noise_clients_are_one_client_with_all_data(tiny, tmp_path, monkeypatch, method):
     changes = open_run(CLIENTS) | SUM | {"method": method, "train.sampling-rate": 1.0}
     shared = run(fresh(tiny, tmp_path, monkeypatch, "sum", **changes), CLIENTS)

@@ -142,7 +142,7 @@ def test_the_phase_moves_with_successful_aggregations_only(method):
     assert [attempt.phase for attempt in strategy.attempts] == phases
     assert (strategy.state.round, strategy.state.attempts) == (3, 6)
     travelled = [METHODS[method].syncs(t) for t in (1, 2, 3)]
-    assert strategy.state.versions == {f: sum(f in s for s in travelled) for f in "AB"}
+    assert strategy.state.versions == {f: sum(f in s for s in travelled) for f in "ABW"}
 
 
 def test_flowers_own_round_number_plays_no_part():

@@ -50,6 +50,7 @@ QUICK = {
     "fedsa-lora",
     "sd-lora",
     "head-only",
+    "full",
 }
 WIDE = [name if name in QUICK else pytest.param(name, marks=pytest.mark.wide) for name in METHODS]
 
@@ -73,7 +74,7 @@ def test_a_reply_holds_exactly_the_synced_factors_and_the_head(finished):
     method = METHODS[finished.config.method]
     for exchange in finished.grid.trained():
         request = exchange.start
-        factors = set() if method.head_only else {"A", "B"}
+        factors = {"W"} if method.whole else set() if method.head_only else {"A", "B"}
         assert {kind(name) for name in request} - {"gate", "fixed", "moment"} == {*factors, "head"}
         sent, t = arrays(exchange.reply), exchange.order["round"]
         wanted = method.sent(t, last=t == 3) | {"head", "gate", "moment"}
@@ -87,7 +88,7 @@ def test_a_round_starts_from_the_server_and_the_clients_own_resident_factors(fin
     for exchange, local in zip(finished.grid.trained(), finished.rounds, strict=True):
         server = exchange.start
         own = method.resident(local.t - 1, 2) if local.t > 1 else frozenset()
-        for which in ("A", "B", "head"):
+        for which in ("A", "B", "W", "head"):
             source = previous[exchange.partition] if which in own else server
             assert same_bits(of_kind(local.start, which), of_kind(source, which)), (local.t, which)
             if which in own:
@@ -170,8 +171,9 @@ def test_the_results_are_all_there(finished):
     assert [row["attempt"] for row in finished.rows] == [1, 2, 3]
     state = folder.latest()
     assert (state.round, state.attempts) == (3, 3)
-    if METHODS[finished.config.method].effective is None and not state.drift:
-        resting = METHODS[finished.config.method].head_only
+    method = METHODS[finished.config.method]
+    if method.effective is None and not state.drift and not method.whole:
+        resting = method.head_only
         exported = {n: x for n, x in finished.adapter.items() if not resting or kind(n) == "head"}
         own = {n: x for n, x in state.adapter.items() if kind(n) not in ("fixed", "moment")}
         assert same_bits(exported, own)

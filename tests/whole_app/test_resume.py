@@ -87,6 +87,7 @@ def uninterrupted(tmp_path_factory, tiny_keys):
         ("sd-lora", "before a round", ""),
         ("dp-fedadamw-full", "in a round", ""),
         ("la-lora", "in a round", "yogi"),
+        ("full", "in a round", "yogi"),
         ("rolora", "before a round", "momentum"),
     ],
 )
