@@ -1,5 +1,6 @@
 """One client's round: private steps on the active factors, in the order of the schedule."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -33,6 +34,8 @@ class LocalSettings:
         clip_norm: C, the largest joint gradient norm of one example.
         seed: the seed of this client and round, for random draws that do not use the data.
         clipping: ``privacy.clipping``, the factor that bounds the norm.
+        closed: (classes,), whether a class is of a task that is not open; empty: heads are not
+            divided.
     """
 
     method: Method
@@ -43,6 +46,7 @@ class LocalSettings:
     clip_norm: float
     seed: int = 0
     clipping: str = "flat"
+    closed: tuple[bool, ...] = ()
 
     @property
     def _steps(self) -> int:
@@ -58,6 +62,27 @@ class LocalSettings:
     def rate_factor(self, k: int) -> float:
         """Return the factor of all learning rates in step ``k``."""
         return rate_factor(self.train, self._steps_before(k), self._steps)
+
+
+def resting_rows(grads: NoisedGrads, closed: Sequence[bool]) -> NoisedGrads:
+    """Return the gradients with zeros for the closed classes of the head's output layer.
+
+    Its rows of closed tasks have a zero gradient and would move by noise alone.
+
+    Args:
+        grads: noised gradients.
+        closed: (classes,), see :class:`LocalSettings`.
+
+    Limit: without closed classes the gradients are returned as they are.
+
+    Privacy: post-processing of noised gradients; no extra cost.
+    """
+    if not any(closed):
+        return grads
+    rows = torch.tensor([not shut for shut in closed])
+    own = {n: g for n, g in grads.items() if kind(n) == "head" and len(g) == len(closed)}
+    kept = {n: g * rows.to(g).reshape(-1, *[1] * (g.dim() - 1)) for n, g in own.items()}
+    return NoisedGrads({**grads, **kept})
 
 
 def make_optimizer(
@@ -147,6 +172,7 @@ def run_round(
                 clipping=local.clipping,
             )
         tensors = backbone.engine.parameters
-        apply(backbone, optimizer, method.penalty(method.postprocess(noised), tensors, local.rule))
+        grads = method.penalty(method.postprocess(noised), tensors, local.rule)
+        apply(backbone, optimizer, resting_rows(grads, local.closed))
         schedule.step()
     return method.align(start, backbone.adapter() | method.report(optimizer))

@@ -125,6 +125,7 @@ def run_local_steps(
             config.privacy.clip_norm,
             randomness.seed_of(config.seed, client, request.attempt),
             config.privacy.clipping,
+            current.site.closed_classes(config),
         ),
         reservation=reservation,
         streams=streams,

@@ -103,6 +103,12 @@ class Site:
         """Return this client with the task of round ``t`` open, if the run has tasks."""
         return replace(self, task=config.open_task(t)) if config.has_tasks else self
 
+    def closed_classes(self, config: Config) -> tuple[bool, ...]:
+        """Return for each class whether its task is closed; nothing if the head is not divided."""
+        if self.task is None or not config.model.task_heads:
+            return ()
+        return tuple(task != self.task for task in division_of(config).tasks)
+
     def part(self, config: Config) -> str:
         """Return the name of the open task's examples in the ledger; empty: all examples."""
         return WHOLE if self.task is None else division_of(config).part(self.task)

@@ -15,6 +15,7 @@ from lalora_app.adapter.head_start import with_head_start
 from lalora_app.blocks.adapters import with_adapters, with_whole_weights
 from lalora_app.blocks.prefix import Prefix
 from lalora_app.blocks.prefix_checks import check_prefix, division_of
+from lalora_app.data import task_division
 from lalora_app.data.encoding import Batch, Encoded
 from lalora_app.data.examples import Examples
 from lalora_app.methods.compatibility import method_of
@@ -24,7 +25,7 @@ from lalora_app.models.fingerprint import fingerprint, states_identity
 from lalora_app.models.forwards import Forward
 from lalora_app.models.frozen_weights import FrozenWeights, base_layers
 from lalora_app.models.pretrained import revision
-from lalora_app.models.scores import Metrics, Task, mean_over_views
+from lalora_app.models.scores import Metrics, Task, mean_over_views, within_tasks
 from lalora_app.models.targets import check_rank, choose_targets, stack_of
 from lalora_app.models.timm_models import load_timm
 from lalora_app.models.transformers_models import load_transformers
@@ -290,8 +291,10 @@ def build(config: Config) -> Built:
     backbone, plain = _checked(config.model, own, _num_labels(config), config.seed, method.whole)
     plain = with_head_start({name: array.copy() for name, array in plain.items()}, config.model)
     start = method.start(plain, rule)
+    view = copy.copy(backbone)  # the model is shared with other runs
+    if config.model.task_heads:
+        view.task = within_tasks(view.task, task_division.division_of(config).tasks)
     if (effective := method.effective) is None:
-        own_view = copy.copy(backbone)  # the model is shared with runs of other methods
-        own_view.resting = {name: x for name, x in plain.items() if name not in start}
-        return (own_view if own_view.resting else backbone), start
-    return backbone.reparametrised(start, lambda theta: effective(theta, rule)), start
+        view.resting = {name: x for name, x in plain.items() if name not in start}
+        return view, start
+    return view.reparametrised(start, lambda theta: effective(theta, rule)), start

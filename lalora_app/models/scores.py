@@ -1,10 +1,12 @@
 """Losses and metrics of each kind of task."""
 
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -101,6 +103,32 @@ def _token_metrics(counts: np.ndarray) -> Metrics:
     """Return the accuracy of the next token, and the perplexity."""
     loss, right, _ = counts / max(counts[2], 1)
     return {"accuracy": float(right), "perplexity": float(np.exp(loss))}
+
+
+def within_tasks(task: Task, tasks: Sequence[int]) -> Task:
+    """Return losses and metrics in which an example has only the classes of its own task.
+
+    This is one head per task of a linear head: its rows are divided as the classes are, and the
+    example's label says which of them compute.
+
+    Args:
+        task: losses and metrics over all classes.
+        tasks: the task of each class.
+
+    Limit: one task of all classes changes nothing.
+    """
+    of_class = torch.tensor(tasks)
+
+    def own(logits: Tensor, labels: Tensor) -> Tensor:
+        places = of_class.to(labels.device)
+        others = places[labels][:, None] != places  # (examples, classes)
+        return logits.masked_fill(others, -math.inf)
+
+    return Task(
+        losses=lambda logits, labels: task.losses(own(logits, labels), labels),
+        count=lambda logits, labels: task.count(own(logits, labels), labels),
+        metrics=task.metrics,
+    )
 
 
 CLASSIFICATION = Task(_class_losses, _confusion, accuracies)

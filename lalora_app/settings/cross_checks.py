@@ -142,6 +142,11 @@ def _check_tasks(config: Config) -> None:
     ):
         if value != only:
             raise ConfigError(f"{key}={json.dumps(value)} must be {json.dumps(only)} {law}")
+    if config.model.task_heads and data.by_column:
+        raise ConfigError(
+            f'model.task-heads=true must be false for data.task-column="{data.task_column}": all '
+            "tasks have the same classes"
+        )
     if config.num_server_rounds < data.tasks:
         raise ConfigError(
             f"num-server-rounds={config.num_server_rounds} must be at least "
@@ -158,14 +163,15 @@ def _require_no_task_keys(config: Config) -> None:
     """Check that a run without tasks divides nothing."""
     data = config.data
     for key, value, only in (
-        ("task-column", data.task_column, NONE),
-        ("task-values", data.task_values, AUTO),
-        ("task-order", data.task_order, "listed"),
+        ("data.task-column", data.task_column, NONE),
+        ("data.task-values", data.task_values, AUTO),
+        ("data.task-order", data.task_order, "listed"),
+        ("model.task-heads", config.model.task_heads, False),
     ):
         if value != only:
             raise ConfigError(
-                f'data.{key}="{value}" must be "{only}" for data.tasks=1: there is nothing to '
-                "divide"
+                f"{key}={json.dumps(value)} must be {json.dumps(only)} for data.tasks=1: there is "
+                "nothing to divide"
             )
 
 

@@ -52,6 +52,10 @@ class Model:
         "random; `zero`; or `class-means`, one noised release of every client in round 1 "
         "([models](models.md#the-start-of-the-head)).",
     )
+    task_heads: bool = switch(
+        meaning="One head per task of `data.tasks`: an example chooses among the classes of its "
+        "own task only, and a closed task's part of the head rests ([tasks](tasks.md#heads))."
+    )
     max_length: int = count(meaning="Largest length of a text in tokens; longer texts are cut.")
     min_length: int = count(
         meaning="Smallest padded length of a text in tokens; longer texts are padded to the next "

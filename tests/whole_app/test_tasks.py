@@ -5,6 +5,7 @@ import math
 
 import numpy as np
 import pytest
+import torch
 
 from conftest import written
 from helpers.app_runs import (
@@ -30,12 +31,14 @@ from lalora_app.client import local_round
 from lalora_app.data.examples import split
 from lalora_app.data.task_division import division_of, of_task
 from lalora_app.models.backbone import build
+from lalora_app.models.scores import CLASSIFICATION, within_tasks
 from lalora_app.privacy.accounting import Release, calibrate, epsilon, second_epsilon
 from lalora_app.privacy.ledger import Reservation
 from lalora_app.privacy.ledger_entries import compositions, worst_releases
 from lalora_app.privacy.randomness import seeded
 from lalora_app.private_step.step import RandomStreams
 from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.run_config import flatten, parse
 from lalora_app.wire.refusals import REFUSALS
 
 pytestmark = pytest.mark.usefixtures("no_waiting", "no_report")
@@ -201,6 +204,47 @@ def test_few_examples_count_as_much_as_those_of_a_full_batch(tiny):
     assert any(not np.array_equal(results[0][n], start[n]) for n in start if kind(n) == "head")
 
 
+def test_the_head_of_a_closed_task_rests(tiny):
+    config = tiny(**tasks(**{"model.task-heads": True, "train.optimizer": "sgd"}))
+    done = run(config)
+    for exchange in done.grid.trained():
+        sent, closed = arrays(exchange.reply), 1 if exchange.order["round"] <= 2 else 0
+        heads = [name for name in sent if kind(name) == "head"]
+        assert heads
+        for name in heads:
+            before, after = exchange.start[name], sent[name]
+            np.testing.assert_array_equal(after[closed], before[closed])
+            assert (after[1 - closed] != before[1 - closed]).all()
+    assert done.json("summary.json")["task_accuracy"] == [[1.0], [1.0, 1.0]]  # of one class each
+
+
+def test_an_example_chooses_among_the_classes_of_its_own_task():
+    rng, tasks_of_class = np.random.default_rng(0), (0, 1, 0, 1, 1)
+    logits, labels = torch.from_numpy(rng.standard_normal((30, 5))), torch.arange(30) % 5
+    task = within_tasks(CLASSIFICATION, tasks_of_class)
+    losses, counts = task.losses(logits, labels).tolist(), np.zeros((5, 5))
+    for row, label, loss in zip(logits.tolist(), labels.tolist(), losses, strict=True):
+        own = [c for c in range(5) if tasks_of_class[c] == tasks_of_class[label]]
+        total = sum(math.exp(row[c]) for c in own)
+        assert loss == pytest.approx(-math.log(math.exp(row[label]) / total))
+        counts[label, max(own, key=lambda c: row[c])] += 1
+    np.testing.assert_array_equal(task.count(logits, labels), counts)
+    whole = within_tasks(CLASSIFICATION, (0,) * 5)
+    assert torch.equal(whole.losses(logits, labels), CLASSIFICATION.losses(logits, labels))
+
+
+def test_only_the_rows_of_closed_classes_rest():
+    head, bias = "model.classifier.weight", "model.classifier.bias"
+    others = {"x.lora_A.weight": torch.ones(3, 4), "x.lora_B.weight": torch.ones(4, 3)}
+    grads = {head: torch.ones(3, 4), bias: torch.ones(3), **others}
+    found = local_round.resting_rows(grads, (False, True, True))
+    assert found[head].sum(1).tolist() == [4, 0, 0]
+    assert found[bias].tolist() == [1, 0, 0]
+    assert all(found[name] is grads[name] for name in others)
+    assert local_round.resting_rows(grads, ()) is grads
+    assert local_round.resting_rows(grads, (False,) * 3) is grads
+
+
 @pytest.mark.parametrize("method", ["sd-lora", "duallora"])
 def test_methods_with_tasks_have_those_of_the_data(tiny, method):
     with pytest.raises(ConfigError, match=r"^rule\.tasks=3 must be data\.tasks=2 for method"):
@@ -222,6 +266,7 @@ def test_methods_with_tasks_have_those_of_the_data(tiny, method):
         ({"num-server-rounds": 1}, r"^num-server-rounds=1 must be at least data\.tasks=2"),
         ({"data.tasks": 1, "data.task-column": "x"}, r'^data\.task-column="x" must be "none" for'),
         ({"data.tasks": 1, "data.task-values": "a,b"}, r'^data\.task-values="a,b" must be "auto"'),
+        ({"data.tasks": 1, "model.task-heads": True}, r"^model\.task-heads=true must be false for"),
         ({"data.tasks": 1, "data.task-order": "seeded"}, r'^data\.task-order="seeded" must be "l'),
         ({"data.tasks": 3}, r"^data\.tasks=3 must be at most 2, the number of classes"),
     ],
@@ -274,6 +319,15 @@ def test_a_column_divides_the_data_of_real_sites(by_domain, trained_on):
     # each site has rows of one domain only: every second row of all
     sizes = [len(labels) for _, labels in trained_on]
     assert sorted(size == 0 for size in sizes) == [False] * 4 + [True] * 4
+
+
+def test_tasks_of_a_column_share_one_head(by_domain):
+    config, _ = by_domain
+    keys = flatten(config) | {"model.task-heads": True}
+    with pytest.raises(
+        ConfigError, match=r"^model\.task-heads=true must be false for data\.task-c"
+    ):
+        parse(keys)
 
 
 def test_a_site_decides_which_column_divides_its_data(by_domain):
