@@ -14,8 +14,6 @@ from lalora_app.settings.run_config import Lora
 if TYPE_CHECKING:
     from peft import LoraConfig
 
-NO_TARGETS = "dummy-target-modules"  # PEFT's own word for an adapter without LoRA layers
-
 
 @dataclass(frozen=True)
 class Targets:
@@ -111,10 +109,11 @@ def with_whole_weights(
         task_type: PEFT's name of the task, or None.
     """
     from peft import LoraConfig
+    from peft.utils.constants import DUMMY_TARGET_MODULES
 
     settings = LoraConfig(
         task_type=task_type,
-        target_modules=NO_TARGETS,
+        target_modules=DUMMY_TARGET_MODULES,  # no LoRA layer
         modules_to_save=list(trained) or None,
     )
     adapted = _peft_model(base, settings)

@@ -225,7 +225,7 @@ def test_a_run_warns_once_of_all_values_without_effect(tiny, caplog):
         run(config)
     (line,) = [r.getMessage() for r in caplog.records if "does not read" in r.getMessage()]
     assert (
-        line
-        == 'LaLoRA this run of method="ffa-lora" does not read train.lr-a=0.001, rule.period=3: '
+        line == 'LaLoRA this run of method="ffa-lora" does not read train.lr-a=0.001, '
+        "train.lr-w=0.001, rule.period=3: "
         "the values have no effect"
     )

@@ -24,6 +24,7 @@ NAMES = {
     "transformers.models.deberta_v2.modeling_deberta_v2.DisentangledSelfAttention": "DeBERTa-v2",
     "torch._dynamo.exc.TorchDynamoException": 'the refusal of lora.kernel="compiled"',
     f"peft.utils.constants.{TARGETS}": 'lora.targets="auto"',
+    "peft.utils.constants.DUMMY_TARGET_MODULES": 'method="full"',
     "peft.tuners.lora.Linear": "the LoRA layers of the private step",
     "torch._foreach_add": "the noise of the private step",
     "torch._foreach_add_": "the sum of clipped gradients",

@@ -169,6 +169,7 @@ OUT_OF_RANGE = [
     ("train.optimizer", "adam"),
     ("train.lr-a", NAN),
     ("train.lr-b", INF),
+    ("train.lr-w", -1.0),
     ("train.lr-head", 0.0),
     ("train.lr-decay", 0.0),
     ("train.lr-decay", 1.01),
