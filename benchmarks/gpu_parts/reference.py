@@ -59,7 +59,11 @@ METHOD_NUMBERS = MethodNumbers(  # la-lora reads none of them
     lr_gate=0.01,
     gate_temperature=0.5,
     tasks=2,
+    task_rank_decay=1.0,
+    merge_tolerance=0.0,
     sparsity=0.1,
+    sparsity_steps=1,
+    sparsity_spread=0.0,
 )
 
 

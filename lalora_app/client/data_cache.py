@@ -98,8 +98,12 @@ class CacheFile:
 
 
 def cache_file(site: Site, config: Config) -> CacheFile | None:
-    """Return a client's file in the folder that its site names; None: the site names no folder."""
+    """Return a client's file in the folder that its site names; None: the site names no folder.
+
+    Limit: none for one task's examples: their number does not tell whether all examples can take
+    part, so all of them are read.
+    """
     fingerprint = site.fingerprint(config)
-    if site.cache is None or fingerprint is None:
+    if site.cache is None or fingerprint is None or site.task is not None:
         return None
     return CacheFile(site.cache / file_name(site.dataset, site.client), fingerprint)

@@ -28,7 +28,12 @@ def _size_file(site: Site) -> Path:
 
 
 def remembered_size(site: Site, config: Config) -> int | None:
-    """Return the number of the site's own examples; None: it must be read from the data."""
+    """Return the number of the site's own examples; None: it must be read from the data.
+
+    Limit: with an open task it is always read, since all examples decide on whether it takes part.
+    """
+    if site.task is not None:
+        return None
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
         saved = json.loads(_size_file(site).read_text("utf-8"))
         if saved["fingerprint"] == site.fingerprint(config):
@@ -42,7 +47,7 @@ def remember_size(site: Site, config: Config, size: int) -> None:
     Limit: for a simulated client, whose data has no file of its own, nothing is saved.
     """
     fingerprint = site.fingerprint(config)
-    if fingerprint is None or remembered_size(site, config) == size:
+    if fingerprint is None or site.task is not None or remembered_size(site, config) == size:
         return
     with replace_atomically(_size_file(site), mode=0o700) as new:
         new.write_text(json.dumps({"fingerprint": fingerprint, "examples": size}), "utf-8")
@@ -102,7 +107,7 @@ def _planned(
     steps, q = config.train.local_steps, config.train.rate(size)
     limit = Limit(config.privacy.epsilon, config.privacy.delta)
     entries = site.ledger.entries(site.dataset, request.run)
-    # The first list is all there is of a run that divides its examples once.
+    # An honest run has one list; the ledger checks all lists before it counts.
     entries = compositions(entries, site.part(config))[0]
     sums = [entry.release for entry in entries if config.sums_classes(entry.round)]
     past = [entry.release for entry in entries if not config.sums_classes(entry.round)]

@@ -34,6 +34,9 @@ class LocalSettings:
         clip_norm: C, the largest joint gradient norm of one example.
         seed: the seed of this client and round, for random draws that do not use the data.
         clipping: ``privacy.clipping``, the factor that bounds the norm.
+        least_divisor: smallest divisor of a sum over a batch: the batch size in a run with tasks.
+            A client with fewer examples of a task then has the noise of the others, and none of its
+            examples counts more than one of theirs. 0: the expected batch divides.
         closed: (classes,), whether a class is of a task that is not open; empty: heads are not
             divided.
     """
@@ -46,6 +49,7 @@ class LocalSettings:
     clip_norm: float
     seed: int = 0
     clipping: str = "flat"
+    least_divisor: float = 0.0
     closed: tuple[bool, ...] = ()
 
     @property
@@ -153,7 +157,7 @@ def run_round(
     """
     method, train = local.method, local.train
     backbone.load(start, drift)
-    expected = train.expected_batch(len(data))
+    expected = max(reservation.sampling_rate * len(data), local.least_divisor)
     noise_std = noise_std_of(reservation, local.clip_norm) / expected
     views = private_views(data, train.views, streams.sampling)
     optimizer = make_optimizer(backbone, local, noise_std, start)

@@ -14,21 +14,21 @@ from lalora_app.privacy.policy import PolicyError
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.names import AUTO, NONE
 from lalora_app.settings.run_config import Config, Data, flatten
-from lalora_app.settings.value_rules import CLASSES_LAW, are_classes, class_names_in
+from lalora_app.settings.value_rules import CLASSES_LAW, VALUES_LAW, are_classes, class_names_in
 
 # Keys of a node config, with their defaults.
 _COLUMNS = {"input-column": "text", "label-column": "label"}
-_TASK_COLUMN = "task-column"
+_TASKS = ("task-column", "task-values", "class-tasks")
 _NUM_LABELS = 2
 _LABELS = ("labels", "num-labels")
 _OPEN = {"data.labels": AUTO, "data.num-labels": 0}  # what a run leaves to the data
 _FORMAT: dict[str, str | float] = {"encoding": AUTO, "separator": AUTO, "white-level": 0.0}
 
 
-def _own_value(node: Mapping[str, object], key: str, default: str | int) -> Any:
+def _own_value(node: Mapping[str, object], key: str, default: str | int | bool) -> Any:
     value, kind = node.get(key, default), type(default)
     if type(value) is not kind:
-        wanted = "a name" if kind is str else "an integer"
+        wanted = {str: "a name", int: "an integer", bool: "true or false"}[kind]
         raise ConfigError(f"node config {key}={value!r} must be {wanted}")
     return value
 
@@ -50,15 +50,41 @@ def check_columns(config: Config, node: Mapping[str, object]) -> None:
         PolicyError: if the run names another column.
     """
     if "data-path" not in node:
-        for key in {*_COLUMNS, _TASK_COLUMN, *_LABELS, *_FORMAT} & node.keys():
+        for key in {*_COLUMNS, *_TASKS, *_LABELS, *_FORMAT} & node.keys():
             raise ConfigError(f"node config {key}={node[key]!r} needs data-path")
         return
     asked = flatten(config)
     for key, default in _COLUMNS.items():
         _require_equal(key, asked[f"data.{key}"], _own_value(node, key, default))
-    if config.data.by_column:  # a run without tasks reads no such column
-        own = _own_value(node, _TASK_COLUMN, NONE)
-        _require_equal(_TASK_COLUMN, config.data.task_column, own)
+    if config.has_tasks:
+        _check_tasks(config.data, node)
+
+
+def _check_tasks(data: Data, node: Mapping[str, object]) -> None:
+    """Check that a site allows a run to divide its data into tasks.
+
+    The server may learn the number of examples of each task, so the site decides. It also names
+    the values of the column: else a server could ask, without noise, whether a row has a value.
+
+    Raises:
+        ConfigError: if a key of the node config has the wrong type or form.
+        PolicyError: if the site allows no such division.
+    """
+    if not data.by_column:
+        if _own_value(node, "class-tasks", False) is not True:
+            raise PolicyError(
+                f"data.tasks={data.tasks} must be 1: the node config does not allow class-tasks"
+            )
+        return
+    _require_equal("task-column", data.task_column, _own_value(node, "task-column", NONE))
+    text = _own_value(node, "task-values", "")
+    if not are_classes(text) or text == AUTO:
+        raise ConfigError(f"node config task-values={text!r} {VALUES_LAW}")
+    if data.task_values == AUTO or set(data.divided) != set(class_names_in(text)):
+        raise PolicyError(
+            f"data.task-values={json.dumps(data.task_values)} must be the names "
+            f"{json.dumps(text)}, the value in the node config"
+        )
 
 
 def _own_format(node: Mapping[str, object]) -> dict[str, Any]:

@@ -125,6 +125,7 @@ def run_local_steps(
             config.privacy.clip_norm,
             randomness.seed_of(config.seed, client, request.attempt),
             config.privacy.clipping,
+            config.train.batch_size if config.has_tasks else 0.0,
             current.site.closed_classes(config),
         ),
         reservation=reservation,

@@ -9,14 +9,13 @@ from typing import Any
 from lalora_app.data.contents import Content, content_of, inputs_of, require_texts
 from lalora_app.data.delimited import TextFormat
 from lalora_app.data.labels import (
-    class_of,
     listed,
+    name_of,
     places,
     positions,
     require_classes,
     shown,
     sorted_names,
-    text_of,
 )
 from lalora_app.data.sources import has_one_split, read
 from lalora_app.settings.errors import ConfigError, DataError
@@ -123,21 +122,17 @@ class _Rows:
 
 
 def _label(value: Any, classes: Sequence[str], data: Data, row: int) -> str:
-    """Return a label's text; with ``classes`` it is a position in them."""
+    """Return a label's text."""
     where = f'="{data.label_column}": row {row} has '
-    try:
-        text = text_of(class_of(value, classes) if classes else value)
-    except ValueError as error:
-        law = "must be a name, a boolean or a whole number"
-        raise DataError("data.label-column", f"{where}{error} as its label, and {law}") from error
-    if not text:
+    if not (text := name_of(value, classes, "data.label-column", where, "label")):
         raise DataError("data.label-column", f"{where}no label")
     return text
 
 
-def _text(value: Any) -> str:
-    """Return the text of a value of ``data.task-column``; an empty text: there is none."""
-    return "" if value is None or value != value else class_name(str(value))
+def _task_value(value: Any, classes: Sequence[str], data: Data, row: int) -> str:
+    """Return the text of a value of ``data.task-column``, spelled as labels are."""
+    where = f'="{data.task_column}": row {row} has '
+    return name_of(value, classes, "data.task-column", where, "value")
 
 
 def _rows(
@@ -154,7 +149,9 @@ def _rows(
     classes = tuple(map(class_name, columns.classes.get(data.label_column, ())))
     labels = tuple(_label(label, classes, data, row) for row, label in enumerate(raw))
     groups = tuple(map(str, columns[data.client_column])) if natural else ()
-    tasks = tuple(map(_text, columns[data.task_column])) if data.by_column else ()
+    divided = columns[data.task_column] if data.by_column else ()
+    known = columns.classes.get(data.task_column, ())
+    tasks = tuple(_task_value(value, known, data, row) for row, value in enumerate(divided))
     return _Rows(contents, names, labels, classes, groups, tasks)
 
 

@@ -9,6 +9,7 @@ boolean of a typed file is "True" or "False"; a file without types keeps its spe
 import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from lalora_app.settings.errors import DataError
 from lalora_app.settings.value_rules import class_name
@@ -53,6 +54,19 @@ def class_of(position: int | None, classes: Sequence[str]) -> str | None:
             f"the class position {position}, and the file names {len(classes)} classes,"
         )
     return classes[position]
+
+
+def name_of(value: Any, classes: Sequence[str], key: str, where: str, kind: str) -> str:
+    """Return a value as text; with ``classes`` it is a position in them.
+
+    Raises:
+        DataError: naming the key and where the value is, for one that is no name.
+    """
+    try:
+        return text_of(class_of(value, classes) if classes else value)
+    except ValueError as error:
+        law = "must be a name, a boolean or a whole number"
+        raise DataError(key, f"{where}{error} as its {kind}, and {law}") from error
 
 
 def is_integer(text: str) -> bool:

@@ -19,11 +19,13 @@ class Division:
     """A division of all examples into tasks; an example is in exactly one of them.
 
     Attributes:
+        kind: "classes" or "column", which decides how a row is read.
         column: the column whose values are divided.
         values: the values that are divided, as the run lists them.
         tasks: the task (from 0) of each value.
     """
 
+    kind: str
     column: str
     values: tuple[str, ...]
     tasks: tuple[int, ...]
@@ -32,17 +34,14 @@ class Division:
     def name(self) -> str:
         """A hash of the division.
 
-        Privacy: it covers the order of the values, since a file may hold positions in it. Two
-        divisions with one name put every example into the same task.
+        Privacy: it covers all that decides on the task of a row: the kind, the column, and the
+        values in their order, since a file may hold positions in it.
         """
-        kept = json.dumps([self.column, self.values, self.tasks])
+        kept = json.dumps([self.kind, self.column, self.values, self.tasks])
         return hashlib.sha256(kept.encode()).hexdigest()[:32]
 
     def part(self, task: int) -> str:
-        """Return the name of a task's examples in the ledger; parts of one division are disjoint.
-
-        Limit: the whole data has the empty name, see :class:`~lalora_app.privacy.parts.Part`.
-        """
+        """Return the name of a task's examples in the ledger, one of disjoint parts."""
         return f"{self.name}/{task + 1}"
 
     def values_of(self, task: int) -> tuple[str, ...]:
@@ -98,8 +97,10 @@ def division_of(config: Config) -> Division:
         ConfigError: if there are fewer values than tasks.
     """
     data, count = config.data, len(config.data.divided)
+    divided = "values of data.task-column" if data.by_column else "classes"
+    if count == 0:
+        raise ConfigError(f"data.tasks={data.tasks} needs the names of all {divided}")
     if count < data.tasks:
-        divided = "values of data.task-column" if data.by_column else "classes"
         raise ConfigError(
             f"data.tasks={data.tasks} must be at most {count}, the number of {divided}"
         )
@@ -109,8 +110,8 @@ def division_of(config: Config) -> Division:
     tasks = np.empty(count, dtype=int)
     for task, places in enumerate(np.array_split(order, data.tasks)):
         tasks[places] = task
-    column = data.task_column if data.by_column else data.label_column
-    return Division(column, data.divided, tuple(tasks.tolist()))
+    read = ("column", data.task_column) if data.by_column else ("classes", data.label_column)
+    return Division(*read, data.divided, tuple(tasks.tolist()))
 
 
 def of_task(examples: Examples, config: Config, task: int) -> Examples:

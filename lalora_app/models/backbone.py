@@ -15,7 +15,6 @@ from lalora_app.adapter.head_start import with_head_start
 from lalora_app.blocks.adapters import with_adapters, with_whole_weights
 from lalora_app.blocks.prefix import Prefix
 from lalora_app.blocks.prefix_checks import check_prefix, division_of
-from lalora_app.data import task_division
 from lalora_app.data.encoding import Batch, Encoded
 from lalora_app.data.examples import Examples
 from lalora_app.methods.compatibility import method_of
@@ -25,7 +24,7 @@ from lalora_app.models.fingerprint import fingerprint, states_identity
 from lalora_app.models.forwards import Forward
 from lalora_app.models.frozen_weights import FrozenWeights, base_layers
 from lalora_app.models.pretrained import revision
-from lalora_app.models.scores import Metrics, Task, mean_over_views, within_tasks
+from lalora_app.models.scores import Metrics, Task, mean_over_views, task_of_run
 from lalora_app.models.targets import check_rank, choose_targets, stack_of
 from lalora_app.models.timm_models import load_timm
 from lalora_app.models.transformers_models import load_transformers
@@ -292,9 +291,8 @@ def build(config: Config) -> Built:
     plain = with_head_start({name: array.copy() for name, array in plain.items()}, config.model)
     start = method.start(plain, rule)
     view = copy.copy(backbone)  # the model is shared with other runs
-    if config.model.task_heads:
-        view.task = within_tasks(view.task, task_division.division_of(config).tasks)
-    if (effective := method.effective) is None:
-        view.resting = {name: x for name, x in plain.items() if name not in start}
-        return view, start
-    return view.reparametrised(start, lambda theta: effective(theta, rule)), start
+    view.task = task_of_run(view.task, config)
+    if effective := method.effective:
+        return view.reparametrised(start, lambda theta: effective(theta, rule)), start
+    view.resting = {name: x for name, x in plain.items() if name not in start}
+    return view, start

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from lalora_app.data.encoding import IGNORED
+from lalora_app.data.task_division import division_of
+from lalora_app.settings.run_config import Config
 
 Metrics = dict[str, float]
 Losses = Callable[[Tensor, Tensor], Tensor]  # (logits, labels) -> (examples,)
@@ -129,6 +131,11 @@ def within_tasks(task: Task, tasks: Sequence[int]) -> Task:
         count=lambda logits, labels: task.count(own(logits, labels), labels),
         metrics=task.metrics,
     )
+
+
+def task_of_run(task: Task, config: Config) -> Task:
+    """Return a model's losses and metrics in a run: within tasks, for ``model.task-heads``."""
+    return within_tasks(task, division_of(config).tasks) if config.model.task_heads else task
 
 
 CLASSIFICATION = Task(_class_losses, _confusion, accuracies)

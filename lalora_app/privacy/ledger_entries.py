@@ -1,11 +1,10 @@
 """The SQLite table of the ledger: its lines, and the upgrade of ledgers of older versions."""
 
 import sqlite3
+from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from itertools import product
-from math import prod
 
 from lalora_app.privacy.accounting import Release, epsilon
 
@@ -13,7 +12,7 @@ WHOLE = ""  # the part of a line that any example of the dataset may be in
 _COLUMNS = (
     "time, dataset, run, round, sampling_rate, noise_multiplier, count, uid, alone_multiplier, part"
 )
-_MOST_CHOICES = 1_000  # of one part per division; with more, all parts are composed
+_MOST_PARTS = 64  # of which each costs an ε; with more, all lines are composed
 
 
 @dataclass(frozen=True)
@@ -66,9 +65,9 @@ def releases_alone(entries: Sequence[LedgerEntry]) -> list[Release]:
 
 
 def may_share(one: str, other: str) -> bool:
-    """Return whether an example can be in both parts of a dataset.
+    """Return whether an example can be in both parts of a dataset; true where this is not known.
 
-    Parts of one division are disjoint; parts of two divisions are not.
+    Only two parts of one division are disjoint.
     """
     if not one or not other or one == other:
         return True
@@ -76,31 +75,36 @@ def may_share(one: str, other: str) -> bool:
 
 
 def compositions(entries: Sequence[LedgerEntry], part: str = WHOLE) -> list[list[LedgerEntry]]:
-    """Return the lines that one example can have been in: a list per choice of a part per division.
+    """Return lists of lines, one of which holds all lines that any one example can have been in.
+
+    With a part it is one list: the lines of this part, of all examples and of other divisions.
+    Without, it is one list per part of the division with most lines; the lines of other divisions
+    are in every list.
 
     Args:
         entries: lines of one dataset.
         part: only examples of this part.
 
-    Limit: without parts all lines in one list; with very many choices as well, which is never less.
+    Limit: without parts all lines in one list; with more than 64 parts too, which gives a larger ε.
 
     Privacy: the ε of a dataset is the largest of the lists (parallel composition of disjoint data).
     """
-    met = [entry for entry in entries if may_share(entry.part, part)]
-    divisions: dict[str, set[str]] = {}
-    for entry in met:
-        if entry.part:
-            divisions.setdefault(entry.part.partition("/")[0], set()).add(entry.part)
-    if prod(map(len, divisions.values())) > _MOST_CHOICES:
-        return [met]
-    choices = product(*(sorted(parts) for parts in divisions.values()))
-    return [[entry for entry in met if entry.part in (WHOLE, *chosen)] for chosen in choices]
+    if part:
+        return [[entry for entry in entries if may_share(entry.part, part)]]
+    counts = Counter(entry.part.partition("/")[0] for entry in entries if entry.part)
+    if not counts:
+        return [list(entries)]
+    division = max(sorted(counts), key=lambda name: counts[name])
+    parts = sorted({e.part for e in entries if e.part.partition("/")[0] == division})
+    if len(parts) > _MOST_PARTS:
+        return [list(entries)]
+    return [[entry for entry in entries if may_share(entry.part, own)] for own in parts]
 
 
 def parts_of(entries: Sequence[LedgerEntry]) -> dict[str, list[LedgerEntry]]:
-    """Return the lines of each part, with the lines of all examples; nothing without parts."""
+    """Return the lines that an example of each part can have been in; nothing without parts."""
     names = sorted({entry.part for entry in entries if entry.part})
-    return {name: [e for e in entries if e.part in (WHOLE, name)] for name in names}
+    return {name: compositions(entries, name)[0] for name in names}
 
 
 ReleasesOf = Callable[[Sequence[LedgerEntry]], list[Release]]

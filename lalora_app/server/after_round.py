@@ -16,7 +16,7 @@ from lalora_app.server.initial_state import pruned_state, pruning_step, sparsity
 from lalora_app.server.log_lines import AGGREGATED, START, TOO_FEW, RoundLine
 from lalora_app.server.strategy import FederatedLora
 from lalora_app.server_state.iterate_average import final_adapter
-from lalora_app.server_state.task_accuracy import KEY
+from lalora_app.server_state.task_accuracy import KEY, matrix_of
 from lalora_app.settings.run_config import Config
 
 _log = logging.getLogger("flwr")
@@ -94,11 +94,13 @@ class AfterRound:
         return self.model.evaluate(self.test.batches(_EVAL_BATCH))
 
     def _task_scores(self) -> dict[str, list[float]]:
-        """Return the accuracy on each task so far, if this round was the last of a task."""
-        strategy, config = self.strategy, self.config
-        state, ended = strategy.state, strategy.attempts[-1].aggregated
-        last = config.rounds_of_task(state.round) == 1 or config.is_last(state.attempts)
-        if not self.tasks or not ended or not last:
+        """Return the accuracy on each task so far, at the end of a task or of the run."""
+        config, state = self.config, self.strategy.state
+        if not self.tasks or not state.round:
+            return {}
+        ended = config.rounds_of_task(state.round) == 1 or config.is_last(state.attempts)
+        told = len(matrix_of(self.rows)) > config.open_task(state.round)
+        if told or not ended:
             return {}
         self.model.load(final_adapter(state), state.drift)
         seen = self.tasks[: config.open_task(state.round) + 1]

@@ -36,7 +36,7 @@ def _summary(config: Config, rows: list[dict[str, Any]], seconds: float) -> dict
         "method": config.method,
         "rounds": sum(row["aggregated"] for row in rows),
         **scores_in_row(last),
-        **task_summary(rows),
+        **task_summary(rows, config.data.tasks),
         "epsilon_max": last["epsilon_max"],
         **_alone(last),
         "delta": config.privacy.delta,
@@ -123,9 +123,11 @@ def finish(after_round: AfterRound) -> None:
 
 def _by_task(summary: dict[str, Any]) -> dict[str, str]:
     """Return the line on the tasks of a run; nothing without tasks."""
+    numbers = ("average_accuracy", "forgetting", "backward_transfer")
+    if KEY in summary and numbers[0] not in summary:
+        return {"tasks": "the run ended before the last task: too many rounds failed"}
     if KEY not in summary:
         return {}
-    numbers = ("average_accuracy", "forgetting", "backward_transfer")
     return {"tasks": "  ".join(f"{name.replace('_', ' ')} {summary[name]:.4f}" for name in numbers)}
 
 

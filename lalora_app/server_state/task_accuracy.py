@@ -37,11 +37,14 @@ def backward_transfer(matrix: Matrix) -> float:
     return fmean(matrix[-1][j] - matrix[j][j] for j in range(last)) if last else 0.0
 
 
-def task_summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the entries of a run's summary on its tasks; none without tasks."""
+def task_summary(rows: Sequence[Mapping[str, Any]], tasks: int) -> dict[str, Any]:
+    """Return the entries of a run's summary on its tasks.
+
+    Limits: none without tasks; only the matrix of a run that ended before its last task.
+    """
     matrix = matrix_of(rows)
-    if not matrix:
-        return {}
+    if len(matrix) < tasks or not matrix:
+        return {KEY: matrix} if matrix else {}
     return {
         KEY: matrix,
         "average_accuracy": average_accuracy(matrix),

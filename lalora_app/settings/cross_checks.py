@@ -131,7 +131,7 @@ def _check_tasks(config: Config) -> None:
     if not config.has_tasks:
         _require_no_task_keys(config)
         return
-    law = f"for data.tasks={data.tasks}: an example trains in the rounds of its own task only"
+    law = f"for data.tasks={data.tasks}: clients have other examples, and numbers of them, per task"
     if config.model.head == CLASS_MEANS:
         raise ConfigError(f'model.head="{CLASS_MEANS}" must be another start {law}')
     for key, value, only in (
@@ -142,15 +142,26 @@ def _check_tasks(config: Config) -> None:
     ):
         if value != only:
             raise ConfigError(f"{key}={json.dumps(value)} must be {json.dumps(only)} {law}")
-    if config.model.task_heads and data.by_column:
-        raise ConfigError(
-            f'model.task-heads=true must be false for data.task-column="{data.task_column}": all '
-            "tasks have the same classes"
-        )
     if config.num_server_rounds < data.tasks:
         raise ConfigError(
             f"num-server-rounds={config.num_server_rounds} must be at least "
             f"data.tasks={data.tasks}, one round per task"
+        )
+    _check_divided(config)
+
+
+def _check_divided(config: Config) -> None:
+    """Check what the tasks divide: the classes, or another column."""
+    data = config.data
+    if data.by_column and data.task_column == data.label_column:
+        raise ConfigError(
+            f'data.task-column="{data.task_column}" must be "none" to divide the classes of '
+            "data.label-column"
+        )
+    if config.model.task_heads and data.by_column:
+        raise ConfigError(
+            f'model.task-heads=true must be false for data.task-column="{data.task_column}": all '
+            "tasks have the same classes"
         )
     if data.label_column == NONE and not data.by_column:
         raise ConfigError(

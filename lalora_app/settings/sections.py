@@ -19,6 +19,7 @@ from lalora_app.settings.value_rules import (
     one_of,
     positive,
     switch,
+    value_list,
 )
 
 TASKS = ("text-classification", "image-classification", "causal-lm")
@@ -202,7 +203,7 @@ class Data:
         meaning="Column whose values are divided among `data.tasks`, such as `domain`; `none` "
         "divides the classes."
     )
-    task_values: str = class_list(
+    task_values: str = value_list(
         meaning="Values of `data.task-column` in the order of the tasks, such as `books,films`, or "
         "a JSON list; `auto` takes those of the public data, sorted."
     )

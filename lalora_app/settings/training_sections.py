@@ -159,12 +159,3 @@ class Train:
         Limit: 1 for fewer examples than a batch, which a client may have of one task.
         """
         return self.sampling_rate or min(1.0, self.batch_size / max(size, 1))
-
-    def expected_batch(self, size: int) -> float:
-        """Return the divisor of a sum over a batch: the expected number of examples in it.
-
-        Limit: with fewer examples than a batch, of one task, it is still the batch size. So they
-        count as much as an example of a full batch, and the noise of the mean stays the same.
-        """
-        full = self.sampling_rate > 0 or size >= self.batch_size
-        return self.rate(size) * size if full else float(self.batch_size)

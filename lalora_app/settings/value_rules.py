@@ -148,6 +148,14 @@ CLASSES_LAW = (
 )
 
 
+VALUES_LAW = 'must be "auto", or two or more different values such as "books,films"'
+
+
+def value_list(*, meaning: str) -> Any:
+    """Declare "auto", or the values of a column, two or more."""
+    return law(VALUES_LAW, are_classes, meaning=meaning)
+
+
 def class_list(*, meaning: str) -> Any:
     """Declare "auto", or the names of two classes or more."""
     return law(

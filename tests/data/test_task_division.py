@@ -74,6 +74,15 @@ def test_the_name_of_a_division_covers_column_values_their_order_and_tasks():
     assert division_of(divided()).part(1) == names["itself"] + "/2"
 
 
+def test_a_column_and_the_classes_never_have_one_name():
+    by_class = division_of(divided(**{"data.label-column": "x"}))
+    column = {"data.task-column": "x", "data.task-values": ",".join(CLASSES)}
+    by_column = division_of(divided(**column))
+    assert by_class.values == by_column.values
+    assert by_class.tasks == by_column.tasks
+    assert by_class.name != by_column.name
+
+
 def test_too_few_classes_are_refused():
     with pytest.raises(ConfigError, match=r"^data\.tasks=6 must be at most 5, .* classes$"):
         division_of(divided(6))

@@ -18,6 +18,7 @@ from lalora_app.privacy.ledger_entries import (
     LedgerEntry,
     compositions,
     may_share,
+    parts_of,
     worst_releases,
 )
 
@@ -47,13 +48,21 @@ def lines_of_examples(entries, part):
     parts=st.lists(st.sampled_from(PARTS), max_size=8),
     part=st.sampled_from(PARTS),
 )
-def test_compositions_hold_the_lines_of_every_example_and_of_no_other_kind(parts, part):
+def test_one_of_the_lists_holds_all_lines_of_every_example(parts, part):
     entries = [line(own, number) for number, own in enumerate(parts)]
     found = [frozenset(e.uid for e in lines) for lines in compositions(entries, part)]
-    wanted = lines_of_examples(entries, part)
-    assert set(found) <= set(wanted)
-    for lines in wanted:  # an example of a part without lines has fewer lines than another one
+    for lines in lines_of_examples(entries, part):
         assert any(lines <= other for other in found)
+
+
+@given(st.lists(st.sampled_from([WHOLE, "one/1", "one/2", "one/3"]), max_size=8))
+def test_with_one_division_the_lists_are_those_of_its_examples(parts):
+    entries = [line(own, number) for number, own in enumerate(parts)]
+    found = {frozenset(e.uid for e in lines) for lines in compositions(entries)}
+    assert found <= set(lines_of_examples(entries, WHOLE))
+    for own in set(parts) - {WHOLE}:
+        (lines,) = compositions(entries, own)
+        assert {e.part for e in lines} <= {WHOLE, own}
 
 
 @given(st.sampled_from(PARTS), st.sampled_from(PARTS))
@@ -62,10 +71,24 @@ def test_parts_are_disjoint_only_within_one_division(one, other):
     assert may_share(one, other) == may_share(other, one) == (not disjoint)
 
 
-def test_with_very_many_choices_all_lines_count(monkeypatch):
+def test_with_very_many_parts_all_lines_count(monkeypatch):
     entries = [line(part, number) for number, part in enumerate(PARTS)]
-    monkeypatch.setattr(ledger_entries, "_MOST_CHOICES", 5)  # there are 3 · 2
+    monkeypatch.setattr(ledger_entries, "_MOST_PARTS", 2)  # of the division with most lines
     assert compositions(entries) == [entries]
+
+
+def test_many_divisions_need_as_few_lists_as_one():
+    entries = [
+        line(f"{division}/{part}", 2 * division) for division in range(40) for part in (1, 2)
+    ]
+    assert len(compositions(entries)) == 2
+    assert len(compositions(entries, "0/1")) == 1
+
+
+def test_each_part_is_told_with_all_lines_that_its_examples_can_be_in():
+    entries = [line(part, number) for number, part in enumerate(PARTS)]
+    assert {e.part for e in parts_of(entries)["one/2"]} == {WHOLE, "one/2", "two/1", "two/2"}
+    assert parts_of([line(WHOLE)]) == {}
 
 
 def test_epsilon_is_that_of_the_worst_part(tmp_path):

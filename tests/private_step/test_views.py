@@ -183,7 +183,9 @@ def model_of(images, monkeypatch):
 
     def make(kind: str, kernel: str = "fused") -> Backbone:
         config = images(kind, **{"lora.kernel": kernel})
-        backbone, _ = _build(config.model, config.lora, 2, config.seed)  # not the process's own
+        backbone, _ = _build(
+            config.model, config.lora, 2, config.seed, False
+        )  # not the process's own
         backbone.engine.activate(frozenset(backbone.engine.parameters))
         randomise(backbone.model)
         monkeypatch.setattr(Pixels, "__call__", lambda self, images: whole(self, images).double())

@@ -13,7 +13,7 @@ import pytest
 from conftest import ROOT, defaults
 from helpers.documents import DOCUMENTS, commands, inline
 from lalora_app.cli.main import _parser
-from lalora_app.client.own_data import _COLUMNS, _FORMAT, _LABELS, _TASK_COLUMN
+from lalora_app.client.own_data import _COLUMNS, _FORMAT, _LABELS, _TASKS
 from lalora_app.comparison.plan_file import _DEFAULTS, _TUNE
 from lalora_app.privacy import shared_policy
 from lalora_app.privacy.policy import _KEYS
@@ -144,7 +144,7 @@ def test_the_page_of_the_node_config_has_every_key_that_is_read():
     mapping = {"node", "node_config"}
     rooms = ("client", "privacy", "site_worker")
     known = set().union(*(keys_read_by(room, mapping) for room in rooms))
-    columns = {*_COLUMNS, _TASK_COLUMN, *_LABELS, *_FORMAT}
+    columns = {*_COLUMNS, *_TASKS, *_LABELS, *_FORMAT}
     limits = {"max-epsilon", "delta", "public-size"}
     assert found == (known | columns | limits) - FLOWER_SETS
 

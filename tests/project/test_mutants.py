@@ -647,8 +647,8 @@ MUTANTS = {
     ),
     "an order of classes missing in a division's name": Mutant(
         "data/task_division.py",
-        "json.dumps([self.column, self.values, self.tasks])",
-        "json.dumps([self.column, sorted(self.values), self.tasks])",
+        "json.dumps([self.kind, self.column, self.values, self.tasks])",
+        "json.dumps([self.kind, self.column, sorted(self.values), self.tasks])",
         "tests/data/test_task_division.py::test_the_name_of_a_division_covers_column_values_their_order_and_tasks",
     ),
     "one task open in all rounds": Mutant(

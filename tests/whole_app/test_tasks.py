@@ -2,10 +2,12 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from flwr.app import ConfigRecord, Message, RecordDict
 
 from conftest import written
 from helpers.app_runs import (
@@ -24,7 +26,7 @@ from helpers.app_runs import (
     sized,
 )
 from helpers.fake_grid import FakeGrid
-from lalora_app import server_app
+from lalora_app import client_app, server_app
 from lalora_app.adapter.factors import kind
 from lalora_app.audit.one_audit import FAST, REAL, AuditRequest
 from lalora_app.client import local_round
@@ -39,6 +41,7 @@ from lalora_app.privacy.randomness import seeded
 from lalora_app.private_step.step import RandomStreams
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import flatten, parse
+from lalora_app.wire import messages
 from lalora_app.wire.refusals import REFUSALS
 
 pytestmark = pytest.mark.usefixtures("no_waiting", "no_report")
@@ -138,7 +141,8 @@ def test_a_resumed_run_goes_on_with_the_task_that_was_open(tiny, tmp_path, monke
 
 
 def test_a_client_without_examples_of_a_task_sends_noise_alone(tiny):
-    sgd = {"train.optimizer": "sgd", "train.lr-a": 1.0, "train.lr-b": 1.0, "train.lr-head": 1.0}
+    sgd = {f"train.lr-{part}": 1.0 for part in ("a", "b", "head", "decay")}
+    sgd |= {"train.optimizer": "sgd"}
     config = tiny(**tasks(**ONE_CLASS_EACH, **sgd, **{"num-server-rounds": 2}))
     done = run(config)
     empty = [e.partition for e in done.grid.trained(2)]
@@ -193,7 +197,7 @@ def test_few_examples_count_as_much_as_those_of_a_full_batch(tiny):
         assert changed.train.rate(3) == 1.0
         reservation = Reservation(Release(1.0, 0.0, 2))
         streams = RandomStreams(seeded(0, "sampling"), seeded(0, "noise"))
-        local = local_steps(changed)
+        local = replace(local_steps(changed), least_divisor=batch)
         results.append(
             local_round.run_round(
                 model, data, start, {}, local=local, reservation=reservation, streams=streams
@@ -263,6 +267,7 @@ def test_methods_with_tasks_have_those_of_the_data(tiny, method):
             {"weighting": "public-size"},
             r'^weighting="public-size" must be "uniform" for',
         ),
+        ({"data.task-column": "label"}, r'^data\.task-column="label" must be "none" to divide'),
         ({"num-server-rounds": 1}, r"^num-server-rounds=1 must be at least data\.tasks=2"),
         ({"data.tasks": 1, "data.task-column": "x"}, r'^data\.task-column="x" must be "none" for'),
         ({"data.tasks": 1, "data.task-values": "a,b"}, r'^data\.task-values="a,b" must be "auto"'),
@@ -313,7 +318,7 @@ def by_domain(tiny, tmp_path):
 
 def test_a_column_divides_the_data_of_real_sites(by_domain, trained_on):
     config, nodes = by_domain
-    nodes = [node | {"task-column": "domain"} for node in nodes]
+    nodes = [node | {"task-column": "domain", "task-values": "films,books"} for node in nodes]
     done = run(config, nodes)
     assert len(done.json("summary.json")["task_accuracy"]) == 2
     # each site has rows of one domain only: every second row of all
@@ -330,22 +335,90 @@ def test_tasks_of_a_column_share_one_head(by_domain):
         parse(keys)
 
 
-def test_a_site_decides_which_column_divides_its_data(by_domain):
-    config, nodes = by_domain
-    grid = FakeGrid(config, [node | {"task-column": "label"} for node in nodes])
+def refused(config, nodes) -> str:
+    """The reason why no site takes part; nothing is spent."""
+    grid = FakeGrid(config, nodes)
     with pytest.raises(ConfigError) as caught:
         server_app.run(grid, config)
-    assert REFUSALS["policy"] in str(caught.value)
     assert ledger_entries() == []
+    return str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"task-column": "label", "task-values": "books,films"},
+        {"task-values": "books,films"},
+        {"task-column": "domain", "task-values": "books,cars"},
+        {"task-column": "domain", "task-values": "books,films,cars"},
+    ],
+)
+def test_a_site_decides_which_column_and_values_divide_its_data(by_domain, own):
+    config, nodes = by_domain
+    assert REFUSALS["policy"] in refused(config, [node | own for node in nodes])
+
+
+def test_a_site_must_name_the_values_of_its_column(by_domain):
+    config, nodes = by_domain
+    own = {"task-column": "domain"}
+    assert REFUSALS["config"] in refused(config, [node | own for node in nodes])
 
 
 def test_a_sites_unknown_value_is_told_in_a_fixed_sentence(by_domain, tmp_path):
     config, nodes = by_domain
-    (tmp_path / "a.jsonl").write_text(
-        json.dumps({"text": "secret", "label": 0, "domain": "cars"}) + "\n", "utf-8"
-    )
-    grid = FakeGrid(config, [node | {"task-column": "domain"} for node in nodes])
-    with pytest.raises(ConfigError) as caught:
-        server_app.run(grid, config)
-    assert REFUSALS["rows"] in str(caught.value)
-    assert "cars" not in str(caught.value)
+    row = {"text": "secret", "label": 0, "domain": "cars"}
+    (tmp_path / "a.jsonl").write_text(json.dumps(row) + "\n", "utf-8")
+    own = {"task-column": "domain", "task-values": "books,films"}
+    said = refused(config, [node | own for node in nodes])
+    assert REFUSALS["rows"] in said
+    assert "cars" not in said
+
+
+def test_tasks_of_classes_need_a_sites_consent(by_domain):
+    config, nodes = by_domain
+    data = replace(config.data, task_column="none", task_values="auto")
+    config = replace(config, data=data)
+    assert REFUSALS["policy"] in refused(config, nodes)
+    done = run(config, [node | {"class-tasks": True} for node in nodes])
+    assert len(done.json("summary.json")["task_accuracy"]) == 2
+
+
+def test_all_examples_of_a_site_decide_on_its_part_also_with_a_cache(by_domain, tmp_path):
+    """A site with a warm cache checks batch size and δ against all of its examples."""
+    config, nodes = by_domain
+    own = {"task-column": "domain", "task-values": "books,films", "max-epsilon": INF}
+    nodes = [node | own | {"data-cache": str(tmp_path / "cache")} for node in nodes]
+    done = run(config, nodes)
+    asked = done.grid.trained()[-1]
+    for changes in ({"privacy.delta": 0.9}, {"train.batch-size": 150}):
+        flat = dict(messages.run_config_of(asked.request.content)) | changes
+        content = RecordDict(dict(asked.request.content))
+        content[messages.RUN_CONFIG] = messages.run_config(flat)
+        order = dict(content[messages.CONFIG]) | {"run": "another"}
+        content[messages.CONFIG] = ConfigRecord(order)
+        context = done.grid.contexts[asked.request.metadata.dst_node_id]
+        message = Message(content, dst_node_id=context.node_id, message_type="train")
+        before = ledger_entries()
+        reply = client_app.app(message, context)
+        assert reply.content[messages.CONFIG]["refusal"] in ("privacy.delta", "train.batch-size")
+        assert ledger_entries() == before
+
+
+def test_a_run_whose_last_round_fails_has_no_summary_of_all_tasks(tiny):
+    def lost(attempt, partition, reply):
+        return None if attempt >= lost.first and partition == 0 else reply
+
+    lost.first = 4  # round 3, the first of task 2, has trained
+    done = run(tiny(**tasks()), fault=lost)
+    assert [len(row) for row in done.json("summary.json")["task_accuracy"]] == [1, 2]
+    assert done.json("summary.json")["average_accuracy"] < 1
+
+
+def test_a_run_that_never_reached_its_last_task_has_the_matrix_only(tiny):
+    def lost(attempt, partition, reply):
+        return None if attempt >= 3 and partition == 0 else reply
+
+    done = run(tiny(**tasks()), fault=lost)
+    summary = done.json("summary.json")
+    assert [len(row) for row in summary["task_accuracy"]] == [1]
+    assert not {"average_accuracy", "forgetting", "backward_transfer"} & summary.keys()
