@@ -226,7 +226,8 @@ def test_the_run_completes_without_the_site_killed_in_each_wave(federation):
     replies = [row["replies"] for row in rows]
     assert replies[federation.killed[IN_WAVE_1] - 1] == 3  # its gradient did not arrive
     assert replies[federation.killed[IN_WAVE_2] - 1] == 4  # it did; its shares did not
-    assert "not reachable" in reasons(federation, IN_WAVE_1)
+    lost = reasons(federation, IN_WAVE_1)  # Flower tells a lost process, or the round times out
+    assert "not reachable" in lost or "did not answer" in lost
     assert "unmask" in reasons(federation, IN_WAVE_2)
 
 
