@@ -97,7 +97,7 @@ class Site:
         if self.data_path is None:
             return None
         read_as = replace(config, data=self.data)  # the site's own classes and file format
-        return f"{fingerprint(read_as, self.data_path)}{self.part(config)}"
+        return fingerprint(read_as, self.data_path)
 
     def in_round(self, config: Config, t: int) -> "Site":
         """Return this client with the task of round ``t`` open, if the run has tasks."""
@@ -120,19 +120,15 @@ class Site:
             DataError: if they cannot take part in the run.
         """
         examples = self.load()
-        replace(self, task=None).require_size(len(examples), config)
+        self.require_size(len(examples), config)  # all of them: a task may have any number
         return examples if self.task is None else of_task(examples, config, self.task)
 
     def require_size(self, size: int, config: Config) -> None:
         """Check that a client of ``size`` examples can keep to the run's batch size and δ.
 
-        Limit: of one task it may have any number of examples, also none.
-
         Raises:
             DataError: if it cannot.
         """
-        if self.task is not None:
-            return
         batch_size, delta = config.train.fewest, config.privacy.delta
         check_client(size, batch_size=batch_size, delta=delta)
 

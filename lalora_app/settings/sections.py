@@ -232,7 +232,10 @@ class Data:
 
     @property
     def divided(self) -> tuple[str, ...]:
-        """What the tasks divide, as it is listed; nothing while ``task_values`` is "auto"."""
+        """Names of the classes, or of the column's values, that the tasks divide, in their order.
+
+        Limit: empty while ``task_values`` is "auto".
+        """
         if not self.by_column:
             return self.class_names
         return () if self.task_values == AUTO else class_names_in(self.task_values)
