@@ -17,8 +17,7 @@ from models import Batch, Row, minilm
 from one_step import LEARNING_RATE, NOISE_STD
 from torch import Tensor, nn
 
-from lalora_app.blocks.adapters import Targets, with_whole_weights
-from lalora_app.models.backbone import wire_name
+from lalora_app.blocks.adapters import Targets, wire_name, with_whole_weights
 from lalora_app.privacy.randomness import secure
 from lalora_app.private_step.engine import KernelEngine
 from lalora_app.private_step.mechanism import add_noise, clipped_sum

@@ -9,7 +9,7 @@ from models import Batch, Row
 from torch import Tensor, nn
 
 from lalora_app.adapter.factors import active_names
-from lalora_app.models.backbone import wire_name
+from lalora_app.blocks.adapters import wire_name
 from lalora_app.privacy.randomness import secure
 from lalora_app.private_step.mechanism import add_noise
 

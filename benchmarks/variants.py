@@ -7,7 +7,7 @@ from models import Batch
 from one_step import Cell, Parameters, Sums, Variant, copied, in_cuda_graph
 from torch import Tensor, nn
 
-from lalora_app.models.backbone import wire_name
+from lalora_app.blocks.adapters import wire_name
 from lalora_app.private_step.attach import attach_kernels
 from lalora_app.private_step.compiled_engine import CompiledEngine
 from lalora_app.private_step.engine import KernelEngine

@@ -402,4 +402,4 @@ def wide_softmax(monkeypatch) -> None:
     from torch.nn import functional
 
     plain = functional.softmax
-    monkeypatch.setattr(functional, "softmax", lambda x, dim=None, dtype=None: plain(x, dim))
+    monkeypatch.setattr(functional, "softmax", lambda x, dim=None, **_: plain(x, dim))

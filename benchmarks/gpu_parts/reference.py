@@ -14,10 +14,11 @@ from models import Batch, Row, llama, minilm, roberta, swin
 from torch import Tensor, nn
 
 from lalora_app.adapter.factors import active_names
+from lalora_app.blocks.adapters import wire_name
 from lalora_app.client.local_round import LocalSettings, apply
 from lalora_app.data.encoding import Encoded, EncodedImages, EncodedTexts
 from lalora_app.methods.table import METHODS
-from lalora_app.models.backbone import Backbone, wire_name
+from lalora_app.models.backbone import Backbone
 from lalora_app.models.device import autocast, narrow_frozen
 from lalora_app.models.forwards import Forward, Pixels, mean_logits, text_logits, timm_logits
 from lalora_app.models.frozen_weights import FrozenWeights, base_layers

@@ -66,6 +66,11 @@ def _let_checkpoint(model: nn.Module) -> None:
             _drop_nothing(module)
 
 
+def wire_name(parameter: str) -> str:
+    """Return PEFT's saved name of a trainable parameter of a PEFT model."""
+    return parameter.replace(".modules_to_save.default", "").replace(".default", "")
+
+
 def with_adapters(
     base: nn.Module, lora: Lora, targets: Targets, *, trained: Sequence[str], task_type: str | None
 ) -> nn.Module:

@@ -1,11 +1,12 @@
-"""The blocks below the first adapted one: compute their output, or start a pass from a kept one.
+"""The frozen part of a model: compute its output, or start a pass from a kept one.
 
-These blocks are frozen, so their output for one example is always the same. Privacy: it is as
-private as the example, and stays at the client.
+The part is frozen, so its output for one example is always the same. Privacy: it is as private as
+the example, and stays at the client.
 """
 
 import hashlib
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
@@ -16,34 +17,25 @@ from torch import Tensor, nn
 from lalora_app.blocks.stack import hidden_states
 
 
-class Prefix:
-    """The blocks below the first adapted one.
-
-    The forward functions of all blocks are replaced in place. In an ordinary pass they compute as
-    before.
+class FrozenPart(ABC):
+    """The lower part of a model, which a pass can leave out if its output is kept.
 
     Args:
-        blocks: all blocks of the model, in the order of their computation.
-        first: the number of the first adapted block, at least 1.
-        identity: a text that changes whenever the output of these blocks may change.
+        identity: a text that changes whenever the output of this part may change.
+        end: the name of its end in the model.
 
     Attributes:
-        fingerprint: the SHA-256 of ``identity`` and ``first``.
+        fingerprint: the SHA-256 of ``identity`` and ``end``.
         shape: (tokens, features) of the last states that :meth:`states` has computed.
         dtype: their number type.
+        per_token: whether the states have one row for each token of the input.
     """
 
-    def __init__(self, blocks: Sequence[nn.Module], first: int, identity: str):
-        text = json.dumps([identity, first])
+    def __init__(self, identity: str, end: int | str):
+        text = json.dumps([identity, end])
         self.fingerprint = hashlib.sha256(text.encode()).hexdigest()
         self.shape, self.dtype = torch.Size((0, 0)), torch.float32
-        self._first = first
-        self._given: Tensor | None = None
-        self._watches = False
-        self._seen: Tensor | None = None
-        self._entries = 0  # of a block's output; 0: it is a tensor and no tuple
-        for index, block in enumerate(blocks):
-            cast(Any, block).forward = self._forward(index, block.forward)
+        self.per_token = True
 
     @property
     def tokens(self) -> int:
@@ -54,6 +46,60 @@ class Prefix:
     def features(self) -> int:
         """Return the width of the model at these states."""
         return self.shape[1]
+
+    def states(self, run: Callable[[], object]) -> Tensor:
+        """Return (examples, tokens, features): the output of this part.
+
+        Args:
+            run: runs one forward pass of the model.
+        """
+        states = self._states(run)
+        self.shape, self.dtype = states.shape[1:], states.dtype
+        return states
+
+    @contextmanager
+    def starting_from(self, states: Tensor | None) -> Iterator[None]:
+        """Let passes within the block leave this part out; None: as usual.
+
+        Args:
+            states: (examples, tokens, features), in the order of the pass's inputs.
+        """
+        self._give(None if states is None else states.to(self.dtype))
+        try:
+            yield
+        finally:
+            self._give(None)
+
+    @abstractmethod
+    def _states(self, run: Callable[[], object]) -> Tensor:
+        """Return (examples, tokens, features): the output of this part."""
+
+    @abstractmethod
+    def _give(self, states: Tensor | None) -> None:
+        """Let passes start from these states; None: from their inputs."""
+
+
+class Prefix(FrozenPart):
+    """The blocks below the first adapted one.
+
+    The forward functions of all blocks are replaced in place. In an ordinary pass they compute as
+    before.
+
+    Args:
+        blocks: all blocks of the model, in the order of their computation.
+        first: the number of the first adapted block, at least 1.
+        identity: a text that changes whenever the output of these blocks may change.
+    """
+
+    def __init__(self, blocks: Sequence[nn.Module], first: int, identity: str):
+        super().__init__(identity, first)
+        self._first = first
+        self._given: Tensor | None = None
+        self._watches = False
+        self._seen: Tensor | None = None
+        self._entries = 0  # of a block's output; 0: it is a tensor and no tuple
+        for index, block in enumerate(blocks):
+            cast(Any, block).forward = self._forward(index, block.forward)
 
     def _forward(self, index: int, plain: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*arguments: Any, **named: Any) -> Any:
@@ -73,32 +119,15 @@ class Prefix:
         """Return states as a block returns them; what else it returns is not used in training."""
         return (states, *([None] * (self._entries - 1))) if self._entries else states
 
-    def states(self, run: Callable[[], object]) -> Tensor:
-        """Return (examples, tokens, features): the input of the first adapted block.
-
-        The adapted block and those above it are left out.
-
-        Args:
-            run: runs one forward pass of the model.
-        """
+    def _states(self, run: Callable[[], object]) -> Tensor:
+        """Return the input of the first adapted block; it and the blocks above are left out."""
         self._watches = True
         try:
             run()
         finally:
             self._watches = False
         states, self._seen = cast(Tensor, self._seen), None
-        self.shape, self.dtype = states.shape[1:], states.dtype
         return states
 
-    @contextmanager
-    def starting_from(self, states: Tensor | None) -> Iterator[None]:
-        """Let passes within the block begin at the first adapted block; None: as usual.
-
-        Args:
-            states: (examples, tokens, features), in the order of the pass's inputs.
-        """
-        self._given = None if states is None else states.to(self.dtype)
-        try:
-            yield
-        finally:
-            self._given = None
+    def _give(self, states: Tensor | None) -> None:
+        self._given = states

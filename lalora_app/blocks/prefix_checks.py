@@ -1,13 +1,15 @@
-"""Refuse ``model.prefix-cache`` where a model cannot be divided at its first adapted block."""
+"""Divide a model for ``model.prefix-cache``, or refuse it where it cannot be divided."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from lalora_app.blocks.adapters import Targets
-from lalora_app.blocks.prefix import Prefix
+from lalora_app.blocks.prefix import FrozenPart, Prefix
 from lalora_app.blocks.stack import Stack
+from lalora_app.blocks.trunk import Trunk, head_of
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import Lora, Model
 
@@ -16,7 +18,7 @@ _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05}  # of logits, relative 
 
 
 def division_of(
-    stack: Stack | None, targets: Targets, model: Model, lora: Lora
+    stack: Stack | None, targets: Targets, model: Model
 ) -> tuple[tuple[nn.Module, ...], int]:
     """Return the blocks and the number of the first adapted one, which must have a block below.
 
@@ -24,16 +26,10 @@ def division_of(
         stack: the model's stack of blocks; None: it has no single one.
         targets: the adapted layers.
         model: the run config's table ``model``.
-        lora: the run config's table ``lora``.
 
     Raises:
         ConfigError: naming the key, if the model or the adapters do not allow a cache.
     """
-    if lora.kernel == "compiled":
-        raise ConfigError(
-            f'{_HERE} for lora.kernel="compiled": a compiled pass has no place to start from the '
-            'cache; "fused" has'
-        )
     if stack is None:
         raise ConfigError(
             f'{_HERE} for model.name="{model.name}": it has no single stack of equal blocks, such '
@@ -51,7 +47,7 @@ def division_of(
 
 
 def _states_are_constant(
-    prefix: Prefix, run: Callable[[], object], states: Tensor, trained: Sequence[nn.Parameter]
+    prefix: FrozenPart, run: Callable[[], object], states: Tensor, trained: Sequence[nn.Parameter]
 ) -> bool:
     """Return whether the hidden states stay the same when all trained tensors change."""
     numbers = [parameter.detach().clone() for parameter in trained]
@@ -64,25 +60,31 @@ def _states_are_constant(
             parameter.data.copy_(old)
 
 
+@dataclass(frozen=True)
+class Probe:
+    """A forward pass of a model on a few random inputs.
+
+    Attributes:
+        logits: computes the logits.
+        mask: (examples, tokens), 0 on padding, of the inputs; None: nothing is masked.
+        model: the run config's table ``model``.
+        dtype: the type of the model's matrix products.
+    """
+
+    logits: Callable[[], Tensor]
+    mask: Tensor | None
+    model: Model
+    dtype: torch.dtype
+
+
 @torch.no_grad()
-def check_prefix(
-    prefix: Prefix,
-    logits: Callable[[], Tensor],
-    mask: Tensor | None,
-    trained: Sequence[nn.Parameter],
-    *,
-    model: Model,
-    dtype: torch.dtype,
-) -> None:
+def check_prefix(part: FrozenPart, probe: Probe, trained: Sequence[nn.Parameter]) -> None:
     """Check that states of the true tokens are constant and give the model's own logits.
 
     Args:
-        prefix: the blocks below the first adapted one; it then knows the shape of their output.
-        logits: computes the logits of a few random inputs.
-        mask: (examples, tokens), 0 on padding, of these inputs; None: nothing is masked.
-        trained: all trained tensors; their numbers are the same after the call.
-        model: the run config's table ``model``.
-        dtype: the type of the model's matrix products.
+        part: the frozen part of the model; it then knows the shape of its output.
+        probe: a pass on random inputs.
+        trained: all tensors that train; their numbers are the same after the call.
 
     Raises:
         ConfigError: if the states have another shape, or change while the model trains, or if the
@@ -90,25 +92,82 @@ def check_prefix(
 
     Privacy: the inputs are random; no data is involved.
     """
-    here = f'{_HERE} for model.name="{model.name}"'
-    expected = logits()
-    states = prefix.states(logits)
+    here = f'{_HERE} for model.name="{probe.model.name}"'
+    expected = probe.logits()
+    states = part.states(probe.logits)
+    mask = probe.mask if part.per_token else None
     if states.dim() != 3 or (mask is not None and states.shape[:2] != mask.shape):
         raise ConfigError(
             f"{here}: hidden states of the shape {tuple(states.shape)} are not (examples, tokens, "
             "features), so the cache cannot divide it"
         )
-    if not _states_are_constant(prefix, logits, states, trained):
+    if not _states_are_constant(part, probe.logits, states, trained):
         raise ConfigError(
             f"{here}: what it computes below its first adapted block is not constant: layers there "
             "train whole, or it draws random numbers"
         )
     if mask is not None:
         states = states * mask[..., None].to(states)  # the cache holds no padding
-    with prefix.starting_from(states):
-        off = float((logits() - expected).abs().max())
-    if not off <= _TOLERANCE[dtype] * float(expected.abs().max()):
+    with part.starting_from(states):
+        off = float((probe.logits() - expected).abs().max())
+    if not off <= _TOLERANCE[probe.dtype] * float(expected.abs().max()):
         raise ConfigError(
             f"{here}: started at its first adapted block, it computes other logits, so the cache "
             "cannot divide it"
         )
+
+
+def trunk_of(model: nn.Module, probe: Probe, identity: str) -> Trunk | None:
+    """Return all below the head, for a method that trains the head alone; None: not divisible.
+
+    Args:
+        model: the PEFT model, whose factors give a product of zero.
+        probe: a pass on random inputs.
+        identity: a text that changes whenever the head's input may change.
+    """
+    head = head_of(model)
+    if head is None:
+        return None
+    part = Trunk(model, head, identity)
+    try:
+        check_prefix(part, probe, [p for p in head.parameters() if p.requires_grad])
+    except Exception:  # whatever a head may raise on its input alone: the blocks can be divided
+        return None
+    return part
+
+
+def divided(
+    model: nn.Module,
+    stack: Stack | None,
+    targets: Targets,
+    probe: Probe,
+    identity: str,
+    *,
+    lora: Lora,
+    head_alone: bool,
+) -> FrozenPart:
+    """Return the frozen part of a model: all below the head, or the blocks below the adapters.
+
+    Args:
+        model: the PEFT model.
+        stack: the model's stack of blocks; None: it has no single one.
+        targets: the adapted layers.
+        probe: a pass on random inputs.
+        identity: a text that changes whenever the states of an example may change.
+        lora: the run config's table ``lora``.
+        head_alone: whether the method trains the head alone, so that B·A stays zero.
+
+    Raises:
+        ConfigError: naming the key, if the model or the adapters do not allow a cache.
+    """
+    if lora.kernel == "compiled":
+        raise ConfigError(
+            f'{_HERE} for lora.kernel="compiled": a compiled pass has no place to start from the '
+            'cache; "fused" has'
+        )
+    trunk = trunk_of(model, probe, identity) if head_alone else None
+    if trunk is not None:
+        return trunk
+    blocks = Prefix(*division_of(stack, targets, probe.model), identity)
+    check_prefix(blocks, probe, [p for p in model.parameters() if p.requires_grad])
+    return blocks

@@ -1,4 +1,4 @@
-"""Encoded examples whose batches hold the input of the first adapted block."""
+"""Encoded examples whose batches hold the output of the model's frozen part."""
 
 import hashlib
 from collections.abc import Callable
@@ -11,15 +11,20 @@ from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from lalora_app.blocks.kept_states import KeptStates
-from lalora_app.blocks.prefix import Prefix
+from lalora_app.blocks.prefix import FrozenPart
 from lalora_app.data.encoding import Batch, Encoded, Indices
 
 STATES_DTYPE = torch.bfloat16  # it has the range of float32: residual streams exceed float16
 
 
-def size_of(data: Encoded, prefix: Prefix, index: int, dtype: torch.dtype = STATES_DTYPE) -> int:
+def _rows(data: Encoded, part: FrozenPart, index: int) -> int:
+    """Return the number of rows of one example's states, without padding."""
+    return (part.per_token and data.length(index)) or part.tokens
+
+
+def size_of(data: Encoded, part: FrozenPart, index: int, dtype: torch.dtype = STATES_DTYPE) -> int:
     """Return the number of bytes of one example's states."""
-    return (data.length(index) or prefix.tokens) * prefix.features * dtype.itemsize
+    return _rows(data, part, index) * part.features * dtype.itemsize
 
 
 @dataclass(frozen=True)
@@ -33,14 +38,14 @@ class WithStates(Encoded):
 
     Attributes:
         data: the encoded examples.
-        prefix: the blocks below the first adapted one.
+        prefix: the frozen part of the model.
         compute: batch -> (examples, tokens, features), their output.
         kept: the place of the states.
         dtype: the number type of kept states.
     """
 
     data: Encoded
-    prefix: Prefix
+    prefix: FrozenPart
     compute: Callable[[Batch], Tensor]
     kept: KeptStates
     dtype: torch.dtype = STATES_DTYPE
@@ -72,7 +77,8 @@ class WithStates(Encoded):
             for row, states in zip(missing, fresh, strict=True):
                 self.kept.write(places[row], keys[row], states)
                 found[row] = states
-        tokens = batch.inputs.shape[1] if batch.inputs.dim() == 2 else self.prefix.tokens
+        of_input = self.prefix.per_token and batch.inputs.dim() == 2
+        tokens = batch.inputs.shape[1] if of_input else self.prefix.tokens
         return replace(batch, states=self._padded([s for s in found if s is not None], tokens))
 
     def _keys(self, inputs: np.ndarray, indices: list[int]) -> list[bytes]:
@@ -89,7 +95,7 @@ class WithStates(Encoded):
     def _computed(self, indices: list[int], width: int) -> list[bytes]:
         """Return the rounded states of examples, without padding."""
         states = self.compute(self.data.batch(indices, width)).to(self.dtype).cpu()
-        lengths = [self.data.length(index) or states.shape[1] for index in indices]
+        lengths = [_rows(self.data, self.prefix, index) for index in indices]
         rows = zip(states, lengths, strict=True)
         return [row[:n].contiguous().view(torch.uint8).numpy().tobytes() for row, n in rows]
 

@@ -1,4 +1,4 @@
-"""A client's hidden states below the first adapted block, for ``model.prefix-cache``.
+"""A client's hidden states of the model's frozen part, for ``model.prefix-cache``.
 
 In deployment every message is a new process, so without a folder they serve one round only.
 Privacy: they are private data, so they are written only into a folder that the site names.
@@ -19,7 +19,7 @@ from lalora_app.blocks.kept_states import (
     StatesInMemory,
     room_for,
 )
-from lalora_app.blocks.prefix import Prefix
+from lalora_app.blocks.prefix import FrozenPart
 from lalora_app.blocks.with_states import WithStates, size_of
 from lalora_app.client.site import Site
 from lalora_app.data.encoding import Encoded
@@ -34,7 +34,7 @@ def _say_once(line: str) -> None:
     _log.info("LaLoRA client: %s", line)
 
 
-def _states_file(folder: Path, site: Site, prefix: Prefix, sizes: list[int]) -> KeptStates:
+def _states_file(folder: Path, site: Site, prefix: FrozenPart, sizes: list[int]) -> KeptStates:
     """Return the site's file of hidden states; or the memory, if it cannot be opened."""
     path = folder / file_name(site.dataset, site.client)
     name = hashlib.sha256(json.dumps([prefix.fingerprint, sizes]).encode()).digest()
@@ -49,7 +49,7 @@ def _states_file(folder: Path, site: Site, prefix: Prefix, sizes: list[int]) -> 
 
 
 def with_states(model: Backbone, encoded: Encoded, site: Site) -> Encoded:
-    """Return a client's examples with the hidden states below the first adapted block.
+    """Return a client's examples with the hidden states of the model's frozen part.
 
     They are kept in the folder that the site names, otherwise in the memory of this process.
 

@@ -33,7 +33,7 @@ class Batch:
             to 255, with the views of an example side by side.
         mask: (examples, tokens), 1 on tokens and 0 on padding; None: nothing is masked.
         labels: (examples,), or (examples, tokens) for a language model.
-        states: (examples, tokens, features), the input of the first adapted block; None: the whole
+        states: (examples, tokens, features), the output of the model's frozen part; None: the whole
             model computes.
         views: number of views of each example.
     """

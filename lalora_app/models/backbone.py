@@ -5,16 +5,16 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from lalora_app.adapter.factors import Adapter
 from lalora_app.adapter.head_start import with_head_start
-from lalora_app.blocks.adapters import with_adapters, with_whole_weights
-from lalora_app.blocks.prefix import Prefix
-from lalora_app.blocks.prefix_checks import check_prefix, division_of
+from lalora_app.blocks.adapters import wire_name, with_adapters, with_whole_weights
+from lalora_app.blocks.prefix import FrozenPart
+from lalora_app.blocks.prefix_checks import Probe, divided
 from lalora_app.data.encoding import Batch, Encoded
 from lalora_app.data.examples import Examples
 from lalora_app.methods.compatibility import method_of
@@ -56,7 +56,7 @@ class Backbone:
         frozen_weights: the frozen weights of the adapted layers.
         fingerprint: the SHA-256 of each part of the base model, the same for all ranks.
         processor: the tokenizer of texts, or the ``Pixels`` of images; None: not known.
-        prefix: the blocks below the first adapted one, for ``model.prefix-cache``; None: no cache.
+        prefix: the frozen part of the model, for ``model.prefix-cache``; None: no cache.
         resting: initial values of the tensors that the method leaves out of its adapter.
     """
 
@@ -71,7 +71,7 @@ class Backbone:
     frozen_weights: FrozenWeights
     fingerprint: Mapping[str, str]
     processor: Any = None
-    prefix: Prefix | None = None
+    prefix: FrozenPart | None = None
     resting: Adapter = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -130,7 +130,7 @@ class Backbone:
 
     @torch.no_grad()
     def states(self, batch: Batch) -> Tensor:
-        """Return (examples, tokens, features): the input of the first adapted block.
+        """Return (examples, tokens, features): the output of the frozen part.
 
         Raises:
             ValueError: without ``model.prefix-cache``.
@@ -149,11 +149,6 @@ class Backbone:
         return self.task.metrics(sum(counts[1:], start=counts[0]))
 
 
-def wire_name(parameter: str) -> str:
-    """Return PEFT's saved name of a trainable parameter of a PEFT model."""
-    return parameter.replace(".modules_to_save.default", "").replace(".default", "")
-
-
 def _load(model: Model, num_labels: int) -> Base:
     if model.name.startswith(TIMM):
         return load_timm(model, num_labels)
@@ -166,8 +161,12 @@ def _engine(model: nn.Module, parameters: dict[str, nn.Parameter], kernel: str) 
     return KernelEngine(model, parameters, kernel)
 
 
+Built = tuple[Backbone, Adapter]
+Trains = Literal["factors", "weights", "head"]
+
+
 def _build(
-    model: Model, lora: Lora, num_labels: int, seed: int, whole: bool
+    model: Model, lora: Lora, num_labels: int, seed: int, trains: Trains
 ) -> tuple[Backbone, Batch]:
     device = pick_device(model.device)
     # Privacy: A (Kaiming) and the head are drawn here from the run's seed, without data.
@@ -175,9 +174,9 @@ def _build(
         torch.manual_seed(seed)
         base = _load(model, num_labels)
         targets = choose_targets(base, model, lora)
-        division = division_of(stack_of(base), targets, model, lora) if model.prefix_cache else None
+        stack = stack_of(base) if model.prefix_cache else None
         check_rank(base, targets, lora.rank)
-        adapt = with_whole_weights if whole else partial(with_adapters, lora=lora)
+        adapt = with_whole_weights if trains == "weights" else partial(with_adapters, lora=lora)
         adapted = adapt(base.model, targets=targets, trained=base.trained, task_type=base.task_type)
     # Before the move and the narrowing: sites with a GPU and sites without one must agree.
     hashes = fingerprint(adapted, base.preprocessing)
@@ -198,12 +197,11 @@ def _build(
         fingerprint=hashes,
         processor=base.processor,
     )
-    if division is not None:
-        backbone.prefix = Prefix(*division, states_identity(model, hashes, dtype))
-        mask = None if base.probe.mask is None else to_device(base.probe.mask, device)
-        logits = partial(backbone.logits, base.probe)
-        trained = list(trainable.values())
-        check_prefix(backbone.prefix, logits, mask, trained, model=model, dtype=dtype)
+    if model.prefix_cache:
+        _, mask = backbone._inputs(base.probe)
+        probe = Probe(partial(backbone.logits, base.probe), mask, model, dtype)
+        known, head = states_identity(model, hashes, dtype), trains == "head"
+        backbone.prefix = divided(adapted, stack, targets, probe, known, lora=lora, head_alone=head)
     return backbone, base.probe
 
 
@@ -243,23 +241,20 @@ def _check_or_refuse(backbone: Backbone, probe: Batch, model: Model, lora: Lora)
         ) from error
 
 
-Built = tuple[Backbone, Adapter]
-
-
 @lru_cache(maxsize=1)
 def _by_rank(
     model: Model, files: str, lora: Lora, num_labels: int, seed: int
-) -> dict[tuple[int, float, bool], Built]:
+) -> dict[tuple[int, float, Trains], Built]:
     """Return this process's cache of one model by rank; other files or another model replace it."""
     return {}
 
 
-def _checked(model: Model, lora: Lora, num_labels: int, seed: int, whole: bool) -> Built:
+def _checked(model: Model, lora: Lora, num_labels: int, seed: int, trains: Trains) -> Built:
     any_rank, files = replace(lora, rank=1, alpha=1.0, ranks="none"), revision(model.name)
     built = _by_rank(model, files, any_rank, num_labels, seed)
-    key = (lora.rank, lora.alpha, whole)
+    key = (lora.rank, lora.alpha, trains)
     if key not in built:
-        backbone, probe = _build(model, lora, num_labels, seed, whole)
+        backbone, probe = _build(model, lora, num_labels, seed, trains)
         start = backbone.adapter()
         _check_or_refuse(backbone, probe, model, lora)
         built[key] = backbone, start
@@ -287,7 +282,9 @@ def build(config: Config) -> Built:
     own = replace(lora, rank=width, alpha=lora.alpha * width / lora.rank)
     if method.whole:  # the keys have no effect
         own = replace(lora, rank=1, alpha=1.0, kernel="plain")
-    backbone, plain = _checked(config.model, own, _num_labels(config), config.seed, method.whole)
+    head_alone = method.head_only and config.model.prefix_cache  # else it can share the model
+    trains: Trains = "weights" if method.whole else "head" if head_alone else "factors"
+    backbone, plain = _checked(config.model, own, _num_labels(config), config.seed, trains)
     plain = with_head_start({name: array.copy() for name, array in plain.items()}, config.model)
     start = method.start(plain, rule)
     view = copy.copy(backbone)  # the model is shared with other runs

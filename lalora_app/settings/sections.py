@@ -88,8 +88,8 @@ class Model:
     )
     prefix_cache: bool = switch(
         meaning="Keep each example's hidden states at the first adapted block, in bfloat16, and "
-        "start training steps there; needs `lora.layers` such as `last:2` "
-        "([performance](performance.md#a-cache-below-the-adapters))."
+        "start training steps there; needs `lora.layers` such as `last:2`. `head-only` keeps the "
+        "head's input, with any layers ([performance](performance.md#a-cache-below-the-adapters))."
     )
 
 

@@ -17,7 +17,7 @@ from helpers.model_checks import LANGUAGE_BATCH, TEXTS, pixels, refusal
 from helpers.oracle import assert_equal, joint, randomise
 from lalora_app.blocks.kept_states import StatesInMemory
 from lalora_app.blocks.prefix import Prefix
-from lalora_app.blocks.prefix_checks import check_prefix
+from lalora_app.blocks.prefix_checks import Probe, check_prefix
 from lalora_app.blocks.with_states import WithStates, size_of
 from lalora_app.data.encoding import Batch, Encoded, EncodedImages, EncodedTexts
 from lalora_app.models.backbone import Backbone, build
@@ -359,7 +359,7 @@ def test_a_model_that_cannot_be_divided_is_one_line(kind, reason, tiny):
 
     def check() -> None:
         logits = partial(model, x, mask)
-        check_prefix(prefix, logits, mask, trained, model=tiny().model, dtype=torch.float32)
+        check_prefix(prefix, Probe(logits, mask, tiny().model, torch.float32), trained)
 
     if reason is None:
         check()

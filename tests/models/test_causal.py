@@ -26,9 +26,9 @@ from helpers.oracle import (
     without_engine,
 )
 from lalora_app import server_app
+from lalora_app.blocks.adapters import wire_name
 from lalora_app.data.encoding import IGNORED, EncodedSequences
 from lalora_app.data.examples import Examples, split
-from lalora_app.models import backbone as backbones
 from lalora_app.models.backbone import Backbone, build
 from lalora_app.models.scores import LANGUAGE_MODEL
 from lalora_app.settings.errors import ConfigError
@@ -110,7 +110,7 @@ def test_the_backbone_gives_the_gradients_of_transformers_own_loss(kind, causal)
     )
     batch = TEXTS.batch([0, 1, 2, 3])
     found = backbone.engine.gradients(lambda: backbone.losses(batch), 4).dense()
-    wire = {backbones.wire_name(name): grad.double() for name, grad in expected.items()}
+    wire = {wire_name(name): grad.double() for name, grad in expected.items()}
     assert_equal(found, wire, 1e-5)
 
 

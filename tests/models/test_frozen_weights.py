@@ -13,12 +13,13 @@ from torch import Tensor
 from conftest import make_config
 from helpers.oracle import trained, without_engine
 from lalora_app.adapter.factors import Adapter
+from lalora_app.blocks.adapters import wire_name
 from lalora_app.client import local_round
 from lalora_app.data.encoding import EncodedTexts
 from lalora_app.data.examples import split
 from lalora_app.methods.table import METHODS
 from lalora_app.methods.weight_noise import row_scaled_noise
-from lalora_app.models.backbone import Backbone, build, wire_name
+from lalora_app.models.backbone import Backbone, build
 from lalora_app.models.frozen_weights import FrozenWeights, base_layers
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.ledger import Reservation

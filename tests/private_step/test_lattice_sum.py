@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from helpers.gaussians import assert_gaussian
+from lalora_app.blocks.adapters import wire_name
 from lalora_app.data.encoding import EncodedTexts
 from lalora_app.data.examples import split
-from lalora_app.models.backbone import Backbone, build, wire_name
+from lalora_app.models.backbone import Backbone, build
 from lalora_app.privacy.accounting import Release
 from lalora_app.privacy.budget import BudgetError
 from lalora_app.privacy.ledger import Reservation

@@ -14,10 +14,11 @@ from torch import Tensor, nn
 from conftest import make_config
 from helpers.architectures import text_model
 from lalora_app.adapter.factors import active_names
+from lalora_app.blocks.adapters import wire_name
 from lalora_app.client.local_round import LocalSettings, apply, make_optimizer
 from lalora_app.data.encoding import EncodedTexts
 from lalora_app.methods.table import METHODS
-from lalora_app.models.backbone import Backbone, wire_name
+from lalora_app.models.backbone import Backbone
 from lalora_app.models.forwards import Segmented, mean_logits, text_logits
 from lalora_app.models.frozen_weights import FrozenWeights, base_layers
 from lalora_app.models.scores import CLASSIFICATION, mean_over_views

@@ -17,11 +17,12 @@ from torch import Tensor
 
 from helpers.oracle import joint, randomise, trained, without_engine
 from lalora_app.adapter.factors import kind
+from lalora_app.blocks.adapters import wire_name
 from lalora_app.client.local_round import LocalSettings, run_round
 from lalora_app.data.encoding import Batch, EncodedImages
 from lalora_app.methods.learning_rates import learning_rates
 from lalora_app.methods.table import METHODS
-from lalora_app.models.backbone import Backbone, _build, build, wire_name
+from lalora_app.models.backbone import Backbone, _build, build
 from lalora_app.models.forwards import Pixels
 from lalora_app.models.scores import CLASSIFICATION, mean_over_views
 from lalora_app.privacy.accounting import Release

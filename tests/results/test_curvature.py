@@ -13,8 +13,9 @@ from torch.nn.functional import cross_entropy
 
 from conftest import WORDS
 from helpers.oracle import randomise, trained, without_engine
+from lalora_app.blocks.adapters import wire_name
 from lalora_app.data.encoding import Batch, EncodedImages, EncodedSequences, EncodedTexts
-from lalora_app.models.backbone import Backbone, build, wire_name
+from lalora_app.models.backbone import Backbone, build
 from lalora_app.private_step.attach import LayoutError
 from lalora_app.private_step.compiled_engine import CompiledEngine
 from lalora_app.private_step.engine import KernelEngine
