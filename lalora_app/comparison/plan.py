@@ -7,13 +7,15 @@ from typing import Any
 
 from lalora_app.comparison.baselines import with_central_keys
 from lalora_app.methods.compatibility import method_of
+from lalora_app.methods.table import METHODS
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import Config, Scalar, as_float, parse
 
 Flat = dict[str, Scalar]
 MethodAtEpsilon = tuple[str, float]  # label of a plan entry, and ε
 Scales = Mapping[MethodAtEpsilon, float]  # factor of all learning rates
-RATES = ("train.lr-a", "train.lr-b", "train.lr-w", "train.lr-head")
+_WHOLE = "train.lr-w"  # of methods that train whole weights
+RATES = ("train.lr-a", "train.lr-b", _WHOLE, "train.lr-head")
 
 
 @dataclass(frozen=True)
@@ -101,7 +103,9 @@ class Plan:
     ) -> PlanCell:
         budget = {"privacy.epsilon": epsilon, "min-clients": self.nodes}
         own = with_central_keys({**self.config, **entry.config, **budget, **keys}, self.nodes)
-        rates = {key: _scaled(own[key], scale) for key in RATES}
+        method = METHODS.get(str(own["method"]))
+        keys_read = [key for key in RATES if key != _WHOLE or (method and method.whole)]
+        rates = {key: _scaled(own[key], scale) for key in keys_read}
         return PlanCell(entry.label, epsilon, folder, own | rates, scale, self.defaults)
 
     def _entries_at_epsilons(self) -> Iterable[tuple[PlanEntry, float]]:

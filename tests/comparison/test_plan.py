@@ -68,7 +68,7 @@ TUNE = {"grid": [0.5, 1.0, 2.0], "seeds": [100], "test-fraction": 0.25}
 
 def test_tuning_runs_scale_all_rates_and_never_see_the_test_split():
     tables = {
-        "compare": {"methods": ["rolora"], "epsilons": [1.0], "tune": TUNE},
+        "compare": {"methods": ["full"], "epsilons": [1.0], "tune": TUNE},
         "data": {"test-split": "validation"},
     }
     plan = read_plan(tables, defaults())
@@ -82,6 +82,12 @@ def test_tuning_runs_scale_all_rates_and_never_see_the_test_split():
         assert cell.config["evaluate-every"] == defaults()["num-server-rounds"]
         assert cell.config["privacy.epsilon"] == 1.0
     assert all(cell.config["data.test-split"] == "validation" for cell in plan.cells({}))
+
+
+def test_tuning_leaves_the_rate_of_whole_weights_to_methods_that_train_them():
+    cells = plan_of(methods=["rolora"], epsilons=[1.0], tune=TUNE).tuning_cells()
+    assert {cell.config["train.lr-w"] for cell in cells} == {defaults()["train.lr-w"]}
+    assert {cell.config["train.lr-a"] / cell.scale for cell in cells} == {defaults()["train.lr-a"]}
 
 
 def test_every_line_is_tuned_at_each_of_its_budgets_with_every_seed():
