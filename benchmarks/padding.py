@@ -56,7 +56,13 @@ def measure(model: Backbone, data: Encoded, config: Config, repeats: int) -> Non
         for kind, examples in kinds.items():
             began = time.perf_counter()
             _clipped_batch_sum(
-                model, examples, indices, config.privacy.clip_norm, train.micro_batch
+                model,
+                examples,
+                indices,
+                config.privacy.clip_norm,
+                train.micro_batch,
+                config.privacy.clipping,
+                dtype=None,
             )
             seconds[kind].append(time.perf_counter() - began)
     usual = seconds["to the longest"]

@@ -46,7 +46,7 @@ from lalora_app.simulation.launch import app_defaults
 
 APP = Path(__file__).resolve().parents[1]
 RESULTS = APP / "benchmarks" / "results" / "prefix_cache.json"
-# lora.targets, the place of the states and the trained factors of each row
+# lora.targets, the place of the states and the trained factors of each row; no factor: head-only
 ROWS = (
     ("auto", "memory", "B"),
     ("auto", "memory", "A"),
@@ -55,6 +55,7 @@ ROWS = (
     ("auto", "file", "A"),
     ("intermediate.dense", "memory", "B"),
     ("intermediate.dense", "memory", "A"),
+    ("auto", "memory", ""),
 )
 KEYS = {
     "model.name": str(APP.parent / "shared" / "models" / "minilm-l6-h384"),
@@ -87,8 +88,11 @@ def seconds(model: Backbone, data: Encoded, config: Config, repeat: int) -> tupl
 
 def batch_sum(model: Backbone, data: Encoded, config: Config) -> dict[str, Tensor]:
     """Return the clipped sum of the first examples."""
-    indices, train = np.arange(config.train.batch_size), config.train
-    return _clipped_batch_sum(model, data, indices, config.privacy.clip_norm, train.micro_batch)
+    indices, privacy = np.arange(config.train.batch_size), config.privacy
+    micro = config.train.micro_batch
+    return _clipped_batch_sum(
+        model, data, indices, privacy.clip_norm, micro, privacy.clipping, dtype=None
+    )
 
 
 def sum_error(model: Backbone, plain: Encoded, cached: Encoded, config: Config) -> float:
@@ -159,7 +163,9 @@ def prepared(config: Config, examples: int, folder: Path) -> Case:
     model, start = build(config)
     torch.manual_seed(0)
     for name, parameter in model.engine.parameters.items():
-        if ".lora_B." in name:  # it begins at zero, so the gradient of A would be zero
+        if (
+            name in start and ".lora_B." in name
+        ):  # it begins at zero, so the gradient of A would be zero
             torch.nn.init.normal_(parameter, std=0.02)
     train = split(config.data)[0]
     plain = model.encode(Examples(train.contents[:examples], train.labels[:examples]))
@@ -176,15 +182,16 @@ def measure(config: Config, examples: int, repeats: int, folder: Path) -> dict[s
     """Return all rows, and the bytes of the kept states."""
     rows, cases = [], {}
     for targets, place, phase in ROWS:
-        own = replace(config, lora=replace(config.lora, targets=targets))
-        if targets not in cases:
-            cases[targets] = prepared(own, examples, folder / f"{len(cases)}")
-        case = cases[targets]
+        method = config.method if phase else "head-only"
+        own = replace(config, method=method, lora=replace(config.lora, targets=targets))
+        if (method, targets) not in cases:
+            cases[method, targets] = prepared(own, examples, folder / f"{len(cases)}")
+        case = cases[method, targets]
         case.model.engine.activate(active_names(case.start, frozenset(phase)))
         about = {"targets": targets, "kept_in": place, "factors": phase}
         rows.append(about | row(case.model, case.plain, case.cached[place], own, repeats))
         print(json.dumps(rows[-1]), flush=True)
-    case = cases["auto"]
+    case = cases[config.method, "auto"]
     return {
         "rows": rows,
         "examples": len(case.plain),
