@@ -180,7 +180,7 @@ def test_a_cache_that_is_too_small_is_told(config, node, said, monkeypatch):
 
 
 @pytest.mark.usefixtures("no_waiting", "no_report")
-@pytest.mark.parametrize("method", ["la-lora", "flora", "flat-lora", "beamlora"])
+@pytest.mark.parametrize("method", ["la-lora", "flora", "flat-lora", "beamlora", "head-only"])
 def test_a_run_with_the_cache_is_the_run_without(method, tiny, base, tmp_path):
     """Seeded noise: the adapters differ by the rounding of the states only."""
     keys = open_run(method=method) | CACHE | {"model.name": base, "privacy.noise": "seeded"}
