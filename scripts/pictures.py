@@ -48,7 +48,7 @@ LEVELS: Sequence[tuple[str, Sequence[str]]] = (
     ("12", ("simulation",)),
     ("11", ("server_app.py",)),
     ("10", ("audit", "workers")),
-    ("9", ("comparison", "server", "client_app.py")),
+    ("9", ("comparison", "diagnosis", "server", "client_app.py")),
     ("8", ("reports", "site_worker")),
     ("7", ("client", "results")),
     ("6", ("models", "site_files")),

@@ -20,6 +20,7 @@ from lalora_app.cli.argument_types import (
 from lalora_app.cli.audit_command import add_audit
 from lalora_app.cli.check_command import add_check
 from lalora_app.cli.credentials_command import add_credentials
+from lalora_app.cli.diagnose_command import add_diagnose
 from lalora_app.cli.ledger_command import add_ledger
 from lalora_app.cli.plan_command import add_plan
 from lalora_app.privacy.policy import PolicyError, read_policy_file
@@ -89,13 +90,6 @@ def _compare(args: argparse.Namespace) -> int:
     finally:  # an interrupted comparison prints the table of its finished runs, too
         print(summarise(plan, folder, latex=args.latex))
     return code
-
-
-def _diagnose(args: argparse.Namespace) -> int:
-    from lalora_app.results.diagnosis import compared
-
-    print(compared(args.folders))
-    return 0
 
 
 def _merge(args: argparse.Namespace) -> int:
@@ -199,12 +193,6 @@ def _add_methods(commands: Any) -> None:
 
 
 def _add_results(commands: Any) -> None:
-    diagnose = commands.add_parser(
-        "diagnose", help="print intruder dimensions and sharpness of finished runs"
-    )
-    diagnose.add_argument("folders", type=Path, nargs="+", help="folders of finished runs")
-    diagnose.set_defaults(act=_diagnose)
-
     merge = commands.add_parser(
         "merge", help="write a run's base model and adapter as plain weights"
     )
@@ -229,7 +217,16 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     for add in (
-        *(_add_run, add_check, add_plan, _add_compare, add_audit, _add_methods, _add_results),
+        *(
+            _add_run,
+            add_check,
+            add_plan,
+            _add_compare,
+            add_audit,
+            _add_methods,
+            add_diagnose,
+            _add_results,
+        ),
         *(add_credentials, add_ledger, _add_policy),
     ):
         add(commands)

@@ -16,7 +16,6 @@ from lalora_app.adapter.whole_linear import whole_layers
 from lalora_app.models.backbone import Backbone
 from lalora_app.models.forwards import Pixels
 from lalora_app.models.transformers_models import auto_class, conv1d_layers
-from lalora_app.results.diagnosis import open_run
 from lalora_app.results.exported_classifier import RunClassifier
 from lalora_app.results.model_files import (
     classifier_config,
@@ -24,6 +23,7 @@ from lalora_app.results.model_files import (
     write_code,
     write_processor,
 )
+from lalora_app.results.opened_run import open_run
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.names import TIMM, full_path
 from lalora_app.settings.run_config import Config

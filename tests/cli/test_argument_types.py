@@ -41,6 +41,7 @@ KINDS = {
 }
 ANY_TEXT = {"--run-config", "--name", "--methods", "--app", "--run", "--mechanism", "--path"}
 ANY_TEXT |= {"--reference", "--dataset", "--host", "--data-path", "--node-config", "--write"}
+ANY_TEXT |= {"--second-task", "--picture"}
 
 
 def leaves(parser, words=()):

@@ -23,6 +23,7 @@ LINES = {
     "server_app": 11,
     "audit": 10,
     "comparison": 9,
+    "diagnosis": 9,
     "server": 9,
     "reports": 8,
     "workers": 10,

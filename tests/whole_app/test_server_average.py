@@ -7,7 +7,7 @@ from helpers.app_runs import arrays, open_run, run, same_bits
 from helpers.server_rules import assert_near, wide
 from lalora_app.adapter.factors import factor_pairs, kind
 from lalora_app.models.backbone import Backbone
-from lalora_app.results.diagnosis import open_run as open_finished_run
+from lalora_app.results.opened_run import open_run as open_finished_run
 
 pytestmark = pytest.mark.usefixtures("no_waiting", "no_report")
 RATES = {"train.lr-a": 0.05, "train.lr-b": 0.05, "train.lr-head": 0.1}

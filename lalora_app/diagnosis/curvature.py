@@ -13,11 +13,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lalora_app.adapter.factors import kind
 from lalora_app.blocks.adapters import wire_name
 from lalora_app.data.encoding import Batch
+from lalora_app.diagnosis.spectra import lanczos_top
 from lalora_app.models.backbone import Backbone
 from lalora_app.models.device import to_device
 from lalora_app.private_step.attach import LayoutError
 from lalora_app.private_step.tape import unused_parameter_error
-from lalora_app.results.spectra import lanczos_top
 
 Named = Mapping[str, nn.Parameter]
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lalora_app.aggregation.measured_error import mean_cosine, update_cosines
-from lalora_app.results.spectra import intruder_dimensions, lanczos_top
+from lalora_app.diagnosis.spectra import intruder_dimensions, lanczos_top, similarity
 
 quick = settings(max_examples=40, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**32 - 1)
@@ -150,6 +150,36 @@ def test_everything_intrudes_on_a_base_of_zero_and_nothing_is_left_of_an_adapted
 def test_what_intruders_cannot_be_counted_of(shapes, options, law):
     with pytest.raises(ValueError, match=re.escape(law)):
         intruder_dimensions(np.ones(shapes[0]), np.ones(shapes[1]), **options)
+
+
+@quick
+@given(seed=seeds, top=st.integers(1, 8))
+def test_similarity_is_that_of_the_plain_loop(seed, top):
+    rng = np.random.default_rng(seed)
+    base = rng.standard_normal((7, 5))
+    adapted = base + 0.3 * rng.standard_normal((7, 5))
+    found = similarity(base, adapted, top=top)
+    first, second = (left_vectors(weight)[:top] for weight in (base, adapted))
+    expected = [[abs(u @ v) for v in second] for u in first]
+    np.testing.assert_allclose(found, expected, atol=1e-9)
+
+
+def test_similarity_of_equal_weights_is_the_identity_and_a_new_direction_has_a_low_column():
+    rng = np.random.default_rng(0)
+    left, right = orthonormal(rng, 6), orthonormal(rng, 6)
+    base = left[:, :4] * [4.0, 3.0, 2.0, 1.0] @ right[:, :4].T
+    np.testing.assert_allclose(similarity(base, base, top=4), np.eye(4), atol=1e-9)
+    added = base + 9.0 * np.outer(left[:, 5], right[:, 5])
+    found = similarity(base, added, top=4)
+    assert found[:, 0].max() < 1e-9
+    np.testing.assert_allclose(found[:, 1:], np.eye(4)[:, :3], atol=1e-9)
+
+
+def test_similarity_refuses_other_shapes():
+    with pytest.raises(ValueError, match=r"must be one \(m, n\)"):
+        similarity(np.ones((2, 3)), np.ones((3, 2)), top=1)
+    with pytest.raises(ValueError, match="top=0 must be at least 1"):
+        similarity(np.ones((2, 2)), np.ones((2, 2)), top=0)
 
 
 # --- cosines -------------------------------------------------------------------------------------

@@ -10,9 +10,10 @@ from helpers.app_runs import run, tokens_of
 from lalora_app.adapter.factors import kind
 from lalora_app.cli import main
 from lalora_app.data.examples import split
-from lalora_app.results.diagnosis import intruders, open_run, sharpness
+from lalora_app.diagnosis.report import intruders, sharpness, weights
+from lalora_app.diagnosis.spectra import intruder_dimensions
 from lalora_app.results.merge import merge
-from lalora_app.results.spectra import intruder_dimensions
+from lalora_app.results.opened_run import open_run
 
 pytestmark = [pytest.mark.wide, pytest.mark.usefixtures("no_waiting", "no_report")]
 
@@ -41,9 +42,10 @@ def test_merged_weights_load_without_peft_and_compute_the_same(done, tmp_path):
 
 def test_intruders_are_those_of_the_dense_weights(done):
     _, model, state = open_run(done.folder.path)
-    found = intruders(model, state)
+    found = intruders(weights(model, state))
     assert len(found) == 4  # query and value of two layers
-    for name, count in found.items():
+    for name in model.frozen_weights.names:
+        count = found[name.rsplit(".lora_", 1)[0]]
         layer = model.frozen_weights._layers[name]
         if kind(name) == "W":
             base = layer.base_layer.weight.detach().double().numpy()
@@ -70,6 +72,17 @@ def test_the_commands_say_what_they_found(done, tmp_path, capsys):
     assert main.main(["diagnose", str(done.folder.path), str(done.folder.path)]) == 0
     title = f"{done.folder.name}, method {done.config.method}\n"
     assert capsys.readouterr().out == f"{title}{out}\n{title}{out}"
+    keys = ["--second-task", "data.test-fraction=0.5"]
+    assert main.main(["diagnose", str(done.folder.path), *keys]) == 2
+    assert "--second-task must name the dataset: data.name" in capsys.readouterr().err
+    keys[1] = f'data.name="{done.config.data.name}"'
+    file = tmp_path / "s.svg"
+    folders = [str(done.folder.path)] * 2
+    assert main.main(["diagnose", *folders, *keys, "--picture", str(file)]) == 0
+    assert capsys.readouterr().out.count("linear probe of the second task  accuracy ") == 2
+    assert file.read_text("utf-8").startswith("<svg role=")
+    assert main.main(["diagnose", *folders, "--picture", str(tmp_path / "none" / "s.svg")]) == 2
+    assert "must be in a folder that exists" in capsys.readouterr().err
     assert main.main(["merge", str(done.folder.path), str(tmp_path / "m")]) == 0
     assert main.main(["diagnose", str(tmp_path)]) == 2
     assert "must be the folder of a run" in capsys.readouterr().err

@@ -15,12 +15,12 @@ from conftest import WORDS
 from helpers.oracle import randomise, trained, without_engine
 from lalora_app.blocks.adapters import wire_name
 from lalora_app.data.encoding import Batch, EncodedImages, EncodedSequences, EncodedTexts
+from lalora_app.diagnosis.curvature import top_hessian_eigenvalue
 from lalora_app.models.backbone import Backbone, build
 from lalora_app.private_step.attach import LayoutError
 from lalora_app.private_step.compiled_engine import CompiledEngine
 from lalora_app.private_step.engine import KernelEngine
 from lalora_app.private_step.reparametrised_engine import ReparametrisedEngine
-from lalora_app.results.curvature import top_hessian_eigenvalue
 from lalora_app.settings.run_config import Config
 
 TOKENS = tuple(tuple(2 + (i * j) % 13 for j in range(1, 4 + i % 5)) for i in range(1, 9))

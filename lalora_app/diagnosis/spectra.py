@@ -42,15 +42,45 @@ def intruder_dimensions(
 
     Privacy: the base is public and the adapted weight is made of noised gradients only.
     """
-    if base.ndim != 2 or base.shape != adapted.shape:
-        raise ValueError(f"weights of shapes {base.shape} and {adapted.shape} must be one (m, n)")
-    if top < 1:
-        raise ValueError(f"top={top} must be at least 1")
+    _check(base, adapted, top)
     if not 0 < threshold <= 1:
         raise ValueError(f"threshold={threshold} must be in (0, 1]")
     leading = _left_singular_vectors(adapted)[:, :top]  # (m, at most top)
     cosines = np.abs(_left_singular_vectors(base).T @ leading)  # (rank of the base, leading)
     return int(np.sum(cosines.max(axis=0, initial=0.0) < threshold))
+
+
+def _check(base: np.ndarray, adapted: np.ndarray, top: int) -> None:
+    if base.ndim != 2 or base.shape != adapted.shape:
+        raise ValueError(f"weights of shapes {base.shape} and {adapted.shape} must be one (m, n)")
+    if top < 1:
+        raise ValueError(f"top={top} must be at least 1")
+
+
+def similarity(base: np.ndarray, adapted: np.ndarray, *, top: int) -> np.ndarray:
+    """Return |cos(u0_i, u_j)| of the leading left singular vectors of two weights.
+
+    Figure 2 of arXiv:2410.21228: near the identity after full fine-tuning; a column without a large
+    entry is a direction that the base does not have among its leading ones.
+
+    Args:
+        base: (m, n), the weight before fine-tuning.
+        adapted: (m, n), the weight after fine-tuning.
+        top: number of leading vectors of each weight; limited by its rank.
+
+    Returns:
+        (top of the base, top of the adapted weight), each in [0, 1]; the identity if the weights
+        are the same and have distinct singular values.
+
+    Raises:
+        ValueError: if the shapes differ, or ``top`` is below 1.
+
+    Privacy: that of :func:`intruder_dimensions`.
+    """
+    _check(base, adapted, top)
+    first, second = (_left_singular_vectors(weight)[:, :top] for weight in (base, adapted))
+    found: np.ndarray = np.minimum(np.abs(first.T @ second), 1.0)
+    return found
 
 
 def _orthogonal(vector: np.ndarray, basis: np.ndarray) -> np.ndarray:

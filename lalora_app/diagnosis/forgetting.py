@@ -1,0 +1,148 @@
+"""What a run has forgotten: a linear probe of a public second task, before and after training.
+
+The head of the run plays no part, so the second task may have other classes.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from lalora_app.adapter.factors import Adapter
+from lalora_app.blocks.trunk import Trunk, head_of
+from lalora_app.data.encoding import Encoded
+from lalora_app.data.examples import Examples, split, with_classes
+from lalora_app.models.backbone import Backbone, build
+from lalora_app.models.forwards import masked_mean
+from lalora_app.settings.errors import ConfigError
+from lalora_app.settings.names import NONE
+from lalora_app.settings.run_config import OPEN, Config, Data, Scalar, flatten, parse
+
+EXAMPLES = 2000  # at most, of either split
+_BATCH = 64
+_DEFAULTS: dict[str, Scalar] = {
+    **OPEN,
+    "data.subset": NONE,
+    "data.test-split": NONE,
+    "data.partitioner": "iid",
+    "data.tasks": 1,
+    "data.task-column": NONE,
+    "model.task-heads": False,
+}
+_PENALTY = 1e-3  # of the probe, relative to the mean square of a feature
+
+
+@dataclass(frozen=True)
+class Forgetting:
+    """Accuracy of linear probes on a second task, in [0, 1].
+
+    Attributes:
+        before: of the features of the base model.
+        after: of the features of the trained model.
+    """
+
+    before: float
+    after: float
+
+
+def probe_accuracy(
+    train: np.ndarray, train_labels: np.ndarray, test: np.ndarray, test_labels: np.ndarray
+) -> float:
+    """Return the test accuracy of a linear classifier by penalised least squares.
+
+    W = argmin ‖X W - Y‖² + λ n ‖W‖², X with centred features, Y one column of 0 and 1 per class.
+
+    Args:
+        train: (n, features).
+        train_labels: (n,) whole numbers from 0.
+        test: (m, features).
+        test_labels: (m,).
+
+    Limit: features that are all equal give the most frequent class.
+
+    Privacy: public examples only.
+    """
+    mean = train.mean(0)
+    x, classes = np.asarray(train - mean, dtype=np.float64), int(train_labels.max()) + 1
+    y = np.eye(classes)[train_labels]  # (n, classes)
+    penalty = _PENALTY * len(x) * max(float(np.square(x).mean()), np.finfo(np.float64).tiny)
+    weights = np.linalg.solve(x.T @ x + penalty * np.eye(x.shape[1]), x.T @ (y - y.mean(0)))
+    scores = np.asarray(test - mean, dtype=np.float64) @ weights + y.mean(0)
+    return float(np.mean(scores.argmax(1) == test_labels))
+
+
+@torch.no_grad()
+def features(model: Backbone, data: Encoded) -> tuple[np.ndarray, np.ndarray]:
+    """Return (examples, features) in float64, the input of the head, and (examples,) the labels.
+
+    An input with tokens is averaged over them.
+
+    Raises:
+        ConfigError: if the model has no head of its own.
+    """
+    head = head_of(model.model)
+    if head is None or head is model.model:
+        raise ConfigError("--second-task needs a run with a head of its own, and no language model")
+    trunk, rows, labels = Trunk(model.model, head, ""), [], []
+    for batch in data.batches(_BATCH):  # in another order than the data
+        states = trunk.states(partial(model.logits, batch))  # (examples, tokens, features)
+        tokens = batch.mask if trunk.per_token else None
+        rows.append(states.mean(1) if tokens is None else masked_mean(states, tokens))
+        labels.append(batch.labels)
+    return torch.cat(rows).double().numpy(), torch.cat(labels).numpy()
+
+
+def _some(examples: Examples) -> Examples:
+    """Return examples at equal distances, so that data in the order of its labels is served."""
+    count = min(EXAMPLES, len(examples))
+    return examples.take([i * len(examples) // count for i in range(count)])
+
+
+def second_task(config: Config, keys: Mapping[str, Any]) -> Data:
+    """Return the table ``data`` of a second task: the run's keys, with others in their place.
+
+    What belongs to the run's own classes and clients has its default.
+
+    Args:
+        config: the run's config.
+        keys: flat keys and values of the table ``data``, ``data.name`` among them.
+
+    Raises:
+        ConfigError: naming a key that is missing, unknown or of another table.
+    """
+    if "data.name" not in keys:
+        raise ConfigError("--second-task must name the dataset: data.name")
+    if other := [key for key in keys if not key.startswith("data.")]:
+        raise ConfigError(f"--second-task {other[0]} must be a key of the table data")
+    return parse({**flatten(config), **_DEFAULTS, **keys}).data
+
+
+def forgetting(config: Config, model: Backbone, drift: Adapter, second: Data) -> Forgetting:
+    """Return the accuracy of probes on a second task, before and after the run's training.
+
+    Args:
+        config: the run's config.
+        model: the run's trained model; it has its weights again afterwards.
+        drift: the run's change of the base weights.
+        second: the run config's table ``data`` of the second task.
+
+    Raises:
+        ConfigError: if the model has no head of its own.
+        DataError: if the dataset cannot be read.
+
+    Privacy: the second task is public; no private data is involved.
+    """
+    sides = [model.encode(_some(side)) for side in split(with_classes(second))]
+
+    def accuracy() -> float:
+        return probe_accuracy(*features(model, sides[0]), *features(model, sides[1]))
+
+    after, trained = accuracy(), model.adapter()
+    _, start = build(config)  # B·A and W are zero
+    model.load(start)
+    before = accuracy()
+    model.load(trained, drift)
+    return Forgetting(before, after)
