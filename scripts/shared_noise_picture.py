@@ -1,0 +1,81 @@
+"""Draw accuracy by number of clients, with own and with shared noise, from docs/results.md.
+
+python scripts/shared_noise_picture.py
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from lalora_app.reports.figure_style import Curve, curve_figure, line_styles, report_style, svg
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "results.md"
+FILE = ROOT / "docs" / "images" / "shared-noise-clients.svg"
+SECTIONS: Mapping[int, str] = {  # of the page, by number of clients
+    4: "shared-noise-swin",
+    20: "shared-noise-swin-20-clients",
+    100: "shared-noise-swin-100-clients",
+}
+LINES = {  # of the picture, and of the tables
+    "head, own noise": "head-only",
+    "head, shared noise": "head-only with shared noise",
+    "rolora, own noise": "rolora",
+    "rolora, shared noise": "rolora with shared noise",
+}
+EPSILON = "1"
+Scores = dict[str, tuple[float, float]]  # accuracy in percent, mean and deviation, by line
+
+
+def scores(section: str) -> Scores:
+    """Return the lines of a table at the picture's ε."""
+    page = PAGE.read_text("utf-8")
+    part = page.split(f"<!-- {section} -->")[1].split(f"<!-- end {section} -->")[0]
+    found = {}
+    for line in part.splitlines():
+        cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
+        shown = re.fullmatch(r"([\d.]+)(?: ± ([\d.]+))?", cells[3]) if len(cells) > 6 else None
+        if shown and cells[1] == EPSILON:
+            found[cells[0]] = (float(shown[1]), float(shown[2] or 0))
+    return found
+
+
+def curve(points: Mapping[int, tuple[float, float]]) -> Curve:
+    """Return the mean by number of clients, with a band of one deviation on each side."""
+    clients, values = np.array(list(points), float), np.array(list(points.values()))
+    mean, spread = values.T
+    return Curve(clients, mean - spread, mean, mean + spread, np.zeros(len(mean), bool))
+
+
+def picture() -> str:
+    """Return the picture as SVG."""
+    tables = {clients: scores(section) for clients, section in SECTIONS.items()}
+    curves = {}
+    for label, line in LINES.items():
+        points = {clients: found[line] for clients, found in tables.items() if line in found}
+        if points:
+            curves[label] = curve(points)
+    with report_style():
+        figure = curve_figure(curves, line_styles(LINES))
+        axes = figure.axes[0]
+        for method, style in (("head-only", ":"), ("rolora", "--")):
+            if (line := f"{method} at one client") in tables[4]:
+                mean, _ = tables[4][line]
+                axes.axhline(mean, color="#4a5361", linestyle=style, linewidth=1.2)
+                axes.annotate(f"one client, {method}", (100, mean), va="bottom", ha="right", size=8)
+        axes.set_xscale("log")
+        axes.set_xticks(list(SECTIONS), [str(clients) for clients in SECTIONS])
+        axes.minorticks_off()
+        axes.set(xlabel="clients", ylabel="accuracy %")
+        return svg(figure, "Accuracy by number of clients with own and shared noise, at epsilon 1")
+
+
+def main() -> None:
+    """Write the picture."""
+    FILE.write_text(picture() + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
