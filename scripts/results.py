@@ -43,7 +43,8 @@ def tuning(plan: Plan, folder: Path) -> str:
     table = ["| method | ε | " + " | ".join(f"rates × {scale:g}" for scale in grid) + " |"]
     table.append("|---" * (len(grid) + 2) + "|")
     lines = dict.fromkeys(cell.method_at_epsilon for cell in plan.tuning_cells())
-    for line in sorted(lines, key=lambda line: line[1]):
+    tuned = [line for line in lines if all((line, scale) in scores for scale in grid)]
+    for line in sorted(tuned, key=lambda line: line[1]):
         means = [statistics.fmean(scores[line, scale]) for scale in grid]
         marks = ["**" if chosen[line] == scale else "" for scale in grid]
         shown = [f"{mark}{mean:.1f}{mark}" for mark, mean in zip(marks, means, strict=True)]
