@@ -1,6 +1,6 @@
 """The whole model below its head: with a frozen trunk, a step needs the head's input alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import takewhile
 from types import SimpleNamespace
 from typing import Any, cast
@@ -10,6 +10,34 @@ from torch import Tensor, nn
 from lalora_app.blocks.prefix import FrozenPart
 
 
+def trained_whole(model: nn.Module) -> dict[str, nn.Module]:
+    """Return the modules of a PEFT model that train whole, by path; a language model has none."""
+    from peft.utils import ModulesToSaveWrapper
+
+    return {path: m for path, m in model.named_modules() if isinstance(m, ModulesToSaveWrapper)}
+
+
+def first_input(modules: Iterable[nn.Module], run: Callable[[], object]) -> Tensor:
+    """Return the input of the first of some modules to compute in a forward pass.
+
+    Args:
+        modules: at least one of them computes.
+        run: runs one forward pass of the model.
+    """
+    seen: list[Tensor] = []
+
+    def hook(_: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+        seen.extend((*inputs, *named.values()))
+
+    hooks = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in modules]
+    try:
+        run()
+    finally:
+        for handle in hooks:
+            handle.remove()
+    return seen[0]
+
+
 def head_of(model: nn.Module) -> nn.Module | None:
     """Return the smallest module with all layers that train whole; None: it has adapted layers.
 
@@ -17,10 +45,9 @@ def head_of(model: nn.Module) -> nn.Module | None:
         model: a PEFT model.
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils import ModulesToSaveWrapper
 
     modules = dict(model.named_modules())
-    paths = [path.split(".") for path, m in modules.items() if isinstance(m, ModulesToSaveWrapper)]
+    paths = [path.split(".") for path in trained_whole(model)]
     shared = takewhile(lambda names: len(set(names)) == 1, zip(*paths, strict=False))
     head = modules[".".join(names[0] for names in shared)]
     return None if any(isinstance(m, BaseTunerLayer) for m in head.modules()) else head
@@ -42,19 +69,11 @@ class Trunk(FrozenPart):
 
     def _states(self, run: Callable[[], object]) -> Tensor:
         """Return the input of the head; a model with one vector per example has one token."""
-        seen: list[Tensor] = []
-        watch = [
-            self._head.register_forward_pre_hook(
-                lambda _, inputs, named: seen.extend((*inputs, *named.values())), with_kwargs=True
-            ),
-            self._model.register_forward_hook(self._note_kind),
-        ]
+        watch = self._model.register_forward_hook(self._note_kind)
         try:
-            run()
+            states = first_input([self._head], run)
         finally:
-            for hook in watch:
-                hook.remove()
-        states = seen[0]
+            watch.remove()
         self.per_token = states.dim() > 2
         return states if self.per_token else states[:, None]  # (examples, 1, features)
 

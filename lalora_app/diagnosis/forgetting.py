@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from lalora_app.adapter.factors import Adapter
-from lalora_app.blocks.trunk import Trunk, head_of
+from lalora_app.blocks.trunk import first_input, trained_whole
 from lalora_app.data.encoding import Encoded
 from lalora_app.data.examples import Examples, split, with_classes
 from lalora_app.models.backbone import Backbone, build
@@ -78,19 +78,18 @@ def probe_accuracy(
 def features(model: Backbone, data: Encoded) -> tuple[np.ndarray, np.ndarray]:
     """Return (examples, features) in float64, the input of the head, and (examples,) the labels.
 
-    An input with tokens is averaged over them.
+    The head begins at the first module that trains whole. An input with tokens is averaged.
 
     Raises:
         ConfigError: if the model has no head of its own.
     """
-    head = head_of(model.model)
-    if head is None or head is model.model:
+    heads = trained_whole(model.model).values()
+    if not heads:
         raise ConfigError("--second-task needs a run with a head of its own, and no language model")
-    trunk, rows, labels = Trunk(model.model, head, ""), [], []
+    rows, labels = [], []
     for batch in data.batches(_BATCH):  # in another order than the data
-        states = trunk.states(partial(model.logits, batch))  # (examples, tokens, features)
-        tokens = batch.mask if trunk.per_token else None
-        rows.append(states.mean(1) if tokens is None else masked_mean(states, tokens))
+        states = first_input(heads, partial(model.logits, batch))
+        rows.append(states if states.dim() == 2 else masked_mean(states, batch.mask))
         labels.append(batch.labels)
     return torch.cat(rows).double().numpy(), torch.cat(labels).numpy()
 

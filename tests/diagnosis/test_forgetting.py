@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from helpers.architectures import save_text_model
 from helpers.model_checks import TEXTS, pixels
 from lalora_app.data.encoding import EncodedImages
 from lalora_app.diagnosis import forgetting as module
@@ -114,6 +115,20 @@ def test_a_second_task_may_have_other_classes(tiny, tmp_path):
 def test_a_second_task_of_other_keys_is_one_line(keys, line, tiny):
     with pytest.raises(ConfigError, match=re.escape(line)):
         second_task(tiny(), keys)
+
+
+def test_a_head_of_two_modules_begins_at_the_first(tiny, tmp_path):
+    """DistilBERT has pre_classifier and classifier."""
+    folder = save_text_model("distilbert", tmp_path)
+    model, _ = build(tiny(**{"model.name": folder, "model.pooling": "model"}))
+    found, _ = features(model, TEXTS)
+    inner = model.model.base_model.model.distilbert
+    with torch.no_grad():
+        rows = [
+            inner(input_ids=batch.inputs, attention_mask=batch.mask).last_hidden_state[:, 0]
+            for batch in TEXTS.batches(64)
+        ]
+    np.testing.assert_allclose(found, torch.cat(rows).double().numpy(), atol=1e-6)
 
 
 def test_a_language_model_has_no_probe(texts):
