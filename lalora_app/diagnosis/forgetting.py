@@ -29,6 +29,7 @@ _DEFAULTS: dict[str, Scalar] = {
     "data.test-split": NONE,
     "data.partitioner": "iid",
     "data.tasks": 1,
+    "data.task-order": "listed",
     "data.task-column": NONE,
     "model.task-heads": False,
 }
@@ -95,9 +96,9 @@ def features(model: Backbone, data: Encoded) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _some(examples: Examples) -> Examples:
-    """Return examples at equal distances, so that data in the order of its labels is served."""
-    count = min(EXAMPLES, len(examples))
-    return examples.take([i * len(examples) // count for i in range(count)])
+    """Return examples drawn at random, the same in every call, in the order of the data."""
+    drawn = np.random.default_rng(0).permutation(len(examples))[:EXAMPLES]
+    return examples.take(sorted(drawn.tolist()))
 
 
 def second_task(config: Config, keys: Mapping[str, Any]) -> Data:

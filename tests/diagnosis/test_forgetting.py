@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from helpers.architectures import save_text_model
 from helpers.model_checks import TEXTS, pixels
 from lalora_app.data.encoding import EncodedImages
+from lalora_app.data.examples import Examples
 from lalora_app.diagnosis import forgetting as module
 from lalora_app.diagnosis.forgetting import features, forgetting, probe_accuracy, second_task
 from lalora_app.diagnosis.similarity_figure import similarity_figure
@@ -102,6 +103,18 @@ def test_a_second_task_may_have_other_classes(tiny, tmp_path):
     keys = {"data.name": str(file), "data.label-column": "label", "data.test-fraction": 0.5}
     found = forgetting(config, model, {}, second_task(config, keys))
     assert 0 <= found.before == found.after <= 1
+
+
+def test_a_run_with_tasks_in_a_seeded_order_may_have_a_second_task(tiny):
+    config = tiny(**{"data.tasks": 2, "data.task-order": "seeded"})
+    assert second_task(config, {"data.name": "other"}).tasks == 1
+
+
+def test_classes_in_turn_are_all_drawn():
+    examples = Examples(("a", "b") * module.EXAMPLES, (0, 1) * module.EXAMPLES)
+    drawn = module._some(examples)
+    assert len(drawn) == module.EXAMPLES
+    assert 0.4 < sum(drawn.labels) / len(drawn) < 0.6
 
 
 @pytest.mark.parametrize(
