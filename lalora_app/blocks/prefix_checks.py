@@ -1,6 +1,7 @@
 """Divide a model for ``model.prefix-cache``, or refuse it where it cannot be divided."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -46,15 +47,14 @@ def division_of(
     return stack.blocks, first
 
 
-def _states_are_constant(
-    prefix: FrozenPart, run: Callable[[], object], states: Tensor, trained: Sequence[nn.Parameter]
-) -> bool:
-    """Return whether the hidden states stay the same when all trained tensors change."""
+@contextmanager
+def _redrawn(trained: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Give all trained tensors random numbers within the block: some of them start at zero."""
     numbers = [parameter.detach().clone() for parameter in trained]
     try:
         for parameter in trained:
             nn.init.normal_(parameter, std=0.1)
-        return torch.equal(prefix.states(run), states)
+        yield
     finally:
         for parameter, old in zip(trained, numbers, strict=True):
             parameter.data.copy_(old)
@@ -93,7 +93,6 @@ def check_prefix(part: FrozenPart, probe: Probe, trained: Sequence[nn.Parameter]
     Privacy: the inputs are random; no data is involved.
     """
     here = f'{_HERE} for model.name="{probe.model.name}"'
-    expected = probe.logits()
     states = part.states(probe.logits)
     mask = probe.mask if part.per_token else None
     if states.dim() != 3 or (mask is not None and states.shape[:2] != mask.shape):
@@ -101,15 +100,17 @@ def check_prefix(part: FrozenPart, probe: Probe, trained: Sequence[nn.Parameter]
             f"{here}: hidden states of the shape {tuple(states.shape)} are not (examples, tokens, "
             "features), so the cache cannot divide it"
         )
-    if not _states_are_constant(part, probe.logits, states, trained):
+    padless = states if mask is None else states * mask[..., None].to(states)  # as in the cache
+    with _redrawn(trained):
+        constant = torch.equal(part.states(probe.logits), states)
+        expected = probe.logits()
+        with part.starting_from(padless):
+            off = float((probe.logits() - expected).abs().max())
+    if not constant:
         raise ConfigError(
             f"{here}: what it computes below its first adapted block is not constant: layers there "
             "train whole, or it draws random numbers"
         )
-    if mask is not None:
-        states = states * mask[..., None].to(states)  # the cache holds no padding
-    with part.starting_from(states):
-        off = float((probe.logits() - expected).abs().max())
     if not off <= _TOLERANCE[probe.dtype] * float(expected.abs().max()):
         raise ConfigError(
             f"{here}: started at its first adapted block, it computes other logits, so the cache "
@@ -131,6 +132,8 @@ def trunk_of(model: nn.Module, probe: Probe, identity: str) -> Trunk | None:
     part = Trunk(model, head, identity)
     try:
         check_prefix(part, probe, [p for p in head.parameters() if p.requires_grad])
+    except torch.OutOfMemoryError:
+        raise
     except Exception:  # whatever a head may raise on its input alone: the blocks can be divided
         return None
     return part
@@ -168,6 +171,14 @@ def divided(
     trunk = trunk_of(model, probe, identity) if head_alone else None
     if trunk is not None:
         return trunk
-    blocks = Prefix(*division_of(stack, targets, probe.model), identity)
-    check_prefix(blocks, probe, [p for p in model.parameters() if p.requires_grad])
+    try:
+        blocks = Prefix(*division_of(stack, targets, probe.model), identity)
+        check_prefix(blocks, probe, [p for p in model.parameters() if p.requires_grad])
+    except ConfigError as error:
+        if not head_alone:
+            raise
+        raise ConfigError(
+            f'{error}; method="head-only" would need no adapters there, but the head of this model '
+            "does not compute from one input alone"
+        ) from error
     return blocks

@@ -29,7 +29,7 @@ def size_of(data: Encoded, part: FrozenPart, index: int, dtype: torch.dtype = ST
 
 @dataclass(frozen=True)
 class WithStates(Encoded):
-    """Encoded examples whose batches hold the hidden states of the frozen blocks below.
+    """Encoded examples whose batches hold the output of the model's frozen part.
 
     States that are not kept are computed when an example is first drawn. Kept and new states are
     rounded alike, so that an example's gradient does not depend on what is kept.
@@ -82,7 +82,7 @@ class WithStates(Encoded):
         return replace(batch, states=self._padded([s for s in found if s is not None], tokens))
 
     def _keys(self, inputs: np.ndarray, indices: list[int]) -> list[bytes]:
-        """Return the SHA-256 of all below the adapters and of each input without its padding."""
+        """Return the SHA-256 of the frozen part and of each input without its padding."""
         kind = f"{self.prefix.fingerprint} {self.dtype} {inputs.dtype} {inputs.shape[2:]}\0"
         below = hashlib.sha256(kind.encode())
         keys = []

@@ -329,12 +329,16 @@ class Toy(nn.Module):
         torch.manual_seed(0)
         self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
         self.kind = kind
+        self.head = nn.Linear(4, 4, bias=False)
+        nn.init.zeros_(self.head.weight)
 
     def forward(self, x: Tensor, mask: Tensor) -> Tensor:
         first = self.blocks[0](nn.functional.dropout(x, training=self.kind == "random"))
         if self.kind == "more tokens":
             first = torch.cat([first, first[:, :1]], 1)
         last = self.blocks[1](first)[:, : mask.shape[1]]
+        if self.kind == "zero head":  # its logits show nothing until it trains
+            return self.head(last.sum(1) + first.sum(1))
         if self.kind == "padding is seen":
             return last.sum(1) + first.sum(1)
         return (last * mask[..., None]).sum(1)
@@ -344,6 +348,7 @@ TOYS = {
     "plain": None,
     "more tokens": r"hidden states of the shape \(2, 4, 4\) are not \(examples, tokens, features\)",
     "random": "is not constant: layers there train whole, or it draws random numbers",
+    "zero head": "it computes other logits, so the cache cannot divide it",
     "padding is seen": "it computes other logits, so the cache cannot divide it",
 }
 
@@ -354,7 +359,7 @@ def test_a_model_that_cannot_be_divided_is_one_line(kind, reason, tiny):
     model, x = Toy(kind), torch.randn(2, 3, 4)
     prefix = Prefix(tuple(model.blocks), 1, "identity")
     mask = torch.tensor([[1, 1, 1], [1, 1, 0]])
-    trained = list(model.blocks[1].parameters())
+    trained = [*model.blocks[1].parameters(), *model.head.parameters()]
     before = [p.detach().clone() for p in trained]
 
     def check() -> None:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from helpers.architectures import save_image_model, save_text_model
-from helpers.model_checks import TEXTS, pixels
+from helpers.model_checks import TEXTS, pixels, refusal
 from helpers.oracle import assert_equal
+from lalora_app.blocks import prefix_checks
 from lalora_app.blocks.kept_states import StatesInMemory
 from lalora_app.blocks.prefix import Prefix
 from lalora_app.blocks.trunk import Trunk
@@ -136,6 +137,24 @@ def test_a_head_inside_a_decoder_is_divided_at_its_blocks(a_model):
     """Its head computes a vector for each token, of which the model takes the last."""
     backbone, _ = build(a_model("llama", **{"lora.layers": "last:1"}))
     assert isinstance(backbone.prefix, Prefix)
+
+
+def test_a_head_of_two_modules_is_refused_where_no_block_can_be_left_out(a_model):
+    line = refusal(a_model("distilbert", **{"model.pooling": "model"}))
+    assert line.startswith("model.prefix-cache=true must be false for adapters in the first block")
+    assert line.endswith(
+        'method="head-only" would need no adapters there, but the head of this model does not '
+        "compute from one input alone"
+    )
+
+
+def test_memory_that_runs_out_is_no_reason_to_divide_elsewhere(a_model, monkeypatch):
+    def full(*_):
+        raise torch.OutOfMemoryError("full")
+
+    monkeypatch.setattr(prefix_checks, "check_prefix", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        build(a_model("bert"))
 
 
 def test_other_methods_keep_the_blocks_below_their_adapters(a_model):
