@@ -10,8 +10,8 @@ from lalora_app.settings.names import full_path
 
 
 def _diagnose(args: argparse.Namespace) -> int:
-    from lalora_app.diagnosis.forgetting import second_task
-    from lalora_app.diagnosis.report import compared, picture
+    from lalora_app.diagnosis.forgetting import second_data, second_task
+    from lalora_app.diagnosis.report import as_text, diagnosed, picture
     from lalora_app.results.run_folder import read_config
     from lalora_app.settings.overrides import merged
 
@@ -20,11 +20,14 @@ def _diagnose(args: argparse.Namespace) -> int:
         raise ConfigError(f"--picture {file} must be in a folder that exists")
     second = None
     if args.second_task:
-        second = second_task(read_config(args.folders[0]), merged(args.second_task))
-    print(compared(args.folders, second))
+        keys = merged(args.second_task, "--second-task")
+        first, *_ = [second_data(read_config(folder), keys) for folder in args.folders]
+        second = second_task(first)
+    runs = diagnosed(args.folders, second)
+    print(as_text(runs))
     if file:
         with replace_atomically(file) as new:
-            new.write_text(picture(args.folders), "utf-8")
+            new.write_text(picture(runs), "utf-8")
         print(f"picture  {file}")
     return 0
 
@@ -32,7 +35,7 @@ def _diagnose(args: argparse.Namespace) -> int:
 def add_diagnose(commands: Any) -> None:
     """Add the command to the parser's commands."""
     command = commands.add_parser(
-        "diagnose", help="print intruder dimensions and sharpness of finished runs"
+        "diagnose", help="say what finished runs have changed in the base model, and what it forgot"
     )
     command.add_argument("folders", type=Path, nargs="+", help="folders of finished runs")
     command.add_argument(

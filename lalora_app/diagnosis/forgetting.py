@@ -1,6 +1,6 @@
-"""What a run has forgotten: a linear probe of a public second task, before and after training.
+"""Measure what a run has forgotten: linear probes of a second public task before and after it.
 
-The head of the run plays no part, so the second task may have other classes.
+The probe replaces the run's own head, so the second task may have other classes.
 """
 
 from collections.abc import Mapping
@@ -23,6 +23,7 @@ from lalora_app.settings.run_config import OPEN, Config, Data, Scalar, flatten, 
 
 EXAMPLES = 2000  # at most, of either split
 _BATCH = 64
+Sides = tuple[Examples, Examples]  # of training and of test
 _DEFAULTS: dict[str, Scalar] = {
     **OPEN,
     "data.subset": NONE,
@@ -82,11 +83,11 @@ def features(model: Backbone, data: Encoded) -> tuple[np.ndarray, np.ndarray]:
     The head begins at the first module that trains whole. An input with tokens is averaged.
 
     Raises:
-        ConfigError: if the model has no head of its own.
+        ConfigError: if no module of the model trains whole.
     """
     heads = trained_whole(model.model).values()
     if not heads:
-        raise ConfigError("--second-task needs a run with a head of its own, and no language model")
+        raise ConfigError("--second-task must be left out: no module of the model trains whole")
     rows, labels = [], []
     for batch in data.batches(_BATCH):  # in another order than the data
         states = first_input(heads, partial(model.logits, batch))
@@ -101,41 +102,62 @@ def _some(examples: Examples) -> Examples:
     return examples.take(sorted(drawn.tolist()))
 
 
-def second_task(config: Config, keys: Mapping[str, Any]) -> Data:
+def second_data(config: Config, keys: Mapping[str, Any]) -> Data:
     """Return the table ``data`` of a second task: the run's keys, with others in their place.
 
-    What belongs to the run's own classes and clients has its default.
+    Keys of the run's own classes, tasks and clients get their defaults.
 
     Args:
         config: the run's config.
         keys: flat keys and values of the table ``data``, ``data.name`` among them.
 
     Raises:
-        ConfigError: naming a key that is missing, unknown or of another table.
+        ConfigError: naming a key that is missing, unknown or of another table; or if the run trains
+            a language model.
     """
+    if config.model.task == "causal-lm":
+        raise ConfigError(
+            '--second-task must be left out for model.task="causal-lm": it has no classes to probe'
+        )
     if "data.name" not in keys:
         raise ConfigError("--second-task must name the dataset: data.name")
     if other := [key for key in keys if not key.startswith("data.")]:
-        raise ConfigError(f"--second-task {other[0]} must be a key of the table data")
-    return parse({**flatten(config), **_DEFAULTS, **keys}).data
+        key = other[0]
+        raise ConfigError(f"--second-task {key}={keys[key]!r} must be a key of the table data")
+    try:
+        return parse({**flatten(config), **_DEFAULTS, **keys}).data
+    except ConfigError as error:
+        raise ConfigError(f"--second-task {error}") from error
 
 
-def forgetting(config: Config, model: Backbone, drift: Adapter, second: Data) -> Forgetting:
+def second_task(data: Data) -> Sides:
+    """Return at most 2,000 examples of the training and of the test split of a second task.
+
+    Raises:
+        ConfigError: if the dataset cannot be read.
+    """
+    try:
+        train, test = split(with_classes(data))
+    except ConfigError as error:
+        raise ConfigError(f"--second-task {error}") from error
+    return _some(train), _some(test)
+
+
+def forgetting(config: Config, model: Backbone, drift: Adapter, second: Sides) -> Forgetting:
     """Return the accuracy of probes on a second task, before and after the run's training.
 
     Args:
         config: the run's config.
         model: the run's trained model; it has its weights again afterwards.
         drift: the run's change of the base weights.
-        second: the run config's table ``data`` of the second task.
+        second: training and test examples of the second task.
 
     Raises:
-        ConfigError: if the model has no head of its own.
-        DataError: if the dataset cannot be read.
+        ConfigError: if no module of the model trains whole.
 
     Privacy: the second task is public; no private data is involved.
     """
-    sides = [model.encode(_some(side)) for side in split(with_classes(second))]
+    sides = [model.encode(side) for side in second]
 
     def accuracy() -> float:
         return probe_accuracy(*features(model, sides[0]), *features(model, sides[1]))

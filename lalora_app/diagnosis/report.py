@@ -1,21 +1,21 @@
 """Diagnose finished runs: spectra of their weights, sharpness, and what they have forgotten."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from lalora_app.data.examples import split
 from lalora_app.diagnosis.curvature import top_hessian_eigenvalue
-from lalora_app.diagnosis.forgetting import forgetting
-from lalora_app.diagnosis.similarity_figure import similarity_figure
+from lalora_app.diagnosis.forgetting import Sides, forgetting
+from lalora_app.diagnosis.similarity_figure import Panel, similarity_figure
 from lalora_app.diagnosis.spectra import intruder_dimensions, similarity
 from lalora_app.models.backbone import Backbone
 from lalora_app.results.opened_run import open_run
-from lalora_app.results.run_folder import read_config
 from lalora_app.server_state.state import ServerState
 from lalora_app.settings.errors import ConfigError
-from lalora_app.settings.run_config import Config, Data
+from lalora_app.settings.run_config import Config
 
 _EXAMPLES, _BATCH = 128, 32
 TOP = 10  # singular vectors per layer
@@ -54,10 +54,30 @@ def sharpness(config: Config, model: Backbone) -> float:
     return top_hessian_eigenvalue(model, list(public.micro_batches(rows, _BATCH)))
 
 
-def _report(folder: Path, second: Data | None) -> str:
+@dataclass(frozen=True)
+class Diagnosis:
+    """What one run has done to its base model.
+
+    Attributes:
+        title: the run's name, method and ε.
+        text: the diagnostics, one per line.
+        layer: the layer with the most intruder dimensions in the first run.
+        similarity: of the singular vectors of this layer; None: the run does not adapt it.
+    """
+
+    title: str
+    text: str
+    layer: str
+    similarity: np.ndarray | None
+
+
+def _one_run(folder: Path, second: Sides | None, layer: str) -> Diagnosis:
+    """Return the diagnosis of a run; ``layer`` "": the one with the most intruder dimensions."""
     config, model, state = open_run(folder)
-    counts = intruders(weights(model, state))
+    pairs = weights(model, state)
+    counts = intruders(pairs)
     most = max(counts, key=lambda path: counts[path])
+    layer = layer or most
     lines = [
         f"intruder dimensions  {sum(counts.values())} of {TOP * len(counts)}, "
         f"the most in {most} ({counts[most]})",
@@ -69,26 +89,35 @@ def _report(folder: Path, second: Data | None) -> str:
             f"linear probe of the second task  accuracy {probes.before:.4f} before the run, "
             f"{probes.after:.4f} after it"
         )
-    return "\n".join(lines)
+    title = f"{folder.resolve().name}, method {config.method}, epsilon {config.privacy.epsilon:g}"
+    found = similarity(*pairs[layer], top=DRAWN) if layer in pairs else None
+    return Diagnosis(title, "\n".join(lines), layer, found)
 
 
-def compared(folders: Sequence[Path], second: Data | None = None) -> str:
-    """Return the diagnostics of several runs one below the other, such as LoRA and ``full``.
+def diagnosed(folders: Sequence[Path], second: Sides | None = None) -> list[Diagnosis]:
+    """Return the diagnosis of each run.
 
     Args:
         folders: the runs' folders.
-        second: the run config's table ``data`` of a public second task; None: no probe of it.
+        second: training and test examples of a public second task; None: no probe of it.
+    """
+    runs: list[Diagnosis] = []
+    for folder in folders:
+        runs.append(_one_run(folder, second, runs[0].layer if runs else ""))
+    return runs
+
+
+def as_text(runs: Sequence[Diagnosis]) -> str:
+    """Return the diagnostics of several runs one below the other, such as LoRA and ``full``.
 
     Limit: one run has no headline.
     """
-    reports = [_report(folder, second) for folder in folders]
-    if len(folders) == 1:
-        return reports[0]
-    titles = [f"{f.resolve().name}, method {read_config(f).method}" for f in folders]
-    return "\n\n".join("\n".join(part) for part in zip(titles, reports, strict=True))
+    if len(runs) == 1:
+        return runs[0].text
+    return "\n\n".join(f"{run.title}\n{run.text}" for run in runs)
 
 
-def picture(folders: Sequence[Path]) -> str:
+def picture(runs: Sequence[Diagnosis]) -> str:
     """Return an SVG: for each run the similarity of singular vectors before and after training.
 
     All panels show one layer, the one with the most intruder dimensions in the first run.
@@ -96,16 +125,9 @@ def picture(folders: Sequence[Path]) -> str:
     Raises:
         ConfigError: if a run does not adapt this layer.
     """
-    panels: dict[str, np.ndarray] = {}
-    layer = ""
-    for folder in folders:
-        config, model, state = open_run(folder)
-        pairs = weights(model, state)
-        if not layer:
-            counts = intruders(pairs)
-            layer = max(counts, key=lambda path: counts[path])
-        if layer not in pairs:
-            raise ConfigError(f"run={folder} must adapt the layer {layer}, as {folders[0]} does")
-        title = f"{folder.resolve().name}: {config.method}, ε = {config.privacy.epsilon:g}"
-        panels[title] = similarity(*pairs[layer], top=DRAWN)
-    return similarity_figure(layer, panels)
+    panels: list[Panel] = []
+    for run in runs:
+        if run.similarity is None:
+            raise ConfigError(f"run={run.title} must adapt the layer {run.layer}, as the first")
+        panels.append((run.title, run.similarity))
+    return similarity_figure(runs[0].layer, panels)

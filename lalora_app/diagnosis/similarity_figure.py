@@ -1,26 +1,27 @@
 """The picture of matrices of similarity, one panel per run."""
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 
 import numpy as np
 from matplotlib.figure import Figure
 
 from lalora_app.reports.figure_style import report_style, svg
 
+Panel = tuple[str, np.ndarray]
 _SIDE = 3.2  # of a panel, in inches
 
 
-def similarity_figure(layer: str, panels: Mapping[str, np.ndarray]) -> str:
+def similarity_figure(layer: str, panels: Sequence[Panel]) -> str:
     """Return an SVG with a heat map per run of |cos| between singular vectors.
 
     Args:
         layer: the path of the layer.
-        panels: (vectors of the base, vectors after training), each in [0, 1], by title.
+        panels: title, and matrix (vectors of the base, vectors after training) in [0, 1].
     """
     with report_style():
         figure = Figure(figsize=(_SIDE * len(panels) + 0.9, _SIDE + 0.5), layout="constrained")
         grid = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        for axes, (title, matrix) in zip(grid, panels.items(), strict=True):
+        for axes, (title, matrix) in zip(grid, panels, strict=True):
             image = axes.imshow(matrix, cmap="viridis", vmin=0, vmax=1, interpolation="none")
             axes.grid(visible=False)
             axes.set_title(title.replace("$", r"\$"), fontsize=7)

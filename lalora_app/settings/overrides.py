@@ -85,24 +85,25 @@ def pairs(option: str, text: str) -> dict[str, Any]:
         raise ConfigError(f"{option} {text!r} must be TOML, strings in quotes: {error}") from error
 
 
-def _read(text: str) -> dict[str, Any]:
+def _read(option: str, text: str) -> dict[str, Any]:
     if not text.endswith(".toml"):
-        return absolute(from_tables(pairs("-c", text)), Path.cwd())
+        return absolute(from_tables(pairs(option, text)), Path.cwd())
     file = full_path(text).resolve()
-    return absolute(from_tables(read_toml(file, f"-c {text}")), file.parent)
+    return absolute(from_tables(read_toml(file, f"{option} {text}")), file.parent)
 
 
-def merged(overrides: Iterable[str]) -> dict[str, Any]:
+def merged(overrides: Iterable[str], option: str = "-c") -> dict[str, Any]:
     """Return the flat keys and values of all overrides; a later override replaces an earlier one.
 
     Args:
         overrides: TOML files or ``key=value`` pairs. A relative path in a file starts at the
             file's folder, and a relative path in a pair at the current folder.
+        option: name of the option in error messages.
 
     Raises:
         ConfigError: if an override cannot be read.
     """
     values: dict[str, Any] = {}
     for text in overrides:
-        values |= _read(text)
+        values |= _read(option, text)
     return values

@@ -70,11 +70,14 @@ def test_the_commands_say_what_they_found(done, tmp_path, capsys):
     assert "intruder dimensions" in out
     assert "top Hessian eigenvalue" in out
     assert main.main(["diagnose", str(done.folder.path), str(done.folder.path)]) == 0
-    title = f"{done.folder.name}, method {done.config.method}\n"
+    title = f"{done.folder.name}, method {done.config.method}, epsilon inf\n"
     assert capsys.readouterr().out == f"{title}{out}\n{title}{out}"
     keys = ["--second-task", "data.test-fraction=0.5"]
     assert main.main(["diagnose", str(done.folder.path), *keys]) == 2
     assert "--second-task must name the dataset: data.name" in capsys.readouterr().err
+    keys[1] = "data.name=demo"
+    assert main.main(["diagnose", str(done.folder.path), *keys]) == 2
+    assert "--second-task 'data.name=demo' must be TOML, strings in q" in capsys.readouterr().err
     keys[1] = f'data.name="{done.config.data.name}"'
     file = tmp_path / "s.svg"
     folders = [str(done.folder.path)] * 2

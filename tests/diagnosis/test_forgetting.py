@@ -13,7 +13,13 @@ from helpers.model_checks import TEXTS, pixels
 from lalora_app.data.encoding import EncodedImages
 from lalora_app.data.examples import Examples
 from lalora_app.diagnosis import forgetting as module
-from lalora_app.diagnosis.forgetting import features, forgetting, probe_accuracy, second_task
+from lalora_app.diagnosis.forgetting import (
+    features,
+    forgetting,
+    probe_accuracy,
+    second_data,
+    second_task,
+)
 from lalora_app.diagnosis.similarity_figure import similarity_figure
 from lalora_app.models.backbone import build
 from lalora_app.settings.errors import ConfigError
@@ -79,7 +85,7 @@ def test_features_are_the_input_of_the_head(kind, tiny, images):
 def test_forgetting_is_nothing_at_the_start_and_leaves_the_model_as_it_was(tiny):
     config = tiny()
     model, start = build(config)
-    second = second_task(config, {"data.name": config.data.name})
+    second = second_task(second_data(config, {"data.name": config.data.name}))
     found = forgetting(config, model, {}, second)
     assert found.before == found.after
     torch.manual_seed(0)
@@ -101,13 +107,13 @@ def test_a_second_task_may_have_other_classes(tiny, tmp_path):
     config = tiny()
     model, _ = build(config)
     keys = {"data.name": str(file), "data.label-column": "label", "data.test-fraction": 0.5}
-    found = forgetting(config, model, {}, second_task(config, keys))
+    found = forgetting(config, model, {}, second_task(second_data(config, keys)))
     assert 0 <= found.before == found.after <= 1
 
 
 def test_a_run_with_tasks_in_a_seeded_order_may_have_a_second_task(tiny):
     config = tiny(**{"data.tasks": 2, "data.task-order": "seeded"})
-    assert second_task(config, {"data.name": "other"}).tasks == 1
+    assert second_data(config, {"data.name": "other"}).tasks == 1
 
 
 def test_classes_in_turn_are_all_drawn():
@@ -121,13 +127,13 @@ def test_classes_in_turn_are_all_drawn():
     ("keys", "line"),
     [
         ({}, "--second-task must name the dataset: data.name"),
-        ({"data.name": "x", "seed": 3}, "--second-task seed must be a key of the table data"),
-        ({"data.name": "x", "data.no": 3}, "data.no=3 is no key of a run"),
+        ({"data.name": "x", "seed": 3}, "--second-task seed=3 must be a key of the table data"),
+        ({"data.name": "x", "data.no": 3}, "--second-task data.no=3 is no key of a run"),
     ],
 )
 def test_a_second_task_of_other_keys_is_one_line(keys, line, tiny):
     with pytest.raises(ConfigError, match=re.escape(line)):
-        second_task(tiny(), keys)
+        second_data(tiny(), keys)
 
 
 def test_a_head_of_two_modules_begins_at_the_first(tiny, tmp_path):
@@ -145,15 +151,25 @@ def test_a_head_of_two_modules_begins_at_the_first(tiny, tmp_path):
 
 
 def test_a_language_model_has_no_probe(texts):
-    model, _ = build(texts("llama"))
-    with pytest.raises(ConfigError, match="--second-task needs a run with a head of its own"):
+    config = texts("llama")
+    with pytest.raises(ConfigError, match=r'left out for model\.task="causal-lm"'):
+        second_data(config, {"data.name": "other"})
+    model, _ = build(config)
+    with pytest.raises(ConfigError, match="no module of the model trains whole"):
         features(model, TEXTS)
 
 
+def test_a_second_task_that_cannot_be_read_is_named(tiny, tmp_path):
+    keys = {"data.name": str(tmp_path / "none.csv")}
+    with pytest.raises(ConfigError, match=r"^--second-task data\.name"):
+        second_task(second_data(tiny(), keys))
+
+
 def test_the_picture_has_a_panel_per_run():
-    panels = {"la-lora $1$": np.eye(3), "full": np.ones((3, 2)) / 2}
+    panels = [("la-lora $1$", np.eye(3)), ("full", np.ones((3, 2)) / 2), ("full", np.eye(2))]
     found = similarity_figure("bert.encoder", panels)
     assert found.startswith("<svg role=")
     assert "la-lora $1$" in found
     assert "bert.encoder" in found
+    assert found.count(">full<") == 2  # also of runs with equal names
     assert found == similarity_figure("bert.encoder", panels)
