@@ -3,6 +3,7 @@
 python benchmarks/prefix_cache.py                    # MiniLM-L6, its last two of six blocks, SST-2
 python benchmarks/prefix_cache.py -c train.batch-size=64 --repeats 40 --output mine.json
 python benchmarks/prefix_cache.py --threads 1        # on a shared machine
+python benchmarks/prefix_cache.py -c 'method="head-only"'  # the head's input is kept
 
 Both steps have the same Poisson batches and the same adapters in the last blocks. The time is that
 of ``private_gradient``: batches, forward, backward, clip and noise. The states of all examples are
@@ -46,7 +47,7 @@ from lalora_app.simulation.launch import app_defaults
 
 APP = Path(__file__).resolve().parents[1]
 RESULTS = APP / "benchmarks" / "results" / "prefix_cache.json"
-# lora.targets, the place of the states and the trained factors of each row; no factor: head-only
+# lora.targets, the place of the states and the trained factors of each row
 ROWS = (
     ("auto", "memory", "B"),
     ("auto", "memory", "A"),
@@ -55,8 +56,8 @@ ROWS = (
     ("auto", "file", "A"),
     ("intermediate.dense", "memory", "B"),
     ("intermediate.dense", "memory", "A"),
-    ("auto", "memory", ""),
 )
+HEAD_ROWS = (("auto", "memory", ""), ("auto", "file", ""))  # of method="head-only"
 KEYS = {
     "model.name": str(APP.parent / "shared" / "models" / "minilm-l6-h384"),
     "model.max-length": 64,
@@ -181,17 +182,16 @@ def prepared(config: Config, examples: int, folder: Path) -> Case:
 def measure(config: Config, examples: int, repeats: int, folder: Path) -> dict[str, Any]:
     """Return all rows, and the bytes of the kept states."""
     rows, cases = [], {}
-    for targets, place, phase in ROWS:
-        method = config.method if phase else "head-only"
-        own = replace(config, method=method, lora=replace(config.lora, targets=targets))
-        if (method, targets) not in cases:
-            cases[method, targets] = prepared(own, examples, folder / f"{len(cases)}")
-        case = cases[method, targets]
+    for targets, place, phase in HEAD_ROWS if config.method == "head-only" else ROWS:
+        own = replace(config, lora=replace(config.lora, targets=targets))
+        if targets not in cases:
+            cases[targets] = prepared(own, examples, folder / f"{len(cases)}")
+        case = cases[targets]
         case.model.engine.activate(active_names(case.start, frozenset(phase)))
         about = {"targets": targets, "kept_in": place, "factors": phase}
         rows.append(about | row(case.model, case.plain, case.cached[place], own, repeats))
         print(json.dumps(rows[-1]), flush=True)
-    case = cases[config.method, "auto"]
+    case = cases["auto"]
     return {
         "rows": rows,
         "examples": len(case.plain),

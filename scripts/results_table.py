@@ -30,12 +30,17 @@ class Score:
         return f"{self.mean:.1f}\u00a0±\u00a0{self.spread:.1f}"
 
 
+def rows(name: str) -> list[list[str]]:
+    """Return the cells of each line of the tables of one comparison on docs/results.md."""
+    part = PAGE.read_text("utf-8").split(f"<!-- {name} -->")[1].split(f"<!-- end {name} -->")[0]
+    lines = [line.strip("|").split("|") for line in part.splitlines() if line.startswith("|")]
+    return [[cell.strip(" *") for cell in cells] for cells in lines]
+
+
 def scores(name: str) -> list[Score]:
     """Return the lines of one comparison on docs/results.md, the controls left out."""
-    part = PAGE.read_text("utf-8").split(f"<!-- {name} -->")[1].split(f"<!-- end {name} -->")[0]
     found = []
-    for line in part.splitlines():
-        cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
+    for cells in rows(name):
         if cells[0] in METHODS and (m := re.fullmatch(r"([\d.]+) ± ([\d.]+)", cells[3])):
             found.append(Score(cells[0], cells[1], float(m[1]), float(m[2]), cells[6]))
     return found

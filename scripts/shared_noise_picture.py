@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from results_table import rows
 
 from lalora_app.reports.figure_style import Curve, curve_figure, line_styles, report_style, svg
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGE = ROOT / "docs" / "results.md"
 FILE = ROOT / "docs" / "images" / "shared-noise-clients.svg"
 SECTIONS: Mapping[int, str] = {  # of the page, by number of clients
     4: "shared-noise-swin",
@@ -31,11 +31,8 @@ Scores = dict[str, tuple[float, float]]  # accuracy in percent, mean and deviati
 
 def scores(section: str) -> Scores:
     """Return the lines of a table at the picture's ε."""
-    page = PAGE.read_text("utf-8")
-    part = page.split(f"<!-- {section} -->")[1].split(f"<!-- end {section} -->")[0]
     found = {}
-    for line in part.splitlines():
-        cells = [cell.strip(" *") for cell in line.strip("|").split("|")]
+    for cells in rows(section):
         shown = re.fullmatch(r"([\d.]+)(?: ± ([\d.]+))?", cells[3]) if len(cells) > 6 else None
         if shown and cells[1] == EPSILON:
             found[cells[0]] = (float(shown[1]), float(shown[2] or 0))
