@@ -100,22 +100,21 @@ def _given(record: ConfigRecord, name: str) -> dict[int, bytes]:
 
 def _with_secrets(state: ClientState) -> ClientState:
     """Return the state with the seeds of mask and noise, and everybody's shares of all secrets."""
-    clients, cohort, seed = state.mask_keys, state.cohort, secrets.token_bytes(32)
-    seeds = seeded.new_seeds(cohort) if cohort else ()
-    noise = noise_seeds.split(seeds, clients, cohort) if cohort else dict.fromkeys(clients, b"")
+    seed, seeds = secrets.token_bytes(32), seeded.new_seeds(state.cohort) if state.cohort else ()
+    parts = (seed, state.mask_key, *seeds[1:])
+    shares = masks.split_into_shares(parts, state.mask_keys, state.threshold)
     return replace(
         state,
         seed=seed,
         noise_seeds=dict(enumerate(seeds)),
-        seed_shares=masks.split_into_shares(seed, clients, state.threshold),
-        key_shares=masks.split_into_shares(state.mask_key, clients, state.threshold),
-        noise_shares=noise,
+        seed_shares={client: held[0] for client, held in shares.items()},
+        key_shares={client: held[1] for client, held in shares.items()},
+        noise_shares={client: b"".join(held[2:]) for client, held in shares.items()},
     )
 
 
-def _encrypted(state: ClientState, other: int) -> bytes:
+def _encrypted(state: ClientState, other: int, key: bytes) -> bytes:
     """Return the shares that another client will hold, encrypted for it."""
-    key = masks.shared_secret(state.cipher_key, state.cipher_keys[other])
     seeds = state.seed_shares[other] + state.noise_shares[other] + state.directory
     plain = share_keys_plaintext_concat(state.client, other, seeds, state.key_shares[other])
     return encrypt(key, plain)
@@ -137,7 +136,9 @@ def share_secrets(record: ConfigRecord, context: Context) -> ConfigRecord:
         state = replace(state, colluding=count_of(record, "colluding", 0))
     state = _with_secrets(state)
     own = state.client
-    encrypted = {other: _encrypted(state, other) for other in state.mask_keys if other != own}
+    others = {other: key for other, key in state.cipher_keys.items() if other != own}
+    keys = masks.shared_secrets(state.cipher_key, others)
+    encrypted = {other: _encrypted(state, other, key) for other, key in keys.items()}
     replace(
         state,
         stage=SHARED,

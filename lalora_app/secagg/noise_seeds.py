@@ -1,11 +1,12 @@
 """Shares of the seeds of a client's removable noise, joined to one value per client.
 
-The seeds s_1 … s_J of a chain are split like the seed of the mask. A client holds J shares of every
-client; in the stage "unmask" it gives one of them, which its own count of missing clients decides.
+The seeds s_1 … s_J of a chain are split like the seed of the mask; the seed of component 0 is not,
+as nobody may remove it. A client holds J shares of every client, joined; in the stage "unmask" it
+gives one of them, which its own count of missing clients decides.
 """
 
 import hashlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from lalora_app.secagg import masks
 from lalora_app.shared_noise import seeded
@@ -13,23 +14,6 @@ from lalora_app.shared_noise.shares import Cohort
 from lalora_app.wire.tensors import WireError
 
 SHARE_BYTES = 52  # of a secret of 32 bytes, as Flower pads and numbers it
-
-
-def split(seeds: Sequence[bytes], clients: Iterable[int], cohort: Cohort) -> dict[int, bytes]:
-    """Return, per client, its shares of s_1 … s_J, joined.
-
-    Args:
-        seeds: the seeds of all components. That of component 0 is not shared.
-        clients: the clients with public keys.
-        cohort: clients, threshold, and colluding clients of the attempt.
-
-    Limit: with no removable component, nothing per client.
-
-    Privacy: fewer shares of a seed than the threshold tell nothing about it.
-    """
-    clients = sorted(clients)
-    parts = [masks.split_into_shares(seed, clients, cohort.threshold) for seed in seeds[1:]]
-    return {client: b"".join(part[client] for part in parts) for client in clients}
 
 
 def share_of(joined: bytes, number: int) -> bytes:

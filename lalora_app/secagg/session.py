@@ -222,8 +222,8 @@ class Session:
             total = total - masks.mask(seed, total)
         for client in set(self.revealed) - set(vectors):
             key = self._verified_mask_key(client, self.revealed[client])
-            for other in vectors:
-                secret = masks.shared_secret(key, self.mask_keys[other])
+            others = {other: self.mask_keys[other] for other in vectors}
+            for other, secret in masks.shared_secrets(key, others).items():
                 total = total - masks.pair_mask(other, client, secret, total, whole)
         return total
 

@@ -8,7 +8,7 @@ Field and format are the same, and the tests combine the shares of one by the ot
 import secrets
 from collections.abc import Sequence
 from functools import lru_cache, reduce
-from itertools import compress
+from itertools import accumulate, compress, pairwise
 
 from cryptography.hazmat.primitives.padding import PKCS7
 
@@ -82,36 +82,46 @@ def _weights(numbers: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(found)
 
 
-def split(secret: bytes, needed: int, count: int) -> list[bytes]:
-    """Split a secret into ``count`` shares, any ``needed`` of which give it back.
+def _padded(secret: bytes) -> bytes:
+    """Return a secret with its padding, as whole blocks."""
+    padder = PKCS7(_BITS).padder()
+    return padder.update(secret) + padder.finalize()
 
-    Each block c_0 of the padded secret has a random polynomial c_0 + c_1·x + … of degree
+
+def split(parts: Sequence[bytes], needed: int, count: int) -> list[list[bytes]]:
+    """Split each of several secrets into ``count`` shares, any ``needed`` of which give it back.
+
+    Each block c_0 of a padded secret has a random polynomial c_0 + c_1·x + … of degree
     ``needed`` - 1 over GF(2^128), and the share of number x is its value there
-    (Shamir, 1979, https://doi.org/10.1145/359168.359176).
+    (Shamir, 1979, https://doi.org/10.1145/359168.359176). The blocks of all secrets are computed at
+    once, which takes little more time than those of one.
 
     Args:
-        secret: any bytes; they are padded to blocks of 16.
-        needed: number of shares that give the secret back, at least 1.
-        count: number of shares, at least ``needed``.
+        parts: the secrets, any bytes; each is padded to blocks of 16.
+        needed: number of shares that give a secret back, at least 1.
+        count: number of shares of each, at least ``needed``.
 
     Returns:
-        Share i has the number i + 1, as 4 bytes, and one block per block of the secret.
+        Entry i has one share of each secret: the number i + 1, as 4 bytes, and one block per block
+        of the secret.
 
-    Limit: with ``needed`` = 1 every share holds the secret.
+    Limit: with ``needed`` = 1 every share holds its secret.
 
-    Privacy: fewer shares than ``needed`` tell nothing about the secret.
+    Privacy: fewer shares than ``needed`` tell nothing about a secret, also beside all shares of
+    the others.
     """
-    padder = PKCS7(_BITS).padder()
-    padded = padder.update(secret) + padder.finalize()
-    blocks = len(padded) // _BYTES
-    coefficients = [_lanes(secrets.token_bytes(len(padded))) for _ in range(needed - 1)]
-    low = _lowest(_BITS, blocks)
+    padded = [_padded(secret) for secret in parts]
+    ends = list(accumulate(map(len, padded), initial=0))
+    blocks = ends[-1] // _BYTES
+    coefficients = [_lanes(secrets.token_bytes(ends[-1])) for _ in range(needed - 1)]
+    low, whole = _lowest(_BITS, blocks), _lanes(b"".join(padded))
     shares = []
     for number in range(1, count + 1):
         value = 0
-        for coefficient in (*coefficients, _lanes(padded)):  # Horner's rule
+        for coefficient in (*coefficients, whole):  # Horner's rule
             value = _times(value, number, low) ^ coefficient
-        shares.append(number.to_bytes(_INDEX, "little") + _blocks(value, blocks))
+        name, joined = number.to_bytes(_INDEX, "little"), _blocks(value, blocks)
+        shares.append([name + joined[start:end] for start, end in pairwise(ends)])
     return shares
 
 

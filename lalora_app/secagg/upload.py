@@ -29,16 +29,17 @@ Upload = Mapping[str, np.ndarray]
 UploadEncoder = Callable[[Adapter, Adapter], Upload]
 
 
-def _decrypted_shares(state: ClientState, source: int, encrypted: bytes) -> tuple[bytes, ...]:
+def _decrypted_shares(
+    state: ClientState, source: int, key: bytes, encrypted: bytes
+) -> tuple[bytes, ...]:
     """Decrypt the shares that client ``source`` sent: of its seed, its noise seeds, its mask key.
 
     Raises:
         StageError: if the shares do not decrypt, belong to another pair of clients or another
             directory of keys, or are shares of another number of noise seeds.
     """
-    check(source in state.cipher_keys, "shares must come from a client with public keys")
     try:
-        plain = decrypt(masks.shared_secret(state.cipher_key, state.cipher_keys[source]), encrypted)
+        plain = decrypt(key, encrypted)
     except InvalidToken as error:
         raise StageError("a share cannot be decrypted") from error
     sender, receiver, seeds, key_share = share_keys_plaintext_separate(plain)
@@ -65,8 +66,16 @@ def _receive_shares(content: RecordDict, context: Context, request: TrainRequest
         state.client not in encrypted,
         "the shares of this client itself must not be among the shares",
     )
+    check(
+        encrypted.keys() <= state.cipher_keys.keys(),
+        "shares must come from a client with public keys",
+    )
+    keys = masks.shared_secrets(
+        state.cipher_key, {source: state.cipher_keys[source] for source in encrypted}
+    )
     opened = {
-        source: _decrypted_shares(state, source, share) for source, share in encrypted.items()
+        source: _decrypted_shares(state, source, keys[source], share)
+        for source, share in encrypted.items()
     }
     check(len(opened) + 1 >= state.threshold, "too few clients have shared their secrets")
     seeds, noise, keys = ({c: shares[i] for c, shares in opened.items()} for i in range(3))
@@ -121,10 +130,9 @@ class OpenAttempt:
         check(record_name(state.attempt) not in records, "an attempt masks one vector")
         whole = state.directory + context
         masked = words + masks.mask(state.seed, words)
-        for other in state.seed_shares:
-            if other != state.client:
-                secret = masks.shared_secret(state.mask_key, state.mask_keys[other])
-                masked = masked + masks.pair_mask(state.client, other, secret, words, whole)
+        others = {o: state.mask_keys[o] for o in state.seed_shares if o != state.client}
+        for other, secret in masks.shared_secrets(state.mask_key, others).items():
+            masked = masked + masks.pair_mask(state.client, other, secret, words, whole)
         # The client's own secrets are no longer needed; other clients hold shares of them.
         spent = replace(state, mask_key=b"", cipher_key=b"", seed=b"", noise_seeds={})
         replace(spent, stage=MASKED_SENT).save(self.context)

@@ -466,9 +466,9 @@ MUTANTS = {
         "tests/secagg/test_noise_of_a_sum.py::test_a_client_counts_who_is_missing_by_itself",
     ),
     "secure aggregation: the seed of component 0 shared": Mutant(
-        "secagg/noise_seeds.py",
-        "for seed in seeds[1:]]",
-        "for seed in (seeds[0], *seeds[2:])]",
+        "secagg/client.py",
+        "*seeds[1:])",
+        "seeds[0], *seeds[2:])",
         "tests/secagg/test_noise_of_a_sum.py::test_the_first_seed_is_kept_and_the_others_are_deleted_after_the_upload",
     ),
     "secure aggregation: two answers to unmask": Mutant(
@@ -485,14 +485,14 @@ MUTANTS = {
     ),
     "secure aggregation: shares without random coefficients": Mutant(
         "secagg/shamir.py",
-        "[_lanes(secrets.token_bytes(len(padded))) for _ in range(needed - 1)]",
+        "[_lanes(secrets.token_bytes(ends[-1])) for _ in range(needed - 1)]",
         "[0] * (needed - 1)",
         "tests/secagg/test_shamir.py::test_each_split_draws_new_coefficients",
     ),
     "secure aggregation: two secrets with one polynomial": Mutant(
         "secagg/shamir.py",
-        "secrets.token_bytes(len(padded))",
-        "bytes(range(len(padded)))",
+        "secrets.token_bytes(ends[-1])",
+        "bytes(range(ends[-1]))",
         "tests/secagg/test_shamir.py::test_each_split_draws_new_coefficients",
     ),
     "secure aggregation: two pairs with one secret have one mask": Mutant(

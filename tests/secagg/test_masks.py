@@ -1,6 +1,8 @@
 """Test keys, masks and shares of secrets."""
 
+import base64
 import contextlib
+import hmac
 import secrets
 
 import numpy as np
@@ -13,11 +15,16 @@ LIKE = np.zeros(1000, np.uint32)
 WORDS = [np.uint32, np.uint64]
 
 
+def pair_secret(one, other):
+    """Return the secret of two private keys, by the first of them."""
+    return masks.shared_secrets(one, {7: masks.public_key_of(other)})[7]
+
+
 @pytest.mark.parametrize("word", WORDS)
 def test_what_two_clients_add_for_each_other_cancels(word):
     one, other = masks.new_private_key(), masks.new_private_key()
-    secret = masks.shared_secret(one, masks.public_key_of(other))
-    assert secret == masks.shared_secret(other, masks.public_key_of(one))
+    secret = pair_secret(one, other)
+    assert secret == pair_secret(other, one)
     like = np.zeros(999, word)
     total = masks.pair_mask(3, 8, secret, like) + masks.pair_mask(8, 3, secret, like)
     assert total.dtype == word
@@ -26,9 +33,7 @@ def test_what_two_clients_add_for_each_other_cancels(word):
 
 def test_the_mask_of_a_pair_depends_on_its_numbers_and_the_context():
     """A public key that another client copied gives the same secret; the masks must differ."""
-    secret = masks.shared_secret(
-        masks.new_private_key(), masks.public_key_of(masks.new_private_key())
-    )
+    secret = pair_secret(masks.new_private_key(), masks.new_private_key())
     found = [
         masks.pair_mask(*pair, secret, LIKE, context)
         for pair, context in (((1, 2), b""), ((1, 3), b""), ((2, 3), b""), ((1, 2), b"round 2"))
@@ -62,7 +67,8 @@ def test_a_mask_depends_on_all_of_its_key():
 def test_a_secret_takes_its_threshold_of_shares(clients):
     secret = secrets.token_bytes(masks.KEY_BYTES)
     needed = masks.threshold(clients)
-    shares = masks.split_into_shares(secret, range(clients), needed)
+    held = masks.split_into_shares([secret, bytes(32)], range(clients), needed)
+    shares = {client: first for client, (first, _) in held.items()}
     assert 2 <= needed <= clients < 2 * needed
     last = dict(list(shares.items())[-needed:])
     assert masks.reconstruct_secret(last, needed) == secret
@@ -73,7 +79,55 @@ def test_a_secret_takes_its_threshold_of_shares(clients):
         assert masks.reconstruct_secret(forged, needed) != secret
 
 
-@pytest.mark.parametrize("junk", [b"", b"junk", masks.public_key_of(masks.new_private_key())[:-40]])
+def ladder(key, public):
+    """Multiply a point by a private key: RFC 7748, section 5, in plain integers."""
+    size = 2**255 - 19
+    scalar = int.from_bytes(key, "little") & ~7 & ~(1 << 255) | 1 << 254
+    point = int.from_bytes(public, "little")
+    x2, z2, x3, z3 = 1, 0, point, 1
+    for bit in reversed(range(255)):
+        one = scalar >> bit & 1
+        if one:
+            x2, z2, x3, z3 = x3, z3, x2, z2
+        a, b, c, d = x2 + z2, x2 - z2, x3 + z3, x3 - z3
+        x3, z3 = (d * a + c * b) ** 2 % size, point * (d * a - c * b) ** 2 % size
+        e = a * a - b * b
+        x2, z2 = a * a * b * b % size, e * (a * a + 121665 * e) % size
+        if one:
+            x2, z2, x3, z3 = x3, z3, x2, z2
+    return (x2 * pow(z2, -1, size) % size).to_bytes(32, "little")
+
+
+def test_two_clients_agree_on_the_secret_of_the_definition():
+    nine = (9).to_bytes(32, "little")
+    known = "422c8e7a6227d7bca1350b3e2bb7279f7897b87bb6854b783c60e80311ae3079"
+    assert ladder(nine, nine).hex() == known  # RFC 7748, section 5.2
+    one, other = masks.new_private_key(), masks.new_private_key()
+    publics = [masks.public_key_of(key) for key in (one, other)]
+    assert publics == [ladder(key, nine) for key in (one, other)]
+    first = hmac.digest(bytes(32), ladder(one, publics[1]), "sha256")  # HKDF, RFC 5869
+    info = b"LaLoRA, secret of two clients, version 1" + b"".join(sorted(publics))
+    expected = hmac.digest(first, info + b"\1", "sha256")
+    assert base64.urlsafe_b64decode(pair_secret(one, other)) == expected
+
+
+JUNK = {
+    "nothing": b"",
+    "too short": masks.public_key_of(masks.new_private_key())[:-1],
+    "as PEM": b"-----BEGIN PUBLIC KEY-----",
+    "not below the size of the field": (2**255 - 19).to_bytes(32, "little"),
+    "the same number, with the highest bit": (9 | 1 << 255).to_bytes(32, "little"),
+    "of low order": bytes(32),
+    "of low order, 1": (1).to_bytes(32, "little"),
+}
+
+
+@pytest.mark.parametrize("junk", JUNK.values(), ids=JUNK)
 def test_a_public_key_that_is_none_is_told(junk):
-    with pytest.raises(WireError, match="P-384"):
-        masks.shared_secret(masks.new_private_key(), junk)
+    with pytest.raises(WireError, match="a public key must"):
+        masks.shared_secrets(masks.new_private_key(), {1: junk})
+
+
+def test_a_private_key_of_another_size_is_told():
+    with pytest.raises(WireError, match="a private key must have 32 bytes"):
+        masks.public_key_of(bytes(48))

@@ -13,6 +13,11 @@ from lalora_app.secagg import shamir
 BLOCK, NUMBER = 16, 4
 
 
+def _shares(parts, needed, count):
+    """Return the shares of each secret."""
+    return list(zip(*shamir.split(parts, needed, count), strict=True))
+
+
 @st.composite
 def cases(draw):
     """A secret, the shares that it needs, their number, and the positions that are there."""
@@ -26,7 +31,7 @@ def cases(draw):
 @settings(deadline=None, max_examples=60)
 def test_any_shares_that_are_enough_give_the_secret_back(case):
     secret, needed, count, there = case
-    shares = shamir.split(secret, needed, count)
+    (*_, shares) = _shares([b"another", bytes(40), secret], needed, count)
     assert shamir.combine([shares[i] for i in there]) == secret
     assert combine_shares([shares[i] for i in there]) == secret  # Flower's
 
@@ -57,8 +62,8 @@ def test_lanes_do_not_touch_each_other(elements, factor):
 
 
 def test_each_split_draws_new_coefficients():
-    secret, needed, count = bytes(32), 3, 5
-    seen = [shamir.split(secret, needed, count) for _ in range(20)]
+    needed, count = 3, 5
+    seen = [shares for _ in range(10) for shares in _shares([bytes(32)] * 2, needed, count)]
     values = [share[NUMBER:] for shares in seen for share in shares]
     assert len(set(values)) == len(values)
     bits = sum(int.from_bytes(value, "big").bit_count() for value in values)
@@ -70,7 +75,7 @@ def test_each_split_draws_new_coefficients():
 @settings(deadline=None)
 def test_one_share_fewer_fits_to_every_secret(secret, other, needed):
     """For any other secret there is a last share with which the same shares give it."""
-    *shares, last = shamir.split(secret, needed, needed)
+    [(*shares, last)] = _shares([secret], needed, needed)
     weights = shamir._weights(tuple(range(1, needed + 1)))
     known = 0
     for weight, share in zip(weights, shares, strict=False):
