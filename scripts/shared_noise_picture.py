@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from results_table import rows
 
 from lalora_app.reports.figure_style import Curve, curve_figure, line_styles, report_style, svg
@@ -26,6 +27,7 @@ LINES = {  # of the picture, and of the tables
     "rolora, shared noise": "rolora with shared noise",
 }
 EPSILON = "1"
+STYLES = {"head-only": ":", "rolora": "--"}  # of the lines at one client
 Scores = dict[str, tuple[float, float]]  # accuracy in percent, mean and deviation, by line
 
 
@@ -46,6 +48,17 @@ def curve(points: Mapping[int, tuple[float, float]]) -> Curve:
     return Curve(clients, mean - spread, mean, mean + spread, np.zeros(len(mean), bool))
 
 
+def draw_ceilings(axes: Axes, table: Scores) -> None:
+    """Draw a line at the accuracy of one client with all data, with its name above or below it."""
+    found = {m: table[f"{m} at one client"][0] for m in STYLES if f"{m} at one client" in table}
+    for method, mean in found.items():
+        axes.axhline(mean, color="#4a5361", linestyle=STYLES[method], linewidth=1.2)
+        side = 1 if mean == max(found.values()) else -1
+        place = {"va": "bottom" if side > 0 else "top", "textcoords": "offset points"}
+        name = f"one client with all data, {method}"
+        axes.annotate(name, (6, mean), xytext=(0, 6 * side), size=8, **place)
+
+
 def picture() -> str:
     """Return the picture as SVG."""
     tables = {clients: scores(section) for clients, section in SECTIONS.items()}
@@ -57,15 +70,11 @@ def picture() -> str:
     with report_style():
         figure = curve_figure(curves, line_styles(LINES))
         axes = figure.axes[0]
-        for method, style in (("head-only", ":"), ("rolora", "--")):
-            if (line := f"{method} at one client") in tables[4]:
-                mean, _ = tables[4][line]
-                axes.axhline(mean, color="#4a5361", linestyle=style, linewidth=1.2)
-                axes.annotate(f"one client, {method}", (100, mean), va="bottom", ha="right", size=8)
+        draw_ceilings(axes, tables[4])
         axes.set_xscale("log")
         axes.set_xticks(list(SECTIONS), [str(clients) for clients in SECTIONS])
         axes.minorticks_off()
-        axes.set(xlabel="clients", ylabel="accuracy %")
+        axes.set(xlabel="clients", ylabel="accuracy %", ylim=(0, 60))
         return svg(figure, "Accuracy by number of clients with own and shared noise, at epsilon 1")
 
 
