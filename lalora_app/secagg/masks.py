@@ -77,6 +77,15 @@ def _agreed(own: X25519PrivateKey, public: bytes) -> bytes:
         raise WireError("a public key must not be a point of low order") from error
 
 
+def check_public_key(public: bytes) -> None:
+    """Check that a secret can be agreed on with a public key.
+
+    Raises:
+        WireError: if it is none of X25519.
+    """
+    _agreed(X25519PrivateKey.generate(), public)
+
+
 def shared_secrets(key: bytes, publics: Mapping[int, bytes]) -> dict[int, bytes]:
     """Return the secret of each pair of one client and another (X25519, RFC 7748).
 

@@ -191,6 +191,10 @@ def foreign_key(record):
     return record | {"mask-key": masks.public_key_of(masks.new_private_key())}
 
 
+def no_key(record):
+    return record | {"mask-key": bytes(32)}  # of low order
+
+
 def without_shares(record):
     return {name: value for name, value in record.items() if name != "shares"}
 
@@ -202,6 +206,7 @@ def without_shares(record):
         ("unmask", without_shares, True),  # three others have helped
         ("share", without_shares, True),
         ("advertise", foreign_key, True),  # it refuses the directory, and is left behind
+        ("advertise", no_key, True),  # the server leaves it out: the others would all refuse
         ("advertise", lambda record: {}, True),
     ],
 )
