@@ -206,7 +206,6 @@ def without_shares(record):
         ("unmask", without_shares, True),  # three others have helped
         ("share", without_shares, True),
         ("advertise", foreign_key, True),  # it refuses the directory, and is left behind
-        ("advertise", no_key, True),  # the server leaves it out: the others would all refuse
         ("advertise", lambda record: {}, True),
     ],
 )
@@ -214,3 +213,10 @@ def test_a_bad_reply_at_a_stage_is_dropped_or_fails_the_attempt(tiny, stage, cha
     done = run(tiny(**open_run(CLIENTS) | ON), CLIENTS, fault=changed(stage, 2, change, 1))
     assert [row["aggregated"] for row in done.rows] == [True, works, True]
     assert done.rows[1]["dropped"]
+
+
+def test_a_key_that_is_none_costs_its_client_the_attempt_and_no_other(tiny):
+    """The others, which would all refuse the directory, do not get it, and nothing is repeated."""
+    done = run(tiny(**open_run(CLIENTS) | ON), CLIENTS, fault=changed("advertise", 2, no_key, 1))
+    assert [row["replies"] for row in done.rows] == [4, 3, 4]
+    assert any("of low order" in reason for reason in done.rows[1]["dropped"])
