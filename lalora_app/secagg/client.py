@@ -70,6 +70,7 @@ def _with_public_keys(state: ClientState, record: ConfigRecord) -> ClientState:
     Raises:
         StageError: if this client's own keys are missing, a key occurs twice, or there are fewer
             than two clients or more than ``MOST_CLIENTS``, for all of which it would make shares.
+        WireError: if no secret can be agreed on with a public key.
     """
     mask_keys, cipher_keys = mapping_of(record, "mask-keys"), mapping_of(record, "cipher-keys")
     check(set(mask_keys) == set(cipher_keys), "every client must have a mask key and a cipher key")
@@ -79,6 +80,7 @@ def _with_public_keys(state: ClientState, record: ConfigRecord) -> ClientState:
     check(len(mask_keys) <= MOST_CLIENTS, f"there must be at most {MOST_CLIENTS} clients")
     keys = [*mask_keys.values(), *cipher_keys.values()]
     check(len(set(keys)) == len(keys), "every public key must be different")
+    masks.check_public_keys(keys)  # now, as the mask keys are used after training
     for own, found in ((state.mask_key, mask_keys), (state.cipher_key, cipher_keys)):
         check(
             found.get(state.client) == masks.public_key_of(own),
@@ -94,13 +96,14 @@ def _with_public_keys(state: ClientState, record: ConfigRecord) -> ClientState:
 
 
 def _given(record: ConfigRecord, name: str) -> dict[int, bytes]:
-    """Read a mapping {client: bytes} that a run without signing keys has not."""
+    """Read a mapping {client: bytes} that a run without signing keys does not have."""
     return mapping_of(record, name) if name in record else {}
 
 
 def _with_secrets(state: ClientState) -> ClientState:
     """Return the state with the seeds of mask and noise, and everybody's shares of all secrets."""
-    seed, seeds = secrets.token_bytes(32), seeded.new_seeds(state.cohort) if state.cohort else ()
+    seed = secrets.token_bytes(32)
+    seeds = seeded.new_seeds(state.cohort) if state.cohort else ()
     parts = (seed, state.mask_key, *seeds[1:])
     shares = masks.split_into_shares(parts, state.mask_keys, state.threshold)
     return replace(

@@ -62,13 +62,13 @@ def public_key_of(key: bytes) -> bytes:
     """Return the public key of a private key, 32 bytes.
 
     Raises:
-        WireError: if ``key`` has not 32 bytes.
+        WireError: if ``key`` does not have 32 bytes.
     """
     return _private(key).public_key().public_bytes_raw()
 
 
 def _agreed(own: X25519PrivateKey, public: bytes) -> bytes:
-    """Return the number that two clients agree on, from one private and the other public key."""
+    """Return the X25519 result of one private key and another client's public key."""
     if len(public) != KEY_BYTES or int.from_bytes(public, "little") >= _FIELD:
         raise WireError("a public key must be a number below 2^255 - 19, in 32 bytes")
     try:
@@ -77,20 +77,23 @@ def _agreed(own: X25519PrivateKey, public: bytes) -> bytes:
         raise WireError("a public key must not be a point of low order") from error
 
 
-def check_public_key(public: bytes) -> None:
-    """Check that a secret can be agreed on with a public key.
+def check_public_keys(publics: Iterable[bytes]) -> None:
+    """Check that a secret can be agreed on with each of some public keys.
 
     Raises:
-        WireError: if it is none of X25519.
+        WireError: if one is not a valid public key of X25519.
     """
-    _agreed(X25519PrivateKey.generate(), public)
+    own = X25519PrivateKey.generate()
+    for public in publics:
+        _agreed(own, public)
 
 
 def shared_secrets(key: bytes, publics: Mapping[int, bytes]) -> dict[int, bytes]:
     """Return the secret of each pair of one client and another (X25519, RFC 7748).
 
-    A secret is HKDF-SHA256 of the number that the pair agrees on and of both public keys, so two
-    pairs with other keys have other secrets.
+    A secret is HKDF-SHA256 of the X25519 result and of both public keys. Two different public keys
+    can give the same result, if they differ by a point of low order; with the public keys in it,
+    pairs with different keys have different secrets.
 
     Args:
         key: private key of the one client.
@@ -100,7 +103,7 @@ def shared_secrets(key: bytes, publics: Mapping[int, bytes]) -> dict[int, bytes]
         32 bytes per other client, as URL-safe base64. The other client computes the same.
 
     Raises:
-        WireError: if the private key has not 32 bytes, or a public key is none of X25519.
+        WireError: if the private key does not have 32 bytes, or a public key is not valid.
     """
     own = _private(key)
     mine = own.public_key().public_bytes_raw()
@@ -111,8 +114,8 @@ def shared_secrets(key: bytes, publics: Mapping[int, bytes]) -> dict[int, bytes]
 
 
 def _derived(agreed: bytes, publics: Sequence[bytes]) -> bytes:
-    whole = HKDF(SHA256(), KEY_BYTES, salt=None, info=b"".join((_DOMAIN, *publics)))
-    return base64.urlsafe_b64encode(whole.derive(agreed))
+    kdf = HKDF(SHA256(), KEY_BYTES, salt=None, info=b"".join((_DOMAIN, *publics)))
+    return base64.urlsafe_b64encode(kdf.derive(agreed))
 
 
 def split_into_shares(
@@ -126,7 +129,7 @@ def split_into_shares(
         needed: number of shares that reconstruct a secret.
 
     Returns:
-        Per client one share of each secret, in their order.
+        Per client one share of each secret, in the order of ``parts``.
     """
     order = sorted(clients)
     return dict(zip(order, shamir.split(parts, needed, len(order)), strict=True))

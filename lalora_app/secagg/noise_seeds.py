@@ -1,8 +1,8 @@
 """Shares of the seeds of a client's removable noise, joined to one value per client.
 
-The seeds s_1 … s_J of a chain are split like the seed of the mask; the seed of component 0 is not,
-as nobody may remove it. A client holds J shares of every client, joined; in the stage "unmask" it
-gives one of them, which its own count of missing clients decides.
+The seeds s_1 … s_J of a chain are split like the seed of the mask. The seed of component 0 is not
+split, because nobody may remove that component. A client holds J shares of every client, joined;
+in the stage "unmask" it gives one of them, which its own count of missing clients decides.
 """
 
 import hashlib

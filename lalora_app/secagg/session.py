@@ -107,8 +107,7 @@ class Session:
 
         def read(record: ConfigRecord, client: int) -> None:
             keys = bytes_of(record, "mask-key"), bytes_of(record, "cipher-key")
-            for key in keys:  # every other client would refuse the attempt for a bad one
-                masks.check_public_key(key)
+            masks.check_public_keys(keys)  # with a bad one, all others would refuse the attempt
             if "identity" in record:
                 signed = bytes_of(record, "identity"), bytes_of(record, "signature")
                 self.identities[client], self.signatures[client] = signed

@@ -107,21 +107,21 @@ def split(parts: Sequence[bytes], needed: int, count: int) -> list[list[bytes]]:
 
     Limit: with ``needed`` = 1 every share holds its secret.
 
-    Privacy: fewer shares than ``needed`` tell nothing about a secret, also beside all shares of
-    the others.
+    Privacy: fewer shares than ``needed`` tell nothing about a secret, even to someone who knows all
+    shares of the other secrets.
     """
     padded = [_padded(secret) for secret in parts]
     ends = list(accumulate(map(len, padded), initial=0))
     blocks = ends[-1] // _BYTES
     coefficients = [_lanes(secrets.token_bytes(ends[-1])) for _ in range(needed - 1)]
-    low, whole = _lowest(_BITS, blocks), _lanes(b"".join(padded))
+    low, constant = _lowest(_BITS, blocks), _lanes(b"".join(padded))
     shares = []
     for number in range(1, count + 1):
         value = 0
-        for coefficient in (*coefficients, whole):  # Horner's rule
+        for coefficient in (*coefficients, constant):  # Horner's rule
             value = _times(value, number, low) ^ coefficient
-        name, joined = number.to_bytes(_INDEX, "little"), _blocks(value, blocks)
-        shares.append([name + joined[start:end] for start, end in pairwise(ends)])
+        prefix, joined = number.to_bytes(_INDEX, "little"), _blocks(value, blocks)
+        shares.append([prefix + joined[start:end] for start, end in pairwise(ends)])
     return shares
 
 

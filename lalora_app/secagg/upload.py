@@ -30,7 +30,7 @@ UploadEncoder = Callable[[Adapter, Adapter], Upload]
 
 
 def _decrypted_shares(
-    state: ClientState, source: int, key: bytes, encrypted: bytes
+    state: ClientState, source: int, secret: bytes, encrypted: bytes
 ) -> tuple[bytes, ...]:
     """Decrypt the shares that client ``source`` sent: of its seed, its noise seeds, its mask key.
 
@@ -39,7 +39,7 @@ def _decrypted_shares(
             directory of keys, or are shares of another number of noise seeds.
     """
     try:
-        plain = decrypt(key, encrypted)
+        plain = decrypt(secret, encrypted)
     except InvalidToken as error:
         raise StageError("a share cannot be decrypted") from error
     sender, receiver, seeds, key_share = share_keys_plaintext_separate(plain)
@@ -51,6 +51,7 @@ def _decrypted_shares(
     end = number * SHARE_BYTES
     check(len(seeds) == end + len(state.directory), f"there must be shares of {number} seeds")
     check(seeds[end:] == state.directory, "all clients must have the same directory of keys")
+    check(len(key_share) == SHARE_BYTES, "there must be a share of the mask key")
     return seeds[:SHARE_BYTES], seeds[SHARE_BYTES:end], key_share
 
 
@@ -70,12 +71,10 @@ def _receive_shares(content: RecordDict, context: Context, request: TrainRequest
         encrypted.keys() <= state.cipher_keys.keys(),
         "shares must come from a client with public keys",
     )
-    keys = masks.shared_secrets(
-        state.cipher_key, {source: state.cipher_keys[source] for source in encrypted}
-    )
+    sources = {source: state.cipher_keys[source] for source in encrypted}
     opened = {
-        source: _decrypted_shares(state, source, keys[source], share)
-        for source, share in encrypted.items()
+        source: _decrypted_shares(state, source, secret, encrypted[source])
+        for source, secret in masks.shared_secrets(state.cipher_key, sources).items()
     }
     check(len(opened) + 1 >= state.threshold, "too few clients have shared their secrets")
     seeds, noise, keys = ({c: shares[i] for c, shares in opened.items()} for i in range(3))

@@ -489,6 +489,30 @@ MUTANTS = {
         "[0] * (needed - 1)",
         "tests/secagg/test_shamir.py::test_each_split_draws_new_coefficients",
     ),
+    "secure aggregation: a share holds the secret": Mutant(
+        "secagg/client.py",
+        "split_into_shares(parts, state.mask_keys, state.threshold)",
+        "split_into_shares(parts, state.mask_keys, 1)",
+        "tests/secagg/test_noise_of_a_sum.py::test_a_secret_of_a_client_takes_as_many_holders_as_the_attempt_needs",
+    ),
+    "secure aggregation: one share fewer opens a secret": Mutant(
+        "secagg/shamir.py",
+        "for _ in range(needed - 1)]",
+        "for _ in range(max(needed - 2, 0))]",
+        "tests/secagg/test_shamir.py::test_fewer_shares_than_needed_do_not_give_the_secret",
+    ),
+    "secure aggregation: the blocks of a secret with one polynomial": Mutant(
+        "secagg/shamir.py",
+        "secrets.token_bytes(ends[-1])",
+        "secrets.token_bytes(_BYTES) * blocks",
+        "tests/secagg/test_shamir.py::test_each_split_draws_new_coefficients",
+    ),
+    "secure aggregation: the secret of a pair without its public keys": Mutant(
+        "secagg/masks.py",
+        "(_DOMAIN, *publics)",
+        "(_DOMAIN,)",
+        "tests/secagg/test_masks.py::test_two_public_keys_with_one_result_have_two_secrets",
+    ),
     "secure aggregation: two secrets with one polynomial": Mutant(
         "secagg/shamir.py",
         "secrets.token_bytes(ends[-1])",

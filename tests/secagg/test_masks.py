@@ -111,20 +111,30 @@ def test_two_clients_agree_on_the_secret_of_the_definition():
     assert base64.urlsafe_b64decode(pair_secret(one, other)) == expected
 
 
+def test_two_public_keys_with_one_result_have_two_secrets():
+    """The points u and 1/u differ by the point of order 2, which a private key takes to 0."""
+    key, public = masks.new_private_key(), masks.public_key_of(masks.new_private_key())
+    inverse = pow(int.from_bytes(public, "little"), -1, 2**255 - 19).to_bytes(32, "little")
+    assert ladder(key, public) == ladder(key, inverse)
+    one, other = masks.shared_secrets(key, {1: public, 2: inverse}).values()
+    assert one != other
+
+
+SIZE, LOW = r"below 2\^255 - 19, in 32 bytes", "low order"
 JUNK = {
-    "nothing": b"",
-    "too short": masks.public_key_of(masks.new_private_key())[:-1],
-    "as PEM": b"-----BEGIN PUBLIC KEY-----",
-    "not below the size of the field": (2**255 - 19).to_bytes(32, "little"),
-    "the same number, with the highest bit": (9 | 1 << 255).to_bytes(32, "little"),
-    "of low order": bytes(32),
-    "of low order, 1": (1).to_bytes(32, "little"),
+    "empty": (b"", SIZE),
+    "too short": (masks.public_key_of(masks.new_private_key())[:-1], SIZE),
+    "as PEM": (b"-----BEGIN PUBLIC KEY-----", SIZE),
+    "9 plus the size of the field": ((2**255 - 19 + 9).to_bytes(32, "little"), SIZE),
+    "9 with the highest bit set": ((9 | 1 << 255).to_bytes(32, "little"), SIZE),
+    "0": (bytes(32), LOW),
+    "1": ((1).to_bytes(32, "little"), LOW),
 }
 
 
-@pytest.mark.parametrize("junk", JUNK.values(), ids=JUNK)
-def test_a_public_key_that_is_none_is_told(junk):
-    with pytest.raises(WireError, match="a public key must"):
+@pytest.mark.parametrize(("junk", "told"), JUNK.values(), ids=JUNK)
+def test_a_public_key_that_is_not_valid_is_told(junk, told):
+    with pytest.raises(WireError, match=told):
         masks.shared_secrets(masks.new_private_key(), {1: junk})
 
 

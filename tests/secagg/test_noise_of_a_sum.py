@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from helpers.secagg_parties import Parties, copied
-from lalora_app.secagg import client, masks, noise_seeds
+from lalora_app.secagg import client, masks, noise_seeds, shamir
 from lalora_app.secagg.messages import StageError, mapping_of
 from lalora_app.shared_noise.lattice import Constants, Lattice, to_words
 from lalora_app.shared_noise.seeded import component, share, without_excess
@@ -87,6 +87,28 @@ def masked_by_all(clients, colluding=0):
     assert parties.set_up(NOBODY)
     words = {c: np.full(ENTRIES, c, np.uint32) for c in parties.open}
     return parties, parties.vectors(words)
+
+
+def opened(shares):
+    """Return the secret of some shares, or nothing if the padding is wrong."""
+    try:
+        return shamir.combine(shares)
+    except ValueError:
+        return None
+
+
+@pytest.mark.parametrize("colluding", [None, 0, 2])
+def test_a_secret_of_a_client_takes_as_many_holders_as_the_attempt_needs(colluding):
+    parties = Parties(7, colluding)
+    assert parties.set_up(NOBODY)
+    states = {c: attempt.state for c, attempt in parties.open.items()}
+    for owner, state in states.items():
+        secret = {"seed_shares": state.seed, "key_shares": state.mask_key}
+        secret |= {"noise_shares": state.noise_seeds[1]} if colluding is not None else {}
+        for name, value in secret.items():
+            held = [getattr(s, name)[owner][: noise_seeds.SHARE_BYTES] for s in states.values()]
+            assert opened(held[: state.threshold - 1]) != value
+            assert opened(held[: state.threshold]) == value
 
 
 def answer(context, arrived, lost):

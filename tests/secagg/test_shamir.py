@@ -66,9 +66,32 @@ def test_each_split_draws_new_coefficients():
     seen = [shares for _ in range(10) for shares in _shares([bytes(32)] * 2, needed, count)]
     values = [share[NUMBER:] for shares in seen for share in shares]
     assert len(set(values)) == len(values)
+    padded = bytes(32) + b"\x10" * BLOCK
+    blocks = [
+        int.from_bytes(value[i : i + BLOCK], "big") ^ int.from_bytes(padded[i : i + BLOCK], "big")
+        for value in values
+        for i in range(0, len(padded), BLOCK)
+    ]
+    assert len(set(blocks)) == len(blocks), "every block must have a polynomial of its own"
     bits = sum(int.from_bytes(value, "big").bit_count() for value in values)
     number = 8 * sum(map(len, values))
     assert abs(bits - number / 2) < 5 * math.sqrt(number) / 2  # of equal secrets of zeros
+
+
+def opened(shares):
+    """Return what some shares give, or nothing if the padding is wrong."""
+    try:
+        return shamir.combine(shares)
+    except ValueError:
+        return None
+
+
+@pytest.mark.parametrize("needed", range(2, 6))
+def test_fewer_shares_than_needed_do_not_give_the_secret(needed):
+    secret = bytes(range(32))
+    (shares,) = _shares([secret], needed, 7)
+    assert all(opened(shares[:held]) != secret for held in range(1, needed))
+    assert opened(shares[:needed]) == secret
 
 
 @given(st.binary(max_size=BLOCK - 1), st.binary(max_size=BLOCK - 1), st.integers(2, 8))

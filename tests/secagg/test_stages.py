@@ -139,7 +139,7 @@ def test_nobody_helps_to_open_one_vector(table, arrived, lost):
     assert set(state) == {"secagg-trained"}
 
 
-@pytest.mark.parametrize("change", ["own", "twice", "alone", "foreign", "junk"])
+@pytest.mark.parametrize("change", ["own", "twice", "alone", "foreign", "junk", "mask", "cipher"])
 def test_a_directory_that_lies_is_refused_before_any_share(table, change):
     table.advertise()
     own, other = table.keys[0], table.keys[1]
@@ -154,20 +154,28 @@ def test_a_directory_that_lies_is_refused_before_any_share(table, change):
             del table.keys[0]
         case "junk":
             table.keys[1] = (b"junk", b"more junk")
+        case "mask":  # used after training, when budget is spent
+            table.keys[1] = (bytes(32), other[1])
+        case "cipher":
+            table.keys[1] = (other[0], bytes(32))
     answer = table.ask(0, "share", table.directory())
     assert refused(answer) or refused(answer, "request")
     assert refused(table.train(0)), "an attempt that went wrong trains nobody"
 
 
+def new_pair():
+    return masks.new_private_key(), masks.new_private_key()
+
+
 def test_a_directory_of_too_many_clients_is_refused_before_any_share(table, monkeypatch):
     table.advertise()
     made_up = range(CLIENTS, MOST_CLIENTS + 1)
-    table.keys |= {c: (b"mask %d" % c, b"cipher %d" % c) for c in made_up}
+    table.keys |= {c: tuple(map(masks.public_key_of, new_pair())) for c in made_up}
     with monkeypatch.context() as patch:
         patch.setattr(masks, "split_into_shares", None)  # a call would be another refusal
         assert refused(table.ask(0, "share", table.directory()))
         del table.keys[MOST_CLIENTS]
-        assert not refused(table.ask(0, "share", table.directory()))
+        assert refused(table.ask(0, "share", table.directory()), "internal")
 
 
 def test_a_server_with_too_many_clients_in_a_round_is_told_before_the_first_message():
@@ -185,6 +193,8 @@ def test_shares_of_too_few_or_of_another_pair_are_refused_before_training(table)
     assert refused(table.train(2))
     table.shares[0][3] = b"junk"
     assert refused(table.train(3))
+    table.shares[9] = table.shares[0]
+    assert refused(table.train(1, sources=[0, 2, 3, 9]))  # there is no client 9
     assert ledger_entries() == []
 
 
