@@ -80,7 +80,7 @@ def _with_public_keys(state: ClientState, record: ConfigRecord) -> ClientState:
     check(len(mask_keys) <= MOST_CLIENTS, f"there must be at most {MOST_CLIENTS} clients")
     keys = [*mask_keys.values(), *cipher_keys.values()]
     check(len(set(keys)) == len(keys), "every public key must be different")
-    masks.check_public_keys(keys)  # now, as the mask keys are used after training
+    masks.check_public_keys(keys)  # before training spends budget
     for own, found in ((state.mask_key, mask_keys), (state.cipher_key, cipher_keys)):
         check(
             found.get(state.client) == masks.public_key_of(own),
