@@ -1,11 +1,11 @@
 """One client's round: private steps on the active factors, in the order of the schedule."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 
+from lalora_app.adapter.closed_rows import with_closed_rows
 from lalora_app.adapter.factors import Adapter, active_names, kind
 from lalora_app.data.encoding import Encoded
 from lalora_app.methods.learning_rates import learning_rates, rate_factor
@@ -35,8 +35,8 @@ class LocalSettings:
         seed: the seed of this client and round, for random draws that do not use the data.
         clipping: ``privacy.clipping``, the factor that bounds the norm.
         least_divisor: smallest divisor of a sum over a batch: the batch size in a run with tasks.
-            A client with fewer examples of a task then has the noise of the others, and none of its
-            examples counts more than one of theirs. 0: the expected batch divides.
+            A client with fewer examples of a task then draws all of them, and none counts more than
+            an example of another client. 0: the expected batch divides.
         closed: (classes,), whether a class is of a task that is not open; empty: heads are not
             divided.
     """
@@ -66,27 +66,6 @@ class LocalSettings:
     def rate_factor(self, k: int) -> float:
         """Return the factor of all learning rates in step ``k``."""
         return rate_factor(self.train, self._steps_before(k), self._steps)
-
-
-def resting_rows(grads: NoisedGrads, closed: Sequence[bool]) -> NoisedGrads:
-    """Return the gradients with zeros for the closed classes of the head's output layer.
-
-    Its rows of closed tasks have a zero gradient and would move by noise alone.
-
-    Args:
-        grads: noised gradients.
-        closed: (classes,), see :class:`LocalSettings`.
-
-    Limit: without closed classes the gradients are returned as they are.
-
-    Privacy: post-processing of noised gradients; no extra cost.
-    """
-    if not any(closed):
-        return grads
-    rows = torch.tensor([not shut for shut in closed])
-    own = {n: g for n, g in grads.items() if kind(n) == "head" and len(g) == len(closed)}
-    kept = {n: g * rows.to(g).reshape(-1, *[1] * (g.dim() - 1)) for n, g in own.items()}
-    return NoisedGrads({**grads, **kept})
 
 
 def make_optimizer(
@@ -177,6 +156,7 @@ def run_round(
             )
         tensors = backbone.engine.parameters
         grads = method.penalty(method.postprocess(noised), tensors, local.rule)
-        apply(backbone, optimizer, resting_rows(grads, local.closed))
+        apply(backbone, optimizer, grads)
         schedule.step()
-    return method.align(start, backbone.adapter() | method.report(optimizer))
+    trained = with_closed_rows(start, backbone.adapter(), local.closed)
+    return method.align(start, trained | method.report(optimizer))

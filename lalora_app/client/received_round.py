@@ -110,13 +110,14 @@ class Asked:
     def reply(self, upload: Upload, num_examples: int) -> RecordDict:
         """Return the reply with these tensors and the ε spent so far, rounded up to 0.01."""
         site, delta = self.site, self.config.privacy.delta
+        size = num_examples or None  # a client may have no example of the open task
         entries = site.ledger.entries(site.dataset, self.request.run)
         spent = epsilon(worst_releases(entries, delta), delta)
         return messages.TrainReply(
             upload=upload,
             round=self.request.round,
             epsilon=spent if math.isinf(spent) else math.ceil(spent * 100) / 100,
-            num_examples=num_examples if site.policy.public_size else None,
+            num_examples=size if site.policy.public_size else None,
         ).record()
 
 

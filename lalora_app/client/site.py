@@ -14,7 +14,7 @@ from lalora_app.data.examples import Examples, check_client
 from lalora_app.data.examples import private_file as read_private_file
 from lalora_app.data.partition import CLIENT_NAME, clients_data, deal_name, whole_name
 from lalora_app.data.sources import stamp
-from lalora_app.data.task_division import division_of, of_task
+from lalora_app.data.task_division import closed_classes, division_of, of_task
 from lalora_app.methods.compatibility import checked_rank
 from lalora_app.models.pretrained import revision
 from lalora_app.privacy.ledger import Ledger, state_folder
@@ -105,9 +105,7 @@ class Site:
 
     def closed_classes(self, config: Config) -> tuple[bool, ...]:
         """Return for each class whether its task is closed; nothing if the head is not divided."""
-        if self.task is None or not config.model.task_heads:
-            return ()
-        return tuple(task != self.task for task in division_of(config).tasks)
+        return () if self.task is None else closed_classes(config, self.task)
 
     def part(self, config: Config) -> str:
         """Return the name of the open task's examples in the ledger; empty: all examples."""

@@ -114,6 +114,13 @@ def division_of(config: Config) -> Division:
     return Division(*read, data.divided, tuple(tasks.tolist()))
 
 
+def closed_classes(config: Config, task: int) -> tuple[bool, ...]:
+    """Return for each class whether another task than this has it; () if heads are not divided."""
+    if not config.model.task_heads:
+        return ()
+    return tuple(own != task for own in division_of(config).tasks)
+
+
 def of_task(examples: Examples, config: Config, task: int) -> Examples:
     """Return the examples of one task, in their order.
 

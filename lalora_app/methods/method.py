@@ -105,7 +105,11 @@ class Method:
 
     @property
     def head_only(self) -> bool:
-        """Whether no factor ever trains, so that the product B·A stays zero."""
+        """Whether no factor ever trains, so that the product B·A stays zero.
+
+        Limit: only of an entry of the table. Rounds of the head alone before the first round hide
+        what trains later.
+        """
         rounds = (self.trains(t, k) for t in (1, 2) for k in range(schedule.PERIOD))
         return not frozenset().union(*rounds)
 

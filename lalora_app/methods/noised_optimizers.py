@@ -125,10 +125,12 @@ class UnbiasedAdamW(torch.optim.Optimizer):
 class GuidedAdamW(UnbiasedAdamW):
     """DP-FedAdamW with the server's means of v and its last global change (arXiv:2602.19945).
 
-    v of a tensor starts from the mean v̄ over clients and entries, and each step adds
-    (γ·η/K)·Δ_G, where Δ_G is the last change of the global tensor, γ is ``rule.global-pull``, η the
-    learning rate and K ``train.local-steps``. The paper divides v by 1 − β₂ᵏ whatever its start,
-    which would multiply v̄ by about 1000 in the first step; here only a start at zero is corrected.
+    v of a tensor starts from v̄ + s², where v̄ is the mean over clients and entries of v̂ − s², with
+    each client's own noise variance s²: clients of different sizes have different noise. Each step
+    adds (γ·η/K)·Δ_G, where Δ_G is the last change of the global tensor, γ is ``rule.global-pull``,
+    η the learning rate and K ``train.local-steps``. The paper averages v̂ itself, and divides v by
+    1 − β₂ᵏ whatever its start, which would multiply v̄ by about 1000 in the first step; here only a
+    start at zero is corrected.
     Limit: v̄ = 0 and Δ_G = 0, as before round 1, is :class:`UnbiasedAdamW`.
 
     Args:
@@ -153,19 +155,21 @@ class GuidedAdamW(UnbiasedAdamW):
         mean = float(self._received[moment_name(self._names[parameter])][0])
         if mean <= 0:  # before the first round, or the upload of a client that lies
             return super()._start(parameter)
-        return super()._start(parameter) | {"v": torch.full_like(parameter, mean), "missing": 0.0}
+        v = torch.full_like(parameter, mean + self.noise_std**2)
+        return super()._start(parameter) | {"v": v, "missing": 0.0}
 
     def _step(self, parameter: Tensor, grad: Tensor, lr: float, weight_decay: float) -> None:
         super()._step(parameter, grad, lr, weight_decay)
         parameter.add_(self._changes[parameter], alpha=self._pull * lr)
 
     def block_means(self) -> Adapter:
-        """Return (1,) for every trained tensor: the mean of v̂ over its entries.
+        """Return (1,) for every trained tensor: the mean of v̂ − s² over its entries, at least 0.
 
         Privacy: a function of noised gradients; no extra cost.
         """
-        return {
-            moment_name(name): np.full(1, self._square(self.state[p]).mean().item(), np.float32)
+        means = {
+            name: self._square(self.state[p]).mean().item() - self.noise_std**2
             for p, name in self._names.items()
             if self.state[p]
         }
+        return {moment_name(n): np.full(1, max(mean, 0), np.float32) for n, mean in means.items()}

@@ -18,6 +18,7 @@ from lalora_app.blocks.prefix_checks import Probe, divided
 from lalora_app.data.encoding import Batch, Encoded
 from lalora_app.data.examples import Examples
 from lalora_app.methods.compatibility import method_of
+from lalora_app.methods.table import METHODS
 from lalora_app.models.base import Base
 from lalora_app.models.device import autocast, narrow_frozen, pick_device, pick_dtype, to_device
 from lalora_app.models.fingerprint import fingerprint, states_identity
@@ -282,7 +283,8 @@ def build(config: Config) -> Built:
     own = replace(lora, rank=width, alpha=lora.alpha * width / lora.rank)
     if method.whole:  # the keys have no effect
         own = replace(lora, rank=1, alpha=1.0, kernel="plain")
-    head_alone = method.head_only and config.model.prefix_cache  # else it can share the model
+    # Without the cache the head alone can share the model of other methods.
+    head_alone = METHODS[config.method].head_only and config.model.prefix_cache
     trains: Trains = "weights" if method.whole else "head" if head_alone else "factors"
     backbone, plain = _checked(config.model, own, _num_labels(config), config.seed, trains)
     plain = with_head_start({name: array.copy() for name, array in plain.items()}, config.model)

@@ -227,4 +227,7 @@ def check_rank(base: Base, targets: Targets, rank: int) -> None:
     layers = map(linear_layers(base.model).__getitem__, targets.paths)
     largest = min(min(layer.in_features, layer.out_features) for layer in layers)
     if rank > largest:
-        raise ConfigError(f"lora.rank={rank} must be at most {largest}, the smallest target layer")
+        raise ConfigError(
+            f"lora.rank={rank} must be at most {largest}, the smallest target layer (for sd-lora: "
+            "lora.rank times rule.tasks)"
+        )

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lalora_app.adapter.factors import Adapter, Array, factor_pairs, sibling
@@ -72,14 +73,25 @@ def sparsity_at(step: int, rule: MethodNumbers) -> float:
     return rule.sparsity * (1 - (1 - step / rule.sparsity_steps) ** 3)
 
 
-def pruning_step(t: int, config: Config) -> int | None:
-    """Return the step of pruning (from 2) that follows round ``t``; None: none does.
-
-    The steps are spread evenly over the run; the first one comes before round 1.
-    """
-    steps, rounds = config.rule.sparsity_steps, config.num_server_rounds
-    found = [step for step in range(2, steps + 1) if (step - 1) * rounds // steps == t]
+def _step_after(t: int, config: Config) -> int | None:
+    """Return the last step that is due after the method's own round ``t``; None: none is."""
+    steps, rounds = config.rule.sparsity_steps, config.num_server_rounds - config.head_rounds
+    found = [step for step in range(1, steps + 1) if (step - 1) * rounds // steps == t]
     return max(found, default=None)
+
+
+def first_step(config: Config) -> int:
+    """Return the step of pruning before the first round: 1, or more if rounds are few."""
+    return _step_after(0, config) or 1
+
+
+def pruning_step(t: int, config: Config) -> int | None:
+    """Return the step of pruning that follows round ``t``; None: none does.
+
+    The steps are spread evenly over the rounds after those of the head alone.
+    """
+    own = t - config.head_rounds
+    return _step_after(own, config) if own > 0 else None
 
 
 @torch.no_grad()
@@ -88,14 +100,19 @@ def pooled_inputs(model: Backbone, public: Encoded) -> dict[str, Array]:
     found: dict[str, list[Tensor]] = {}
     examples = min(EXAMPLES, len(public))
     for batch in public.micro_batches(range(examples), BATCH):
-        size = len(batch.labels)
+        size, calls = len(batch.labels), dict[str, list[Tensor]]()
 
-        def watch(name: str, inputs: Tensor, size: int = size) -> None:
-            rows = inputs.reshape(size, -1, inputs.shape[-1])
-            found.setdefault(name, []).append(rows.float().mean(1))
+        def watch(
+            name: str, inputs: Tensor, size: int = size, calls: dict[str, list[Tensor]] = calls
+        ) -> None:
+            if len(inputs) % size == 0:  # else no rows of examples, such as DeBERTa's positions
+                rows = inputs.reshape(size, -1, inputs.shape[-1])
+                calls.setdefault(name, []).append(rows.float().mean(1))
 
         with model.frozen_weights.with_input_hook(watch):
             model.logits(batch)
+        for name, means in calls.items():
+            found.setdefault(name, []).append(torch.stack(means).mean(0))
     return {name: torch.cat(parts).cpu().numpy() for name, parts in found.items()}
 
 
@@ -127,13 +144,34 @@ def shares_of(similar: Mapping[str, float], mean: float, spread: float) -> dict[
     return found | dict.fromkeys(less, mean - width) | dict.fromkeys(more, mean + width)
 
 
+def pruning_drift(weight: Array, gone: NDArray[np.intp]) -> tuple[Array, Array]:
+    """Return factors (m, r), (r, n) of −W on the pruned input features, and of 0 elsewhere.
+
+    r is the number of pruned features, at most m and at least 1: a request holds both factors of
+    every layer. Limit: without pruned features both are 0.
+
+    Args:
+        weight: (m, n).
+        gone: the indices of the pruned features.
+    """
+    m, n = weight.shape
+    if len(gone) == 0:
+        return np.zeros((m, 1), np.float32), np.zeros((1, n), np.float32)
+    if len(gone) <= m:
+        return -weight[:, gone], np.eye(n, dtype=np.float32)[gone]
+    rows = np.zeros_like(weight)
+    rows[:, gone] = -weight[:, gone]
+    return np.eye(m, dtype=np.float32), rows
+
+
+@torch.no_grad()
 def pruned_state(
     config: Config, model: Backbone, public: Encoded, state: ServerState, step: int
 ) -> ServerState:
     """Return the state after a step of LoSA: masks, ranks and the pruned weights.
 
     Scores and errors are those of W0 + s·B·A with the masks so far; a pruned feature stays pruned.
-    The new drift holds −W0 on the pruned features, as a product whose rank is their number.
+    The new drift holds −W0 on the pruned features, see :func:`pruning_drift`.
 
     Args:
         config: the run's config.
@@ -162,9 +200,7 @@ def pruned_state(
         gone = np.flatnonzero(kept == 0)
         adapter[sibling(a, "fixed")] = kept
         errors[b] = float(np.sum((weight[:, gone] * norms[b][gone]) ** 2))
-        if len(gone):
-            drift[b] = -base[:, gone]
-            drift[a] = np.eye(len(kept), dtype=np.float32)[gone]
+        drift[b], drift[a] = pruning_drift(base, gone)
     for b, rank in ranks_of(errors, len(adapter[next(factor_pairs(adapter))[1]])).items():
         room = len(adapter[sibling(b, "A")])
         adapter[rank_mask_name(b)] = (np.arange(room) < rank).astype(np.float32)
@@ -184,4 +220,4 @@ def initial_state(config: Config, model: Backbone, public: Encoded, start: Adapt
     """
     if not method_of(config).calibrates:
         return ServerState(start)
-    return pruned_state(config, model, public, ServerState(start), step=1)
+    return pruned_state(config, model, public, ServerState(start), first_step(config))

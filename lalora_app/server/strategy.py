@@ -10,6 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Strategy
 
+from lalora_app.adapter.closed_rows import with_closed_rows
 from lalora_app.adapter.factors import (
     Adapter,
     Factors,
@@ -22,6 +23,7 @@ from lalora_app.adapter.factors import (
 from lalora_app.adapter.low_rank import add_to_drift
 from lalora_app.aggregation.measured_error import AggregationErrors, aggregation_errors
 from lalora_app.aggregation.rule import RoundInfo
+from lalora_app.data.task_division import closed_classes
 from lalora_app.methods.method import Method
 from lalora_app.server.attempt import Attempt, drop_without_size, require_in_cohort, weights_of
 from lalora_app.server.cohorts import Clients
@@ -198,8 +200,7 @@ class FederatedLora(Strategy):
     def aggregate_uploads(self, accepted: dict[int, TrainReply]) -> AggregationErrors:
         """Aggregate one round's replies, by node, into the state; return the measured errors."""
         full, config, synced = self.config.lora.rank, self.config, self._synced()
-        weights, uploads = self._uploads(accepted)
-        before = self.state.adapter
+        (weights, uploads), before = self._uploads(accepted), self.state.adapter
         shares, kept = robust(config.robust, config.suspects, weights, uploads)
         info = RoundInfo(
             t=self.state.round + 1,
@@ -222,7 +223,8 @@ class FederatedLora(Strategy):
         scale = config.lora.alpha / full
         drift = add_to_drift(self.state.drift, new.fold, scale) if new.fold else None
         ranks = self._next_ranks(accepted)  # of the adapter before this round
-        state = self.state.advanced(new.adapter, synced, drift)
+        closed = closed_classes(config, config.open_task(info.t))
+        state = self.state.advanced(with_closed_rows(before, new.adapter, closed), synced, drift)
         state = replace(state, ranks=ranks, memory=new.memory)
         self.state = with_average(config.server, state, config.num_server_rounds)
         return errors

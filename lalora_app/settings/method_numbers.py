@@ -42,8 +42,10 @@ class MethodNumbers:
     lr_ratio: float = positive(
         meaning="Learning rate of B divided by that of A, for `lora-plus`; replaces `train.lr-b`."
     )
-    filter_order: int = count(
-        meaning="Order of the low-pass filter of `doppler`: first-order filters one after another."
+    filter_order: int = law(
+        "must be from 1 to 20",  # 0.05ⁿ, the first step's factor, is a normal float32 number
+        lambda v: 1 <= v <= 20,
+        meaning="Order of the low-pass filter of `doppler`: first-order filters one after another.",
     )
     global_pull: float = not_negative(
         meaning="Share γ of the last global change that `dp-fedadamw-full` adds in a round, times "

@@ -180,10 +180,21 @@ def test_a_cache_that_is_too_small_is_told(config, node, said, monkeypatch):
 
 
 @pytest.mark.usefixtures("no_waiting", "no_report")
-@pytest.mark.parametrize("method", ["la-lora", "flora", "flat-lora", "beamlora", "head-only"])
-def test_a_run_with_the_cache_is_the_run_without(method, tiny, base, tmp_path):
+@pytest.mark.parametrize(
+    ("method", "own"),
+    [
+        ("la-lora", {}),
+        ("flora", {}),
+        ("flat-lora", {}),
+        ("beamlora", {}),
+        ("head-only", {}),
+        ("dp-lora", {"train.head-rounds": 2, "num-server-rounds": 4}),
+        ("full", {"train.head-rounds": 2, "num-server-rounds": 4}),
+    ],
+)
+def test_a_run_with_the_cache_is_the_run_without(method, own, tiny, base, tmp_path):
     """Seeded noise: the adapters differ by the rounding of the states only."""
-    keys = open_run(method=method) | CACHE | {"model.name": base, "privacy.noise": "seeded"}
+    keys = open_run(method=method) | CACHE | {"model.name": base, "privacy.noise": "seeded"} | own
     keys |= {"train.optimizer": "sgd", "train.lr-a": 0.1, "train.lr-b": 0.1, "train.lr-head": 0.1}
     found = run(tiny(**keys, output=str(tmp_path / "with"))).adapter
     assert prefix_cache._IN_MEMORY.size_in_bytes() > 0

@@ -246,9 +246,11 @@ def test_unbiased_adamw_never_divides_by_zero(size, noise_std, dtype, seed):
 
 
 def guided_loop(start, grads, lr, run, mean, change):
-    """v from the mean v̄ of all entries, without a correction unless it is unknown; and the pull."""
-    m, v, x, values = np.zeros(SHAPE), np.full(SHAPE, mean), start, []
+    """v from v̄ + s², without a correction unless v̄ is unknown; and the pull."""
     noise_std, decay = run.noise_std, run.train.weight_decay
+    m, v, x, values = np.zeros(SHAPE), np.zeros(SHAPE), start, []
+    if mean > 0:
+        v = v + mean + noise_std**2
     for k, grad in enumerate(grads, start=1):
         m, v = 0.9 * m + 0.1 * grad, 0.999 * v + 0.001 * grad**2
         square = v if mean > 0 else v / (1 - 0.999**k)
@@ -256,7 +258,7 @@ def guided_loop(start, grads, lr, run, mean, change):
         x = x - lr * decay * x - lr * m / (1 - 0.9**k) / size
         x = x + run.rule.global_pull * lr / run.train.local_steps * change
         values.append(x)
-    return values, square.mean()
+    return values, max(square.mean() - noise_std**2, 0)
 
 
 def received(mean: float, change: np.ndarray, name: str) -> dict:

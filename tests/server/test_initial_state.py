@@ -12,16 +12,19 @@ from hypothesis.extra.numpy import arrays
 
 from conftest import make_config
 from helpers.app_runs import open_run, run, same_bits
+from helpers.architectures import save_text_model
 from lalora_app.adapter.factors import factor_pairs, sibling
 from lalora_app.adapter.parametrisations import rank_mask_name
 from lalora_app.data.examples import split
 from lalora_app.models.backbone import build
 from lalora_app.server.initial_state import (
+    first_step,
     initial_state,
     input_norms,
     pooled_inputs,
     pruned,
     pruned_state,
+    pruning_drift,
     pruning_step,
     ranks_of,
     shares_of,
@@ -119,6 +122,52 @@ def test_sparsity_rises_to_its_target_in_steps_that_are_spread_over_the_run():
     assert not any(pruning_step(t, once) for t in range(1, 11))
     short = make_config(**{"rule.sparsity-steps": 5, "num-server-rounds": 2})
     assert [pruning_step(t, short) for t in (1, 2)] == [5, None]  # the later of two steps
+    assert [first_step(c) for c in (config, once, short)] == [1, 1, 3]
+
+
+@given(steps=st.integers(1, 12), rounds=st.integers(1, 12), head=st.integers(0, 3))
+def test_every_run_reaches_its_sparsity_after_the_rounds_of_the_head(steps, rounds, head):
+    keys = {"rule.sparsity-steps": steps, "train.head-rounds": head}
+    config = make_config(**keys, **{"num-server-rounds": rounds + head})
+    found = [first_step(config), *(pruning_step(t, config) for t in range(1, rounds + head))]
+    assert not any(found[1 : head + 1])
+    taken = [step for step in found if step]
+    assert taken == sorted(set(taken))
+    assert taken[-1] == steps
+
+
+@pytest.mark.parametrize("gone", [[], [2], [0, 3, 4], [0, 1, 2, 3], range(5)])
+@pytest.mark.parametrize("shape", [(3, 5), (5, 5), (7, 5)])
+def test_the_drift_of_pruned_features_fits_on_the_wire(shape, gone):
+    weight = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
+    left, right = pruning_drift(weight, np.array(gone, int))
+    assert 1 <= len(right) <= min(shape)
+    expected = np.zeros_like(weight)
+    expected[:, list(gone)] = -weight[:, list(gone)]
+    np.testing.assert_array_equal(left @ right, expected)
+
+
+@pytest.mark.usefixtures("no_waiting", "no_report")
+def test_clients_accept_a_pruning_of_some_layers_only(tiny):
+    keys = {"rule.sparsity": 0.1, "rule.sparsity-steps": 2, "rule.sparsity-spread": 0.1}
+    done = run(tiny(**open_run(method="losa", **keys, **{"num-server-rounds": 2})))
+    assert [row["aggregated"] for row in done.rows] == [True, True]
+    first = done.grid.trained()[0].start
+    masks = [x for n, x in first.items() if n.endswith("lora_fixed.weight") and x.ndim == 1]
+    pruned_features = [int(np.sum(mask == 0)) for mask in masks]
+    assert min(pruned_features) == 0
+    assert max(pruned_features) > 0
+
+
+def test_a_model_that_gives_its_layers_positions_too_has_similar_layers(tiny, tmp_path):
+    """DeBERTa calls query and key a second time, on positions instead of examples."""
+    config = tiny(method="losa", **{"model.name": save_text_model("deberta-v3", tmp_path)})
+    model, start = build(config)
+    model.load(start)
+    public = model.encode(split(config.data)[1])
+    pooled = pooled_inputs(model, public)
+    assert {x.shape[0] for x in pooled.values()} == {min(128, len(public))}
+    assert all(np.isfinite(value) for value in similarities(pooled).values())
 
 
 @given(

@@ -27,6 +27,7 @@ from helpers.app_runs import (
 )
 from helpers.fake_grid import FakeGrid
 from lalora_app import client_app, server_app
+from lalora_app.adapter.closed_rows import with_closed_rows
 from lalora_app.adapter.factors import kind
 from lalora_app.audit.one_audit import FAST, REAL, AuditRequest
 from lalora_app.client import local_round
@@ -164,9 +165,12 @@ def test_a_client_without_examples_of_a_task_sends_noise_alone(tiny):
         assert abs(moved.mean()) < 4 * std / math.sqrt(moved.size)
 
 
-def test_without_noise_a_client_without_examples_sends_what_it_received(tiny):
-    config = tiny(**tasks(**ONE_CLASS_EACH, **{"privacy.epsilon": INF, "train.optimizer": "sgd"}))
-    done = run(config)
+@pytest.mark.parametrize("public", [False, True])
+def test_without_noise_a_client_without_examples_sends_what_it_received(tiny, public):
+    """Its size of 0 is no reason to drop its reply."""
+    keys = {"privacy.epsilon": INF, "train.optimizer": "sgd", "data.public-size": public}
+    done = run(tiny(**tasks(**ONE_CLASS_EACH, **keys)))
+    assert [row["replies"] for row in done.rows] == [2] * 4
     still = [
         same_bits(arrays(e.reply), {n: e.start[n] for n in arrays(e.reply)})
         for e in done.grid.trained()
@@ -208,18 +212,45 @@ def test_few_examples_count_as_much_as_those_of_a_full_batch(tiny):
     assert any(not np.array_equal(results[0][n], start[n]) for n in start if kind(n) == "head")
 
 
-def test_the_head_of_a_closed_task_rests(tiny):
-    config = tiny(**tasks(**{"model.task-heads": True, "train.optimizer": "sgd"}))
-    done = run(config)
-    for exchange in done.grid.trained():
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {},
+        {"train.weight-decay": 0.1},
+        {"server.optimizer": "momentum", "server.momentum": 0.9},
+        {"server.optimizer": "adam", "server.lr": 0.1},
+        {"method": "dp-fedadamw-full", "train.lr-head": 0.01},
+        {"secure-aggregation": "secagg+"},
+    ],
+    ids=lambda keys: next(iter(keys.values()), "plain"),
+)
+def test_the_head_of_a_closed_task_rests(tiny, keys):
+    own = {"model.task-heads": True, "train.optimizer": "sgd"} | keys
+    done = run(tiny(**tasks(**own)))
+    trained = done.grid.trained()
+    last = max(exchange.order["round"] for exchange in trained)
+    final = next(e.start for e in trained if e.order["round"] == last)
+    opened = next(e.start for e in trained if e.order["round"] == 3)  # the second task's start
+    heads = [name for name in final if kind(name) == "head"]
+    assert heads
+    assert last > 3
+    for name in heads:
+        np.testing.assert_array_equal(final[name][0], opened[name][0])
+        assert (final[name][1] != opened[name][1]).all()
+    if "secure-aggregation" in keys:  # uploads are masked
+        return
+    for exchange in trained:
         sent, closed = arrays(exchange.reply), 1 if exchange.order["round"] <= 2 else 0
-        heads = [name for name in sent if kind(name) == "head"]
-        assert heads
         for name in heads:
             before, after = exchange.start[name], sent[name]
             np.testing.assert_array_equal(after[closed], before[closed])
             assert (after[1 - closed] != before[1 - closed]).all()
-    assert done.json("summary.json")["task_accuracy"] == [[1.0], [1.0, 1.0]]  # of one class each
+    assert len(done.json("summary.json")["task_accuracy"]) == 2
+
+
+def test_a_task_with_one_class_is_always_right(tiny):
+    config = tiny(**tasks(**{"model.task-heads": True}))
+    assert run(config).json("summary.json")["task_accuracy"] == [[1.0], [1.0, 1.0]]
 
 
 def test_an_example_chooses_among_the_classes_of_its_own_task():
@@ -239,14 +270,15 @@ def test_an_example_chooses_among_the_classes_of_its_own_task():
 
 def test_only_the_rows_of_closed_classes_rest():
     head, bias = "model.classifier.weight", "model.classifier.bias"
-    others = {"x.lora_A.weight": torch.ones(3, 4), "x.lora_B.weight": torch.ones(4, 3)}
-    grads = {head: torch.ones(3, 4), bias: torch.ones(3), **others}
-    found = local_round.resting_rows(grads, (False, True, True))
+    shapes = {head: (3, 4), bias: (3,), "x.lora_A.weight": (3, 4), "x.lora_B.weight": (4, 3)}
+    before = {name: np.zeros(shape, np.float32) for name, shape in shapes.items()}
+    after = {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
+    found = with_closed_rows(before, after, (False, True, True))
     assert found[head].sum(1).tolist() == [4, 0, 0]
     assert found[bias].tolist() == [1, 0, 0]
-    assert all(found[name] is grads[name] for name in others)
-    assert local_round.resting_rows(grads, ()) is grads
-    assert local_round.resting_rows(grads, (False,) * 3) is grads
+    assert all(found[name] is after[name] for name in after if kind(name) != "head")
+    for none in ((), (False,) * 3):
+        assert all(array is after[n] for n, array in with_closed_rows(before, after, none).items())
 
 
 @pytest.mark.parametrize("method", ["sd-lora", "duallora"])
