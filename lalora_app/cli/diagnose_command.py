@@ -11,20 +11,23 @@ from lalora_app.settings.names import full_path
 
 def _diagnose(args: argparse.Namespace) -> int:
     from lalora_app.diagnosis.forgetting import second_data, second_task
-    from lalora_app.diagnosis.report import as_text, diagnosed, picture
+    from lalora_app.diagnosis.report import Diagnosis, diagnosed, picture
     from lalora_app.results.run_folder import read_config
     from lalora_app.settings.overrides import merged
 
     file = full_path(str(args.picture)) if args.picture else None
     if file and not file.parent.is_dir():
         raise ConfigError(f"--picture {file} must be in a folder that exists")
-    second = None
+    configs, second = [read_config(folder) for folder in args.folders], None
     if args.second_task:
         keys = merged(args.second_task, "--second-task")
-        first, *_ = [second_data(read_config(folder), keys) for folder in args.folders]
+        first, *_ = [second_data(config, keys) for config in configs]
         second = second_task(first)
-    runs = diagnosed(args.folders, second)
-    print(as_text(runs))
+    runs: list[Diagnosis] = []
+    for run in diagnosed(args.folders, second):
+        runs.append(run)
+        headline = f"{run.title}\n" if len(configs) > 1 else ""
+        print("\n" * (len(runs) > 1) + headline + run.text, flush=True)
     if file:
         with replace_atomically(file) as new:
             new.write_text(picture(runs), "utf-8")

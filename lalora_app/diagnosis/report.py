@@ -1,6 +1,6 @@
 """Diagnose finished runs: spectra of their weights, sharpness, and what they have forgotten."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,27 +94,18 @@ def _one_run(folder: Path, second: Sides | None, layer: str) -> Diagnosis:
     return Diagnosis(title, "\n".join(lines), layer, found)
 
 
-def diagnosed(folders: Sequence[Path], second: Sides | None = None) -> list[Diagnosis]:
-    """Return the diagnosis of each run.
+def diagnosed(folders: Sequence[Path], second: Sides | None = None) -> Iterator[Diagnosis]:
+    """Yield the diagnosis of each run as soon as it is known: one takes a minute or more.
 
     Args:
         folders: the runs' folders.
         second: training and test examples of a public second task; None: no probe of it.
     """
-    runs: list[Diagnosis] = []
+    layer = ""
     for folder in folders:
-        runs.append(_one_run(folder, second, runs[0].layer if runs else ""))
-    return runs
-
-
-def as_text(runs: Sequence[Diagnosis]) -> str:
-    """Return the diagnostics of several runs one below the other, such as LoRA and ``full``.
-
-    Limit: one run has no headline.
-    """
-    if len(runs) == 1:
-        return runs[0].text
-    return "\n\n".join(f"{run.title}\n{run.text}" for run in runs)
+        run = _one_run(folder, second, layer)
+        layer = run.layer
+        yield run
 
 
 def picture(runs: Sequence[Diagnosis]) -> str:
