@@ -171,7 +171,8 @@ def pruned_state(
     """Return the state after a step of LoSA: masks, ranks and the pruned weights.
 
     Scores and errors are those of W0 + s·B·A with the masks so far; a pruned feature stays pruned.
-    The new drift holds −W0 on the pruned features, see :func:`pruning_drift`.
+    The new drift holds −W0 on the pruned features, see :func:`pruning_drift`. Limit: a share that
+    prunes no feature of any layer leaves no drift to send.
 
     Args:
         config: the run's config.
@@ -204,7 +205,8 @@ def pruned_state(
     for b, rank in ranks_of(errors, len(adapter[next(factor_pairs(adapter))[1]])).items():
         room = len(adapter[sibling(b, "A")])
         adapter[rank_mask_name(b)] = (np.arange(room) < rank).astype(np.float32)
-    return replace(state, adapter=adapter, drift=drift)
+    moved = any(factor.any() for factor in drift.values())
+    return replace(state, adapter=adapter, drift=drift if moved else {})
 
 
 def initial_state(config: Config, model: Backbone, public: Encoded, start: Adapter) -> ServerState:

@@ -147,6 +147,13 @@ def test_the_drift_of_pruned_features_fits_on_the_wire(shape, gone):
     np.testing.assert_array_equal(left @ right, expected)
 
 
+def test_without_a_pruned_feature_there_is_no_drift(tiny):
+    config = tiny(method="losa", **{"rule.sparsity": 0.0})
+    model, start = build(config)
+    public = model.encode(split(config.data)[1])
+    assert initial_state(config, model, public, start).drift == {}
+
+
 @pytest.mark.usefixtures("no_waiting", "no_report")
 def test_clients_accept_a_pruning_of_some_layers_only(tiny):
     keys = {"rule.sparsity": 0.1, "rule.sparsity-steps": 2, "rule.sparsity-spread": 0.1}
