@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 from safetensors import safe_open
-from safetensors.numpy import save_file
 
 from lalora_app.adapter.atomic_files import replace_atomically
 from lalora_app.adapter.factors import Adapter, Array
+from lalora_app.adapter.tensor_files import save_tensors
 from lalora_app.server_state.state import ServerState
 
 _log = logging.getLogger("flwr")
@@ -52,7 +52,7 @@ def save(folder: Path, state: ServerState) -> None:
     }
     metadata = {"state": numbers, "digest": _digest(tensors, numbers)}
     with replace_atomically(folder / f"attempt-{state.attempts:05d}.safetensors") as new:
-        save_file(tensors, new, metadata=metadata)
+        save_tensors(tensors, new, metadata)
     for old in _files(folder)[:-_KEPT]:
         old.unlink()
 

@@ -11,12 +11,14 @@ from lalora_app.privacy.two_epsilons import sentences
 from lalora_app.settings.names import TIMM, is_local
 from lalora_app.settings.run_config import Config
 
-ADJACENCY = (
+_UNIT = (
     "one example of one client replaced by an empty record (zero-out); clients' data sets are "
     "disjoint and their sizes are known"
 )
-
-ACCOUNTANT = "Opacus PRV accountant, Poisson-subsampled Gaussian, composed over all rounds"
+_UNIT_OF_TASKS = (
+    "one example of one client replaced by an empty record (zero-out) of the same task; clients' "
+    "data sets are disjoint, and the size of each in each task is known"
+)
 
 _CARD = """\
 ---
@@ -99,8 +101,7 @@ _PRIVATE = """
 | unit | {adjacency} |
 | accountant | {accountant} |
 
-{left}Not covered: the choice
-of hyper-parameters, and floating-point effects of the noise."""
+{left}Not covered: {open}."""
 
 _LEFT = "Only tensors that were clipped per example and noised left the clients. "
 _LEFT_SHARED = """\
@@ -112,7 +113,32 @@ _NOT_PRIVATE = """
 **Not private**: {reason}."""
 
 CARD_ROW = "| ε, lower bound (audit) |"  # first cells of the audit's line in the card
-NOT_AUDITED = f"{CARD_ROW} not audited: `lalora audit --run` with the folder of the run |"
+
+
+def unit_of(config: Config) -> str:
+    """Return what the guarantee of a run hides: the two data sets that look alike."""
+    return _UNIT_OF_TASKS if config.has_tasks else _UNIT
+
+
+def accountant_of(config: Config) -> str:
+    """Return the accountant of a run, and which releases it composes."""
+    rounds = "all rounds of a task" if config.has_tasks else "all rounds"
+    return f"Opacus PRV accountant, Poisson-subsampled Gaussian, composed over {rounds}"
+
+
+def not_covered(config: Config) -> str:
+    """Return what the guarantee of a run does not hide."""
+    of_tasks = ", which task an example is in" if config.has_tasks else ""
+    return f"hyper-parameter tuning, floating-point noise, timing side channels{of_tasks}"
+
+
+def _not_audited(config: Config) -> str:
+    """Return the card's row on a run that has not been audited: how to do it, if it can be."""
+    if config.has_tasks:
+        return f"{CARD_ROW} not audited: `lalora audit` takes no run with tasks |"
+    if config.privacy.shared:
+        return f"{CARD_ROW} not audited: `lalora audit --fast` attacks the sums of this config |"
+    return f"{CARD_ROW} not audited: `lalora audit --run` with the folder of the run |"
 
 
 def privacy_sentence(config: Config, epsilon: float, alone: float | None = None) -> str:
@@ -130,9 +156,10 @@ def privacy_sentence(config: Config, epsilon: float, alone: float | None = None)
             left=left,
             epsilon=epsilon,
             delta=config.privacy.delta,
-            audit=NOT_AUDITED,
-            adjacency=ADJACENCY,
-            accountant=ACCOUNTANT,
+            audit=_not_audited(config),
+            adjacency=unit_of(config),
+            accountant=accountant_of(config),
+            open=not_covered(config),
         )
     seeded = config.privacy.noise == "seeded"
     return _NOT_PRIVATE.format(
@@ -193,6 +220,7 @@ def model_card(config: Config, row: Mapping[str, Any]) -> str:
         row: the last row of the history.
     """
     base = public_name(config.model.name)
+    within = ", among the classes of the example's own task only" * config.model.task_heads
     return _CARD.format(
         base=base,
         kind="full-fine-tuning" if METHODS[config.method].whole else "lora",
@@ -202,5 +230,5 @@ def model_card(config: Config, row: Mapping[str, Any]) -> str:
         rounds=row["round"],
         data=config.data.name,
         privacy=privacy_sentence(config, row["epsilon_max"], row.get("epsilon_alone")),
-        quality=format_scores(scores_in_row(row), ", "),
+        quality=format_scores(scores_in_row(row), ", ") + within,
     )

@@ -5,11 +5,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from peft import LoraConfig, PeftModel
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 from torch import nn
 
 from lalora_app.adapter.factors import Adapter, factor_pairs, kind
 from lalora_app.adapter.low_rank import balanced_factors, numerical_rank, sum_of_products, svd
+from lalora_app.adapter.tensor_files import save_tensors
 from lalora_app.adapter.whole_linear import whole_layers
 from lalora_app.models.backbone import Backbone
 from lalora_app.models.pretrained import public_name
@@ -43,7 +44,7 @@ def _with_drift(folder: Path, drift: Adapter) -> None:
     rank = max(numerical_rank(found) for found in sums.values())
     for (b, a), found in sums.items():
         tensors[b], tensors[a] = balanced_factors(found, rank)
-    save_file(tensors, file)
+    save_tensors(tensors, file)
     settings.r = settings.lora_alpha = rank
     settings.save_pretrained(str(folder))
 
@@ -69,7 +70,7 @@ def _with_whole_weights(folder: Path, model: nn.Module) -> None:
         weight = own["weight"].T if path in transposed else own["weight"]
         own["weight"] = weight.contiguous()
         tensors |= {f"{path}.{name}": x.numpy(force=True) for name, x in own.items()}
-    save_file(tensors, file)
+    save_tensors(tensors, file)
     paths = [path.removeprefix(_PREFIX) for path in layers]
     settings.modules_to_save = [*(settings.modules_to_save or []), *paths]
     settings.save_pretrained(str(folder))

@@ -5,10 +5,11 @@ from pathlib import Path
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file
 
 from lalora_app.adapter.atomic_files import file_name, replace_atomically
 from lalora_app.adapter.factors import Adapter
+from lalora_app.adapter.tensor_files import save_tensors
 from lalora_app.wire.downlink import LEFT_OUT, Parts, content_hash, parts
 from lalora_app.wire.messages import ARRAYS, DRIFT
 from lalora_app.wire.tensors import WireError, to_record
@@ -28,7 +29,7 @@ def save_download(path: Path, adapter: Adapter, drift: Adapter) -> None:
     named = {f"{ARRAYS}/{name}": array for name, array in adapter.items()}
     named |= {f"{DRIFT}/{name}": array for name, array in drift.items()}
     with replace_atomically(path) as new:
-        save_file(named, new)
+        save_tensors(named, new)
 
 
 def _saved_parts(path: Path) -> Parts:

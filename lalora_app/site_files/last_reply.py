@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from lalora_app.adapter.atomic_files import file_name, replace_atomically
 from lalora_app.adapter.factors import Adapter
+from lalora_app.adapter.tensor_files import save_tensors
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def save_reply(path: Path, request: str, reply: SavedReply) -> None:
     """
     metadata = {"request": request, "examples": str(reply.num_examples)}
     with replace_atomically(path) as new:
-        save_file(reply.upload, new, metadata=metadata)
+        save_tensors(reply.upload, new, metadata)
 
 
 def load_if_same_request(path: Path, request: str) -> SavedReply | None:

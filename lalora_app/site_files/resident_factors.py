@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from lalora_app.adapter.atomic_files import file_name, replace_atomically
 from lalora_app.adapter.factors import Adapter, Factor, Factors, kind
+from lalora_app.adapter.tensor_files import save_tensors
 
 
 def resident_file(folder: Path, dataset: str, run: str) -> Path:
@@ -52,7 +52,7 @@ def save_residents(
     }
     metadata = {"attempt": str(attempt)} | {str(f): str(v) for f, v in versions.items()}
     with replace_atomically(path) as new:
-        save_file(tensors, new, metadata=metadata)
+        save_tensors(tensors, new, metadata)
         _set_aside(path, attempt)
 
 

@@ -59,6 +59,7 @@ SERVER = {
     "": {},
     "yogi": {"server.optimizer": "yogi", "server.lr": 0.01, "server.average": "ema:0.5"},
     "momentum": {"server.optimizer": "momentum", "server.average": "tail:0.75"},
+    "pruned": {"rule.sparsity": 0.5, "rule.sparsity-steps": 2, "rule.sparsity-spread": 0.1},
 }
 
 
@@ -89,6 +90,7 @@ def uninterrupted(tmp_path_factory, tiny_keys):
         ("la-lora", "in a round", "yogi"),
         ("full", "in a round", "yogi"),
         ("rolora", "before a round", "momentum"),
+        ("losa", "in a round", "pruned"),
     ],
 )
 def test_a_resumed_run_ends_where_the_uninterrupted_one_does(
