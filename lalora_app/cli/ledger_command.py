@@ -22,7 +22,6 @@ from lalora_app.privacy.ledger_entries import (
     LedgerEntry,
     parts_of,
     releases_alone,
-    releases_of,
     share_noise,
     worst_releases,
 )
@@ -66,14 +65,17 @@ def _show(args: argparse.Namespace) -> int:
             spent += f"  |  epsilon-alone {epsilon(opened, args.delta):.3f}"
         steps = sum(entry.release.count for entry in group)
         print(f"{dataset}  |  {run}  |  {steps} releases  |  {spent}")
-        for part, own in parts_of(group).items():
-            print(f"    part {part}  |  epsilon {epsilon(releases_of(own), args.delta):.3f}")
+        for part in parts_of(group):
+            own = worst_releases(group, args.delta, part=part)
+            print(f"    part {part}  |  epsilon {epsilon(own, args.delta):.3f}")
     _explain(entries)
     return 0
 
 
 def _explain(entries: Sequence[LedgerEntry]) -> None:
-    """Print who must be honest for which of the two ε, if there are two."""
+    """Print what is not plain from the numbers: seeded noise, and who is honest for which ε."""
+    if seeded := sum(entry.seeded for entry in entries):
+        print(f"epsilon inf: noise from the run's seed, which the server knows (lines: {seeded})")
     if share_noise(entries):
         print(*sentences("epsilon", "epsilon-alone"), sep="\n")
 
@@ -103,8 +105,9 @@ def _verify(args: argparse.Namespace) -> int:
         text, faults = _verified(worst, args.delta, args.max_epsilon, "max-epsilon")
         print(f"{dataset}  |  {run}  |  {text}")
         wrong += faults
-        for part, own in parts_of(group).items():
-            text, faults = _verified(releases_of(own), args.delta, math.inf, "max-epsilon")
+        for part in parts_of(group):
+            own = worst_releases(group, args.delta, part=part)
+            text, faults = _verified(own, args.delta, math.inf, "max-epsilon")
             print(f"    part {part}  |  {text}")
             wrong += faults
         if share_noise(group) or args.max_epsilon_alone < math.inf:
@@ -130,6 +133,7 @@ def _csv_line(entry: LedgerEntry) -> dict[str, object]:
         "uid": entry.uid,
         "alone_multiplier": entry.alone,
         "part": entry.part,
+        "seeded": int(entry.seeded),
     }
 
 
@@ -137,6 +141,7 @@ def _export(args: argparse.Namespace) -> int:
     entries = _open_ledger(args.path).entries(args.dataset)
     unused = {"alone_multiplier"} if not share_noise(entries) else set()
     unused |= {"part"} if not any(entry.part for entry in entries) else set()
+    unused |= {"seeded"} if not any(entry.seeded for entry in entries) else set()
     columns = [name for name in _csv_line(_EMPTY) if name not in unused]
     writer = csv.DictWriter(sys.stdout, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

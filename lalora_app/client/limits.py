@@ -64,6 +64,7 @@ def _limits(config: Config, site: Site, planned: int) -> Limits:
         max_rounds=policy.max_rounds,
         per_day=policy.max_rounds_per_day,
         part=site.part(config),
+        seeded=privacy.noise == "seeded",
     )
 
 

@@ -22,7 +22,7 @@ from lalora_app.client.site import Site, admit
 from lalora_app.methods.compatibility import method_of
 from lalora_app.methods.method import Method
 from lalora_app.privacy.accounting import epsilon
-from lalora_app.privacy.ledger_entries import worst_releases
+from lalora_app.privacy.ledger_entries import releases_drawn, releases_of, worst_releases
 from lalora_app.secagg.upload import Upload
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.names import NONE
@@ -112,7 +112,9 @@ class Asked:
         site, delta = self.site, self.config.privacy.delta
         size = num_examples or None  # a client may have no example of the open task
         entries = site.ledger.entries(site.dataset, self.request.run)
-        spent = epsilon(worst_releases(entries, delta), delta)
+        # A run with seeded noise is told the ε of its schedule; the ledger counts it as infinite.
+        of = releases_drawn if self.config.privacy.noise == "seeded" else releases_of
+        spent = epsilon(worst_releases(entries, delta, of), delta)
         return messages.TrainReply(
             upload=upload,
             round=self.request.round,

@@ -20,6 +20,7 @@ from lalora_app.privacy.ledger_entries import (
     create,
     read_entries,
     releases_alone,
+    releases_drawn,
     releases_of,
     write_entry,
 )
@@ -68,6 +69,7 @@ class Limits(TypedDict):
     alone: NotRequired[float | None]
     alone_limit: NotRequired[Limit | None]
     part: NotRequired[str]
+    seeded: NotRequired[bool]
 
 
 class Ledger:
@@ -117,8 +119,11 @@ class Ledger:
             return read_entries(db, dataset, run)
 
     def releases(self, dataset: str, run: str | None = None) -> list[Release]:
-        """Return the releases of a dataset, of all its parts, in one run or in all (None)."""
-        return releases_of(self.entries(dataset, run))
+        """Return the releases of a dataset, of all its parts, in one run or in all (None).
+
+        They have the noise that was drawn, also where it was seeded.
+        """
+        return releases_drawn(self.entries(dataset, run))
 
     def damage(self) -> str:
         """Return SQLite's description of the file's damage; an empty text: no damage."""
@@ -157,6 +162,7 @@ class Ledger:
         alone: float | None = None,
         alone_limit: Limit | None = None,
         part: str = WHOLE,
+        seeded: bool = False,
     ) -> list[LedgerEntry]:
         """Check that :meth:`reserve` would not refuse, and write nothing.
 
@@ -177,6 +183,9 @@ class Ledger:
             alone_limit: limit of ε-alone: of all lines of this dataset, each with the noise of its
                 upload alone; None: no limit.
             part: the part of the dataset that the releases read; empty: all of it.
+            seeded: whether the noise is drawn from the run's seed. The limit of the run then counts
+                it as if it were secret, so that the run has the schedule of a private one; the
+                limit of the dataset counts it as none.
 
         Returns:
             The lines of the dataset with which the checks were made.
@@ -194,8 +203,10 @@ class Ledger:
             _check_run(own, max_rounds)
         if per_day is not None:
             _check_day(seen, datetime.now(UTC), per_day)
+        drawn = releases_drawn if seeded else releases_of
         for lines in compositions(own, part):
-            check_limit([*releases_of(lines), *later], plan, run_limit, "run")
+            check_limit([*drawn(lines), *later], plan, run_limit, "run")
+        plan = replace(plan, noise_multiplier=0.0) if seeded else plan
         for lines in compositions(seen, part):
             check_limit([*releases_of(lines), *later], plan, node_limit, "node")
             if alone_limit is not None:
@@ -230,9 +241,9 @@ class Ledger:
             # Accounting takes seconds: outside of the transaction, other processes may write.
             seen = self.check(dataset, run, release, **limits)
             now, name = datetime.now(UTC), uid or secrets.token_hex(16)
-            alone = limits.get("alone")
-            part = limits.get("part", WHOLE)
-            entry = LedgerEntry(_stamp(now), dataset, run, round_, release, name, alone, part)
+            alone, seeded = limits.get("alone"), limits.get("seeded", False)
+            order = (_stamp(now), dataset, run, round_, release, name)
+            entry = LedgerEntry(*order, alone, limits.get("part", WHOLE), seeded)
             if self._append_after(seen, entry):
                 return Reservation(release)
 

@@ -10,7 +10,8 @@ from lalora_app.privacy.accounting import Release, epsilon
 
 WHOLE = ""  # the part of a line that any example of the dataset may be in
 _COLUMNS = (
-    "time, dataset, run, round, sampling_rate, noise_multiplier, count, uid, alone_multiplier, part"
+    "time, dataset, run, round, sampling_rate, noise_multiplier, count, uid, alone_multiplier, "
+    "part, seeded"
 )
 _MOST_PARTS = 64  # of which each costs an ε; with more, all lines are composed
 
@@ -30,6 +31,7 @@ class LedgerEntry:
         alone: noise multiplier of the client's upload alone, for shared noise; None: the client's
             own noise is all of the noise, and an upload alone has ``release.noise_multiplier``.
         part: the examples that the releases read: a division's name, "/" and a number; empty: all.
+        seeded: whether the noise was drawn from the run's seed, which the server knows.
     """
 
     time: str
@@ -40,18 +42,35 @@ class LedgerEntry:
     uid: str
     alone: float | None = None
     part: str = WHOLE
+    seeded: bool = False
+
+    @property
+    def release_seen(self) -> Release:
+        """The releases with the noise that hides them; seeded noise hides nothing."""
+        return replace(self.release, noise_multiplier=0.0) if self.seeded else self.release
 
     @property
     def release_alone(self) -> Release:
-        """The releases with the noise of the upload alone. Limit: ``release`` with own noise."""
-        if self.alone is None:
-            return self.release
+        """The releases with the noise of the upload alone. Limit: the same with own noise."""
+        if self.alone is None or self.seeded:
+            return self.release_seen
         return replace(self.release, noise_multiplier=self.alone)
 
 
-def releases_of(entries: Sequence[LedgerEntry]) -> list[Release]:
-    """Return the releases as everyone may see them: sums, where noise was shared."""
+def releases_drawn(entries: Sequence[LedgerEntry]) -> list[Release]:
+    """Return the releases with the noise that was drawn, whoever knows it.
+
+    Privacy: for the schedule of a run with seeded noise only, which promises nothing.
+    """
     return [entry.release for entry in entries]
+
+
+def releases_of(entries: Sequence[LedgerEntry]) -> list[Release]:
+    """Return the releases as everyone may see them: sums, where noise was shared.
+
+    Limit: releases with seeded noise have none, so that their ε is infinite.
+    """
+    return [entry.release_seen for entry in entries]
 
 
 def releases_alone(entries: Sequence[LedgerEntry]) -> list[Release]:
@@ -77,9 +96,9 @@ def may_share(one: str, other: str) -> bool:
 def compositions(entries: Sequence[LedgerEntry], part: str = WHOLE) -> list[list[LedgerEntry]]:
     """Return lists of lines, one of which holds all lines that any one example can have been in.
 
-    With a part it is one list: the lines of this part, of all examples and of other divisions.
-    Without, it is one list per part of the division with most lines; the lines of other divisions
-    are in every list.
+    One division is divided: the one with most lines. There is a list for each of its parts, and
+    the lines of all other divisions are in every list. With a part, lines of other parts of that
+    part's division are left out, so the ε of a part is at most that of the dataset.
 
     Args:
         entries: lines of one dataset.
@@ -89,40 +108,39 @@ def compositions(entries: Sequence[LedgerEntry], part: str = WHOLE) -> list[list
 
     Privacy: the ε of a dataset is the largest of the lists (parallel composition of disjoint data).
     """
-    if part:
-        return [[entry for entry in entries if may_share(entry.part, part)]]
+    kept = [entry for entry in entries if not part or may_share(entry.part, part)]
     counts = Counter(entry.part.partition("/")[0] for entry in entries if entry.part)
     if not counts:
-        return [list(entries)]
+        return [kept]
     division = max(sorted(counts), key=lambda name: counts[name])
-    parts = sorted({e.part for e in entries if e.part.partition("/")[0] == division})
-    if len(parts) > _MOST_PARTS:
-        return [list(entries)]
-    return [[entry for entry in entries if may_share(entry.part, own)] for own in parts]
+    parts = sorted({e.part for e in kept if e.part.partition("/")[0] == division})
+    if not parts or len(parts) > _MOST_PARTS:
+        return [kept]
+    return [[entry for entry in kept if may_share(entry.part, own)] for own in parts]
 
 
-def parts_of(entries: Sequence[LedgerEntry]) -> dict[str, list[LedgerEntry]]:
-    """Return the lines that an example of each part can have been in; nothing without parts."""
-    names = sorted({entry.part for entry in entries if entry.part})
-    return {name: compositions(entries, name)[0] for name in names}
+def parts_of(entries: Sequence[LedgerEntry]) -> list[str]:
+    """Return the names of all parts that lines have; nothing without parts."""
+    return sorted({entry.part for entry in entries if entry.part})
 
 
 ReleasesOf = Callable[[Sequence[LedgerEntry]], list[Release]]
 
 
 def worst_releases(
-    entries: Sequence[LedgerEntry], delta: float, of: ReleasesOf = releases_of
+    entries: Sequence[LedgerEntry], delta: float, of: ReleasesOf = releases_of, part: str = WHOLE
 ) -> list[Release]:
     """Return the releases of the example that has spent most, by its ε.
 
     Args:
         entries: lines of one dataset.
         delta: δ of the ε.
-        of: :func:`releases_of` or :func:`releases_alone`.
+        of: which noise the lines count with, such as :func:`releases_alone`.
+        part: only examples of this part.
 
     Limit: without parts, the releases of all lines.
     """
-    return max(map(of, compositions(entries)), key=lambda releases: epsilon(releases, delta))
+    return max(map(of, compositions(entries, part)), key=lambda releases: epsilon(releases, delta))
 
 
 def share_noise(entries: Sequence[LedgerEntry]) -> bool:
@@ -148,8 +166,8 @@ def write_entry(db: sqlite3.Connection, entry: LedgerEntry) -> None:
     row = (entry.time, entry.dataset, entry.run, entry.round)
     numbers = (release.sampling_rate, release.noise_multiplier, release.count)
     db.execute(
-        f"INSERT INTO releases ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (*row, *numbers, entry.uid, entry.alone, entry.part),
+        f"INSERT INTO releases ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (*row, *numbers, entry.uid, entry.alone, entry.part, int(entry.seeded)),
     )
 
 
@@ -169,8 +187,13 @@ def read_entries(
         (dataset, run),
     )
     return [
-        LedgerEntry(time, name, run_, round_, Release(q, z, count), uid, alone, part or WHOLE)
-        for time, name, run_, round_, q, z, count, uid, alone, part in rows
+        LedgerEntry(
+            *(time, name, run_, round_, Release(q, z, count), uid),
+            alone=alone,
+            part=part or WHOLE,
+            seeded=bool(known),
+        )
+        for time, name, run_, round_, q, z, count, uid, alone, part, known in rows
     ]
 
 
@@ -186,7 +209,8 @@ CREATE TABLE IF NOT EXISTS releases (
     count INTEGER NOT NULL CHECK (count > 0),
     uid TEXT,
     alone_multiplier REAL,
-    part TEXT
+    part TEXT,
+    seeded INTEGER
 );
 CREATE INDEX IF NOT EXISTS releases_of ON releases (dataset, run);
 """
@@ -200,9 +224,9 @@ COMMIT;
 """
 
 
-# Columns that older ledgers lack. In their lines all noise was the client's own and the releases
-# read all examples: alone_multiplier and part are then NULL.
-_ADDED = {"uid": "TEXT", "alone_multiplier": "REAL", "part": "TEXT"}
+# Columns that older ledgers lack, NULL in their lines: all noise was the client's own, the releases
+# read all examples, and whether noise was seeded is not known.
+_ADDED = {"uid": "TEXT", "alone_multiplier": "REAL", "part": "TEXT", "seeded": "INTEGER"}
 
 
 def create(db: sqlite3.Connection) -> None:

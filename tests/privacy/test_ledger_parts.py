@@ -85,10 +85,31 @@ def test_many_divisions_need_as_few_lists_as_one():
     assert len(compositions(entries, "0/1")) == 1
 
 
-def test_each_part_is_told_with_all_lines_that_its_examples_can_be_in():
+def test_a_part_of_each_division_is_told_with_all_lines_that_its_examples_can_be_in():
     entries = [line(part, number) for number, part in enumerate(PARTS)]
-    assert {e.part for e in parts_of(entries)["one/2"]} == {WHOLE, "one/2", "two/1", "two/2"}
-    assert parts_of([line(WHOLE)]) == {}
+    (lines,) = compositions(entries, "one/2")
+    assert {e.part for e in lines} == {WHOLE, "one/2", "two/1", "two/2"}
+    found = [{e.part for e in lines} for lines in compositions(entries, "two/1")]
+    assert found == [{WHOLE, f"one/{number}", "two/1"} for number in (1, 2, 3)]
+    assert parts_of(entries) == PARTS[1:]
+    assert parts_of([line(WHOLE)]) == []
+
+
+@given(st.lists(st.sampled_from(PARTS), max_size=8), st.sampled_from(PARTS))
+def test_no_part_has_more_releases_than_the_dataset(parts, part):
+    entries = [line(own, number) for number, own in enumerate(parts)]
+    all_lists = [frozenset(e.uid for e in lines) for lines in compositions(entries)]
+    for lines in compositions(entries, part):
+        assert any({e.uid for e in lines} <= other for other in all_lists)
+
+
+@given(st.lists(st.sampled_from(PARTS), min_size=1, max_size=8))
+def test_the_dataset_has_the_largest_epsilon_of_its_parts(parts):
+    entries = [line(own, number) for number, own in enumerate(parts)]
+    whole = sum(release.count for release in worst_releases(entries, DELTA))
+    worst = [worst_releases(entries, DELTA, part=part) for part in parts_of(entries)]
+    found = [sum(release.count for release in releases) for releases in worst]
+    assert whole == max(found, default=ONE.count * len(entries))
 
 
 def test_epsilon_is_that_of_the_worst_part(tmp_path):
@@ -130,7 +151,7 @@ def test_the_limit_of_a_node_counts_its_worst_part_over_all_runs(tmp_path):
 def test_an_older_ledger_counts_its_lines_for_all_examples(tmp_path):
     path = tmp_path / "ledger.sqlite"
     with sqlite3.connect(path) as db:
-        db.executescript(SCHEMA.replace(",\n    part TEXT", ""))
+        db.executescript(SCHEMA.replace(",\n    part TEXT,\n    seeded INTEGER", ""))
         db.execute(
             "INSERT INTO releases (time, dataset, run, round, sampling_rate, noise_multiplier, "
             "count, uid) VALUES ('', 'data', 'old', 1, 0.1, 1.5, 4, 'x')"

@@ -569,8 +569,8 @@ MUTANTS = {
     ),
     "shared noise: the noise of an upload alone is not written": Mutant(
         "privacy/ledger_entries.py",
-        "(*row, *numbers, entry.uid, entry.alone, entry.part)",
-        "(*row, *numbers, entry.uid, None, entry.part)",
+        "(*row, *numbers, entry.uid, entry.alone, entry.part, int(entry.seeded))",
+        "(*row, *numbers, entry.uid, None, entry.part, int(entry.seeded))",
         "tests/privacy/test_two_epsilons.py::test_the_file_holds_both_multipliers_and_none_for_own_noise",
     ),
     "shared noise: more noise for an upload than for its sum": Mutant(
@@ -662,6 +662,18 @@ MUTANTS = {
         "    return examples.take([row for row, place in enumerate(places) if tasks[place] == task])\n",
         "    return examples\n",
         "tests/whole_app/test_tasks.py::test_a_round_trains_on_the_examples_of_its_own_task_only",
+    ),
+    "seeded noise counted as secret": Mutant(
+        "privacy/ledger_entries.py",
+        "replace(self.release, noise_multiplier=0.0) if self.seeded else self.release",
+        "self.release",
+        "tests/privacy/test_seeded_lines.py::test_a_line_with_seeded_noise_makes_the_epsilon_of_its_dataset_infinite",
+    ),
+    "seeded noise not marked": Mutant(
+        "client/limits.py",
+        'seeded=privacy.noise == "seeded"',
+        "seeded=False",
+        "tests/whole_app/test_node_policies.py::test_the_ledger_marks_seeded_noise",
     ),
     "parts of two divisions taken for disjoint": Mutant(
         "privacy/ledger_entries.py",

@@ -1,6 +1,7 @@
 """Test the limits, the device and the data of single nodes."""
 
 import json
+import math
 from collections import Counter
 
 import pytest
@@ -10,7 +11,9 @@ from helpers.app_runs import DELTA, EPSILON, by_dataset, ledger_entries, open_ru
 from helpers.fake_grid import FakeGrid
 from lalora_app import client_app, server_app
 from lalora_app.models import backbone
+from lalora_app.privacy.accounting import epsilon
 from lalora_app.privacy.ledger import Ledger
+from lalora_app.privacy.ledger_entries import releases_drawn, releases_of
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import flatten
 from lalora_app.wire import messages
@@ -55,6 +58,17 @@ def test_a_nodes_own_device_goes_before_the_runs(tiny, monkeypatch):
     monkeypatch.setattr(backbone, "build", spy)
     run(tiny(**open_run() | {"num-server-rounds": 1}), [{"device": "cpu"}, {}])
     assert built["cpu"] == 2  # to answer the query, and in the round
+
+
+@pytest.mark.parametrize("noise", ["secure", "seeded"])
+def test_the_ledger_marks_seeded_noise(tiny, noise):
+    done = run(tiny(**sized(**{"privacy.noise": noise})))
+    entries = ledger_entries()
+    assert [entry.seeded for entry in entries] == [noise == "seeded"] * 6
+    for lines in by_dataset(entries).values():
+        assert epsilon(releases_drawn(lines), DELTA) <= EPSILON
+        assert math.isinf(epsilon(releases_of(lines), DELTA)) == (noise == "seeded")
+    assert done.rows[-1]["epsilon_max"] <= EPSILON + 0.01  # of the schedule
 
 
 def test_a_node_with_a_budget_takes_no_noise_that_the_server_can_repeat(tiny):

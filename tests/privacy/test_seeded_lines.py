@@ -1,0 +1,110 @@
+"""Lines of the ledger with seeded noise: the server can compute it, so it hides nothing."""
+
+import math
+import sqlite3
+
+import pytest
+
+from lalora_app.cli import main
+from lalora_app.privacy.accounting import Release, epsilon
+from lalora_app.privacy.budget import BudgetError, Limit
+from lalora_app.privacy.ledger import Ledger
+from lalora_app.privacy.ledger_entries import (
+    SCHEMA,
+    releases_alone,
+    releases_drawn,
+    releases_of,
+    worst_releases,
+)
+
+DELTA = 1e-5
+ROUND = Release(0.1, 1.5, 4)
+NO_LIMIT = Limit(math.inf, DELTA)
+
+
+@pytest.fixture
+def ledger(tmp_path, monkeypatch) -> Ledger:
+    monkeypatch.setenv("LALORA_HOME", str(tmp_path))
+    return Ledger(tmp_path / "ledger.sqlite")
+
+
+def reserve(ledger, *, seeded=True, run_limit=NO_LIMIT, node_limit=NO_LIMIT, part="", run="run"):
+    limits = {"run_limit": run_limit, "node_limit": node_limit, "part": part}
+    return ledger.reserve("data", run, 1, ROUND, planned=ROUND.count, **limits, seeded=seeded)
+
+
+def test_a_line_with_seeded_noise_makes_the_epsilon_of_its_dataset_infinite(ledger):
+    reserve(ledger, seeded=False)
+    assert math.isfinite(epsilon(worst_releases(ledger.entries(), DELTA), DELTA))
+    reserve(ledger)
+    entries = ledger.entries()
+    assert [entry.seeded for entry in entries] == [False, True]
+    for seen in (releases_of(entries), releases_alone(entries)):
+        assert [release.noise_multiplier for release in seen] == [1.5, 0.0]
+    assert math.isinf(epsilon(worst_releases(entries, DELTA), DELTA))
+    assert releases_drawn(entries) == ledger.releases("data") == [ROUND, ROUND]
+
+
+def test_only_the_part_that_seeded_noise_was_added_for_is_infinite(ledger):
+    reserve(ledger, part="one/1")
+    reserve(ledger, part="one/2", seeded=False)
+    spent = [
+        epsilon(worst_releases(ledger.entries(), DELTA, part=part), DELTA)
+        for part in ("one/1", "one/2")
+    ]
+    assert spent == [math.inf, epsilon([ROUND], DELTA)]
+
+
+def test_a_run_with_seeded_noise_has_the_limit_of_a_private_run(ledger):
+    limit = Limit(epsilon([ROUND, ROUND], DELTA) + 1e-6, DELTA)
+    assert reserve(ledger, run_limit=limit).noise_multiplier == 1.5
+    reserve(ledger, run_limit=limit)
+    with pytest.raises(BudgetError, match="the run's epsilon would be"):
+        reserve(ledger, run_limit=limit)
+
+
+def test_a_limit_of_a_dataset_refuses_seeded_noise_and_all_that_follows_it(ledger):
+    limit = Limit(1e6, DELTA)
+    with pytest.raises(BudgetError, match="the node's epsilon would be inf"):
+        reserve(ledger, node_limit=limit)
+    assert ledger.entries() == []
+    reserve(ledger)
+    with pytest.raises(BudgetError, match="the node's epsilon would be inf"):
+        reserve(ledger, seeded=False, node_limit=limit, run="another")
+
+
+def test_a_run_that_turns_to_secret_noise_counts_its_seeded_rounds_as_open(ledger):
+    reserve(ledger)
+    with pytest.raises(BudgetError, match="the run's epsilon would be inf"):
+        reserve(ledger, seeded=False, run_limit=Limit(1e6, DELTA))
+
+
+def test_a_merge_keeps_the_mark_and_an_older_ledger_has_none(ledger, tmp_path):
+    path = tmp_path / "old.sqlite"
+    with sqlite3.connect(path) as db:
+        db.executescript(SCHEMA.replace(",\n    seeded INTEGER", ""))
+        db.execute(
+            "INSERT INTO releases (time, dataset, run, round, sampling_rate, noise_multiplier, "
+            "count, uid) VALUES ('', 'data', 'old', 1, 0.1, 1.5, 4, 'x')"
+        )
+    reserve(ledger)
+    Ledger(path).merge(ledger)
+    assert [entry.seeded for entry in Ledger(path).entries()] == [False, True]
+
+
+def test_the_commands_tell_that_seeded_noise_gives_no_guarantee(ledger, capsys):
+    reserve(ledger, seeded=False, run="secret")
+    reserve(ledger, run="known")
+    assert main.main(["ledger", "show"]) == 0
+    shown = capsys.readouterr().out.splitlines()
+    told = {line.split("  |  ")[1]: line.split("  |  ")[-1] for line in shown if "  |  " in line}
+    secret = f"epsilon {epsilon([ROUND], DELTA):.3f}"
+    assert told == {"all runs": "epsilon inf", "known": "epsilon inf", "secret": secret}
+    assert shown[-1] == "epsilon inf: noise from the run's seed, which the server knows (lines: 1)"
+    assert main.main(["ledger", "verify"]) == 0
+    assert main.main(["ledger", "verify", "--max-epsilon", "8"]) == 1
+    capsys.readouterr()
+    assert main.main(["ledger", "export"]) == 0
+    head, *rows = capsys.readouterr().out.splitlines()
+    assert head.endswith(",uid,seeded")
+    assert [row[-2:] for row in rows] == [",0", ",1"]
