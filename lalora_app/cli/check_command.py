@@ -3,7 +3,7 @@
 import argparse
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from statistics import median
@@ -47,7 +47,8 @@ def _of_run(args: argparse.Namespace) -> Iterator[str]:
     yield f"clients   {len(found.sizes)}, with {least} to {most} rows each"
     yield from _described(config, found.train, model)
     model.encode(found.test)  # an image that cannot be read is told here
-    yield from _costs(config, model, model.encode(found.train), least)
+    smallest = [min(of_task) for of_task in zip(*found.task_sizes, strict=True)]
+    yield from _costs(config, model, model.encode(found.train), smallest)
 
 
 def _of_site(args: argparse.Namespace) -> Iterator[str]:
@@ -66,12 +67,13 @@ def _of_site(args: argparse.Namespace) -> Iterator[str]:
         node |= {"max-epsilon": math.inf}
     site = admit(config, node, 0)
     examples = site.examples(config)
-    check_epsilon(replace(config, fraction_train=1.0), [task_sizes(config, examples)])
+    sizes = task_sizes(config, examples)
+    check_epsilon(replace(config, fraction_train=1.0), [sizes])
     model, _ = build(site.config_at_rank(config))
     yield f"data      {node['data-path']}: {len(examples)} rows"
     yield from _described(config, examples, model)
-    yield from lines_on_limits(config, site, len(examples))
-    yield from _costs(config, model, model.encode(examples), len(examples))
+    yield from lines_on_limits(config, site, sizes)
+    yield from _costs(config, model, model.encode(examples), sizes)
 
 
 def _node(args: argparse.Namespace) -> dict[str, Any]:
@@ -140,25 +142,30 @@ def _kinds(model: "Backbone") -> str:
     return ", ".join(sorted({path.rpartition(".")[2] for path in paths}))
 
 
-def _costs(config: Config, model: "Backbone", data: "Encoded", size: int) -> Iterator[str]:
-    """Yield lines on noise, time and memory of one client with ``size`` rows."""
-    from lalora_app.cli.site_limits import steps_of_run
+def _costs(
+    config: Config, model: "Backbone", data: "Encoded", sizes: Sequence[int]
+) -> Iterator[str]:
+    """Yield lines on noise, time and memory of one client with these rows of each task."""
+    from lalora_app.cli.site_limits import steps_of_task
     from lalora_app.client.trial_step import measure_step
     from lalora_app.methods.head_rounds import class_sum_releases
 
     privacy = config.privacy
     for sums in class_sum_releases(config):
         yield f"head      one release of class sums: noise multiplier {sums.noise_multiplier:.3g}"
-    plan = steps_of_run(config, size)
-    q, noise = plan.sampling_rate, plan.noise_multiplier
-    yield (
-        f"privacy   at most {plan.count} steps with sampling rate {q:.3g}: noise multiplier "
-        f"{noise:.3g} for epsilon {privacy.epsilon:g} at delta {privacy.delta:g}"
-    )
+    for task, size in enumerate(sizes):
+        plan = steps_of_task(config, task, size)
+        rows = f"task {task + 1} with {size} rows: " if config.has_tasks else ""
+        yield (
+            f"privacy   {rows}at most {plan.count} steps with sampling rate "
+            f"{plan.sampling_rate:.3g}: noise multiplier {plan.noise_multiplier:.3g} for epsilon "
+            f"{privacy.epsilon:g} at delta {privacy.delta:g}"
+        )
     cost = measure_step(config, model, model.adapter(), data)
     each = ", ".join(f"{seconds:.3g} s ({name})" for name, seconds in cost.seconds.items())
+    rows_drawn = config.train.rate(len(data)) * len(data)
     yield (
-        f"step      {each} with {q * size:.4g} rows on {model.device}; largest memory "
+        f"step      {each} with {rows_drawn:.4g} rows on {model.device}; largest memory "
         f"{cost.peak_bytes / 2**30:.1f} GiB"
     )
     yield "ok        no data was sent or written, no privacy budget was spent"

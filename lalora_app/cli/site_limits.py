@@ -1,30 +1,40 @@
 """Lines of `lalora check` on a site's limits: the ε spent so far, and a check of the whole run."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from lalora_app.client.site import Site
+from lalora_app.data.task_division import division_of
 from lalora_app.methods.head_rounds import class_sum_releases
 from lalora_app.privacy.accounting import Release, calibrate, epsilon
 from lalora_app.privacy.budget import BudgetError, Limit, check_limit
-from lalora_app.privacy.ledger_entries import releases_alone, worst_releases
+from lalora_app.privacy.ledger_entries import WHOLE, releases_alone, worst_releases
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import Config
 from lalora_app.shared_noise.shares import Cohort
 
 
-def steps_of_run(config: Config, size: int) -> Release:
-    """Return the steps of a client with ``size`` rows, with their sampling rate and noise.
+def steps_of_task(config: Config, task: int, size: int) -> Release:
+    """Return the steps of a client in one task, with their sampling rate and noise.
 
     The client is assumed to take part in all rounds: an upper limit.
+
+    Args:
+        config: the run's config.
+        task: number of the task, from 0.
+        size: the number of the client's rows of this task.
+
+    Limit: a run without tasks has one.
     """
     privacy, train, sums = config.privacy, config.train, class_sum_releases(config)
-    q, steps = train.rate(size), train.local_steps * (config.num_server_rounds - len(sums))
+    rounds = range(1 + len(sums), config.num_server_rounds + 1)
+    own = sum(config.open_task(t) == task for t in rounds)
+    q, steps = train.rate(size), train.local_steps * own
     target, delta = privacy.epsilon, privacy.delta
     return Release(q, calibrate(target, delta, sampling_rate=q, steps=steps, past=sums), steps)
 
 
-def lines_on_limits(config: Config, site: Site, size: int) -> Iterator[str]:
+def lines_on_limits(config: Config, site: Site, sizes: Sequence[int]) -> Iterator[str]:
     """Yield one line per limit of a site, after a check that the limit allows the whole run.
 
     With shared noise there is a second limit, of the ε that holds if a server opens the site's
@@ -33,20 +43,23 @@ def lines_on_limits(config: Config, site: Site, size: int) -> Iterator[str]:
     Args:
         config: the run's config.
         site: the site.
-        size: the number of its rows.
+        sizes: the number of its rows of each task.
 
     Raises:
         ConfigError: if the site's ledger and this run together would exceed a limit.
     """
-    file, limit, plan = site.state / "ledger.sqlite", site.policy.limit, steps_of_run(config, size)
+    file, limit = site.state / "ledger.sqlite", site.policy.limit
     entries = site.ledger.entries(site.dataset) if file.is_file() else []
-    sums, past = class_sum_releases(config), worst_releases(entries, limit.delta)
-    _require("max-epsilon", limit, [*past, *sums], plan)
-    spent = epsilon(past, limit.delta)
+    plans = [steps_of_task(config, task, size) for task, size in enumerate(sizes)]
+    for task, plan in enumerate(plans):
+        part = division_of(config).part(task) if config.has_tasks else WHOLE
+        past = worst_releases(entries, limit.delta, part=part)
+        _require("max-epsilon", limit, [*past, *class_sum_releases(config)], plan)
+    spent = epsilon(worst_releases(entries, limit.delta), limit.delta)
     yield f"limit     epsilon {spent:.3g} of {limit.epsilon:g} is spent, by {file}"
     if config.privacy.shared and (alone := site.policy.alone_limit) is not None:
         opened = worst_releases(entries, alone.delta, releases_alone)
-        yield _line_on_alone(config, site, alone, opened, plan)
+        yield _line_on_alone(config, site, alone, opened, plans[0])  # no tasks with shared noise
 
 
 def _line_on_alone(

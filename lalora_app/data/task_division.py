@@ -94,7 +94,8 @@ def division_of(config: Config) -> Division:
     Limit: one task has all values.
 
     Raises:
-        ConfigError: if there are fewer values than tasks.
+        ConfigError: if there are fewer values than tasks, or with ``model.task-heads`` fewer than
+            two for a task.
     """
     data, count = config.data, len(config.data.divided)
     divided = "values of data.task-column" if data.by_column else "classes"
@@ -103,6 +104,11 @@ def division_of(config: Config) -> Division:
     if count < data.tasks:
         raise ConfigError(
             f"data.tasks={data.tasks} must be at most {count}, the number of {divided}"
+        )
+    if config.model.task_heads and count < 2 * data.tasks:
+        raise ConfigError(
+            f"data.tasks={data.tasks} must be at most {count // 2} for model.task-heads=true and "
+            f"{count} classes: with one class in a task there is nothing to choose"
         )
     order = np.arange(count)
     if data.task_order == "seeded":

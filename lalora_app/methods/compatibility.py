@@ -133,16 +133,43 @@ def _check_server(config: Config, method: Method) -> None:
 
 
 def _check_tasks(config: Config, method: Method) -> None:
-    """Check that a method with tasks of its own has those of the data.
+    """Check that a method with tasks of its own has those of the data, with rounds and rows each.
 
     Raises:
-        ConfigError: if its number of tasks is another one.
+        ConfigError: if its number of tasks does not fit.
     """
-    by_task = method.aggregate in (task_blocks.freeze_direction, task_blocks.freeze_subspace)
-    if config.has_tasks and by_task and config.rule.tasks != config.data.tasks:
+    if method.aggregate not in (task_blocks.freeze_direction, task_blocks.freeze_subspace):
+        return
+    tasks, rounds = config.rule.tasks, config.num_server_rounds - config.head_rounds
+    if config.has_tasks and tasks != config.data.tasks:
         raise ConfigError(
-            f"rule.tasks={config.rule.tasks} must be data.tasks={config.data.tasks} for method "
+            f"rule.tasks={tasks} must be data.tasks={config.data.tasks} for method "
             f"{config.method}, which freezes its factors at the end of a task"
+        )
+    if tasks > rounds:
+        raise ConfigError(
+            f"rule.tasks={tasks} must be at most {rounds} for method {config.method}: each task "
+            "needs a round that trains the factors"
+        )
+    if method.aggregate is task_blocks.freeze_subspace and tasks > 1 and config.lora.rank == 1:
+        raise ConfigError(
+            f"lora.rank=1 must be at least 2 for method {config.method} with rule.tasks={tasks}: "
+            "half of the rows of A are for what is new in a task"
+        )
+
+
+def _check_sparsity(config: Config, method: Method) -> None:
+    """Check that LoSA can prune layers by as much more and less as its config says.
+
+    Raises:
+        ConfigError: if a layer would be pruned by less than nothing, or whole.
+    """
+    rule = config.rule
+    most = min(rule.sparsity, 1 - rule.sparsity)
+    if method.calibrates and rule.sparsity_spread > most:
+        raise ConfigError(
+            f"rule.sparsity-spread={rule.sparsity_spread} must be at most {most:g} for "
+            f"rule.sparsity={rule.sparsity}: layers are pruned by rule.sparsity ± the spread"
         )
 
 
@@ -244,6 +271,7 @@ def method_of(config: Config) -> Method:
     check_secure_aggregation(config, linear=method.linear)
     _check_server(config, method)
     _check_tasks(config, method)
+    _check_sparsity(config, method)
     return after_head_rounds(method, config)
 
 

@@ -111,7 +111,12 @@ class AfterRound:
 
     def _record(self, attempt: dict[str, Any], scores: Metrics) -> None:
         """Add the attempt to the history, save the checkpoint and log the round."""
-        row = {**attempt, **scores, **self._task_scores(), "elapsed": self.elapsed()}
+        config, ranks = self.config, self.strategy.state.ranks
+        task = {"task": config.open_task(attempt["round"]) + 1} if config.has_tasks else {}
+        lowered = {"lowered_ranks": {str(client): ranks[client] for client in sorted(ranks)}}
+        of_method = lowered if self.strategy.method.next_rank is not None else {}
+        known = {**attempt, **task, **of_method, **scores, **self._task_scores()}
+        row = {**known, "elapsed": self.elapsed()}
         self.rows.append(row)
         self.folder.write_history(self.rows)
         self.folder.checkpoint(self.strategy.state)

@@ -35,13 +35,19 @@ class CheckedData:
         config: its config, with the classes named.
         train: its training examples, all clients together.
         test: its public test examples.
-        sizes: the number of training examples of each simulated client.
+        task_sizes: (clients, tasks), the number of training examples of each simulated client and
+            task; one task in a run without tasks.
     """
 
     config: Config
     train: Examples
     test: Examples
-    sizes: list[int]
+    task_sizes: list[list[int]]
+
+    @property
+    def sizes(self) -> list[int]:
+        """The number of training examples of each simulated client."""
+        return [sum(of_client) for of_client in self.task_sizes]
 
 
 def check_clients(config: Config, clients: int) -> None:
@@ -144,17 +150,20 @@ def check_data(config: Config, clients: int) -> CheckedData:
     Raises:
         ConfigError: naming the key, its value and the law, for the first failed check.
     """
+    from lalora_app.methods.compatibility import method_of
+
     check_clients(config, clients)
+    method_of(config)
     check_writable(config.output)
     config = replace(config, data=with_names(config.data))
     train, test = split(config.data)
     parts = clients_data(config, clients)
-    sizes = list(map(len, parts))
     if config.privacy.shared:
         Cohort.of(clients, config.privacy.colluding)
-    for size in sizes:
-        check_client(size, batch_size=config.train.fewest, delta=config.privacy.delta)
-    check_epsilon(config, [task_sizes(config, part) for part in parts])
+    for part in parts:
+        check_client(len(part), batch_size=config.train.fewest, delta=config.privacy.delta)
+    sizes = [task_sizes(config, part) for part in parts]
+    check_epsilon(config, sizes)
     return CheckedData(config, train, test, sizes)
 
 

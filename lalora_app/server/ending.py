@@ -4,7 +4,7 @@ import logging
 from typing import Any
 
 from lalora_app.models.scores import format_scores, scores_in_row
-from lalora_app.results.model_card import ACCOUNTANT, ADJACENCY
+from lalora_app.results.model_card import accountant_of, not_covered, unit_of
 from lalora_app.results.peft_export import export
 from lalora_app.results.run_folder import RunFolder
 from lalora_app.server.after_round import AfterRound
@@ -74,16 +74,16 @@ def _privacy_report(config: Config, rows: list[dict[str, Any]]) -> dict[str, Any
         **_alone(rows[-1]),
         "epsilon_promised": config.privacy.epsilon,
         "delta": config.privacy.delta,
-        "unit": ADJACENCY,
+        "unit": unit_of(config),
         "sampling": "Poisson, at each client's own rate: expected batch size over its examples",
         "mechanism": _mechanism(config.privacy),
         **_class_sums(config),
-        "accountant": ACCOUNTANT,
+        "accountant": accountant_of(config),
         "noise": config.privacy.noise,
         "secure_aggregation": config.secure_aggregation,
         "participation": "balanced; no amplification by client sampling is claimed",
         "composition": _composition(config),
-        "not_covered": "hyper-parameter tuning, floating-point noise, timing side channels",
+        "not_covered": not_covered(config),
     }
 
 

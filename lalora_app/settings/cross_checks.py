@@ -66,6 +66,8 @@ def _check_head(config: Config) -> None:
         raise ConfigError(f'model.head="{head}" must be "auto" {no_head}')
     if config.model.task == "causal-lm" and rounds:
         raise ConfigError(f"train.head-rounds={rounds} must be 0 {no_head}")
+    if config.model.task == "causal-lm" and config.model.task_heads:
+        raise ConfigError(f"model.task-heads=true must be false {no_head}")
     if config.head_rounds >= config.num_server_rounds:
         raise ConfigError(
             f"num-server-rounds={config.num_server_rounds} must be above {config.head_rounds}, the "
@@ -157,6 +159,16 @@ def _check_divided(config: Config) -> None:
         raise ConfigError(
             f'data.task-column="{data.task_column}" must be "none" to divide the classes of '
             "data.label-column"
+        )
+    if data.by_column and data.task_column in map(str.strip, data.input_column.split(",")):
+        raise ConfigError(
+            f'data.task-column="{data.task_column}" must not be in data.input-column='
+            f'"{data.input_column}": the model would see which task an example is in'
+        )
+    if not data.by_column and data.task_values != AUTO:
+        raise ConfigError(
+            f'data.task-values="{data.task_values}" must be "{AUTO}" for data.task-column="none", '
+            "which divides the classes: data.labels names them"
         )
     if config.model.task_heads and data.by_column:
         raise ConfigError(

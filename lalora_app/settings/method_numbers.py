@@ -79,8 +79,8 @@ class MethodNumbers:
         meaning="Share of the input features that `losa` prunes, by the end of its steps.",
     )
     sparsity_steps: int = count(
-        meaning="Steps in which `losa` raises its sparsity, evenly over the run; 1: all of it "
-        "before round 1 (the paper has 5)."
+        meaning="Steps, evenly over the run, in which `losa` raises its sparsity, most of it in "
+        "the first; 1: all of it before round 1 (the paper has 5)."
     )
     sparsity_spread: float = law(
         "must be in [0, 1)",

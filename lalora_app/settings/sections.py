@@ -205,7 +205,7 @@ class Data:
     )
     task_values: str = value_list(
         meaning="Values of `data.task-column` in the order of the tasks, such as `books,films`, or "
-        "a JSON list; `auto` takes those of the public data, sorted."
+        "a JSON list; `auto` takes those of the training split of `data.name`, sorted."
     )
     task_order: str = one_of(
         "listed",

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -12,6 +13,8 @@ from lalora_app.cli import main
 from lalora_app.cli.check_command import _label_counts
 from lalora_app.client import trial_step
 from lalora_app.data.examples import split
+from lalora_app.data.partition import clients_data
+from lalora_app.data.task_division import division_of
 from lalora_app.models.backbone import build
 from lalora_app.privacy.accounting import Release, calibrate, epsilon
 from lalora_app.privacy.budget import Limit
@@ -32,7 +35,11 @@ def check(tiny, tmp_path, capsys):
         file.write_text(to_toml(tiny(**{"min-clients": 2, "min-replies": 2} | changes)), "utf-8")
         code = main.main(["check", str(ROOT), "--nodes", "2", "-c", str(file), *options])
         out, err = capsys.readouterr()
-        return code, {line.split()[0]: line for line in out.splitlines()}, err
+        found: dict[str, str] = {}
+        for line in out.splitlines():
+            word = line.split()[0]
+            found[word] = f"{found[word]}\n{line}" if word in found else line
+        return code, found, err
 
     return call
 
@@ -85,6 +92,40 @@ def test_what_earlier_runs_have_spent_counts(check, own_file, tmp_path):
     code, _, err = check("--node-config", node, **PRIVATE)
     assert code == 2
     assert "max-epsilon=1 does not allow this run" in err
+
+
+TASKS = PRIVATE | {"method": "dp-lora", "data.tasks": 2, "num-server-rounds": 5}
+
+
+def test_each_task_of_a_run_has_a_line_with_its_own_steps_rows_and_noise(check, tiny):
+    code, found, _ = check(**TASKS)
+    assert code == 0
+    config = tiny(**TASKS | {"data.labels": "0,1"})
+    parts = [Counter(part.labels) for part in clients_data(config, 2)]
+    steps = [6, 4]  # of rounds 1 to 3, and of rounds 4 and 5
+    for task, line in enumerate(found["privacy"].splitlines()):
+        rows = min(part[task] for part in parts)
+        noise = calibrate(0.8, 1e-5, sampling_rate=8 / rows, steps=steps[task])
+        assert line.startswith(f"privacy   task {task + 1} with {rows} rows: at most {steps[task]}")
+        assert f" steps with sampling rate {8 / rows:.3g}: noise multiplier {noise:.3g}" in line
+
+
+@pytest.mark.parametrize(("spent", "code"), [("1", 2), ("2", 2), ("", 2), ("none", 0)])
+def test_what_a_task_has_spent_counts_for_its_own_rows_only(check, own_file, tiny, spent, code):
+    node = f"data-path='{own_file}' dataset-id='d' max-epsilon=1.0 delta=1e-5 class-tasks=true"
+    division = division_of(tiny(**TASKS | {"data.labels": "0,1"}))
+    limit, part = Limit(1.0, 1e-5), f"{division.name}/{spent}" if spent else ""
+    Ledger(state_folder({}) / "ledger.sqlite").reserve(
+        *("d", "earlier", 1, Release(0.1, 1.5, 3)),
+        planned=3,
+        run_limit=limit,
+        node_limit=limit,
+        part=part,
+    )
+    found, lines, err = check("--node-config", node, **TASKS)
+    assert found == code
+    assert ("max-epsilon=1 does not allow this run" in err) == (code == 2)
+    assert code or len(lines["privacy"].splitlines()) == 2
 
 
 SHARED = PRIVATE | {

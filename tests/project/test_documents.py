@@ -170,7 +170,9 @@ def test_every_node_config_in_a_command_uses_keys_of_the_page():
 def test_the_page_of_a_runs_folder_has_every_key_of_the_history():
     found = first_cells(ROOT / "docs" / "run-folder.md", "## Keys of the history")
     scores = {"accuracy", "balanced_accuracy"}
-    assert found == set(Attempt.__dataclass_fields__) | scores | {"attempt", "elapsed"}
+    of_some_runs = {"task", "task_accuracy", "lowered_ranks"}
+    always = {"attempt", "elapsed"}
+    assert found == set(Attempt.__dataclass_fields__) | scores | always | of_some_runs
 
 
 def test_the_page_of_comparisons_has_every_key_of_a_plan():

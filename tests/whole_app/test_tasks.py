@@ -212,6 +212,22 @@ def test_few_examples_count_as_much_as_those_of_a_full_batch(tiny):
     assert any(not np.array_equal(results[0][n], start[n]) for n in start if kind(n) == "head")
 
 
+@pytest.fixture
+def two_heads(tiny, tmp_path):
+    """Config factory with four classes of the tiny texts, in two tasks with a head each."""
+    rows = [
+        {"text": text, "label": 2 * label + i % 2}
+        for side in split(tiny(**tasks()).data)
+        for i, (text, label) in enumerate(zip(side.contents, side.labels, strict=True))
+    ]
+    keys = {
+        "data.name": str(written(tmp_path / "four.jsonl", rows)),
+        "data.labels": "0,1,2,3",
+        "data.num-labels": 4,
+    }
+    return lambda **changes: tiny(**tasks(**keys | {"model.task-heads": True} | changes))
+
+
 @pytest.mark.parametrize(
     "keys",
     [
@@ -224,9 +240,8 @@ def test_few_examples_count_as_much_as_those_of_a_full_batch(tiny):
     ],
     ids=lambda keys: next(iter(keys.values()), "plain"),
 )
-def test_the_head_of_a_closed_task_rests(tiny, keys):
-    own = {"model.task-heads": True, "train.optimizer": "sgd"} | keys
-    done = run(tiny(**tasks(**own)))
+def test_the_head_of_a_closed_task_rests(two_heads, keys):
+    done = run(two_heads(**{"train.optimizer": "sgd"} | keys))
     trained = done.grid.trained()
     last = max(exchange.order["round"] for exchange in trained)
     final = next(e.start for e in trained if e.order["round"] == last)
@@ -235,22 +250,33 @@ def test_the_head_of_a_closed_task_rests(tiny, keys):
     assert heads
     assert last > 3
     for name in heads:
-        np.testing.assert_array_equal(final[name][0], opened[name][0])
-        assert (final[name][1] != opened[name][1]).all()
+        np.testing.assert_array_equal(final[name][:2], opened[name][:2])
+        assert (final[name][2:] != opened[name][2:]).all()
     if "secure-aggregation" in keys:  # uploads are masked
         return
     for exchange in trained:
-        sent, closed = arrays(exchange.reply), 1 if exchange.order["round"] <= 2 else 0
+        sent, rows = arrays(exchange.reply), [slice(0, 2), slice(2, 4)]
+        first = exchange.order["round"] <= 2
+        opened, closed = rows if first else rows[::-1]
         for name in heads:
             before, after = exchange.start[name], sent[name]
             np.testing.assert_array_equal(after[closed], before[closed])
-            assert (after[1 - closed] != before[1 - closed]).all()
+            assert (after[opened] != before[opened]).all()
     assert len(done.json("summary.json")["task_accuracy"]) == 2
 
 
-def test_a_task_with_one_class_is_always_right(tiny):
-    config = tiny(**tasks(**{"model.task-heads": True}))
-    assert run(config).json("summary.json")["task_accuracy"] == [[1.0], [1.0, 1.0]]
+def test_the_card_tells_what_holds_with_tasks_only(two_heads):
+    done = run(two_heads())
+    card = (done.folder.adapter / "README.md").read_text("utf-8")
+    report = done.json("privacy.json")
+    assert "among the classes of the example's own task only." in card
+    for text in (report["unit"], report["accountant"], report["not_covered"]):
+        assert text in card
+    assert "of the same task" in report["unit"]
+    assert report["accountant"].endswith("composed over all rounds of a task")
+    assert report["not_covered"].endswith("which task an example is in")
+    assert "`lalora audit` takes no run with tasks" in card
+    assert [row["task"] for row in done.rows] == [1, 1, 2, 2]
 
 
 def test_an_example_chooses_among_the_classes_of_its_own_task():
@@ -306,6 +332,24 @@ def test_methods_with_tasks_have_those_of_the_data(tiny, method):
         ({"data.tasks": 1, "model.task-heads": True}, r"^model\.task-heads=true must be false for"),
         ({"data.tasks": 1, "data.task-order": "seeded"}, r'^data\.task-order="seeded" must be "l'),
         ({"data.tasks": 3}, r"^data\.tasks=3 must be at most 2, the number of classes"),
+        (
+            {"model.task-heads": True},
+            r"^data\.tasks=2 must be at most 1 for model\.task-heads=true",
+        ),
+        ({"data.task-values": "a,b"}, r'^data\.task-values="a,b" must be "auto" for data\.task-c'),
+        ({"data.task-column": "text"}, r'^data\.task-column="text" must not be in data\.input-c'),
+        (
+            {"model.task-heads": True, "model.task": "causal-lm", "model.pooling": "model"},
+            r"^model\.task-heads=true must be false for model\.task=\"causal-lm\"",
+        ),
+        (
+            {"method": "sd-lora", "data.tasks": 1, "rule.tasks": 5},
+            r"^rule\.tasks=5 must be at most 4 for method sd-lora",
+        ),
+        (
+            {"method": "duallora", "rule.tasks": 2, "lora.rank": 1},
+            r"^lora\.rank=1 must be at least 2 for method duallora with rule\.tasks=2",
+        ),
     ],
 )
 def test_what_makes_no_sense_with_tasks_is_refused(tiny, changes, words):
