@@ -176,16 +176,13 @@ class Ledger:
             node_limit: limit of all lines of this dataset.
             later: releases of another kind that the run plans after these.
             max_rounds: largest number of lines of this run and dataset; None: any number.
-            per_day: largest number of rounds of this dataset in 24 hours; None: any number. A line
-                with a later time counts, so a clock that was set back only delays a client.
+            per_day: largest number of rounds of this dataset in 24 hours; None: any number.
             alone: noise multiplier of the client's upload alone, if the noise of ``release`` is
                 shared by the clients; None: all of it is the client's own.
             alone_limit: limit of ε-alone: of all lines of this dataset, each with the noise of its
                 upload alone; None: no limit.
             part: the part of the dataset that the releases read; empty: all of it.
-            seeded: whether the noise is drawn from the run's seed. The limit of the run then counts
-                it as if it were secret, so that the run has the schedule of a private one; the
-                limit of the dataset counts it as none.
+            seeded: whether the noise is seeded; it then counts for the limit of the run alone.
 
         Returns:
             The lines of the dataset with which the checks were made.
@@ -199,13 +196,11 @@ class Ledger:
         plan = replace(release, count=max(planned, release.count))
         seen = self.entries(dataset)
         own = [entry for entry in seen if entry.run == run]
-        if max_rounds is not None:
-            _check_run(own, max_rounds)
-        if per_day is not None:
-            _check_day(seen, datetime.now(UTC), per_day)
-        drawn = releases_drawn if seeded else releases_of
+        _check_run(own, max_rounds)
+        _check_day(seen, datetime.now(UTC), per_day)
         for lines in compositions(own, part):
-            check_limit([*drawn(lines), *later], plan, run_limit, "run")
+            of_run = releases_drawn(lines) if seeded else releases_of(lines)
+            check_limit([*of_run, *later], plan, run_limit, "run")
         plan = replace(plan, noise_multiplier=0.0) if seeded else plan
         for lines in compositions(seen, part):
             check_limit([*releases_of(lines), *later], plan, node_limit, "node")
@@ -279,15 +274,19 @@ def _check_alone_limit(
     check_limit(past, opened, limit, "node", "epsilon-alone")
 
 
-def _check_run(entries: list[LedgerEntry], most: int) -> None:
-    if len(entries) >= most:
+def _check_run(entries: list[LedgerEntry], most: int | None) -> None:
+    if most is not None and len(entries) >= most:
         raise BudgetError(f"{len(entries)} rounds of this run; max-rounds={most}")
 
 
-def _check_day(entries: list[LedgerEntry], now: datetime, most: int) -> None:
+def _check_day(entries: list[LedgerEntry], now: datetime, most: int | None) -> None:
+    """Check the rounds of 24 hours; a line with a later time than now counts as one of them.
+
+    So a clock that was set back only delays a client.
+    """
     since = _stamp(now - timedelta(days=1))
     rounds = sum(entry.time > since for entry in entries)
-    if rounds >= most:
+    if most is not None and rounds >= most:
         raise BudgetError(f"{rounds} rounds in 24 hours; max-rounds-per-day={most}")
 
 
