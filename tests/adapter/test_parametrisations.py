@@ -365,7 +365,9 @@ def test_one_example_more_or_less_moves_the_clipped_sum_by_at_most_the_clip_norm
 @pytest.fixture
 def built(tiny):
     def make(name: str, **changes) -> tuple[Backbone, Adapter]:
-        return build(tiny(**{"method": name, "model.pooling": "mean"} | changes))
+        return build(
+            tiny(**{"method": name, "num-server-rounds": 3, "model.pooling": "mean"} | changes)
+        )
 
     return make
 

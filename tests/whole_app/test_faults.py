@@ -133,8 +133,8 @@ def test_a_client_that_cannot_keep_its_files_still_answers(tiny, monkeypatch):
         keep["full"] += 1
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lalora_app.site_files.resident_factors.save_file", no_space)
-    monkeypatch.setattr("lalora_app.site_files.last_reply.save_file", no_space)
+    monkeypatch.setattr("lalora_app.site_files.resident_factors.save_tensors", no_space)
+    monkeypatch.setattr("lalora_app.site_files.last_reply.save_tensors", no_space)
     grid = FakeGrid(config, 2)
     server_app.run(grid, config)
     assert keep["full"] >= 2
@@ -150,7 +150,7 @@ def test_a_client_that_cannot_keep_what_it_was_sent_still_answers(tiny, monkeypa
     def no_space(*args, **kwargs):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("lalora_app.site_files.held_download.save_file", no_space)
+    monkeypatch.setattr("lalora_app.site_files.held_download.save_tensors", no_space)
     grid = FakeGrid(config, 2)
     server_app.run(grid, config)
     assert all(messages.ARRAYS in exchange.reply.content for exchange in grid.trained(1))
