@@ -155,11 +155,13 @@ def _costs(
         yield f"head      one release of class sums: noise multiplier {sums.noise_multiplier:.3g}"
     for task, size in enumerate(sizes):
         plan = steps_of_task(config, task, size)
-        rows = f"task {task + 1} with {size} rows: " if config.has_tasks else ""
+        steps = f"at most {plan.count} steps"
+        if config.has_tasks:
+            steps = f"task {task + 1} with {size} rows: {plan.count} steps if no round fails,"
         yield (
-            f"privacy   {rows}at most {plan.count} steps with sampling rate "
-            f"{plan.sampling_rate:.3g}: noise multiplier {plan.noise_multiplier:.3g} for epsilon "
-            f"{privacy.epsilon:g} at delta {privacy.delta:g}"
+            f"privacy   {steps} with sampling rate {plan.sampling_rate:.3g}: noise multiplier "
+            f"{plan.noise_multiplier:.3g} for epsilon {privacy.epsilon:g} at delta "
+            f"{privacy.delta:g}"
         )
     cost = measure_step(config, model, model.adapter(), data)
     each = ", ".join(f"{seconds:.3g} s ({name})" for name, seconds in cost.seconds.items())

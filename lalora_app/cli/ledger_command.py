@@ -74,8 +74,11 @@ def _show(args: argparse.Namespace) -> int:
 
 def _explain(entries: Sequence[LedgerEntry]) -> None:
     """Print what is not plain from the numbers: seeded noise, and who is honest for which ε."""
-    if seeded := sum(entry.seeded for entry in entries):
-        print(f"epsilon inf: noise from the run's seed, which the server knows (lines: {seeded})")
+    noised = [entry for entry in entries if entry.release.noise_multiplier > 0]
+    if seeded := sum(entry.seeded is True for entry in noised):
+        print(f"epsilon is inf where the noise came from the run's seed, lines: {seeded}")
+    if unknown := sum(entry.seeded is None for entry in noised):
+        print(f"not known whether the noise was seeded, counted as secret, lines: {unknown}")
     if share_noise(entries):
         print(*sentences("epsilon", "epsilon-alone"), sep="\n")
 
@@ -133,7 +136,7 @@ def _csv_line(entry: LedgerEntry) -> dict[str, object]:
         "uid": entry.uid,
         "alone_multiplier": entry.alone,
         "part": entry.part,
-        "seeded": int(entry.seeded),
+        "seeded": None if entry.seeded is None else int(entry.seeded),
     }
 
 

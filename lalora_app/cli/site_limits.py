@@ -8,7 +8,13 @@ from lalora_app.data.task_division import division_of
 from lalora_app.methods.head_rounds import class_sum_releases
 from lalora_app.privacy.accounting import Release, calibrate, epsilon
 from lalora_app.privacy.budget import BudgetError, Limit, check_limit
-from lalora_app.privacy.ledger_entries import WHOLE, releases_alone, worst_releases
+from lalora_app.privacy.ledger_entries import (
+    WHOLE,
+    compositions,
+    releases_alone,
+    releases_of,
+    worst_releases,
+)
 from lalora_app.settings.errors import ConfigError
 from lalora_app.settings.run_config import Config
 from lalora_app.shared_noise.shares import Cohort
@@ -17,7 +23,8 @@ from lalora_app.shared_noise.shares import Cohort
 def steps_of_task(config: Config, task: int, size: int) -> Release:
     """Return the steps of a client in one task, with their sampling rate and noise.
 
-    The client is assumed to take part in all rounds: an upper limit.
+    The client is assumed to take part in all rounds, of which none fails. Without tasks this is an
+    upper limit; a failed round of a task is repeated, and later tasks have fewer.
 
     Args:
         config: the run's config.
@@ -53,8 +60,9 @@ def lines_on_limits(config: Config, site: Site, sizes: Sequence[int]) -> Iterato
     plans = [steps_of_task(config, task, size) for task, size in enumerate(sizes)]
     for task, plan in enumerate(plans):
         part = division_of(config).part(task) if config.has_tasks else WHOLE
-        past = worst_releases(entries, limit.delta, part=part)
-        _require("max-epsilon", limit, [*past, *class_sum_releases(config)], plan)
+        for lines in compositions(entries, part):
+            past = [*releases_of(lines), *class_sum_releases(config)]
+            _require("max-epsilon", limit, past, plan)
     spent = epsilon(worst_releases(entries, limit.delta), limit.delta)
     yield f"limit     epsilon {spent:.3g} of {limit.epsilon:g} is spent, by {file}"
     if config.privacy.shared and (alone := site.policy.alone_limit) is not None:

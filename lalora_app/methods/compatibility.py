@@ -149,7 +149,7 @@ def _check_tasks(config: Config, method: Method) -> None:
     if tasks > rounds:
         raise ConfigError(
             f"rule.tasks={tasks} must be at most {rounds} for method {config.method}: each task "
-            "needs a round that trains the factors"
+            "needs a round that trains the factors; rule.tasks=1 is a run with one task"
         )
     if method.aggregate is task_blocks.freeze_subspace and tasks > 1 and config.lora.rank == 1:
         raise ConfigError(
@@ -166,7 +166,7 @@ def _check_sparsity(config: Config, method: Method) -> None:
     """
     rule = config.rule
     most = min(rule.sparsity, 1 - rule.sparsity)
-    if method.calibrates and rule.sparsity_spread > most:
+    if method.calibrates and rule.sparsity_spread > most + 1e-9:  # 1 - 0.9 is below 0.1
         raise ConfigError(
             f"rule.sparsity-spread={rule.sparsity_spread} must be at most {most:g} for "
             f"rule.sparsity={rule.sparsity}: layers are pruned by rule.sparsity ± the spread"

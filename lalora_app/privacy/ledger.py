@@ -182,7 +182,7 @@ class Ledger:
             alone_limit: limit of ε-alone: of all lines of this dataset, each with the noise of its
                 upload alone; None: no limit.
             part: the part of the dataset that the releases read; empty: all of it.
-            seeded: whether the noise is seeded; it then counts for the limit of the run alone.
+            seeded: whether the noise is seeded; it then counts for the limit of the run only.
 
         Returns:
             The lines of the dataset with which the checks were made.
@@ -201,7 +201,7 @@ class Ledger:
         for lines in compositions(own, part):
             of_run = releases_drawn(lines) if seeded else releases_of(lines)
             check_limit([*of_run, *later], plan, run_limit, "run")
-        plan = replace(plan, noise_multiplier=0.0) if seeded else plan
+        plan, alone = (replace(plan, noise_multiplier=0.0), None) if seeded else (plan, alone)
         for lines in compositions(seen, part):
             check_limit([*releases_of(lines), *later], plan, node_limit, "node")
             if alone_limit is not None:

@@ -1,10 +1,10 @@
 """The SQLite table of the ledger: its lines, and the upgrade of ledgers of older versions."""
 
 import sqlite3
-from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import product
 
 from lalora_app.privacy.accounting import Release, epsilon
 
@@ -13,7 +13,7 @@ _COLUMNS = (
     "time, dataset, run, round, sampling_rate, noise_multiplier, count, uid, alone_multiplier, "
     "part, seeded"
 )
-_MOST_PARTS = 64  # of which each costs an ε; with more, all lines are composed
+_MOST_LISTS = 64  # of lines, of which each costs an ε
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,8 @@ class LedgerEntry:
         alone: noise multiplier of the client's upload alone, for shared noise; None: the client's
             own noise is all of the noise, and an upload alone has ``release.noise_multiplier``.
         part: the examples that the releases read: a division's name, "/" and a number; empty: all.
-        seeded: whether the noise was drawn from the run's seed, which the server knows.
+        seeded: whether the noise was drawn from the run's seed, which the server knows; None: a
+            line of an older version, which did not write it down. It counts as secret noise.
     """
 
     time: str
@@ -42,7 +43,7 @@ class LedgerEntry:
     uid: str
     alone: float | None = None
     part: str = WHOLE
-    seeded: bool = False
+    seeded: bool | None = False
 
     @property
     def release_seen(self) -> Release:
@@ -96,27 +97,30 @@ def may_share(one: str, other: str) -> bool:
 def compositions(entries: Sequence[LedgerEntry], part: str = WHOLE) -> list[list[LedgerEntry]]:
     """Return lists of lines, one of which holds all lines that any one example can have been in.
 
-    One division is divided: the one with most lines. There is a list for each of its parts, and
-    the lines of all other divisions are in every list. With a part, lines of other parts of that
-    part's division are left out, so the ε of a part is at most that of the dataset.
+    An example is in one part of each division, so there is a list for each combination of parts,
+    one of each division: the lines of these parts, and those of all examples.
 
     Args:
         entries: lines of one dataset.
         part: only examples of this part.
 
-    Limit: without parts all lines in one list; with more than 64 parts too, which gives a larger ε.
+    Limit: without parts, all lines in one list. Divisions that would make more than 64 lists, in
+    the order of their first lines, are not divided: their lines are in all lists, and ε is larger.
 
     Privacy: the ε of a dataset is the largest of the lists (parallel composition of disjoint data).
+    A line added to a part changes no list but those of this part, so a check of these is enough.
     """
     kept = [entry for entry in entries if not part or may_share(entry.part, part)]
-    counts = Counter(entry.part.partition("/")[0] for entry in entries if entry.part)
-    if not counts:
-        return [kept]
-    division = max(sorted(counts), key=lambda name: counts[name])
-    parts = sorted({e.part for e in kept if e.part.partition("/")[0] == division})
-    if not parts or len(parts) > _MOST_PARTS:
-        return [kept]
-    return [[entry for entry in kept if may_share(entry.part, own)] for own in parts]
+    divisions: dict[str, set[str]] = {}
+    for entry in kept:
+        if entry.part:
+            divisions.setdefault(entry.part.partition("/")[0], set()).add(entry.part)
+    lists = [kept]
+    for parts in divisions.values():
+        if len(lists) * len(parts) <= _MOST_LISTS:
+            pairs = product(lists, sorted(parts))
+            lists = [[e for e in lines if may_share(e.part, own)] for lines, own in pairs]
+    return lists
 
 
 def parts_of(entries: Sequence[LedgerEntry]) -> list[str]:
@@ -167,7 +171,7 @@ def write_entry(db: sqlite3.Connection, entry: LedgerEntry) -> None:
     numbers = (release.sampling_rate, release.noise_multiplier, release.count)
     db.execute(
         f"INSERT INTO releases ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (*row, *numbers, entry.uid, entry.alone, entry.part, int(entry.seeded)),
+        (*row, *numbers, entry.uid, entry.alone, entry.part, entry.seeded),
     )
 
 
@@ -191,7 +195,7 @@ def read_entries(
             *(time, name, run_, round_, Release(q, z, count), uid),
             alone=alone,
             part=part or WHOLE,
-            seeded=bool(known),
+            seeded=None if known is None else bool(known),
         )
         for time, name, run_, round_, q, z, count, uid, alone, part, known in rows
     ]

@@ -112,6 +112,11 @@ Only clipped sums left the clients, with a share of the noise and under masks. "
 _NOT_PRIVATE = """
 **Not private**: {reason}."""
 
+_WITHIN = (
+    ", among the classes of the example's own task only; this model chooses among all classes, so "
+    "its accuracy is lower"
+)
+
 CARD_ROW = "| ε, lower bound (audit) |"  # first cells of the audit's line in the card
 
 
@@ -129,7 +134,7 @@ def accountant_of(config: Config) -> str:
 def not_covered(config: Config) -> str:
     """Return what the guarantee of a run does not hide."""
     of_tasks = ", which task an example is in" if config.has_tasks else ""
-    return f"hyper-parameter tuning, floating-point noise, timing side channels{of_tasks}"
+    return f"hyper-parameter tuning, rounding of the noise, timing side channels{of_tasks}"
 
 
 def _not_audited(config: Config) -> str:
@@ -220,7 +225,7 @@ def model_card(config: Config, row: Mapping[str, Any]) -> str:
         row: the last row of the history.
     """
     base = public_name(config.model.name)
-    within = ", among the classes of the example's own task only" * config.model.task_heads
+    within = _WITHIN * config.model.task_heads
     return _CARD.format(
         base=base,
         kind="full-fine-tuning" if METHODS[config.method].whole else "lora",

@@ -160,10 +160,10 @@ def _check_divided(config: Config) -> None:
             f'data.task-column="{data.task_column}" must be "none" to divide the classes of '
             "data.label-column"
         )
-    if data.by_column and data.task_column in map(str.strip, data.input_column.split(",")):
+    if data.by_column and data.task_column == data.input_column:
         raise ConfigError(
-            f'data.task-column="{data.task_column}" must not be in data.input-column='
-            f'"{data.input_column}": the model would see which task an example is in'
+            f'data.task-column="{data.task_column}" must be another column than data.input-column: '
+            "each task would be a set of single inputs"
         )
     if not data.by_column and data.task_values != AUTO:
         raise ConfigError(

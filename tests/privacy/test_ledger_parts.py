@@ -73,22 +73,27 @@ def test_parts_are_disjoint_only_within_one_division(one, other):
 
 def test_with_very_many_parts_all_lines_count(monkeypatch):
     entries = [line(part, number) for number, part in enumerate(PARTS)]
-    monkeypatch.setattr(ledger_entries, "_MOST_PARTS", 2)  # of the division with most lines
+    monkeypatch.setattr(ledger_entries, "_MOST_LISTS", 1)
     assert compositions(entries) == [entries]
+    monkeypatch.setattr(ledger_entries, "_MOST_LISTS", 2)  # enough for the second division
+    assert [[e.part for e in lines] for lines in compositions(entries)] == [
+        [part for part in PARTS if part != other] for other in ("two/2", "two/1")
+    ]
 
 
-def test_many_divisions_need_as_few_lists_as_one():
+def test_very_many_divisions_need_no_more_than_64_lists():
     entries = [
         line(f"{division}/{part}", 2 * division) for division in range(40) for part in (1, 2)
     ]
-    assert len(compositions(entries)) == 2
-    assert len(compositions(entries, "0/1")) == 1
+    assert len(compositions(entries)) == 64
+    assert len(compositions(entries, "0/1")) == 64
+    assert len(compositions(entries[:4], "0/1")) == 2
 
 
 def test_a_part_of_each_division_is_told_with_all_lines_that_its_examples_can_be_in():
     entries = [line(part, number) for number, part in enumerate(PARTS)]
-    (lines,) = compositions(entries, "one/2")
-    assert {e.part for e in lines} == {WHOLE, "one/2", "two/1", "two/2"}
+    found = [{e.part for e in lines} for lines in compositions(entries, "one/2")]
+    assert found == [{WHOLE, "one/2", f"two/{number}"} for number in (1, 2)]
     found = [{e.part for e in lines} for lines in compositions(entries, "two/1")]
     assert found == [{WHOLE, f"one/{number}", "two/1"} for number in (1, 2, 3)]
     assert parts_of(entries) == PARTS[1:]
@@ -146,6 +151,22 @@ def test_the_limit_of_a_node_counts_its_worst_part_over_all_runs(tmp_path):
         with pytest.raises(BudgetError, match="the node's epsilon would be"):
             ledger.reserve("data", "d", 1, ONE, planned=ONE.count, **node, part=part)
     ledger.reserve("data", "d", 1, ONE, planned=ONE.count, **node, part="one/2")
+
+
+def test_a_run_that_was_accepted_is_accepted_to_its_end_within_the_limit(tmp_path):
+    """Divisions take turns in having most lines; the limit holds for the dataset at each step."""
+    ledger, step = Ledger(tmp_path / "ledger.sqlite"), Release(0.1, 1.5, 1)
+    most = epsilon([step] * 6, DELTA) + 1e-6
+    node = {"run_limit": Limit(math.inf, DELTA), "node_limit": Limit(most, DELTA)}
+    for run, rounds in (("one", 2), ("two", 4)):
+        for part in (1, 2):
+            for left in range(rounds, 0, -1):
+                ledger.reserve("data", run, 1, step, planned=left, **node, part=f"{run}/{part}")
+                spent = epsilon(worst_releases(ledger.entries(), DELTA), DELTA)
+                assert spent <= most
+    for part in ("one/1", "two/2", WHOLE):
+        with pytest.raises(BudgetError, match="the node's epsilon would be"):
+            ledger.reserve("data", "more", 1, step, planned=1, **node, part=part)
 
 
 def test_an_older_ledger_counts_its_lines_for_all_examples(tmp_path):

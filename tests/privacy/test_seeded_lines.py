@@ -79,7 +79,7 @@ def test_a_run_that_turns_to_secret_noise_counts_its_seeded_rounds_as_open(ledge
         reserve(ledger, seeded=False, run_limit=Limit(1e6, DELTA))
 
 
-def test_a_merge_keeps_the_mark_and_an_older_ledger_has_none(ledger, tmp_path):
+def test_a_merge_keeps_the_mark_and_an_older_ledger_has_none(ledger, tmp_path, capsys):
     path = tmp_path / "old.sqlite"
     with sqlite3.connect(path) as db:
         db.executescript(SCHEMA.replace(",\n    seeded INTEGER", ""))
@@ -89,7 +89,21 @@ def test_a_merge_keeps_the_mark_and_an_older_ledger_has_none(ledger, tmp_path):
         )
     reserve(ledger)
     Ledger(path).merge(ledger)
-    assert [entry.seeded for entry in Ledger(path).entries()] == [False, True]
+    assert [entry.seeded for entry in Ledger(path).entries()] == [None, True]
+    reserve(ledger, seeded=False)
+    ledger.merge(Ledger(path))
+    assert [entry.seeded for entry in ledger.entries()] == [True, False, None]
+    assert main.main(["ledger", "show", "--path", str(path)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].endswith("counted as secret, lines: 1")
+
+
+def test_the_share_of_an_upload_with_seeded_noise_counts_as_none(ledger):
+    alone = {"alone": 1.0, "alone_limit": Limit(1e6, DELTA), "planned": ROUND.count}
+    limits = {"run_limit": NO_LIMIT, "node_limit": NO_LIMIT} | alone
+    with pytest.raises(BudgetError, match="the node's epsilon-alone would be inf"):
+        ledger.reserve("data", "run", 1, ROUND, **limits, seeded=True)
+    ledger.reserve("data", "run", 1, ROUND, **limits | {"alone_limit": NO_LIMIT}, seeded=True)
+    assert [release.noise_multiplier for release in releases_alone(ledger.entries())] == [0.0]
 
 
 def test_the_commands_tell_that_seeded_noise_gives_no_guarantee(ledger, capsys):
@@ -100,7 +114,7 @@ def test_the_commands_tell_that_seeded_noise_gives_no_guarantee(ledger, capsys):
     told = {line.split("  |  ")[1]: line.split("  |  ")[-1] for line in shown if "  |  " in line}
     secret = f"epsilon {epsilon([ROUND], DELTA):.3f}"
     assert told == {"all runs": "epsilon inf", "known": "epsilon inf", "secret": secret}
-    assert shown[-1] == "epsilon inf: noise from the run's seed, which the server knows (lines: 1)"
+    assert shown[-1] == "epsilon is inf where the noise came from the run's seed, lines: 1"
     assert main.main(["ledger", "verify"]) == 0
     assert main.main(["ledger", "verify", "--max-epsilon", "8"]) == 1
     capsys.readouterr()

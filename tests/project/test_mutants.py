@@ -569,8 +569,8 @@ MUTANTS = {
     ),
     "shared noise: the noise of an upload alone is not written": Mutant(
         "privacy/ledger_entries.py",
-        "(*row, *numbers, entry.uid, entry.alone, entry.part, int(entry.seeded))",
-        "(*row, *numbers, entry.uid, None, entry.part, int(entry.seeded))",
+        "(*row, *numbers, entry.uid, entry.alone, entry.part, entry.seeded)",
+        "(*row, *numbers, entry.uid, None, entry.part, entry.seeded)",
         "tests/privacy/test_two_epsilons.py::test_the_file_holds_both_multipliers_and_none_for_own_noise",
     ),
     "shared noise: more noise for an upload than for its sum": Mutant(

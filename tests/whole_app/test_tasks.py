@@ -269,7 +269,7 @@ def test_the_card_tells_what_holds_with_tasks_only(two_heads):
     done = run(two_heads())
     card = (done.folder.adapter / "README.md").read_text("utf-8")
     report = done.json("privacy.json")
-    assert "among the classes of the example's own task only." in card
+    assert "among the classes of the example's own task only; this model chooses among all" in card
     for text in (report["unit"], report["accountant"], report["not_covered"]):
         assert text in card
     assert "of the same task" in report["unit"]
@@ -337,7 +337,7 @@ def test_methods_with_tasks_have_those_of_the_data(tiny, method):
             r"^data\.tasks=2 must be at most 1 for model\.task-heads=true",
         ),
         ({"data.task-values": "a,b"}, r'^data\.task-values="a,b" must be "auto" for data\.task-c'),
-        ({"data.task-column": "text"}, r'^data\.task-column="text" must not be in data\.input-c'),
+        ({"data.task-column": "text"}, r'^data\.task-column="text" must be another column than'),
         (
             {"model.task-heads": True, "model.task": "causal-lm", "model.pooling": "model"},
             r"^model\.task-heads=true must be false for model\.task=\"causal-lm\"",
@@ -349,6 +349,10 @@ def test_methods_with_tasks_have_those_of_the_data(tiny, method):
         (
             {"method": "duallora", "rule.tasks": 2, "lora.rank": 1},
             r"^lora\.rank=1 must be at least 2 for method duallora with rule\.tasks=2",
+        ),
+        (
+            {"method": "losa", "rule.sparsity": 0.9, "rule.sparsity-spread": 0.2},
+            r"^rule\.sparsity-spread=0\.2 must be at most 0\.1 for rule\.sparsity=0\.9",
         ),
     ],
 )
