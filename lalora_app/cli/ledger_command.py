@@ -76,9 +76,11 @@ def _explain(entries: Sequence[LedgerEntry]) -> None:
     """Print what is not plain from the numbers: seeded noise, and who is honest for which ε."""
     noised = [entry for entry in entries if entry.release.noise_multiplier > 0]
     if seeded := sum(entry.seeded is True for entry in noised):
-        print(f"epsilon is inf where the noise came from the run's seed, lines: {seeded}")
+        print(
+            f"lines with noise from the run's seed, which the server knows, epsilon inf: {seeded}"
+        )
     if unknown := sum(entry.seeded is None for entry in noised):
-        print(f"not known whether the noise was seeded, counted as secret, lines: {unknown}")
+        print(f"lines of older versions, counted as secret, perhaps with seeded noise: {unknown}")
     if share_noise(entries):
         print(*sentences("epsilon", "epsilon-alone"), sep="\n")
 
@@ -144,7 +146,7 @@ def _export(args: argparse.Namespace) -> int:
     entries = _open_ledger(args.path).entries(args.dataset)
     unused = {"alone_multiplier"} if not share_noise(entries) else set()
     unused |= {"part"} if not any(entry.part for entry in entries) else set()
-    unused |= {"seeded"} if not any(entry.seeded for entry in entries) else set()
+    unused |= {"seeded"} if all(entry.seeded is False for entry in entries) else set()
     columns = [name for name in _csv_line(_EMPTY) if name not in unused]
     writer = csv.DictWriter(sys.stdout, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()

@@ -111,18 +111,24 @@ class AfterRound:
 
     def _record(self, attempt: dict[str, Any], scores: Metrics) -> None:
         """Add the attempt to the history, save the checkpoint and log the round."""
-        config, ranks = self.config, self.strategy.state.ranks
-        task = {"task": config.open_task(attempt["round"]) + 1} if config.has_tasks else {}
-        lowered = {"lowered_ranks": {str(client): ranks[client] for client in sorted(ranks)}}
-        of_method = lowered if self.strategy.method.next_rank is not None else {}
-        known = {**attempt, **task, **of_method, **scores, **self._task_scores()}
-        row = {**known, "elapsed": self.elapsed()}
+        found = {**attempt, **self._of_some_runs(attempt["round"]), **scores}
+        row = {**found, **self._task_scores(), "elapsed": self.elapsed()}
         self.rows.append(row)
         self.folder.write_history(self.rows)
         self.folder.checkpoint(self.strategy.state)
         success = AGGREGATED if attempt["aggregated"] else TOO_FEW
         outcome = f"phase {attempt['phase']}  {success}"
         self._log_line(outcome, scores, attempt["epsilon_max"], attempt["seconds"])
+
+    def _of_some_runs(self, t: int) -> dict[str, Any]:
+        """Return the keys of a row that only runs with tasks, or with ranks that shrink, have."""
+        found: dict[str, Any] = {}
+        if self.config.has_tasks:
+            found["task"] = self.config.open_task(t) + 1
+        if self.strategy.method.next_rank is not None:
+            ranks = self.strategy.state.ranks
+            found["lowered_ranks"] = {str(client): ranks[client] for client in sorted(ranks)}
+        return found
 
     def _log_line(
         self, outcome: str, scores: Metrics, epsilon: float, seconds: float = 0.0

@@ -1,19 +1,18 @@
 """Parts of a dataset in the ledger: the ε of a dataset is that of its worst example."""
 
 import math
-import sqlite3
 from itertools import product
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from helpers.older_ledgers import write_older
 from lalora_app.privacy import ledger_entries
 from lalora_app.privacy.accounting import Release, calibrate, epsilon
 from lalora_app.privacy.budget import BudgetError, Limit
 from lalora_app.privacy.ledger import Ledger
 from lalora_app.privacy.ledger_entries import (
-    SCHEMA,
     WHOLE,
     LedgerEntry,
     compositions,
@@ -171,12 +170,7 @@ def test_a_run_that_was_accepted_is_accepted_to_its_end_within_the_limit(tmp_pat
 
 def test_an_older_ledger_counts_its_lines_for_all_examples(tmp_path):
     path = tmp_path / "ledger.sqlite"
-    with sqlite3.connect(path) as db:
-        db.executescript(SCHEMA.replace(",\n    part TEXT,\n    seeded INTEGER", ""))
-        db.execute(
-            "INSERT INTO releases (time, dataset, run, round, sampling_rate, noise_multiplier, "
-            "count, uid) VALUES ('', 'data', 'old', 1, 0.1, 1.5, 4, 'x')"
-        )
+    write_older(path, "part TEXT", "seeded INTEGER")
     reserve(Ledger(path), "one/1")
     assert [entry.part for entry in Ledger(path).entries()] == [WHOLE, "one/1"]
     worst = worst_releases(Ledger(path).entries(), DELTA)

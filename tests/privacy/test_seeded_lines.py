@@ -1,16 +1,15 @@
 """Lines of the ledger with seeded noise: the server can compute it, so it hides nothing."""
 
 import math
-import sqlite3
 
 import pytest
 
+from helpers.older_ledgers import write_older
 from lalora_app.cli import main
 from lalora_app.privacy.accounting import Release, epsilon
 from lalora_app.privacy.budget import BudgetError, Limit
 from lalora_app.privacy.ledger import Ledger
 from lalora_app.privacy.ledger_entries import (
-    SCHEMA,
     releases_alone,
     releases_drawn,
     releases_of,
@@ -81,12 +80,7 @@ def test_a_run_that_turns_to_secret_noise_counts_its_seeded_rounds_as_open(ledge
 
 def test_a_merge_keeps_the_mark_and_an_older_ledger_has_none(ledger, tmp_path, capsys):
     path = tmp_path / "old.sqlite"
-    with sqlite3.connect(path) as db:
-        db.executescript(SCHEMA.replace(",\n    seeded INTEGER", ""))
-        db.execute(
-            "INSERT INTO releases (time, dataset, run, round, sampling_rate, noise_multiplier, "
-            "count, uid) VALUES ('', 'data', 'old', 1, 0.1, 1.5, 4, 'x')"
-        )
+    write_older(path, "seeded INTEGER")
     reserve(ledger)
     Ledger(path).merge(ledger)
     assert [entry.seeded for entry in Ledger(path).entries()] == [None, True]
@@ -94,7 +88,10 @@ def test_a_merge_keeps_the_mark_and_an_older_ledger_has_none(ledger, tmp_path, c
     ledger.merge(Ledger(path))
     assert [entry.seeded for entry in ledger.entries()] == [True, False, None]
     assert main.main(["ledger", "show", "--path", str(path)]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].endswith("counted as secret, lines: 1")
+    assert capsys.readouterr().out.splitlines()[-1].startswith("lines of older versions, counted")
+    assert main.main(["ledger", "export", "--path", str(path)]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert [row.rpartition(",")[2] for row in rows] == ["seeded", "", "1"]
 
 
 def test_the_share_of_an_upload_with_seeded_noise_counts_as_none(ledger):
@@ -114,7 +111,9 @@ def test_the_commands_tell_that_seeded_noise_gives_no_guarantee(ledger, capsys):
     told = {line.split("  |  ")[1]: line.split("  |  ")[-1] for line in shown if "  |  " in line}
     secret = f"epsilon {epsilon([ROUND], DELTA):.3f}"
     assert told == {"all runs": "epsilon inf", "known": "epsilon inf", "secret": secret}
-    assert shown[-1] == "epsilon is inf where the noise came from the run's seed, lines: 1"
+    assert (
+        shown[-1] == "lines with noise from the run's seed, which the server knows, epsilon inf: 1"
+    )
     assert main.main(["ledger", "verify"]) == 0
     assert main.main(["ledger", "verify", "--max-epsilon", "8"]) == 1
     capsys.readouterr()

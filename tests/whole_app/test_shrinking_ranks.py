@@ -66,6 +66,8 @@ def test_ranks_follow_the_tails_and_a_failed_attempt_changes_none(tiny):
         assert found == expected_ranks(done, first, partition, failed=(3,))
         assert found[-1] < first
         assert found[2] == found[3]
+        told = [row["lowered_ranks"].get(str(partition), first) for row in done.rows]
+        assert told[:-1] == found[1:]
     for exchange in done.grid.trained():
         assert rank_of(arrays(exchange.reply)) == rank_of(exchange.start)
     assert rank_of(done.folder.latest().adapter) == 4
